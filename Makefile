@@ -1,0 +1,43 @@
+# The one prerequisite: apt install make python3-venv  (Python 3.11 or newer)
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TYPED := build/typed
+PYTEST_ARGS ?=
+
+# the checkout's kernels/ must never be found as a top-level module by `python -m`
+export PYTHONSAFEPATH = 1
+
+.PHONY: run test check format tables clean
+
+# the main job: prune the built-in model, recover, export, evaluate, report
+run: $(INSTALLED)
+	$(BIN)/compress run recipes/ddpm_gradflow.yaml --overwrite
+
+test: $(INSTALLED)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# mypy looks for compress.eval inside compress/, so it gets a tree where the folders lie there
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compress
+	@ln -s $(CURDIR)/compress/* $(CURDIR)/eval $(CURDIR)/kernels $(CURDIR)/recipes $(TYPED)/compress/
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p compress
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# the README's tables, from the rows in eval/results; runs whatever is missing there (hours)
+tables: $(INSTALLED)
+	$(BIN)/compress tables --update README.md
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("compress needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,114 @@
+"""Slim checkpoints: a diffusers pipeline folder plus ``compress.json``."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from compress.files import atomic_folder, read_json, sha256, write_json, write_text
+from compress.models.loading import check_folder, load_pipeline
+
+FORMAT = 1
+FACTS = "compress.json"
+
+
+def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> Path:
+    """Write a pipeline folder that plain diffusers loads, with the facts of its making.
+
+    Written to a temporary sibling and renamed: ``folder`` is complete or absent.
+
+    Parameters
+    ----------
+    pipeline : with the slim UNet.
+    folder : where to.
+    facts : JSON values: base model and its hash, recipe, widths, metrics.
+
+    Raises
+    ------
+    OSError : when the disk is full or the folder cannot be written.
+    """
+    with atomic_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        write_text(temporary / "README.md", _model_card(facts))
+        files = {
+            path.relative_to(temporary).as_posix(): sha256(path)
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        write_json(
+            temporary / FACTS, {"format": FORMAT, "kind": "slim", **facts, "files": files}
+        )
+    return folder
+
+
+def load(folder: str | Path) -> DiffusionPipeline:
+    """Load a checkpoint of ours, or any model that :func:`compress.models.load_pipeline` takes.
+
+    Raises
+    ------
+    ValueError : naming the file whose content is not what was saved.
+    FileNotFoundError : naming what is missing.
+    """
+    path = Path(folder)
+    if (path / FACTS).is_file():
+        verify(path)
+    return load_pipeline(str(folder))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check a checkpoint's files against their hashes and return its facts.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as :func:`load`.
+    """
+    facts = read_json(folder / FACTS)
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / FACTS} should have format {FORMAT}; got "
+            f"{facts.get('format') if isinstance(facts, dict) else type(facts).__name__}; this "
+            "version of compress cannot read it"
+        )
+    for name, expected in facts["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is part of the checkpoint but missing; restore it")
+        if sha256(path) != expected:
+            raise ValueError(
+                f"{path} is not what was saved (its SHA-256 differs from {FACTS}); restore the file"
+            )
+    check_folder(folder)
+    return facts
+
+
+def _model_card(facts: dict[str, Any]) -> str:
+    base = facts.get("base_model", "unknown")
+    licence = facts.get("base_licence", "unknown: see the base model")
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags: [compress, pruned]",
+        "---",
+        f"# {base}, pruned",
+        "",
+        f"Base model: `{base}` (SHA-256 `{facts.get('base_hash', 'unknown')}`).",
+        f"Licence of the base model: {licence}",
+        "",
+        "A plain diffusers pipeline with smaller widths; it needs no extra package:",
+        "",
+        "```python",
+        "from diffusers import DDPMPipeline",
+        "",
+        'pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    widths = facts.get("widths", [])
+    lines += [f"- {w['level']}: {w['dense']} -> {w['compressed']}" for w in widths]
+    table = facts.get("metrics", {})
+    if table:
+        lines += ["", "| metric | dense | compressed |", "|---|---|---|"]
+        for name, entry in table.items():
+            dense, slim = entry["dense"]["value"], entry["compressed"]["value"]
+            lines.append(f"| {name} | {dense:.5g} | {slim:.5g} |")
+    return "\n".join([*lines, "", "Method, recipe and provenance: `compress.json`.", ""])

@@ -1,0 +1,440 @@
+"""The command line: every verb is one call into the library.
+
+Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from compress.doctor import Check
+    from compress.method import Event
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+# how often a stage reports where no progress bar can be drawn
+PLAIN_LINES = 10
+# measured rows of the checkout
+RESULTS = Path("eval/results/ddpm_digits.jsonl")
+
+
+class _Verbs(TyperGroup):
+    """Turns what a user can cause into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            _fail(error, USAGE)
+        except OSError as error:
+            _fail(error, FAILURE)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    help="Compress diffusion models: from a recipe to a slim checkpoint and a report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:1. Default: CUDA if there is any.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"compress {version('compress-models')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be repeated."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict; write nothing.")] = False,
+    as_json: Json = False,
+    device: Device = None,
+    processes: Annotated[int, typer.Option(min=1, help="Only 1 is supported yet.")] = 1,
+) -> None:
+    """Compress, recover, export, evaluate and report, as a recipe says."""
+    if processes > 1:
+        raise ValueError(
+            f"expected --processes 1; got {processes}; training on several processes is not "
+            "supported yet"
+        )
+    if resume and overwrite:
+        raise ValueError("expected --resume or --overwrite; got both; choose one")
+    from compress.recipe import load_recipe
+
+    typed = load_recipe(recipe, overrides or ())
+    _check_versions()
+    _quieten()
+    if dry_run:
+        from compress.pipeline import dry_run as predict
+
+        prediction = predict(typed, device=device)
+        _print(prediction, as_json, _lines(prediction))
+        if prediction["problems"]:
+            raise typer.Exit(USAGE)
+        return
+    from compress.pipeline import run_events
+
+    folder = Path(output or typed.output or "")
+    events = run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device)
+    try:
+        _follow(events)
+    except KeyboardInterrupt:
+        again = f"compress run {recipe} --output {folder} --resume"
+        saved = (folder / "state").exists()
+        _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    _print_run(folder, as_json)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    as_json: Json = False,
+) -> None:
+    """Print the metrics of a finished run."""
+    _print_run(folder, as_json)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the comparison: a PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put several runs into one table, and one plot."""
+    from compress.report import compare as compare_runs
+
+    comparison = compare_runs(folders)
+    if plot:
+        _say(f"plot  {comparison.plot(plot)}")
+    _print(comparison.rows, as_json, comparison.to_text())
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes that ship with compress."""
+    from compress.recipe import list_recipes
+
+    found = list_recipes()
+    width = max(len(name) for name, _ in found)
+    rows = [{"name": name, "about": about} for name, about in found]
+    _print(rows, as_json, "\n".join(f"{name:<{width}}  {about}" for name, about in found))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")],
+    suite: Annotated[
+        str, typer.Option(help="Set of metrics; only diffusion so far.")
+    ] = "diffusion",
+    data: Annotated[str, typer.Option(help="Where the reference images are.")] = "builtin:digits",
+    samples: Annotated[int, typer.Option(min=2, help="Images per sampling seed.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 20,
+    sampler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    sampling_seeds: Annotated[int, typer.Option(min=1, help="Independent repetitions.")] = 3,
+    inception_weights: Annotated[str | None, typer.Option(help="FID Inception weights.")] = None,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Measure any diffusers pipeline, ours or a stranger's."""
+    if suite != "diffusion":
+        raise ValueError(f"expected --suite diffusion; got {suite}; there is no other suite yet")
+    _check_versions()
+    _quieten()
+    from compress.pipeline import evaluate_model
+
+    metrics = evaluate_model(
+        model,
+        data=data,
+        samples=samples,
+        steps=steps,
+        sampler=sampler,
+        sampling_seeds=sampling_seeds,
+        inception_weights=inception_weights,
+        device=device,
+    )
+    rows = [(name, _interval(entry), str(entry["n"]), "") for name, entry in metrics.items()]
+    _print(metrics, as_json, _table([("metric", "value", "n", ""), *rows]))
+
+
+@app.command()
+def tables(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[main|ablation]...", help="Default: both.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
+        "eval/results/ddpm_digits.jsonl"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 0.")] = 3,
+    shard: Annotated[str, typer.Option(help="K/N: do every N-th run, from the K-th.")] = "0/1",
+    update: Annotated[Path | None, typer.Option(help="Document to put the tables into.")] = None,
+    only_render: Annotated[bool, typer.Option("--render", help="Run nothing.")] = False,
+) -> None:
+    """Run what the comparison tables lack, one run at a time, and print them. Resumable."""
+    _check_versions()
+    _quieten()
+    from compress import experiments
+    from compress.eval.tables import fill_file
+
+    chosen = experiments.choose(names or [])
+    if not only_render:
+        part = experiments.parse_shard(shard)
+        for line in experiments.run_missing(chosen, results, seeds=range(seeds), shard=part):
+            _say(line)
+    made = {name: experiments.render_table(name, results, range(seeds)) for name in chosen}
+    if update is not None:
+        fill_file(update, made)
+    typer.echo("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, devices, disk, cache and the built-in models."""
+    from dataclasses import asdict
+
+    from compress.doctor import examine
+
+    checks = examine()
+    _print([asdict(check) for check in checks], as_json, "\n".join(map(_check_line, checks)))
+    broken = [check.name for check in checks if check.required and not check.ok]
+    if broken:
+        _say(f"error: broken: {', '.join(broken)}")
+        raise typer.Exit(FAILURE)
+
+
+@app.command()
+def tables(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="main, ablation; default: all.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="JSON lines; missing rows are appended.")] = RESULTS,
+    update: Annotated[Path | None, typer.Option(help="A document with places for them.")] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="K/N", help="Share the runs among N shells.")
+    ] = "0/1",
+    render_only: Annotated[bool, typer.Option("--render-only", help="Run nothing.")] = False,
+) -> None:
+    """Run what the README's tables lack, then print them; may be interrupted and repeated."""
+    from compress import experiments
+    from compress.eval.tables import fill_file
+
+    wanted = names or list(experiments.TABLES)
+    unknown = set(wanted) - set(experiments.TABLES)
+    if unknown:
+        known = ", ".join(experiments.TABLES)
+        raise ValueError(f"expected names of tables, {known}; got {', '.join(sorted(unknown))}")
+    part, _, parts = shard.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"expected --shard K/N with 0 <= K < N, such as 0/2; got {shard}")
+    if not render_only:
+        _check_versions()
+        _quieten()
+        for line in experiments.run_missing(wanted, results, shard=(int(part), int(parts))):
+            _say(line)
+    rendered = {name: experiments.render_table(name, results) for name in wanted}
+    if update:
+        fill_file(update, rendered)
+    typer.echo("\n\n".join(rendered.values()))
+
+
+def main() -> None:
+    """Entry point of the commands `compress` and `compress-models`."""
+    app()
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("COMPRESS_DEBUG"):
+        raise error
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        # without the number that OSError puts first
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    _say(f"error: {text}")
+    raise typer.Exit(code) from None
+
+
+def _check_versions() -> None:
+    from compress.doctor import versions
+
+    wrong = [check for check in versions() if not check.ok]
+    if wrong:
+        _say("error: packages outside the supported ranges:")
+        for check in wrong:
+            _say(f"  {check.name} {check.found}; {check.hint}")
+        raise typer.Exit(FAILURE)
+
+
+def _quieten() -> None:
+    """Hide what a user of the command line can do nothing about."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    # torch.utils.data warns about pinned memory wherever there is no GPU
+    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+
+
+def _follow(events: Iterable["Event"]) -> None:
+    """Show progress on stderr: bars on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        _draw_bars(events, console)
+        return
+    last = ("", -1)
+    for event in events:
+        tenth = event.step * PLAIN_LINES // max(event.total, 1)
+        if event.message or (event.stage, tenth) != last:
+            count = f"{event.step}/{event.total}" if event.total else ""
+            parts = (event.stage, count, _values(event.values), event.message)
+            _say("  ".join(part for part in parts if part))
+        last = (event.stage, tenth)
+
+
+def _draw_bars(events: Iterable["Event"], console: Any) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}", markup=False),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+        for event in events:
+            if event.message:
+                progress.console.print(
+                    f"{event.stage}: {event.message}", markup=False, highlight=False
+                )
+            if not event.total:
+                continue
+            if event.stage not in tasks:
+                tasks[event.stage] = progress.add_task(event.stage, total=event.total, values="")
+            progress.update(
+                tasks[event.stage],
+                completed=event.step,
+                total=event.total,
+                values=_values(event.values),
+            )
+
+
+def _values(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _print(content: Any, as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(content, indent=2, default=str) if as_json else text)
+
+
+def _print_run(folder: Path, as_json: bool) -> None:
+    from compress.report import read_metrics
+
+    found = read_metrics(folder)
+    header = ("metric", "dense", "compressed", "ratio", "better")
+    rows = [
+        (
+            f"{name} [{entry['unit']}]" if entry.get("unit") else name,
+            _interval(entry["dense"]),
+            _interval(entry["compressed"]),
+            "" if entry["ratio"] is None else f"{entry['ratio']:.3f}",
+            entry["better"],
+        )
+        for name, entry in found["metrics"].items()
+    ]
+    lines = [_table([header, *rows]), ""]
+    widths = [f"{w['level']}: {w['dense']} -> {w['compressed']}" for w in found.get("widths", [])]
+    lines += [f"widths      {', '.join(widths)}"] if widths else []
+    for name, value in found.get("floor", {}).items():
+        lines.append(f"floor       {name} {value:.4g} between the two halves of the real data")
+    lines += [f"warning     {warning}" for warning in found.get("warnings", [])]
+    lines.append(f"checkpoint  {folder / 'checkpoint'}")
+    lines.append(f"report      {folder / 'report.html'}")
+    everything = {"folder": str(folder), "checkpoint": str(folder / "checkpoint"), **found}
+    _print(everything, as_json, "\n".join(lines))
+
+
+def _interval(entry: Mapping[str, Any] | None) -> str:
+    """A value with its 95% confidence interval."""
+    if entry is None or entry["value"] is None:
+        return "-"
+    value, interval = entry["value"], entry["ci95"]
+    text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{text} [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else text
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _lines(content: Mapping[str, Any]) -> str:
+    """A prediction as aligned lines; lists one item a line."""
+    width = max(len(name) for name in content)
+    lines = []
+    for name, value in content.items():
+        items = value if isinstance(value, list) else [value]
+        shown = [f"{item:,}" if isinstance(item, int | float) else str(item) for item in items]
+        lines += [f"{name:<{width}}  {item}" for item in shown or ["none"]]
+    return "\n".join(lines)
+
+
+def _check_line(check: "Check") -> str:
+    mark = "ok  " if check.ok else ("FAIL" if check.required else "warn")
+    return f"{mark}  {check.name:<22} {check.found}" + (f"; {check.hint}" if check.hint else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Parameters and multiply-accumulates (MACs), functional attention included."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and MACs of one forward pass, attention's matrix products included."""
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """MACs of one layer call as ``factor * inputs * outputs``; inputs and outputs are channels."""
+
+    name: str
+    inputs: int
+    outputs: int
+    factor: int
+
+
+class _AttentionCounter(TorchFunctionMode):
+    """Collects (query tokens * key tokens * batch, value channels) of each attention call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, int]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            query, key = named["query"], named["key"]
+            heads, tokens, width = query.shape[-3:]
+            batch = query[..., 0, 0, 0].numel()
+            self.calls.append((batch * tokens * key.shape[-2], heads * width))
+        return result
+
+
+def layer_macs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[LayerMacs], int]:
+    """Count MACs layer by layer in one forward pass on the meta device: nothing is computed.
+
+    Parameters
+    ----------
+    model : any module made of convolutions, linear layers and functional attention.
+    inputs : keyword arguments of its ``forward``; tensors may lie on any device.
+
+    Returns
+    -------
+    layers : one entry per convolution or linear call, in order.
+    attention : MACs of the two matrix products of all ``scaled_dot_product_attention`` calls.
+    """
+    layers: list[LayerMacs] = []
+
+    def record(name: str):
+        def hook(module: nn.Module, _, output: torch.Tensor) -> None:
+            if isinstance(module, nn.Conv2d):
+                area = output.shape[0] * output.shape[2] * output.shape[3]
+                kernel = module.kernel_size[0] * module.kernel_size[1]
+                factor = area * kernel
+                layers.append(
+                    LayerMacs(
+                        name, module.in_channels // module.groups, module.out_channels, factor
+                    )
+                )
+            elif isinstance(module, nn.Linear):
+                rows = output.numel() // module.out_features
+                layers.append(LayerMacs(name, module.in_features, module.out_features, rows))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+    on_meta = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+    counter = _AttentionCounter()
+    try:
+        with torch.no_grad(), counter:
+            functional_call(model, state, (), on_meta)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers, sum(2 * pairs * width for pairs, width in counter.calls)
+
+
+def unet_inputs(unet: nn.Module, batch: int = 1, device: str = "meta") -> dict[str, torch.Tensor]:
+    """Keyword arguments of one forward pass of a diffusers UNet at its native size."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "sample": torch.zeros(batch, unet.config.in_channels, height, width, device=device),
+        "timestep": torch.zeros(batch, dtype=torch.long, device=device),
+    }
+
+
+def cost(model: nn.Module, inputs: Mapping[str, Any]) -> Cost:
+    """Parameters, and MACs of ``model(**inputs)``."""
+    layers, attention = layer_macs(model, inputs)
+    macs = sum(layer.inputs * layer.outputs * layer.factor for layer in layers) + attention
+    return Cost(params=sum(p.numel() for p in model.parameters()), macs=macs)
+
+
+def unet_cost(unet: nn.Module, batch: int = 1) -> Cost:
+    """:func:`cost` of a diffusers UNet at its native sample size."""
+    return cost(unet, unet_inputs(unet, batch))

@@ -1,0 +1,152 @@
+"""Where images come from: `builtin:digits`, `folder:PATH`, `hub:NAME`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from compress.data.digits import digits
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+class TensorImages(Dataset[torch.Tensor]):
+    """Images that lie in memory: ``(n, channels, height, width)`` in [-1, 1]."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+class FileImages(Dataset[torch.Tensor]):
+    """Image files, resized (bicubic, antialiased) on their short side and centre-cropped."""
+
+    def __init__(self, files: list[Path], size: int, channels: int) -> None:
+        self.files, self.size, self.channels = files, size, channels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        from PIL import Image
+
+        with Image.open(self.files[index]) as opened:
+            return to_tensor(opened, self.size, self.channels)
+
+
+class HubImages(Dataset[torch.Tensor]):
+    """Rows of a `datasets` split that has one image column."""
+
+    def __init__(self, rows, column: str, size: int, channels: int) -> None:
+        self.rows, self.column, self.size, self.channels = rows, column, size, channels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return to_tensor(self.rows[index][self.column], self.size, self.channels)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training set and the held-out images that serve as validation and metric reference.
+
+    ``train`` and ``held_out`` yield ``(channels, height, width)`` float32 in [-1, 1].
+    """
+
+    name: str
+    train: Dataset[torch.Tensor]
+    held_out: Dataset[torch.Tensor]
+
+    @classmethod
+    def split(cls, name: str, images: Dataset[torch.Tensor]) -> "ImageData":
+        """Hold out every tenth image of a data set (our own choice: deterministic, spread out)."""
+        count = len(images)
+        if count < 2:
+            raise ValueError(
+                f"at least 2 images expected in {name}; found {count}; give it more images"
+            )
+        train = [i for i in range(count) if i % 10]
+        return cls(name, Subset(images, train), Subset(images, list(range(0, count, 10))))
+
+
+def to_tensor(image, size: int, channels: int) -> torch.Tensor:
+    """Turn a PIL image into ``(channels, size, size)`` in [-1, 1]: short side resized, centre crop."""
+    from PIL import Image
+    from torchvision.transforms import functional as vision
+
+    image = image.convert("L" if channels == 1 else "RGB")
+    short = min(image.size)
+    wanted = [max(size, round(side * size / short)) for side in image.size]
+    image = image.resize((wanted[0], wanted[1]), Image.Resampling.BICUBIC)
+    return vision.center_crop(vision.pil_to_tensor(image), [size, size]).float() / 127.5 - 1
+
+
+def load_images(source: str, size: int, channels: int) -> ImageData:
+    """Open a data source of a recipe.
+
+    Parameters
+    ----------
+    source : ``builtin:digits``, ``folder:PATH`` (any nesting, any common image suffix) or
+        ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`).
+    size, channels : what the model takes.
+
+    Raises
+    ------
+    ValueError : for an unknown source, an empty folder, or a size that the source does not have.
+    """
+    kind, _, name = source.partition(":")
+    if source == "builtin:digits":
+        if (size, channels) != (16, 1):
+            raise ValueError(
+                "builtin:digits has 16x16 images with 1 channel; the model takes "
+                f"{size}x{size} with {channels}; choose data that fits the model"
+            )
+        return ImageData(source, TensorImages(digits("a")[0]), TensorImages(digits("b")[0]))
+    if kind == "folder" and name:
+        return _folder(source, Path(name), size, channels)
+    if kind == "hub" and name:
+        return _hub(source, name, size, channels)
+    raise ValueError(
+        f"data must be builtin:digits, folder:PATH or hub:NAME; got {source!r}; name one of these"
+    )
+
+
+def _folder(source: str, folder: Path, size: int, channels: int) -> ImageData:
+    if not folder.is_dir():
+        raise ValueError(f"data folder expected at {folder}, which does not exist; check the path")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if len(files) < 2:
+        raise ValueError(
+            f"at least 2 images expected under {folder}; found {len(files)} with the suffixes "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}; point folder: at images"
+        )
+    return ImageData.split(source, FileImages(files, size, channels))
+
+
+def _hub(source: str, name: str, size: int, channels: int) -> ImageData:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is read by the `datasets` package, which is not installed; "
+            "run: pip install datasets"
+        ) from error
+    loaded = datasets.load_dataset(name)
+    rows = loaded["train"]
+    columns = [c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if len(columns) != 1:
+        raise ValueError(
+            f"{source} must have exactly one image column; found {columns or 'none'} among "
+            f"{list(rows.features)}; choose another data set or export it to a folder"
+        )
+    images = HubImages(rows, columns[0], size, channels)
+    if "test" not in loaded:
+        return ImageData.split(source, images)
+    return ImageData(source, images, HubImages(loaded["test"], columns[0], size, channels))

@@ -1,0 +1,140 @@
+"""What this machine offers to `compress`, and what stands in the way of a run."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, resources, util
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "compress-models"
+OPTIONAL = {
+    "datasets": "data: hub:NAME",
+    "tensorboard": "train.trackers: [tensorboard]",
+    "triton": "GPU kernels",
+    "wandb": "train.trackers: [wandb]",
+}
+# a run keeps its checkpoint, its state and a temporary copy of the larger of the two
+ENOUGH_DISK = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Parameters
+    ----------
+    name : what was looked at.
+    found : what is there.
+    ok : whether that is as it should be.
+    required : whether a run cannot work while it is not.
+    hint : what to do about it.
+    """
+
+    name: str
+    found: str
+    ok: bool = True
+    required: bool = False
+    hint: str = ""
+
+
+def examine() -> list[Check]:
+    """Look at versions, devices, disk, cache, optional packages and the built-in models."""
+    return [*versions(), *_devices(), *_disk(), *_optional(), *_builtin_models()]
+
+
+def versions() -> Iterator[Check]:
+    """Compare every installed dependency with the range that `compress` declares for it."""
+    yield Check("python", ".".join(map(str, sys.version_info[:3])))
+    for text in metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+        wanted = bounds or "any version"
+        hint = f"run: pip install '{requirement.name}{bounds}'"
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Check(requirement.name, f"missing (supported: {wanted})", False, True, hint)
+            continue
+        ok = requirement.specifier.contains(installed, prereleases=True)
+        found = f"{installed} (supported: {wanted})"
+        yield Check(requirement.name, found, ok, True, "" if ok else hint)
+
+
+def _devices() -> Iterator[Check]:
+    if util.find_spec("torch") is None:
+        return
+    import torch
+
+    yield Check("cpu threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            yield Check(f"cuda:{index}", f"{name}, {_size(free)} free of {_size(total)}")
+    else:
+        yield Check("cuda", f"no device (torch is built for CUDA {torch.version.cuda})")
+
+
+def _disk() -> Iterator[Check]:
+    for name, folder in (("disk here", Path.cwd()), ("cache", _cache_folder())):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if not os.access(existing, os.W_OK):
+            hint = "set COMPRESS_CACHE to a folder of yours" if name == "cache" else "use --output"
+            yield Check(name, f"{folder}: no write permission", False, name == "cache", hint)
+        elif free < ENOUGH_DISK:
+            hint = f"free some space: {_size(ENOUGH_DISK)} or more is comfortable"
+            yield Check(name, f"{folder}: {_size(free)} free", False, hint=hint)
+        else:
+            yield Check(name, f"{folder}: {_size(free)} free")
+
+
+def _optional() -> Iterator[Check]:
+    for name, purpose in OPTIONAL.items():
+        try:
+            yield Check(name, f"{metadata.version(name)} (optional, for {purpose})")
+        except metadata.PackageNotFoundError:
+            yield Check(name, f"not installed (optional, for {purpose})")
+
+
+def _builtin_models() -> Iterator[Check]:
+    if util.find_spec("torch") is None or util.find_spec("safetensors") is None:
+        return
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from compress.files import sha256
+
+    hint = "the installation is damaged; run: pip install --force-reinstall compress-models"
+    folder = Path(str(resources.files("compress.models.builtin")))
+    weights = sorted(folder.rglob("*.safetensors"))
+    if not weights:
+        yield Check("built-in models", f"no weights under {folder}", False, True, hint)
+    for path in weights:
+        name = f"builtin:{path.relative_to(folder).parts[0]}"
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            yield Check(name, f"{path}: {error}", False, True, hint)
+            continue
+        count = sum(tensor.numel() for tensor in tensors.values())
+        finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        found = f"{count:,} parameters, sha256 {sha256(path)[:12]}"
+        if finite:
+            yield Check(name, found)
+        else:
+            yield Check(name, f"{found}, not all finite", False, True, hint)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

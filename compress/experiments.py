@@ -1,0 +1,227 @@
+"""The tables' runs: every method at the same widths and the same total optimiser steps.
+
+Resumable: each finished run is appended to a results file, and runs that are there are skipped.
+"""
+
+import datetime
+import hashlib
+import itertools
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.eval import tables
+from compress.pipeline import run_events
+from compress.recipe import Recipe, load_recipe
+
+RECIPE = "ddpm_gradflow_full"
+SEEDS = (0, 1, 2)
+KEEPS = ("0.5", "0.3")
+ONE_SHOT = ("random", "magnitude", "taylor", "diff_pruning")
+CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
+PROCESSES = ("soft flow", "hard iterative", "one-shot")
+
+NOTES = {
+    "main": "Widths and total optimiser steps are the same within a `keep_macs`.",
+    "ablation": "`keep_macs` 0.3; same widths and total optimiser steps throughout.",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run of a table: what to set in the base recipe, and how its row is labelled."""
+
+    labels: tuple[tuple[str, str], ...]
+    overrides: tuple[str, ...]
+    seed: int
+
+    def recipe(self) -> Recipe:
+        """The base recipe with this experiment's settings."""
+        return load_recipe(RECIPE, [*self.overrides, f"seed={self.seed}"])
+
+    def key(self) -> str:
+        """Hash of everything in the recipe that decides the result."""
+        content = self.recipe().model_dump(mode="json")
+        content.pop("output")
+        content["train"].pop("save_every")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _one_shot(criterion: str) -> tuple[str, ...]:
+    steps = load_recipe(RECIPE).method.steps
+    method = json.dumps({"name": "oneshot", "criterion": criterion, "steps": steps})
+    return (f"method={method}",)
+
+
+def main_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
+    """Gradflow (the shipped defaults) against the one-shot methods at two budgets."""
+    methods = {"gradflow": ()} | {f"one-shot {c}": _one_shot(c) for c in ONE_SHOT}
+    return [
+        Experiment(
+            (("keep_macs", keep), ("method", name)),
+            (*overrides, f"method.keep_macs={keep}"),
+            seed,
+        )
+        for keep, seed, (name, overrides) in itertools.product(reversed(KEEPS), seeds, methods.items())
+    ]
+
+
+def ablation_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
+    """Criterion x process at ``keep_macs`` 0.3."""
+    experiments = []
+    for seed, process, criterion in itertools.product(seeds, PROCESSES, CRITERIA):
+        if process == "one-shot":
+            overrides = _one_shot(criterion)
+        else:
+            overrides = (
+                f"method.criterion={criterion}",
+                f"method.process={process.split()[0]}",
+            )
+        labels = (("process", process), ("criterion", criterion))
+        experiments.append(Experiment(labels, (*overrides, "method.keep_macs=0.3"), seed))
+    return experiments
+
+
+TABLES = {"main": main_table, "ablation": ablation_table}
+LABELS: dict[str, dict[str, Sequence[str]]] = {
+    "main": {
+        "keep_macs": KEEPS,
+        "method": ("gradflow", *(f"one-shot {c}" for c in ONE_SHOT)),
+    },
+    "ablation": {"process": PROCESSES, "criterion": CRITERIA},
+}
+COMPARE_WITHIN = {"main": ("keep_macs",), "ablation": ()}
+
+
+def choose(names: Sequence[str]) -> list[str]:
+    """Check table names; all tables when none is named.
+
+    Raises
+    ------
+    ValueError : for an unknown name.
+    """
+    unknown = sorted(set(names) - set(TABLES))
+    if unknown:
+        raise ValueError(f"tables are {', '.join(TABLES)}; got {', '.join(unknown)}; name one")
+    return list(names) or list(TABLES)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read ``K/N``, with 0 <= K < N.
+
+    Raises
+    ------
+    ValueError : when it is something else.
+    """
+    first, _, second = text.partition("/")
+    if first.isdigit() and second.isdigit() and int(first) < int(second):
+        return int(first), int(second)
+    raise ValueError(f"shard must be K/N with 0 <= K < N, such as 0/2; got {text!r}")
+
+
+def run_missing(
+    names: Sequence[str], results: Path, *, seeds: Sequence[int] = SEEDS, shard: tuple[int, int] = (0, 1)
+) -> Iterator[str]:
+    """Run what the tables lack, one run at a time; yields a line per run, before and after.
+
+    Parameters
+    ----------
+    names : tables to fill.
+    results : the results file.
+    seeds : training seeds.
+    shard : (k, n): only every n-th missing run, from the k-th, so that n shells can share work.
+    """
+    wanted = {e.key(): e for name in names for e in TABLES[name](seeds)}
+    mine = list(wanted.items())[shard[0] :: shard[1]]
+    for number, (key, experiment) in enumerate(mine, start=1):
+        if any(row["key"] == key for row in tables.read_rows(results)):
+            continue
+        title = ", ".join(f"{k} {v}" for k, v in experiment.labels)
+        yield f"[{number}/{len(mine)}] {title}, seed {experiment.seed}"
+        row = _run_one(experiment, key)
+        tables.append_row(results, row)
+        values = ", ".join(f"{c} {row['values'][c]:.5g}" for c in tables.COLUMNS)
+        yield f"    {row['seconds']:.0f} s: {values}"
+
+
+def _run_one(experiment: Experiment, key: str) -> dict[str, Any]:
+    started = datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory(prefix="compress-table-") as folder:
+        events = run_events(experiment.recipe(), output=Path(folder) / "run")
+        while True:
+            try:
+                next(events)
+            except StopIteration as stop:
+                metrics = stop.value.metrics
+                break
+    seconds = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
+    facts = metrics["run"]
+    return {
+        "key": key,
+        "command": "compress tables",
+        "recipe": RECIPE,
+        "overrides": list(experiment.overrides),
+        "seed": experiment.seed,
+        "commit": _commit(),
+        "date": started.isoformat(timespec="seconds"),
+        "device": facts["device"],
+        "threads": facts["threads"],
+        "versions": facts["versions"],
+        "seconds": round(seconds, 1),
+        "train_seconds": round(facts["train_seconds"], 1),
+        "criterion_share": round(facts["criterion_share"], 4),
+        "optimiser_steps": facts["optimiser_steps"],
+        "widths": [w["compressed"] for w in metrics["widths"]],
+        "values": {n: e["compressed"]["value"] for n, e in metrics["metrics"].items()},
+        "dense": {n: e["dense"]["value"] for n, e in metrics["metrics"].items()},
+        "floor": metrics["floor"],
+        "surgery": facts["surgery"],
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, or "unknown" outside one."""
+    here = Path(__file__).parent
+    asked = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or "unknown"
+
+
+def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
+    """One table in Markdown from the rows that are there, with what it is measured against."""
+    rows_by_key = {row["key"]: row for row in tables.read_rows(results)}
+    rows = []
+    for experiment in TABLES[name](seeds):
+        row = rows_by_key.get(experiment.key())
+        if row is not None:
+            rows.append(row | {"labels": dict(experiment.labels)})
+    if not rows:
+        return f"*No rows yet: run `compress tables {name}`.*"
+    body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name])
+    first = rows[0]
+    total = len(TABLES[name](seeds))
+    recipe = load_recipe(RECIPE)
+    asked = recipe.evaluate
+    steps = recipe.method.steps + recipe.recover.steps
+    return "\n".join(
+        [
+            body,
+            "",
+            f"{NOTES[name]} {steps} optimiser steps of batch {recipe.recover.batch}, distillation "
+            f"{recipe.recover.distill:g}; {asked.sampling_seeds} x {asked.samples} samples, "
+            f"{asked.sampler.upper()} {asked.steps} steps. Dense model: fid_digits "
+            f"{first['dense']['fid_digits']:.2f}, validation loss "
+            f"{first['dense']['validation_loss']:.5f}; between the two halves of the real data: "
+            f"fid_digits {first['floor']['fid_digits']:.2f}. Mean ± standard deviation over "
+            f"training seeds; {len(rows)} of {total} runs are in. Made by "
+            f"`compress tables {name} --update README.md` from `eval/results/{results.name}`.",
+        ]
+    )

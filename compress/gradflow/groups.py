@@ -1,0 +1,221 @@
+"""Channel groups: the slices of all tensors that must go together when one channel goes.
+
+torch-pruning's dependency graph finds the coupling (residual adds, skip concatenations,
+time-embedding projections, attention's q/k/v/out, samplers); we keep only its result.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch_pruning
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from compress.cost import unet_inputs
+
+SUPPORTED_BLOCKS = {
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "UNetMidBlock2D",
+    "UpBlock2D",
+    "AttnUpBlock2D",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a group touches one module.
+
+    ``positions[j]`` along the module's ``side`` ("in", "out" or "norm") is channel ``channels[j]``
+    of the group.
+    """
+
+    module: str
+    side: str
+    positions: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Coupled channels of one width.
+
+    Attributes
+    ----------
+    name : the producer that torch-pruning started from.
+    level : index into ``block_out_channels`` that sets the width.
+    width : channels in the dense model.
+    unit : channels that go together: the head size where heads are removed whole, else 1.
+    slots : every place that holds these channels.
+    """
+
+    name: str
+    level: int
+    width: int
+    unit: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def units(self) -> int:
+        """Number of channels (or heads) that can go one by one."""
+        return self.width // self.unit
+
+
+def check_supported(unet: nn.Module) -> None:
+    """Refuse, by name, what gradflow cannot prune.
+
+    Raises
+    ------
+    ValueError : naming the model class, block or option, and what is supported.
+    """
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(
+            f"gradflow prunes diffusers UNet2DModel; got {type(unet).__name__}; "
+            "choose a pipeline whose unet is a UNet2DModel"
+        )
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    unknown = sorted({type(b).__name__ for b in blocks if b is not None} - SUPPORTED_BLOCKS)
+    if unknown:
+        raise ValueError(
+            f"gradflow prunes the blocks {', '.join(sorted(SUPPORTED_BLOCKS))}; this UNet has "
+            f"{', '.join(unknown)}; choose a model without them"
+        )
+    options = {
+        "time_embedding_type": ("positional",),
+        "downsample_type": ("conv",),
+        "upsample_type": ("conv",),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+    }
+    for option, known in options.items():
+        if unet.config[option] not in known:
+            raise ValueError(
+                f"gradflow expects {option} = {known[0]!r}; this UNet's config has "
+                f"{unet.config[option]!r}; choose a model with the supported value"
+            )
+
+
+def check_scheduler(scheduler) -> None:
+    """Refuse a scheduler whose model does not predict the noise itself.
+
+    Raises
+    ------
+    ValueError : naming the prediction type.
+    """
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ValueError(
+            f"gradflow trains on the predicted noise (prediction_type 'epsilon'); this pipeline's "
+            f"scheduler has {kind!r}; choose a pipeline that predicts noise"
+        )
+
+
+def attention_modules(unet: nn.Module) -> dict[str, Attention]:
+    """All attention modules by name."""
+    return {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
+
+
+def find_groups(unet: UNet2DModel) -> tuple[ChannelGroup, ...]:
+    """Find all prunable channel groups of a UNet.
+
+    The time embedding keeps its width (our choice: it costs under 1% of the MACs and every
+    resnet reads it), and so do the image channels.
+
+    Raises
+    ------
+    ValueError : for a UNet that gradflow does not support.
+    """
+    check_supported(unet)
+    # the graph is traced on a copy without gradients' side effects on the caller's model
+    traced = copy.deepcopy(unet).cpu().float().eval().requires_grad_(True)
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        traced,
+        example_inputs=unet_inputs(traced, device="cpu"),
+        forward_fn=lambda model, inputs: model(**inputs),
+        output_transform=lambda output: output.sample,
+    )
+    names = {module: name for name, module in traced.named_modules()}
+    attention = attention_modules(unet)
+    single_head = unet.config.attention_head_dim is None
+    groups = []
+    for found in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+        slots = _slots(found, names)
+        producers = [slot.module for slot in slots if slot.side == "out"]
+        if any(p.startswith("time_embedding.") or p == "conv_out" for p in producers):
+            continue
+        levels = {level_of(producer, len(unet.down_blocks)) for producer in producers}
+        if len(levels) != 1:
+            raise ValueError(
+                f"channels shared by {', '.join(producers)} belong to several levels; gradflow "
+                "needs one width per level; choose a model made of standard diffusers blocks"
+            )
+        groups.append(
+            ChannelGroup(
+                name=producers[0],
+                level=levels.pop(),
+                width=1 + max(c for slot in slots for c in slot.channels),
+                unit=_unit(producers, attention, single_head),
+                slots=slots,
+            )
+        )
+    # torch-pruning walks backwards from the output; readers expect the order of the forward pass
+    order = {name: i for i, name in enumerate(names.values())}
+    return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def _slots(found, names: Mapping[nn.Module, str]) -> tuple[Slot, ...]:
+    merged: dict[tuple[str, str], dict[int, int]] = {}
+    for item in found:
+        module = item.dep.target.module
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
+            continue
+        if isinstance(module, nn.GroupNorm):
+            side = "norm"
+        else:
+            side = "out" if "out" in item.dep.handler.__name__ else "in"
+        places = merged.setdefault((names[module], side), {})
+        places.update(zip(item.idxs, item.root_idxs, strict=True))
+    return tuple(
+        Slot(module, side, tuple(sorted(places)), tuple(places[p] for p in sorted(places)))
+        for (module, side), places in merged.items()
+    )
+
+
+def level_of(module: str, levels: int) -> int:
+    """The entry of ``block_out_channels`` that sets a producer's output width."""
+    parts = module.split(".")
+    if parts[0] == "down_blocks":
+        return int(parts[1])
+    if parts[0] == "up_blocks":
+        return levels - 1 - int(parts[1])
+    return levels - 1 if parts[0] == "mid_block" else 0
+
+
+def _unit(
+    producers: Sequence[str], attention: Mapping[str, Attention], single_head: bool
+) -> int:
+    for producer in producers:
+        name, _, projection = producer.rpartition(".")
+        if name in attention and projection in ("to_q", "to_k", "to_v") and not single_head:
+            return attention[name].to_q.out_features // attention[name].heads
+    return 1
+
+
+def single_head_queries(unet: UNet2DModel) -> tuple[str, ...]:
+    """``to_q`` layers of attention whose one head is as wide as the level: channels go one by one."""
+    if unet.config.attention_head_dim is not None:
+        return ()
+    return tuple(f"{name}.to_q" for name in attention_modules(unet))
+
+
+def dense_widths(unet: UNet2DModel) -> tuple[int, ...]:
+    """``block_out_channels`` as a tuple."""
+    return tuple(unet.config.block_out_channels)
+
+
+def index_of(positions: Sequence[int]) -> torch.Tensor:
+    """Positions as an index tensor."""
+    return torch.tensor(list(positions), dtype=torch.long)

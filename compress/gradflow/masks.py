@@ -1,0 +1,152 @@
+"""Soft masks that mean the same as removal.
+
+A unit's mask acts exactly once, at every consumer's input: it multiplies the columns of the
+convolution or linear layer that reads the channel. Norms use it as a weight in mean and variance,
+so a binary mask gives exactly the network that surgery exports.
+"""
+
+import copy
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+from torch.func import functional_call
+
+from compress.gradflow.layout import Layout
+
+
+def masked_group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mask: torch.Tensor,
+    member: torch.Tensor,
+    groups: int,
+    eps: float,
+) -> torch.Tensor:
+    r"""GroupNorm with mask-weighted statistics.
+
+    ``mean = sum(m x) / sum(m)`` and ``var = sum(m (x - mean)^2) / sum(m)`` over the channels of a
+    group and all positions; with a mask of ones this is GroupNorm. The output of masked channels
+    is not zeroed: their consumers' columns are.
+
+    Parameters
+    ----------
+    x : ``(batch, channels, ...)``.
+    weight, bias : ``(channels,)`` affine parameters.
+    mask : ``(channels,)`` in [0, 1], with a positive sum in every group.
+    member : ``(channels,)`` the group of each channel, in [0, groups).
+    groups : number of groups.
+    eps : added to the variance.
+    """
+    var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)  # (batch, channels)
+    share = nn.functional.one_hot(member, groups).to(mask.dtype) * mask[:, None]
+    share = share / share.sum(0)
+    group_mean = (mean @ share)[:, member]
+    group_var = (var + (mean - group_mean).square()) @ share
+    scale = torch.rsqrt(group_var + eps)[:, member] * weight
+    shift = bias - group_mean * scale
+    shape = (*scale.shape, *([1] * (x.dim() - 2)))
+    return x * scale.view(shape) + shift.view(shape)
+
+
+class MaskedGroupNorm(nn.Module):
+    """GroupNorm whose mask and membership are buffers; takes over a norm's parameters."""
+
+    mask: torch.Tensor
+    member: torch.Tensor
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.num_channels, self.eps = norm.num_groups, norm.num_channels, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        ones = torch.ones(norm.num_channels, device=norm.weight.device)
+        member = torch.arange(norm.num_channels) // (norm.num_channels // norm.num_groups)
+        self.register_buffer("mask", ones, persistent=False)
+        self.register_buffer("member", member.to(norm.weight.device), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``(batch, channels, ...)``."""
+        return masked_group_norm(
+            x, self.weight, self.bias, self.mask, self.member, self.num_groups, self.eps
+        ).to(x.dtype)
+
+
+class SoftUNet(nn.Module):
+    """A UNet evaluated at f(theta * m): the network that the flow trains while it moves m.
+
+    Works on a deep copy; parameters keep their names under ``unet.``.
+
+    Parameters
+    ----------
+    unet : the dense model, not modified.
+    layout : where each unit acts.
+    """
+
+    mask: torch.Tensor
+
+    def __init__(self, unet: UNet2DModel, layout: Layout) -> None:
+        super().__init__()
+        self.unet = copy.deepcopy(unet)
+        self.layout = layout
+        for name, module in list(self.unet.named_modules()):
+            if isinstance(module, nn.GroupNorm):
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.unet.get_submodule(parent), attribute, MaskedGroupNorm(module))
+        self.register_buffer("mask", torch.ones(layout.units), persistent=False)
+        columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
+        self._columns = {
+            name: index for name, index in columns.items() if bool((index != layout.units).any())
+        }
+
+    def effective(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parameters and buffers that carry the mask, by name: theta * m."""
+        extended = self.layout.extend(mask)
+        parameters = dict(self.unet.named_parameters())
+        changed: dict[str, torch.Tensor] = {}
+        for name, index in self._columns.items():
+            weight = parameters[name]
+            shape = (1, -1, *([1] * (weight.dim() - 2)))
+            changed[name] = weight * extended[index.to(mask.device)].view(shape)
+        for name, index in self.layout.queries.items():
+            rows = extended[index.to(mask.device)]
+            weight = changed.get(f"{name}.weight", parameters[f"{name}.weight"])
+            changed[f"{name}.weight"] = weight * rows[:, None]
+            if f"{name}.bias" in parameters:
+                changed[f"{name}.bias"] = parameters[f"{name}.bias"] * rows
+        for name, index in self.layout.norms.items():
+            changed[f"{name}.mask"] = extended[index.to(mask.device)]
+        return changed
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict noise ``(batch, channels, height, width)``.
+
+        Parameters
+        ----------
+        sample : ``(batch, channels, height, width)``.
+        timestep : ``(batch,)``.
+        mask : ``(units,)``; the buffer ``mask`` when not given.
+        """
+        mask = self.mask if mask is None else mask
+        output = functional_call(self.unet, self.effective(mask), (sample, timestep))
+        return output.sample
+
+    def adopt_slim_membership(self) -> int:
+        """Let unaligned norms group their kept channels as the slim net will.
+
+        The mask must be binary. Returns the number of norms whose membership changed.
+        """
+        extended = self.layout.extend(self.mask)
+        changed = 0
+        for name in self.layout.unaligned:
+            norm = self.unet.get_submodule(name)
+            kept = extended[self.layout.norms[name].to(extended.device)] > 0.5
+            rank = kept.long().cumsum(0) - 1
+            member = torch.where(
+                kept, rank // (int(kept.sum()) // norm.num_groups), norm.member
+            )
+            changed += bool((member != norm.member).any())
+            norm.member.copy_(member)
+        return changed

@@ -1,0 +1,56 @@
+"""What a method is, and what it reports while it works."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Event:
+    """One sign of progress. The caller owns the loop and shows, logs or ignores it.
+
+    Attributes
+    ----------
+    stage : "prepare", "flow", "recover", "evaluate", "report" or "done".
+    step, total : position within the stage.
+    values : figures worth showing, by name.
+    message : one line for people, where there is something to say.
+    """
+
+    stage: str
+    step: int
+    total: int
+    values: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a method leaves: a model and the facts about how it came to be."""
+
+    model: Any
+    report: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint folder that plain diffusers loads; see ``compress.checkpoint``."""
+        from compress.checkpoint import save_slim
+
+        return save_slim(self.model, Path(folder), self.report)
+
+
+class WeightMethod(Protocol):
+    """A method whose result is new weights (saved as a slim checkpoint).
+
+    ``prune`` yields events and returns the compressed UNet with the report's facts. It never
+    changes the model that it is given.
+    """
+
+    name: str
+    keep_macs: float
+
+    def prune(self, unet: nn.Module, job: Any) -> Generator[Event, None, Any]:
+        """Compress ``unet``; ``job`` carries data, training settings and where to keep state."""
+        ...

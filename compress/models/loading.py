@@ -1,0 +1,120 @@
+"""Load a diffusers pipeline from a recipe's ``model``, with errors that name what is wrong."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from compress.files import folder_hash, read_json
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+
+def builtin_names() -> list[str]:
+    """Names of the pipelines that ship with compress."""
+    return sorted(p.parent.name for p in BUILTIN.glob("*/model_index.json"))
+
+
+def load_pipeline(model: str) -> DiffusionPipeline:
+    """Load ``builtin:NAME``, a local diffusers folder, or a hub id, in float32.
+
+    Only safetensors weights are read, never pickled ones.
+
+    Raises
+    ------
+    ValueError : for an unknown built-in name, a damaged file (named), or an id that the hub does
+        not give.
+    FileNotFoundError : when a local folder is missing or is no pipeline folder.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        return _from_hub(model)
+    check_folder(folder)
+    return DiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True
+    )
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder that a model's name stands for, or None for a hub id.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as :func:`load_pipeline`.
+    """
+    kind, _, name = model.partition(":")
+    if kind == "builtin":
+        if name not in builtin_names():
+            raise ValueError(
+                f"built-in models are {', '.join(builtin_names())}; got {model!r}; name one of them"
+            )
+        return BUILTIN / name
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise FileNotFoundError(
+            f"model folder expected at {model}, which does not exist; give builtin:NAME, a "
+            "diffusers folder or a hub id such as google/ddpm-cifar10-32"
+        )
+    return None
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder is a pipeline whose configuration and weights can be read.
+
+    Raises
+    ------
+    FileNotFoundError : when ``model_index.json`` or a component's weights are missing.
+    ValueError : naming the damaged file.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"a diffusers pipeline folder has a model_index.json; {folder} has none; name the "
+            "pipeline's top folder"
+        )
+    read_json(index)
+    for config in sorted(folder.glob("*/*.json")):
+        read_json(config)
+    for weights in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(weights, "pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{weights} should hold safetensors but is damaged: {error}; restore the file"
+            ) from error
+    if (folder / "unet").is_dir() and not list((folder / "unet").glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"weights expected as safetensors in {folder / 'unet'}; found none (pickled weights "
+            "are not read); convert them with diffusers' save_pretrained"
+        )
+
+
+def _from_hub(model: str) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(
+            model, use_safetensors=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model {model!r} is no folder here and could not be loaded from the hub: {first}; "
+            "check the name and the network, or give a local diffusers folder"
+        ) from error
+
+
+def model_hash(model: str, pipeline: DiffusionPipeline) -> str:
+    """A hash of a model's weights and configuration: of its folder, or of its parameters."""
+    folder = local_folder(model)
+    if folder is not None:
+        return folder_hash(folder)
+    import hashlib
+
+    digest = hashlib.sha256(model.encode())
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

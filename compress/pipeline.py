@@ -1,0 +1,551 @@
+"""The pipeline: load -> compress -> recover -> evaluate -> export -> report; resumable."""
+
+import contextlib
+import copy
+import datetime
+import errno
+import fcntl
+import math
+import shutil
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from safetensors.torch import save
+from torch.utils.data import Dataset
+
+from compress.checkpoint import save_slim
+from compress.cost import unet_cost
+from compress.data import ImageData, digits, load_images
+from compress.data.digits import LICENCE as DIGITS_LICENCE
+from compress.eval import diffusion, fidelity
+from compress.files import write_bytes, write_json, write_text
+from compress.gradflow import GradFlow, OneShot, Training
+from compress.gradflow.groups import dense_widths
+from compress.gradflow.state import Journal
+from compress.gradflow.surgery import slim_config
+from compress.gradflow.train import Pruned, PruningRun, validation_loss
+from compress.method import Compressed, Event
+from compress.models import load_pipeline, model_hash
+from compress.recipe import Recipe, dump, load_recipe
+from compress.report import write_report
+
+# more real images than this change a distance's third digit, and cost time and memory
+REFERENCE_LIMIT = 10_000
+VALIDATION_LIMIT = 2_048
+SHOWN_SAMPLES = 64
+PACKAGES = ("compress-models", "torch", "diffusers", "accelerate", "torch-fidelity", "torch-pruning")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, what metrics.json holds, and the checkpoint."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A recipe with everything it names opened."""
+
+    recipe: Recipe
+    folder: Path
+    pipeline: DiffusionPipeline
+    data: ImageData
+    training: Training
+    device: str
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> RunResult:
+    """Do what a recipe says, to the end; the same as ``compress run``.
+
+    Parameters
+    ----------
+    recipe : path of a YAML file, the bare name of a shipped recipe, or a typed recipe.
+    overrides : ``"method.keep_macs=0.4"`` each.
+    output : the run's folder; the recipe's own when None.
+    resume : go on from the folder's saved state, if there is one.
+    overwrite : replace a run that is there.
+    device : such as "cpu" or "cuda"; CUDA where there is any when None.
+
+    Raises
+    ------
+    ValueError : for a recipe, model or data that cannot be used.
+    FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
+    OSError : when the folder cannot be written or the disk is full.
+    """
+    events = run_events(
+        recipe,
+        overrides=overrides,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+    )
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+def run_events(
+    recipe: str | Path | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> Generator[Event, None, RunResult]:
+    """:func:`run` as a generator of events: the caller owns the loop."""
+    job = _open(recipe, overrides, output, device)
+    recipe = job.recipe
+    # everything that a user can have got wrong is checked before the folder is touched
+    check_target(job.folder, resume=resume, overwrite=overwrite)
+    _check_space(job)
+    pruning = _pruning_run(job, Journal(job.folder), resume=resume)
+    yield Event("prepare", 1, 1, message=_plan(job, pruning))
+    with _claim(job.folder, resume=resume, overwrite=overwrite):
+        write_text(job.folder / "recipe.yaml", _resolved(job))
+        pruned = yield from pruning.events()
+        compressed = _with_unet(job.pipeline, pruned.unet)
+        metrics = yield from _evaluate(job, compressed, pruned)
+        yield Event("report", 0, 2)
+        facts = _provenance(job, pruned, metrics["metrics"])
+        checkpoint = save_slim(compressed, job.folder / "checkpoint", facts)
+        if pruned.trace:
+            write_bytes(job.folder / "trace.safetensors", save(pruned.trace))
+        write_json(job.folder / "metrics.json", metrics)
+        yield Event("report", 1, 2)
+        write_report(job.folder)
+        shutil.rmtree(job.folder / "state", ignore_errors=True)
+    yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
+    return RunResult(job.folder, metrics, checkpoint)
+
+
+def apply(
+    pipeline: DiffusionPipeline,
+    method: GradFlow | OneShot,
+    *,
+    data: ImageData | Dataset[torch.Tensor] | str,
+    training: Training | None = None,
+    device: str | None = None,
+) -> Compressed:
+    """Compress a diffusers pipeline in memory; the given one is not changed.
+
+    Parameters
+    ----------
+    pipeline : with a ``unet`` and a ``scheduler``.
+    method : what to do.
+    data : a data source as in a recipe, or a data set of ``(channels, height, width)`` images in
+        [-1, 1], whose every tenth image is held out.
+    training : how weights are trained.
+    device : CUDA where there is any when None.
+
+    Returns
+    -------
+    With ``model`` (a pipeline), ``report`` and ``save(folder)``.
+    """
+    unet = pipeline.unet
+    if isinstance(data, str):
+        data = load_images(data, unet.config.sample_size, unet.config.in_channels)
+    elif not isinstance(data, ImageData):
+        data = ImageData.split("data", data)
+    run_ = PruningRun(
+        copy.deepcopy(unet),
+        pipeline.scheduler,
+        data,
+        method,
+        training or Training(),
+        Journal(),
+        device=_device(device),
+    )
+    events = run_.events()
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            pruned: Pruned = stop.value
+            break
+    report = {
+        **pruned.report,
+        "method": asdict(method),
+        "widths": _widths(unet, pruned.widths),
+    }
+    return Compressed(_with_unet(pipeline, pruned.unet), report)
+
+
+def dry_run(recipe: str | Path | Recipe, *, device: str | None = None) -> dict[str, Any]:
+    """Predict what a recipe would make, without training or writing anything.
+
+    Returns
+    -------
+    ``params``, ``macs``, ``keep_macs`` (achieved), ``widths``, ``optimiser_steps``, ``memory_mb``
+    (weights, gradients and Adam's moments; activations come on top) and ``problems``.
+    """
+    try:
+        job = _open(recipe, (), None, device)
+        pruning = _pruning_run(job, Journal())
+    except (ValueError, FileNotFoundError) as error:
+        return {"problems": [str(error)]}
+    problems = []
+    try:
+        check_target(job.folder, resume=False, overwrite=False)
+    except FileExistsError as error:
+        problems.append(str(error))
+    unet = job.pipeline.unet
+    with torch.device("meta"):
+        slim = UNet2DModel.from_config(slim_config(unet, pruning.layout))
+    before, after = unet_cost(unet), unet_cost(slim)
+    # weights, gradients, two moments and a teacher of dense size
+    memory = 5 * 4 * before.params / 2**20
+    return {
+        "model": job.recipe.model,
+        "params": [f"{before.params:,} -> {after.params:,}"],
+        "macs": [f"{before.macs:,} -> {after.macs:,}"],
+        "keep_macs": round(after.macs / before.macs, 4),
+        "widths": [f"{tuple(dense_widths(unet))} -> {tuple(pruning.widths)}"],
+        "norms_that_switch_membership": len(pruning.layout.unaligned),
+        "optimiser_steps": pruning.total_steps,
+        "memory_mb": round(memory, 1),
+        "output": str(job.folder),
+        "problems": problems,
+    }
+
+
+def evaluate_model(
+    model: str,
+    *,
+    data: str = "builtin:digits",
+    samples: int = 512,
+    steps: int = 20,
+    sampler: str = "ddim",
+    sampling_seeds: int = 3,
+    inception_weights: str | None = None,
+    device: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure any unconditional diffusers pipeline with the diffusion suite.
+
+    Returns
+    -------
+    Per metric ``value``, ``ci95``, ``n``, ``how``, ``better`` and ``unit``.
+    """
+    from compress.checkpoint import load
+
+    where = _device(device)
+    pipeline = load(model)
+    unet = _unet_of(pipeline, model)
+    images = load_images(data, unet.config.sample_size, unet.config.in_channels)
+    settings = diffusion.SamplingSettings(
+        samples=samples, sampler=sampler, steps=steps, sampling_seeds=sampling_seeds
+    )
+    found = diffusion.evaluate(
+        pipeline,
+        reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
+        settings=settings,
+        extractor=_extractor(data),
+        weights=inception_weights,
+        device=where,
+        extra={"validation_loss": _validation(unet, images, pipeline.scheduler, where)},
+    )
+    found |= diffusion.speed({"model": unet}, settings, device=where)["model"]
+    names = [n for n in diffusion.METRICS if n in found and not n.endswith("_to_dense")]
+    return {
+        name: asdict(found[name])
+        | dict(zip(("better", "unit"), diffusion.METRICS[name], strict=True))
+        for name in names
+    }
+
+
+def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that holds something this run must not touch.
+
+    Raises
+    ------
+    FileExistsError : saying what is there and which option goes on.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output folder expected at {folder}, which is a file; choose another")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "recipe.yaml").exists():
+        raise FileExistsError(
+            f"output folder {folder} holds files that are no run of compress; choose another "
+            "--output"
+        )
+    if overwrite:
+        return
+    if (folder / "report.html").exists():
+        raise FileExistsError(
+            f"output folder {folder} holds a finished run; choose another --output, or replace "
+            "it with --overwrite"
+        )
+    if not resume:
+        raise FileExistsError(
+            f"output folder {folder} holds an unfinished run; go on with --resume, or start "
+            "again with --overwrite"
+        )
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the output folder for this process; a folder that failed before any state goes again."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    with lock.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"output folder {folder} is in use by another process; choose another --output or "
+                "wait"
+            ) from error
+        if overwrite and not resume:
+            for entry in folder.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry != lock:
+                    entry.unlink()
+        try:
+            yield
+        except Exception:
+            if not existed and not (folder / "state" / "state.safetensors").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _open(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str],
+    output: str | Path | None,
+    device: str | None,
+) -> _Job:
+    typed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    pipeline = load_pipeline(typed.model)
+    unet = _unet_of(pipeline, typed.model)
+    data = load_images(typed.data, unet.config.sample_size, unet.config.in_channels)
+    recover = typed.recover.model_dump()
+    train = typed.train.model_dump()
+    training = Training(
+        recover_steps=recover.pop("steps"),
+        **recover,
+        **(train | {"trackers": tuple(train["trackers"])}),
+        seed=typed.seed,
+    )
+    folder = Path(output or typed.output or "runs/compress")
+    return _Job(typed, folder, pipeline, data, training, _device(device))
+
+
+def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
+    unet = getattr(pipeline, "unet", None)
+    if unet is None:
+        raise ValueError(
+            f"a pipeline with a unet is expected; {model} is a {type(pipeline).__name__} with "
+            f"{sorted(pipeline.components)}; choose a DDPM-like pipeline"
+        )
+    return unet
+
+
+def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> PruningRun:
+    return PruningRun(
+        job.pipeline.unet,
+        job.pipeline.scheduler,
+        job.data,
+        job.recipe.method,
+        job.training,
+        journal,
+        device=job.device,
+        resume=resume,
+    )
+
+
+def _device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be such as cpu or cuda; got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+    return device
+
+
+def _plan(job: _Job, pruning: PruningRun) -> str:
+    return (
+        f"{job.recipe.model}: widths {tuple(dense_widths(job.pipeline.unet))} -> "
+        f"{tuple(pruning.widths)}, {pruning.total_steps} optimiser steps, output {job.folder}"
+    )
+
+
+def _check_space(job: _Job) -> None:
+    """Refuse a disk that cannot hold the state (twice, since it is replaced) and the checkpoint."""
+    existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.exists())
+    params = sum(p.numel() for p in job.pipeline.unet.parameters())
+    needed = (2 * 4 + 1) * 4 * params + 2**22
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"about {needed / 2**20:.0f} MB are needed in {job.folder} for state and checkpoint, "
+            f"{free / 2**20:.0f} MB are free; free some space or choose another --output",
+        )
+
+
+def _with_unet(pipeline: DiffusionPipeline, unet: UNet2DModel) -> DiffusionPipeline:
+    return type(pipeline)(**(pipeline.components | {"unet": unet}))
+
+
+def _extractor(data: str) -> str:
+    return fidelity.DIGITS if data == "builtin:digits" else fidelity.INCEPTION
+
+
+def _validation(unet: Any, data: ImageData, scheduler, device: str) -> diffusion.Value:
+    count = min(VALIDATION_LIMIT, len(data.held_out))
+    images = torch.stack([data.held_out[i] for i in range(count)]).to(device)
+    unet = unet.to(device).eval()
+    loss = validation_loss(lambda x, t: unet(x, t).sample, images, scheduler)
+    how = "denoising MSE on held-out images, fixed noise and stratified timesteps, 2 draws each"
+    return diffusion.Value(loss, f"{how}, {torch.device(device).type}", count)
+
+
+def _evaluate(
+    job: _Job, compressed: DiffusionPipeline, pruned: Pruned
+) -> Generator[Event, None, dict[str, Any]]:
+    asked = job.recipe.evaluate
+    settings = diffusion.SamplingSettings(
+        samples=asked.samples,
+        sampler=asked.sampler,
+        steps=asked.steps,
+        sampling_seeds=asked.sampling_seeds,
+    )
+    key = diffusion.samples_key(model_hash(job.recipe.model, job.pipeline), settings, job.device)
+    cache = diffusion.samples_cache_path(key)
+    images: dict[str, diffusion.Samples] = {}
+    cached = diffusion.load_samples(cache)
+    if cached is not None:
+        images["dense"] = cached
+    todo = [(n, p) for n, p in (("dense", job.pipeline), ("compressed", compressed)) if n not in images]
+    done, total = 0, settings.batches * len(todo)
+    for name, pipeline in todo:
+        batches = []
+        for batch in diffusion.draw_batches(pipeline, settings, job.device):
+            batches.append(batch)
+            done += 1
+            yield Event("evaluate", done, total, message="")
+        images[name] = diffusion.gather(batches, settings)
+    if cached is None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            diffusion.save_samples(cache, images["dense"])
+    reference = diffusion.reference_images(job.data.held_out, REFERENCE_LIMIT)
+    found = {}
+    for name, pipeline in (("dense", job.pipeline), ("compressed", compressed)):
+        found[name] = diffusion.evaluate(
+            pipeline,
+            reference=reference,
+            settings=settings,
+            samples=images[name],
+            dense=None if name == "dense" else images["dense"],
+            extractor=_extractor(job.recipe.data),
+            weights=asked.inception_weights,
+            device=job.device,
+            extra={
+                "validation_loss": _validation(
+                    pipeline.unet, job.data, job.pipeline.scheduler, job.device
+                )
+            },
+        )
+    unets = {"dense": job.pipeline.unet, "compressed": compressed.unet}
+    for name, values in diffusion.speed(unets, settings, device=job.device).items():
+        found[name] |= values
+    table = diffusion.side_by_side(found["dense"], found["compressed"])
+    shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
+    write_bytes(job.folder / "samples.safetensors", save(shown))
+    return {
+        "run": _run_facts(job, pruned),
+        "widths": _widths(job.pipeline.unet, pruned.widths),
+        "metrics": table,
+        "floor": _floor(job.recipe.data),
+        "warnings": diffusion.warnings_of(table),
+    }
+
+
+def _floor(data: str) -> dict[str, float]:
+    """Distances between the two halves of the real data: what a perfect sampler would reach."""
+    if data != "builtin:digits":
+        return {}
+    halves = [diffusion.reference_images(digits(half)[0]) for half in ("a", "b")]
+    found = fidelity.floor(*halves)
+    return {name: found[name] for name in ("fid_digits", "kid_digits")}
+
+
+def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
+    facts = {k: v for k, v in pruned.report.items() if k != "surgery"}
+    return {
+        "method": asdict(job.recipe.method),
+        "model": job.recipe.model,
+        "data": job.recipe.data,
+        "seed": job.recipe.seed,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": diffusion.device_name(job.device),
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+        "surgery": {k: _finite(v) for k, v in pruned.report["surgery"].items()},
+        **facts,
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _widths(unet: UNet2DModel, widths: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {"level": f"block_out_channels[{i}]", "dense": dense, "compressed": slim}
+        for i, (dense, slim) in enumerate(zip(dense_widths(unet), widths, strict=True))
+    ]
+
+
+def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str, Any]:
+    recipe = job.recipe.model_dump(mode="json")
+    licence = DIGITS_LICENCE if job.recipe.model == "builtin:ddpm-digits" else None
+    return {
+        "base_model": job.recipe.model,
+        "base_hash": model_hash(job.recipe.model, job.pipeline),
+        "base_licence": licence or "see the base model",
+        "recipe": recipe,
+        "widths": _widths(job.pipeline.unet, pruned.widths),
+        "metrics": metrics,
+        "versions": _versions(),
+    }
+
+
+def _resolved(job: _Job) -> str:
+    lines = [f"# {name} {number}" for name, number in _versions().items()]
+    return "\n".join([*lines, dump(job.recipe)])

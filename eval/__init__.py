@@ -1,0 +1,1 @@
+"""Measuring compressed models: fidelity, consistency, cost, latency and the tables."""

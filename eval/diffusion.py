@@ -1,0 +1,522 @@
+"""The diffusion suite: every number of one pipeline, each with its n, interval and provenance."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors
+import safetensors.torch
+import torch
+from diffusers import DiffusionPipeline
+from scipy import stats
+
+from compress.cost import unet_cost, unet_inputs
+from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
+from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
+from compress.eval.latency import latency, peak_memory
+from compress.eval.sampling import sample_batches, to_uint8
+from compress.files import write_bytes
+from compress.models.digits_features import load_digits_features
+
+JUDGE = "digits-judge"
+JUDGE_CONFIDENCE = 0.9
+
+# name -> (which direction is better, unit), in the order of the report's table
+METRICS = {
+    "params": ("lower", "parameters"),
+    "macs": ("lower", "MACs per forward"),
+    "validation_loss": ("lower", "MSE of predicted noise"),
+    "fid": ("lower", "distance"),
+    "fid_digits": ("lower", "distance"),
+    "kid": ("lower", "squared MMD"),
+    "kid_digits": ("lower", "squared MMD"),
+    "is": ("higher", "score"),
+    "is_digits": ("higher", "score"),
+    "precision": ("higher", "share"),
+    "precision_digits": ("higher", "share"),
+    "recall": ("higher", "share"),
+    "recall_digits": ("higher", "share"),
+    "ssim_to_dense": ("higher", "SSIM"),
+    "mse_to_dense": ("lower", "squared grey level"),
+    "looks_like_digits": ("higher", "share"),
+    "class_share_min": ("higher", "share"),
+    "class_share_max": ("lower", "share"),
+    "latency_ms": ("lower", "ms per denoising step"),
+    "images_per_second": ("higher", "images/s"),
+    "peak_memory_mb": ("lower", "MB"),
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measured number.
+
+    Parameters
+    ----------
+    value : the number.
+    how : tool, extractor, samples, device.
+    n : what it was measured on: images, repeats, or 1 for a count.
+    ci95 : 95% confidence interval, or None where there is none (a count, a single seed).
+    """
+
+    value: float
+    how: str
+    n: int = 1
+    ci95: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How the images of the suite are drawn.
+
+    The seed belongs to the evaluation, not to the training: runs with different training seeds are
+    compared on the same noise and share the dense model's cached images.
+
+    Parameters
+    ----------
+    samples : images per sampling seed; the distances need many, and are biased upwards by few.
+    sampler : ``ddim`` or ``ddpm``.
+    steps : denoising steps.
+    sampling_seeds : how many independent sets are drawn; the intervals of FID and its like come
+        from their spread, so at least 2 give one.
+    seed : the first sampling seed; the others follow it.
+    batch : images per forward pass; no effect on the noise.
+    """
+
+    samples: int = 512
+    sampler: str = "ddim"
+    steps: int = 20
+    sampling_seeds: int = 3
+    seed: int = 0
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "sampling_seeds", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}; raise it")
+
+    @property
+    def seeds(self) -> range:
+        """The sampling seeds."""
+        return range(self.seed, self.seed + self.sampling_seeds)
+
+    @property
+    def batches(self) -> int:
+        """How many batches `draw_batches` yields."""
+        return self.sampling_seeds * math.ceil(self.samples / self.batch)
+
+    def __str__(self) -> str:
+        """Say it as ``3 seeds x 512 images, DDIM, 20 steps``."""
+        return (
+            f"{self.sampling_seeds} seeds x {self.samples} images, {self.sampler.upper()}, "
+            f"{self.steps} steps"
+        )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Drawn images, uint8 ``(seeds, samples, channels, height, width)``."""
+
+    images: torch.Tensor
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """All images, ``(seeds * samples, channels, height, width)``."""
+        return self.images.flatten(0, 1)
+
+
+def draw_batches(
+    pipeline: DiffusionPipeline, settings: SamplingSettings, device: str | torch.device = "cpu"
+) -> Iterator[torch.Tensor]:
+    """Yield ``settings.batches`` batches of images; `gather` puts them together.
+
+    The caller owns the loop, and so the progress bar.
+    """
+    for seed in settings.seeds:
+        yield from sample_batches(
+            pipeline,
+            count=settings.samples,
+            steps=settings.steps,
+            sampler=settings.sampler,
+            seed=seed,
+            batch=settings.batch,
+            device=device,
+        )
+
+
+def gather(batches: Iterable[torch.Tensor], settings: SamplingSettings) -> Samples:
+    """Put the batches of `draw_batches` together."""
+    images = torch.cat(list(batches))
+    return Samples(images.unflatten(0, (settings.sampling_seeds, settings.samples)))
+
+
+def draw(
+    pipeline: DiffusionPipeline, settings: SamplingSettings, device: str | torch.device = "cpu"
+) -> Samples:
+    """All images of a pipeline in one call."""
+    return gather(draw_batches(pipeline, settings, device), settings)
+
+
+def samples_key(
+    model_hash: str, settings: SamplingSettings, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Everything that decides the pixels of a model's samples; the batch size does not."""
+    return {
+        "model": model_hash,
+        "samples": settings.samples,
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "seeds": list(settings.seeds),
+        "device": torch.device(device).type,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def samples_cache_path(key: Mapping[str, Any]) -> Path:
+    """Where samples with this key are kept: $COMPRESS_CACHE or ~/.cache/compress.
+
+    Parameters
+    ----------
+    key : JSON values; its order does not matter. See `samples_key`.
+    """
+    home = os.environ.get("COMPRESS_CACHE")
+    root = Path(home) if home else Path.home() / ".cache" / "compress"
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return root / "samples" / f"{digest[:32]}.safetensors"
+
+
+def save_samples(path: Path, samples: Samples) -> None:
+    """Write samples atomically.
+
+    Raises
+    ------
+    OSError : when the folder cannot be made or written; nothing half-written is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, safetensors.torch.save({"images": samples.images.contiguous()}))
+
+
+def load_samples(path: Path) -> Samples | None:
+    """Read samples back; None where there are none or the file is damaged, so draw them again."""
+    try:
+        images = safetensors.torch.load(path.read_bytes())["images"]
+    except (FileNotFoundError, KeyError, safetensors.SafetensorError):
+        return None
+    if images.dtype != torch.uint8 or images.dim() != 5:
+        return None
+    return Samples(images)
+
+
+def reference_images(images: Iterable[torch.Tensor], limit: int | None = None) -> torch.Tensor:
+    """Stack real images ``(channels, height, width)`` in [-1, 1] to uint8 ``(n, ...)``.
+
+    Parameters
+    ----------
+    images : a data set, read from its start.
+    limit : read at most so many.
+    """
+    chosen = []
+    for index, image in enumerate(images):
+        if index == limit:
+            break
+        chosen.append(to_uint8(image))
+    if not chosen:
+        raise ValueError("the reference must hold images; got none; check the data and the limit")
+    return torch.stack(chosen)
+
+
+def mean_interval(values: Iterable[float]) -> tuple[float, float] | None:
+    """95% t interval of a mean of few independent values; None for a single one."""
+    given = torch.tensor(list(values), dtype=torch.float64)
+    if len(given) < 2:
+        return None
+    spread = float(given.std()) / math.sqrt(len(given)) * float(stats.t.ppf(0.975, len(given) - 1))
+    return float(given.mean()) - spread, float(given.mean()) + spread
+
+
+def share_interval(hits: int, n: int) -> tuple[float, float]:
+    """95% Wilson interval of a share; it stays inside [0, 1] at the ends too."""
+    z = float(stats.norm.ppf(0.975))
+    share, scale = hits / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluate(
+    pipeline: DiffusionPipeline,
+    *,
+    reference: torch.Tensor,
+    settings: SamplingSettings,
+    samples: Samples | None = None,
+    dense: Samples | None = None,
+    extractor: str = DIGITS,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    extra: Mapping[str, Value] | None = None,
+) -> dict[str, Value]:
+    """Measure one pipeline: size, distances to real images, likeness to the dense model's images.
+
+    Time and memory are not here, since they are fair only side by side: see `speed`.
+
+    Parameters
+    ----------
+    pipeline : unconditional diffusers pipeline, ours or a stranger's.
+    reference : real images, uint8 ``(n, channels, height, width)``.
+    settings : how images are drawn.
+    samples : the pipeline's images where they are at hand, drawn with the same settings.
+    dense : the dense model's images from the same noise; None when this pipeline is the dense one.
+    extractor, weights : as in `fidelity.fidelity`.
+    device : where sampling and the extractor run.
+    extra : further metrics, for example ``validation_loss``.
+
+    Returns
+    -------
+    dict : metric name -> `Value`, in the order of `METRICS`.
+
+    Raises
+    ------
+    ValueError : for what the samplers and the extractors refuse, unpaired samples, or extra metrics
+        whose name is not in `METRICS`.
+    """
+    unknown = sorted(set(extra or {}) - set(METRICS))
+    if unknown:
+        raise ValueError(f"extra metrics must be among {list(METRICS)}; got {unknown}; rename them")
+    if samples is None:
+        samples = draw(pipeline, settings, device)
+    for name, given in (("samples", samples), ("dense", dense)):
+        wanted = (settings.sampling_seeds, settings.samples)
+        if given is not None and given.images.shape[:2] != wanted:
+            raise ValueError(
+                f"{name} must hold {settings}; got {tuple(given.images.shape[:2])} seeds and "
+                "images; draw them with these settings"
+            )
+    cost = unet_cost(pipeline.unet)
+    found = {
+        "params": Value(cost.params, "counted"),
+        "macs": Value(cost.macs, "counted at batch 1, functional attention included"),
+    }
+    found |= distances(samples, reference, settings, extractor, weights, device)
+    found |= likeness(samples, dense, settings)
+    if extractor == DIGITS:
+        found |= digit_checks(samples, settings)
+    found |= extra or {}
+    return {name: found[name] for name in METRICS if name in found}
+
+
+def distances(
+    samples: Samples,
+    reference: torch.Tensor,
+    settings: SamplingSettings,
+    extractor: str = DIGITS,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Value]:
+    """FID, KID, IS, precision and recall: mean over sampling seeds, t interval over them."""
+    per_seed = [
+        fidelity(images, reference, extractor=extractor, weights=weights, device=device)
+        for images in samples.images
+    ]
+    layer = {DIGITS: "64-d", INCEPTION: "2048-d"}[extractor]
+    how = (
+        f"torch-fidelity {version('torch-fidelity')}, {extractor} ({layer}), {settings}, "
+        f"{len(reference)} reference images, {torch.device(device).type}; mean over seeds, "
+        "t interval"
+    )
+    result = {}
+    for name in per_seed[0]:
+        values = [metrics[name] for metrics in per_seed]
+        mean = sum(values) / len(values)
+        result[name] = Value(mean, how, len(samples.flat), mean_interval(values))
+    return result
+
+
+def likeness(
+    samples: Samples, dense: Samples | None, settings: SamplingSettings
+) -> dict[str, Value]:
+    """SSIM and MSE to the dense model's images, mean over all pairs; SSIM only where it fits."""
+    n = len(samples.flat)
+    if dense is None:
+        same = "the dense model's images compared with themselves"
+        return {"ssim_to_dense": Value(1.0, same, n), "mse_to_dense": Value(0.0, same, n)}
+    if samples.images.shape != dense.images.shape:
+        raise ValueError(
+            f"samples are paired with the dense model's; got {tuple(samples.images.shape)} and "
+            f"{tuple(dense.images.shape)}; draw both with the same settings"
+        )
+    pairs = f"{settings}, same noise; mean over pairs, normal interval"
+    measured = {
+        "mse_to_dense": (mse_to(samples.flat, dense.flat), f"grey levels in [0, 1], {pairs}")
+    }
+    if min(samples.images.shape[-2:]) >= WINDOW:
+        how = f"torchmetrics {version('torchmetrics')}, window {WINDOW}, sigma {SIGMA}, {pairs}"
+        measured["ssim_to_dense"] = (ssim_to(samples.flat, dense.flat), how)
+    result = {}
+    for name, (values, how) in measured.items():
+        mean, interval = float(values.mean()), None
+        if n > 1:
+            half = float(stats.norm.ppf(0.975)) * float(values.std()) / math.sqrt(n)
+            interval = (mean - half, mean + half)
+        result[name] = Value(mean, how, n, interval)
+    return result
+
+
+def digit_checks(samples: Samples, settings: SamplingSettings) -> dict[str, Value]:
+    """Ask a second classifier how many samples look like digits, and whether classes are missing.
+
+    ``looks_like_digits`` is the share of images to which the judge gives p >= 0.9 for some class;
+    ``class_share_min`` and ``class_share_max`` are the shares of the rarest and the most frequent
+    class, with the Wilson interval of that one class.
+    """
+    images = samples.flat.float().mean(dim=1, keepdim=True) / 127.5 - 1
+    judge = load_digits_features(JUDGE)
+    with torch.no_grad():
+        chances = torch.cat([judge(part) for part in images.split(512)]).softmax(dim=1)
+    n = len(images)
+    confident = int((chances.amax(dim=1) >= JUDGE_CONFIDENCE).sum())
+    counts = chances.argmax(dim=1).bincount(minlength=10)
+    found = {
+        "looks_like_digits": confident,
+        "class_share_min": int(counts.min()),
+        "class_share_max": int(counts.max()),
+    }
+    how = f"{JUDGE} (p >= {JUDGE_CONFIDENCE} counts as a digit), {settings}; Wilson interval"
+    return {name: Value(hits / n, how, n, share_interval(hits, n)) for name, hits in found.items()}
+
+
+def speed(
+    unets: Mapping[str, Any],
+    settings: SamplingSettings,
+    *,
+    device: str | torch.device = "cpu",
+    batch: int = 64,
+    repeats: int = 20,
+) -> dict[str, dict[str, Value]]:
+    """Latency, sampling throughput and peak memory of several UNets, measured in turns.
+
+    Parameters
+    ----------
+    unets : by name, for example ``{"dense": ..., "compressed": ...}``; copied, never moved.
+    settings : whose ``steps`` turn time per step into images per second.
+    device : where to measure.
+    batch : images per pass of throughput and memory; latency is measured at batch 1.
+    repeats : timed passes per UNet; throughput, being steadier, takes a quarter of them.
+
+    Returns
+    -------
+    dict : name -> metric -> `Value`.
+    """
+    device = torch.device(device)
+    copies = {name: copy.deepcopy(unet).eval().to(device) for name, unet in unets.items()}
+    first = next(iter(copies.values()))
+    one, many = (
+        {k: v.to(device) for k, v in unet_inputs(first, size, "cpu").items()} for size in (1, batch)
+    )
+    for inputs in (one, many):
+        inputs["sample"] = inputs["sample"].to(first.dtype)
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    where = f"{device_name(device)}{threads}"
+    single = latency(copies, one, device=device, repeats=repeats)
+    whole = latency(copies, many, device=device, repeats=max(1, repeats // 4), warmup=1)
+    result = {}
+    for name, unet in copies.items():
+        step, block = single[name], whole[name]
+        memory = peak_memory(unet, many, device=device)
+        per_second = batch * 1e3 / settings.steps
+        result[name] = {
+            "latency_ms": Value(
+                step.median,
+                f"one UNet forward at batch 1, {where}; median, p20 {step.p20:.2f}, "
+                f"p80 {step.p80:.2f}, models in turns; order-statistic interval",
+                step.n,
+                None if step.low is None or step.high is None else (step.low, step.high),
+            ),
+            "images_per_second": Value(
+                per_second / block.median,
+                f"UNet forwards of {settings.steps} steps at batch {batch}, {where}; from the "
+                "median, models in turns",
+                block.n,
+                None
+                if block.low is None or block.high is None
+                else (per_second / block.high, per_second / block.low),
+            ),
+            "peak_memory_mb": Value(memory.megabytes, f"batch {batch}, {where}; {memory.how}"),
+        }
+    return result
+
+
+def device_name(device: str | torch.device) -> str:
+    """``cpu``, or the GPU's product name."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def side_by_side(
+    dense: Mapping[str, Value], compressed: Mapping[str, Value]
+) -> dict[str, dict[str, Any]]:
+    """Make the ``metrics`` part of metrics.json out of the values of two pipelines.
+
+    ``ratio`` is compressed / dense, null where the dense value is not positive.
+    """
+    table = {}
+    for name, (better, unit) in METRICS.items():
+        if name not in dense or name not in compressed:
+            continue
+        before, after = dense[name], compressed[name]
+        table[name] = {
+            "dense": _cell(before),
+            "compressed": _cell(after),
+            "ratio": after.value / before.value if before.value > 0 else None,
+            "better": better,
+            "unit": unit,
+            "how": after.how,
+        }
+    return table
+
+
+def _cell(value: Value) -> dict[str, Any]:
+    interval = None if value.ci95 is None else list(value.ci95)
+    return {"value": value.value, "ci95": interval, "n": value.n}
+
+
+def warnings_of(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say what a reader of the numbers should not miss; goes to metrics.json as ``warnings``.
+
+    Parameters
+    ----------
+    metrics : as `side_by_side` makes it.
+    """
+
+    def ratio(name: str) -> float | None:
+        return metrics.get(name, {}).get("ratio")
+
+    found = []
+    macs, step, rate = ratio("macs"), ratio("latency_ms"), ratio("images_per_second")
+    if macs is not None and macs < 0.95:
+        if step is not None and step > 0.95:
+            found.append(
+                f"MACs fell to {macs:.0%} of the dense model's, but the latency of a step at batch "
+                f"1 only to {step:.0%}: a step this small is not limited by arithmetic on this "
+                "device"
+            )
+        if rate is not None and rate < 1.05:
+            found.append(
+                f"MACs fell to {macs:.0%} of the dense model's, but images per second only rose to "
+                f"{rate:.0%}: these widths do not suit the device"
+            )
+    looks = metrics.get("looks_like_digits", {}).get("compressed", {}).get("value")
+    if looks is not None and looks < 0.9:
+        found.append(
+            f"only {looks:.0%} of the compressed model's samples look like digits to the judge; "
+            "below 90% the distances compare poor images"
+        )
+    return found

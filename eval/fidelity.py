@@ -1,0 +1,258 @@
+"""FID, KID, Inception score, precision and recall, all by torch-fidelity's own code."""
+
+import contextlib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch_fidelity
+from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from compress.data import digits
+from compress.models.digits_features import load_digits_features
+
+DIGITS = "digits-features"
+INCEPTION = "inception-v3-compat"
+SUFFIXES = {DIGITS: "_digits", INCEPTION: ""}
+NEIGHBOURS = 3
+# the convention for Inception; a set of digits is small enough to be used whole
+KID_SUBSETS = {DIGITS: 10, INCEPTION: 100}
+KID_SUBSET_SIZE = 1000
+DOWNLOAD_WAIT_SECONDS = 10
+
+
+class DigitsFeatureExtractor(FeatureExtractorBase):
+    """torch-fidelity's face of the built-in classifier of digits.
+
+    Provides ``features`` (64 penultimate activations) and ``logits`` (10). Both are float64:
+    torch-fidelity computes means and kernels in the dtype of the features, and KID values of 1e-4
+    drown in the rounding of float32 sums.
+
+    Parameters
+    ----------
+    name : what it is registered as.
+    features_list : which of the two to give.
+    kwargs : every option of the torch-fidelity call, by its interface; none is used.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
+        super().__init__(name, features_list)
+        self.classifier = load_digits_features(DIGITS)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names that ``features_list`` may hold."""
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Which features a metric uses: logits for the Inception score, else ``features``."""
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Not worth compiling."""
+        return False
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Features of uint8 images ``(n, 3, 16, 16)``: float64 ``(n, 64)`` and ``(n, 10)``."""
+        grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
+        features = self.classifier.features(grey)
+        given = {"features": features, "logits": self.classifier.classes(features)}
+        return tuple(given[name].double() for name in self.features_list)
+
+
+class _Images(Dataset[torch.Tensor]):
+    """uint8 images as torch-fidelity wants them: three equal channels when they are grey."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images.expand(-1, 3, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+def fidelity(
+    samples: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    extractor: str = DIGITS,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    batch: int = 64,
+) -> dict[str, float]:
+    """Distances between two sets of images in the feature space of a named extractor.
+
+    Parameters
+    ----------
+    samples : generated images, uint8 ``(n, 1 or 3, height, width)``; n >= 4.
+    reference : real images, uint8 ``(m, 1 or 3, height, width)``; m >= 4, m may differ from n.
+    extractor : ``digits-features`` (16x16 only) or ``inception-v3-compat`` (the standard one).
+    weights : file of Inception's weights; None lets torch-fidelity download and keep them.
+    device : where the extractor runs.
+    batch : images per pass.
+
+    Returns
+    -------
+    dict : ``fid``, ``kid`` (lower is better), ``is``, ``precision``, ``recall`` (higher is better),
+        each name with ``_digits`` behind it unless the extractor is Inception. ``precision`` is the
+        share of samples inside the reference's manifold (3 neighbours), ``recall`` the reverse.
+        KID is unbiased, so it may be slightly negative for equal distributions; for the digits its
+        kernel is scaled by `digits_kid_gamma`.
+
+    Raises
+    ------
+    ValueError : for images that do not fit, an unknown extractor, or weights that cannot be had.
+    """
+    if extractor not in SUFFIXES:
+        raise ValueError(
+            f"extractor must be one of {sorted(SUFFIXES)}; got {extractor!r}; name one of them"
+        )
+    for name, images in (("samples", samples), ("reference", reference)):
+        _check(name, images, extractor)
+    device = torch.device(device)
+    if extractor == DIGITS:
+        register_digits_features()
+    else:
+        _check_inception(weights)
+    on_gpu = device.type == "cuda"
+    smaller = min(len(samples), len(reference))
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        found = torch_fidelity.calculate_metrics(
+            input1=_Images(samples),
+            input2=_Images(reference),
+            cuda=on_gpu,
+            batch_size=batch,
+            isc=True,
+            fid=True,
+            kid=True,
+            prc=True,
+            feature_extractor=extractor,
+            feature_extractor_weights_path=weights,
+            isc_splits=min(10, len(samples)),
+            kid_subsets=KID_SUBSETS[extractor],
+            kid_subset_size=min(KID_SUBSET_SIZE, smaller),
+            kid_kernel_poly_gamma=digits_kid_gamma() if extractor == DIGITS else None,
+            prc_neighborhood=NEIGHBOURS,
+            cache=False,  # its cache is pickled, and lies outside the run folder
+            save_cpu_ram=True,  # no worker processes for images that lie in memory
+            verbose=False,
+        )
+    keys = {
+        "fid": "frechet_inception_distance",
+        "kid": "kernel_inception_distance_mean",
+        "is": "inception_score_mean",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    return {name + SUFFIXES[extractor]: float(found[key]) for name, key in keys.items()}
+
+
+def floor(
+    half: torch.Tensor,
+    other_half: torch.Tensor,
+    *,
+    extractor: str = DIGITS,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """Metrics between two halves of the real data: what a perfect generator would score.
+
+    Finite sets of real images are not at distance 0 either; every value is read against this.
+    `half` takes the place of the samples, `other_half` is the reference of all metrics. For the
+    digits these are halves a and b; the extractor was trained on half a.
+
+    Parameters
+    ----------
+    half, other_half : uint8 ``(n, channels, height, width)``.
+    extractor, weights, device : as in `fidelity`.
+
+    Returns
+    -------
+    dict : the names of `fidelity`.
+    """
+    return fidelity(half, other_half, extractor=extractor, weights=weights, device=device)
+
+
+@cache
+def digits_kid_gamma() -> float:
+    """Scale of KID's kernel (gamma <x, y> + 1)^3 for digits-features: 1 / E|x|^2 over half a.
+
+    The convention, 1 / dimensions, assumes activations of size about 1, as Inception's are. Those
+    of digits-features are several times larger: the cube then made KID a matter of the few longest
+    vectors, with values in the thousands between two halves of the same data.
+    """
+    features = load_digits_features(DIGITS).features(digits("a")[0])
+    return 1 / float(features.square().sum(dim=1).mean())
+
+
+def register_digits_features() -> None:
+    """Make ``digits-features`` known to torch-fidelity; a second call changes nothing."""
+    if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
+        torch_fidelity.register_feature_extractor(DIGITS, DigitsFeatureExtractor)
+
+
+def _check(name: str, images: torch.Tensor, extractor: str) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{name} must be uint8 (n, 1 or 3, height, width); got {images.dtype} "
+            f"{tuple(images.shape)}; convert them with sampling.to_uint8"
+        )
+    if len(images) <= NEIGHBOURS:
+        raise ValueError(
+            f"{name} must hold at least {NEIGHBOURS + 1} images, for precision and recall with "
+            f"{NEIGHBOURS} neighbours; got n={len(images)}; draw more"
+        )
+    if extractor == DIGITS and images.shape[-2:] != (16, 16):
+        raise ValueError(
+            f"{DIGITS} takes 16x16 images; {name} are {images.shape[-2]}x{images.shape[-1]}; "
+            f"use the extractor {INCEPTION}"
+        )
+
+
+def _check_inception(weights: str | None) -> None:
+    """See that Inception's weights are at hand or can be fetched, before torch-fidelity tries."""
+    if weights is not None:
+        try:
+            # torch-fidelity unpickles the file without restraint: refuse all but plain tensors here
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds for a file that is not its own
+            raise ValueError(
+                f"Inception's weights were expected as a PyTorch state dict in {weights}; reading "
+                f"it failed with {type(error).__name__}; download {URL_INCEPTION_V3} and give its "
+                "path"
+            ) from error
+        layer = state.get("fc.weight") if isinstance(state, dict) else None
+        if getattr(layer, "shape", None) != (1008, 2048):
+            raise ValueError(
+                f"{weights} should hold the Inception of torch-fidelity, whose fc.weight is 1008 x "
+                f"2048; it holds another network; download {URL_INCEPTION_V3} and give its path"
+            )
+        return
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if kept.is_file():
+        return
+    with _explained(kept):
+        request = urllib.request.Request(URL_INCEPTION_V3, method="HEAD")
+        urllib.request.urlopen(request, timeout=DOWNLOAD_WAIT_SECONDS).close()
+
+
+@contextlib.contextmanager
+def _explained(kept: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, urllib.error.URLError) as error:
+        raise ValueError(
+            f"the extractor {INCEPTION} needs its weights: no path was given, {kept} does not "
+            f"exist, and {URL_INCEPTION_V3} could not be reached ({error}); download that file on "
+            "another machine and set evaluate.inception_weights to its path"
+        ) from error

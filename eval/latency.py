@@ -1,0 +1,176 @@
+"""Time and memory of a forward pass, measured so that two models can be compared."""
+
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass over ``n`` repeats.
+
+    ``low`` and ``high`` bound the median with at least 95% confidence, by order statistics and
+    without an assumption about the distribution; None when ``n`` is too small for that (below 6).
+    """
+
+    p20: float
+    median: float
+    p80: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of one forward pass in MB (1e6 bytes), weights included, and how it was found."""
+
+    megabytes: float
+    how: str
+
+
+def summarise(milliseconds: list[float]) -> Latency:
+    """Median, 20th and 80th percentile of the times of repeats, and an interval of the median."""
+    times = np.sort(np.asarray(milliseconds, dtype=np.float64))
+    if len(times) == 0:
+        raise ValueError("a latency needs at least 1 repeat; got none; raise repeats")
+    p20, median, p80 = (float(value) for value in np.percentile(times, [20, 50, 80]))
+    # P(fewer than k of n values lie under the true median) = Binomial(n, 1/2)
+    rank = int(stats.binom.ppf(0.025, len(times), 0.5))
+    low = high = None
+    if rank >= 1:
+        low, high = float(times[rank - 1]), float(times[len(times) - rank])
+    return Latency(p20, median, p80, low, high, len(times))
+
+
+@torch.no_grad()
+def latency(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    *,
+    device: str | torch.device = "cpu",
+    repeats: int = 20,
+    warmup: int = 3,
+) -> dict[str, Latency]:
+    """Time the forward pass of each model, in turns: A B A B.
+
+    Taking turns lets clock changes and other load hit all models alike. CUDA events on a GPU, the
+    monotonic clock on a CPU.
+
+    Parameters
+    ----------
+    models : by name; on ``device`` already.
+    inputs : keyword arguments of every forward, on ``device`` already.
+    device : of the models.
+    repeats : timed passes per model.
+    warmup : untimed passes per model before.
+
+    Returns
+    -------
+    dict : name -> `Latency`.
+    """
+    device = torch.device(device)
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1; got repeats={repeats}; raise it")
+    for _ in range(warmup):
+        for model in models.values():
+            model(**inputs)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            times[name].append(_once(model, inputs, device))
+    return {name: summarise(values) for name, values in times.items()}
+
+
+def _once(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        model(**inputs)
+        return (time.perf_counter() - start) * 1e3
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        model(**inputs)
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end))
+
+
+@torch.no_grad()
+def peak_memory(
+    model: nn.Module, inputs: Mapping[str, Any], *, device: str | torch.device = "cpu"
+) -> Memory:
+    """Peak memory of one forward pass: weights, buffers, inputs and live intermediate tensors.
+
+    On a GPU, what PyTorch's allocator held at most beyond what other tensors held before. On a CPU
+    there is no such counter: the bytes of all tensors alive at once are summed up as operators
+    return them, which leaves out scratch space inside an operator.
+
+    Parameters
+    ----------
+    model : on ``device`` already.
+    inputs : keyword arguments of the forward, on ``device`` already.
+    device : of the model.
+    """
+    device = torch.device(device)
+    own = [*model.parameters(), *model.buffers()]
+    own += [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        model(**inputs)
+        torch.cuda.synchronize(device)
+        extra = torch.cuda.max_memory_allocated(device) - before
+        how = "weights + inputs + rise of torch.cuda.max_memory_allocated over a forward"
+    else:
+        with _LiveTensors(set(storages)) as live:
+            model(**inputs)
+        extra = live.peak
+        how = "weights + inputs + live tensors of a forward; scratch inside operators not counted"
+    return Memory((sum(storages.values()) + extra) / 1e6, how)
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Sums the storages that operators return, as long as they live; ``peak`` is the most at once.
+
+    Parameters
+    ----------
+    known : addresses of storages that are counted elsewhere.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.now, self.peak = known, 0, 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self.known or address in self.seen:
+            return
+        self.seen.add(address)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, address, size)
+
+    def _remove(self, address: int, size: int) -> None:
+        self.seen.discard(address)
+        self.now -= size

@@ -1,0 +1,56 @@
+"""What every test gets: a seed, its own cache, few threads, and a look at what it leaves behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+# caches that tools keep in the checkout by design
+LITTER_ALLOWED = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "build", "runs"}
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.name in LITTER_ALLOWED or path.name == "__pycache__":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        elif path.suffix != ".py":  # somebody may be writing code while the tests run
+            yield str(path.relative_to(REPOSITORY))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _leaves_no_files() -> Iterator[None]:
+    before = set(_files(REPOSITORY))
+    yield
+    left = sorted(set(_files(REPOSITORY)) - before)
+    if left:
+        raise RuntimeError(f"the tests left files in the checkout: {', '.join(left)}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    # one cache for the session's tests: dense samples need not be drawn again, and the user's
+    # own cache is neither read nor filled
+    base = tmp_path_factory.getbasetemp() / "compress-cache"
+    monkeypatch.setenv("COMPRESS_CACHE", str(base))

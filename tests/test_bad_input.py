@@ -1,0 +1,197 @@
+"""Bad input to real runs: one clear message, a non-zero exit, nothing half-written."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compress.cli import app
+
+BUILTIN = Path(str(resources.files("compress.models.builtin"))) / "ddpm-digits"
+# the shortest run there is, for the mistakes that show late
+SHORT = [
+    "--set=method={name: oneshot, criterion: magnitude, keep_macs: 0.5, steps: 0}",
+    "--set=recover.steps=1",
+    "--set=recover.batch=2",
+    "--set=recover.distill=0",
+    "--set=evaluate={samples: 16, steps: 1, sampling_seeds: 1}",
+]
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """Run, expect exit code 2 with one message on stderr, and see that nothing was written."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        result = CliRunner().invoke(app, ["run", "ddpm_gradflow", *map(str, arguments)])
+        assert result.exit_code == 2, result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert result.stdout == ""
+        assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+        return result.stderr
+
+    return refused
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BUILTIN, folder)
+    return folder
+
+
+def test_unknown_key(refused):
+    assert "nearest known key: method.keep_macs" in refused("--set=method.keep_mac=0.5")
+
+
+def test_negative_keep(refused):
+    assert "greater than 0" in refused("--set=method.keep_macs=-0.5")
+
+
+def test_keep_macs_below_what_group_norm_allows(refused):
+    assert "keep_macs" in refused("--set=method.keep_macs=0.0001")
+
+
+def test_missing_model_folder(refused):
+    assert "nowhere" in refused("--set=model=./nowhere")
+
+
+def test_unknown_built_in_model(refused):
+    assert "ddpm-digits" in refused("--set=model=builtin:ddpm-digit")
+
+
+def test_corrupt_safetensors(refused, model):
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert weights.name in refused(f"--set=model={model}")
+
+
+def test_a_pickled_checkpoint_is_not_opened(refused, model):
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    assert "safetensors" in refused(f"--set=model={model}")
+
+
+def test_unsupported_unet_class(refused, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "conditional")
+    message = refused("--set=model=./conditional")
+    assert "got UNet2DConditionModel" in message and "UNet2DModel;" in message
+
+
+def test_data_that_does_not_exist(refused):
+    assert "nowhere" in refused("--set=data=folder:nowhere")
+    assert "builtin:digits" in refused("--set=data=digits")
+
+
+def test_data_that_does_not_fit_the_model(refused, tmp_path):
+    (tmp_path / "images").mkdir()
+    assert "images" in refused("--set=data=folder:images")
+
+
+@pytest.mark.parametrize("extra", [(), ("--resume",)])
+def test_output_with_a_finished_run(extra, refused, tmp_path):
+    (tmp_path / "used").mkdir()
+    for name in ("recipe.yaml", "metrics.json", "report.html"):
+        (tmp_path / "used" / name).write_text("")
+    assert "--overwrite" in refused("--output=used", *extra)
+
+
+def test_output_with_an_unfinished_run(refused, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "recipe.yaml").write_text("")
+    assert "--resume" in refused("--output=used")
+
+
+def test_output_in_use_by_another_process(refused, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "recipe.yaml").write_text("")
+    with (tmp_path / "used" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by another process" in refused("--output=used", "--resume")
+
+
+def test_output_that_is_not_a_run_is_never_replaced(refused, tmp_path):
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"precious")
+    refused("--output=holiday", "--overwrite")
+    assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"precious"
+
+
+def test_output_below_a_file(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("--output=file/run")
+
+
+def test_device_that_does_not_exist(refused):
+    assert "toaster" in refused("--device=toaster")
+
+
+def test_no_write_permission(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    prefix: list[str] = []
+    if os.geteuid() == 0:
+        # root may write anywhere, unless it gives up the right to
+        prefix = ["setpriv", "--bounding-set=-dac_override"]
+        if not shutil.which("setpriv") or subprocess.run([*prefix, "true"]).returncode:
+            pytest.skip("root cannot give up its right to write anywhere")
+    code = "from compress.cli import main; main()"
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        code,
+        "run",
+        "ddpm_gradflow",
+        f"--output={closed / 'run'}",
+    ]
+    done = subprocess.run([*prefix, *command], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "Permission denied" in done.stderr and "Traceback" not in done.stderr
+    assert list(closed.iterdir()) == []
+
+
+@pytest.mark.parametrize("foreseen", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_full_disk(foreseen, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=2m tmpfs {small}"
+    if subprocess.run([*private, mount], capture_output=True).returncode:
+        pytest.skip("no private mounts on this machine")
+    # the space is checked beforehand; without that check the disk fills while the run writes
+    unforeseen = "import compress.pipeline as p; p._check_space = lambda job: None; "
+    code = ("" if foreseen else unforeseen) + "from compress.cli import main; main()"
+    arguments = ["run", "ddpm_gradflow", *SHORT, f"--output={small / 'run'}"]
+    script = f'{mount} && "$@"; code=$?; find {small} -mindepth 1; exit $code'
+    done = subprocess.run(
+        [*private, script, "sh", sys.executable, "-P", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "space" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.stdout == ""

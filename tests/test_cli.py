@@ -1,0 +1,310 @@
+"""The command line: exit codes, where output goes, and that help costs nothing."""
+
+import errno
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from compress import cli, doctor
+from compress.files import write_json
+from compress.method import Event
+
+METRICS = {
+    "run": {"method": "gradflow", "seed": 0},
+    "widths": [{"level": "block_out_channels[0]", "dense": 24, "compressed": 16}],
+    "metrics": {
+        "macs": {
+            "dense": {"value": 50_000_000, "ci95": None, "n": 1},
+            "compressed": {"value": 25_000_000, "ci95": None, "n": 1},
+            "ratio": 0.5,
+            "better": "lower",
+            "unit": "MACs",
+            "how": "hooks",
+        },
+        "ssim_to_dense": {
+            "dense": None,
+            "compressed": {"value": 0.9, "ci95": [0.89, 0.91], "n": 512},
+            "ratio": None,
+            "better": "higher",
+            "unit": "",
+            "how": "torchmetrics",
+        },
+    },
+    "floor": {"fid_digits": 0.5, "kid_digits": 0.001},
+    "warnings": ["few samples"],
+}
+
+
+@pytest.fixture
+def invoke(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = tmp_path / "finished"
+    folder.mkdir()
+    write_json(folder / "metrics.json", METRICS)
+    return folder
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A library whose runs take no time, in place of the one that trains."""
+
+    class Library(types.ModuleType):
+        calls: list[dict]
+        failure: BaseException | None = None
+
+        def run_events(self, recipe, *, output, resume, overwrite, device):
+            self.calls.append({"recipe": recipe, "output": output, "resume": resume})
+            output.mkdir(parents=True, exist_ok=True)
+            yield Event("prepare", 0, 0, message="dense model: 2 parameters")
+            for step in range(1, 101):
+                yield Event("flow", step, 100, {"loss": 1 / step})
+            if self.failure:
+                (output / "state").mkdir()
+                raise self.failure
+            write_json(output / "metrics.json", METRICS)
+            yield Event("done", 0, 0)
+
+        def dry_run(self, recipe, *, device):
+            self.calls.append({"recipe": recipe, "device": device})
+            problems = ["too narrow"] if recipe.method.keep_macs < 0.1 else []
+            return {"params": 1234567, "widths": [16, 32], "problems": problems}
+
+        def evaluate_model(self, model, **settings):
+            self.calls.append({"model": model, **settings})
+            return {"fid_digits": {"value": 1.5, "ci95": [1.4, 1.6], "n": 512, "how": "digits"}}
+
+    fake = Library("compress.pipeline")
+    fake.calls = []
+    monkeypatch.setitem(sys.modules, "compress.pipeline", fake)
+    return fake
+
+
+def test_help_needs_no_heavy_package():
+    code = (
+        "import sys; from typer.testing import CliRunner; from compress.cli import app\n"
+        "for verb in [[], ['run'], ['eval']]:\n"
+        "    result = CliRunner().invoke(app, [*verb, '--help'])\n"
+        "    if result.exit_code or 'Usage' not in result.stdout: sys.exit(result.output)\n"
+        "sys.exit(str(sys.modules.keys() & {'torch', 'diffusers', 'transformers', 'yaml'}"
+        " or '') or 0)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # far above what it takes, far below what importing torch and diffusers takes
+    assert time.monotonic() - started < 10
+
+
+def test_version(invoke):
+    from importlib.metadata import version
+
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout.strip()) == (
+        0,
+        f"compress {version('compress-models')}",
+    )
+
+
+def test_no_verb_prints_help(invoke):
+    assert "doctor" in invoke().output
+
+
+def test_recipes_as_text_and_as_json(invoke):
+    from compress.recipe import list_recipes
+
+    text, data = invoke("recipes"), invoke("recipes", "--json")
+    rows = json.loads(data.stdout)
+    assert [(row["name"], row["about"]) for row in rows] == list_recipes()
+    assert all(row["name"] in text.stdout and row["about"] in text.stdout for row in rows)
+    assert text.exit_code == data.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["nowhere.yaml"], ["no recipe nowhere.yaml", "ddpm_gradflow"]),
+        (["ddpm_gradflow", "--set", "method.keep_mac=1"], ["nearest known key: method.keep_macs"]),
+        (["ddpm_gradflow", "--set", "method.keep_macs=-1", "--set", "sed=1"], ["2 problems"]),
+        (["ddpm_gradflow", "--processes", "4"], ["--processes 1", "got 4"]),
+        (["ddpm_gradflow", "--resume", "--overwrite"], ["choose one"]),
+    ],
+)
+def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(
+    arguments, parts, invoke, tmp_path
+):
+    result = invoke("run", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("error:") == 1
+    assert all(part in result.stderr for part in parts)
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_verbs_and_options_are_usage_errors(invoke):
+    assert invoke("prune").exit_code == invoke("run", "x", "--fast").exit_code == 2
+
+
+def test_run_reports_lines_on_stderr_and_the_table_on_stdout(invoke, library):
+    result = invoke("run", "ddpm_gradflow", "--set", "seed=5")
+    assert result.exit_code == 0
+    assert library.calls[0]["recipe"].seed == 5
+    assert library.calls[0]["output"] == Path("runs/ddpm_gradflow")
+    assert "prepare  dense model" in result.stderr and "flow  100/100  loss 0.01" in result.stderr
+    assert 10 <= result.stderr.count("flow ") <= 12
+    assert "50,000,000" in result.stdout and "0.9 [0.89, 0.91]" in result.stdout
+    assert "flow" not in result.stdout.replace("ddpm_gradflow", "")
+
+
+def test_json_is_all_that_stdout_gets(invoke, library):
+    found = json.loads(invoke("run", "ddpm_gradflow", "--json", "--output", "here").stdout)
+    assert found == {"folder": "here", "checkpoint": "here/checkpoint", **METRICS}
+    assert json.loads(invoke("show", "here", "--json").stdout) == found
+
+
+def test_ctrl_c_says_how_to_go_on(invoke, library):
+    library.failure = KeyboardInterrupt()
+    result = invoke("run", "ddpm_gradflow")
+    assert result.exit_code == 130
+    assert "state saved; go on with: compress run ddpm_gradflow" in result.stderr
+    assert result.stderr.rstrip().endswith("--output runs/ddpm_gradflow --resume")
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "No space left on device: x"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "Permission denied: x"),
+        (FileExistsError("runs/a is finished; use --overwrite"), 2, "runs/a is finished"),
+        (ValueError("expected a UNet2DModel; got X"), 2, "expected a UNet2DModel; got X"),
+    ],
+)
+def test_failures_of_the_library_become_exit_codes(failure, code, message, invoke, library):
+    library.failure = failure
+    result = invoke("run", "ddpm_gradflow")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback(invoke, library):
+    library.failure = ZeroDivisionError("ours")
+    assert isinstance(invoke("run", "ddpm_gradflow").exception, ZeroDivisionError)
+
+
+def test_debugging_keeps_every_traceback(invoke, library, monkeypatch):
+    monkeypatch.setenv("COMPRESS_DEBUG", "1")
+    library.failure = ValueError("x")
+    assert isinstance(invoke("run", "ddpm_gradflow").exception, ValueError)
+
+
+def test_dry_run_predicts_and_fails_on_problems(invoke, library, tmp_path):
+    good = invoke("run", "ddpm_gradflow", "--dry-run")
+    bad = invoke("run", "ddpm_gradflow", "--dry-run", "--json", "--set", "method.keep_macs=0.01")
+    assert (good.exit_code, bad.exit_code) == (0, 2)
+    assert "1,234,567" in good.stdout
+    assert json.loads(bad.stdout)["problems"] == ["too narrow"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show(invoke, finished):
+    result = invoke("show", finished)
+    assert result.exit_code == 0
+    for part in (
+        "macs [MACs]",
+        "0.500",
+        "24 -> 16",
+        "fid_digits 0.5",
+        "few samples",
+        "report.html",
+    ):
+        assert part in result.stdout
+
+
+def test_show_explains_what_is_missing(invoke, tmp_path):
+    result = invoke("show", tmp_path)
+    assert result.exit_code == 2 and "finished run" in result.stderr
+    (tmp_path / "metrics.json").write_text("{")
+    broken = invoke("show", tmp_path)
+    assert broken.exit_code == 2 and "metrics.json should hold JSON" in broken.stderr
+
+
+def test_compare_prints_a_table_or_json_and_draws(invoke, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "other")
+    result = invoke("compare", finished, "other", "--plot", "plot.png")
+    assert result.exit_code == 0, result.output
+    assert "finished" in result.stdout and "other" in result.stdout
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(invoke("compare", finished, "other", "--json").stdout)
+    assert {row["metric"] for row in rows} == set(METRICS["metrics"])
+    assert invoke("compare", finished, "nowhere").exit_code == 2
+
+
+def test_eval_hands_its_settings_on(invoke, library):
+    result = invoke("eval", "some/model", "--samples", "64", "--sampler", "ddpm", "--json")
+    assert json.loads(result.stdout)["fid_digits"]["value"] == 1.5
+    [call] = library.calls
+    assert (call["model"], call["samples"], call["sampler"]) == ("some/model", 64, "ddpm")
+    assert "1.5 [1.4, 1.6]" in invoke("eval", "some/model").stdout
+    other = invoke("eval", "some/model", "--suite", "ocr")
+    assert other.exit_code == 2 and "got ocr" in other.stderr
+
+
+def test_tables_prints_what_the_rows_say_and_fills_a_document(invoke, tmp_path):
+    marks = "<!-- table:main -->\nold\n<!-- /table:main -->\n"
+    (tmp_path / "doc.md").write_text(marks)
+    result = invoke("tables", "main", "--render-only", "--update", "doc.md")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() in (tmp_path / "doc.md").read_text()
+    assert "old" not in (tmp_path / "doc.md").read_text()
+    for wrong in (["mine"], ["--shard", "2/2"], ["--shard", "x"], ["--shard=1"]):
+        refused = invoke("tables", *wrong)
+        assert refused.exit_code == 2 and "got " in refused.stderr
+
+
+def test_doctor_finds_this_machine_fit(invoke):
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    assert "builtin:ddpm-digits" in result.stdout and "FAIL" not in result.stdout
+    rows = json.loads(invoke("doctor", "--json").stdout)
+    assert {"python", "torch", "cpu threads", "cache"} <= {row["name"] for row in rows}
+
+
+def test_a_version_out_of_range_breaks_doctor_and_stops_a_run(invoke, library, monkeypatch):
+    wanted = ["torch<1", "numpy", "no-such-package>=2", "pytest<1; extra == 'dev'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: wanted)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "pip install 'torch<1'" in result.stdout
+    assert "broken: torch, no-such-package" in result.stderr
+    stopped = invoke("run", "ddpm_gradflow")
+    assert stopped.exit_code == 1 and "torch" in stopped.stderr and library.calls == []
+
+
+def test_doctor_finds_damaged_weights(monkeypatch, tmp_path):
+    (tmp_path / "ddpm-digits").mkdir()
+    (tmp_path / "ddpm-digits" / "model.safetensors").write_bytes(b"not tensors")
+    monkeypatch.setattr(doctor.resources, "files", lambda package: tmp_path)
+    [check] = [check for check in doctor.examine() if check.name.startswith("builtin")]
+    assert not check.ok and check.required and "model.safetensors" in check.found
+
+
+def test_bars_on_a_terminal():
+    screen = io.StringIO()
+    events = [Event("prepare", 0, 0, message="hello [x]"), Event("flow", 3, 3, {"loss": 0.25})]
+    cli._draw_bars(events, Console(file=screen, force_terminal=True, width=100))
+    assert "hello [x]" in screen.getvalue() and "3/3" in screen.getvalue()
+    assert "loss 0.25" in screen.getvalue()
