@@ -26,4 +26,6 @@ def __getattr__(name: str) -> Any:
     # torch and diffusers are imported when first needed: `import compress` stays cheap
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'compress' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'compress' has no attribute {name!r}; it has {', '.join(__all__)}"
+    )

@@ -35,9 +35,7 @@ def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) 
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
-        write_json(
-            temporary / FACTS, {"format": FORMAT, "kind": "slim", **facts, "files": files}
-        )
+        write_json(temporary / FACTS, {"format": FORMAT, "kind": "slim", **facts, "files": files})
     return folder
 
 

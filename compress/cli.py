@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
-# measured rows of the checkout
-RESULTS = Path("eval/results/ddpm_digits.jsonl")
 
 
 class _Verbs(TyperGroup):
@@ -240,41 +238,6 @@ def doctor(as_json: Json = False) -> None:
     if broken:
         _say(f"error: broken: {', '.join(broken)}")
         raise typer.Exit(FAILURE)
-
-
-@app.command()
-def tables(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="main, ablation; default: all.")
-    ] = None,
-    results: Annotated[Path, typer.Option(help="JSON lines; missing rows are appended.")] = RESULTS,
-    update: Annotated[Path | None, typer.Option(help="A document with places for them.")] = None,
-    shard: Annotated[
-        str, typer.Option(metavar="K/N", help="Share the runs among N shells.")
-    ] = "0/1",
-    render_only: Annotated[bool, typer.Option("--render-only", help="Run nothing.")] = False,
-) -> None:
-    """Run what the README's tables lack, then print them; may be interrupted and repeated."""
-    from compress import experiments
-    from compress.eval.tables import fill_file
-
-    wanted = names or list(experiments.TABLES)
-    unknown = set(wanted) - set(experiments.TABLES)
-    if unknown:
-        known = ", ".join(experiments.TABLES)
-        raise ValueError(f"expected names of tables, {known}; got {', '.join(sorted(unknown))}")
-    part, _, parts = shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ValueError(f"expected --shard K/N with 0 <= K < N, such as 0/2; got {shard}")
-    if not render_only:
-        _check_versions()
-        _quieten()
-        for line in experiments.run_missing(wanted, results, shard=(int(part), int(parts))):
-            _say(line)
-    rendered = {name: experiments.render_table(name, results) for name in wanted}
-    if update:
-        fill_file(update, rendered)
-    typer.echo("\n\n".join(rendered.values()))
 
 
 def main() -> None:

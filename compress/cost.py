@@ -102,7 +102,7 @@ def layer_macs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[LayerM
     return layers, sum(2 * pairs * width for pairs, width in counter.calls)
 
 
-def unet_inputs(unet: nn.Module, batch: int = 1, device: str = "meta") -> dict[str, torch.Tensor]:
+def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, torch.Tensor]:
     """Keyword arguments of one forward pass of a diffusers UNet at its native size."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -119,6 +119,6 @@ def cost(model: nn.Module, inputs: Mapping[str, Any]) -> Cost:
     return Cost(params=sum(p.numel() for p in model.parameters()), macs=macs)
 
 
-def unet_cost(unet: nn.Module, batch: int = 1) -> Cost:
+def unet_cost(unet: Any, batch: int = 1) -> Cost:
     """:func:`cost` of a diffusers UNet at its native sample size."""
     return cost(unet, unet_inputs(unet, batch))

@@ -66,7 +66,9 @@ def main_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
             (*overrides, f"method.keep_macs={keep}"),
             seed,
         )
-        for keep, seed, (name, overrides) in itertools.product(reversed(KEEPS), seeds, methods.items())
+        for keep, seed, (name, overrides) in itertools.product(
+            reversed(KEEPS), seeds, methods.items()
+        )
     ]
 
 
@@ -124,7 +126,11 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def run_missing(
-    names: Sequence[str], results: Path, *, seeds: Sequence[int] = SEEDS, shard: tuple[int, int] = (0, 1)
+    names: Sequence[str],
+    results: Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[str]:
     """Run what the tables lack, one run at a time; yields a line per run, before and after.
 

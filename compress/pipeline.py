@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import save
-from torch.utils.data import Dataset
 
 from compress.checkpoint import save_slim
 from compress.cost import unet_cost
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
+from compress.data.sources import Images
 from compress.eval import diffusion, fidelity
 from compress.files import write_bytes, write_json, write_text
 from compress.gradflow import GradFlow, OneShot, Training
@@ -38,7 +38,14 @@ from compress.report import write_report
 REFERENCE_LIMIT = 10_000
 VALIDATION_LIMIT = 2_048
 SHOWN_SAMPLES = 64
-PACKAGES = ("compress-models", "torch", "diffusers", "accelerate", "torch-fidelity", "torch-pruning")
+PACKAGES = (
+    "compress-models",
+    "torch",
+    "diffusers",
+    "accelerate",
+    "torch-fidelity",
+    "torch-pruning",
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def apply(
     pipeline: DiffusionPipeline,
     method: GradFlow | OneShot,
     *,
-    data: ImageData | Dataset[torch.Tensor] | str,
+    data: ImageData | Images | str,
     training: Training | None = None,
     device: str | None = None,
 ) -> Compressed:
@@ -280,7 +287,9 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
     FileExistsError : saying what is there and which option goes on.
     """
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output folder expected at {folder}, which is a file; choose another")
+        raise FileExistsError(
+            f"output folder expected at {folder}, which is a file; choose another"
+        )
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / "recipe.yaml").exists():
@@ -443,7 +452,9 @@ def _evaluate(
     cached = diffusion.load_samples(cache)
     if cached is not None:
         images["dense"] = cached
-    todo = [(n, p) for n, p in (("dense", job.pipeline), ("compressed", compressed)) if n not in images]
+    todo = [
+        (n, p) for n, p in (("dense", job.pipeline), ("compressed", compressed)) if n not in images
+    ]
     done, total = 0, settings.batches * len(todo)
     for name, pipeline in todo:
         batches = []

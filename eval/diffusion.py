@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from scipy import stats
 
 from compress.cost import unet_cost, unet_inputs
+from compress.data.sources import Images
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
@@ -216,22 +217,22 @@ def load_samples(path: Path) -> Samples | None:
     return Samples(images)
 
 
-def reference_images(images: Iterable[torch.Tensor], limit: int | None = None) -> torch.Tensor:
+def reference_images(images: Images | torch.Tensor, limit: int | None = None) -> torch.Tensor:
     """Stack real images ``(channels, height, width)`` in [-1, 1] to uint8 ``(n, ...)``.
 
     Parameters
     ----------
-    images : a data set, read from its start.
+    images : a data set with a length, read from its start.
     limit : read at most so many.
     """
-    chosen = []
-    for index, image in enumerate(images):
-        if index == limit:
-            break
-        chosen.append(to_uint8(image))
+    count = len(images)
+    chosen = range(count if limit is None else min(limit, count))
     if not chosen:
-        raise ValueError("the reference must hold images; got none; check the data and the limit")
-    return torch.stack(chosen)
+        raise ValueError(
+            f"the reference must hold images; got none of {count} with limit={limit}; check the "
+            "data and the limit"
+        )
+    return torch.stack([to_uint8(images[index]) for index in chosen])
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float] | None:

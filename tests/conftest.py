@@ -54,3 +54,14 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     # own cache is neither read nor filled
     base = tmp_path_factory.getbasetemp() / "compress-cache"
     monkeypatch.setenv("COMPRESS_CACHE", str(base))
+
+
+@pytest.fixture(scope="session")
+def models():
+    """The builders in tests/gradflow_models.py; a plain import would need tests/ on the path."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("gradflow_models", Path(__file__).parent / "gradflow_models.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

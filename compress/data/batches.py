@@ -1,4 +1,4 @@
-"""Batches, noise and timesteps as functions of (seed, step, sample): resuming needs no data state."""
+"""Batches, noise and timesteps as functions of (seed, step, sample): no data state to resume."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,7 +8,10 @@ from torch.utils.data import Sampler
 
 
 class Batch(NamedTuple):
-    """One denoising batch: images ``(batch, channels, height, width)``, noise alike, timesteps ``(batch,)``."""
+    """One denoising batch.
+
+    Images and noise are ``(batch, channels, height, width)``, timesteps ``(batch,)``.
+    """
 
     images: torch.Tensor
     noise: torch.Tensor

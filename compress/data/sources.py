@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -9,6 +10,18 @@ from torch.utils.data import Dataset, Subset
 from compress.data.digits import digits
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+
+
+class Images(Protocol):
+    """A data set of known length that yields ``(channels, height, width)`` in [-1, 1]."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One image."""
+        ...
 
 
 class TensorImages(Dataset[torch.Tensor]):
@@ -43,7 +56,7 @@ class FileImages(Dataset[torch.Tensor]):
 class HubImages(Dataset[torch.Tensor]):
     """Rows of a `datasets` split that has one image column."""
 
-    def __init__(self, rows, column: str, size: int, channels: int) -> None:
+    def __init__(self, rows: Any, column: str, size: int, channels: int) -> None:
         self.rows, self.column, self.size, self.channels = rows, column, size, channels
 
     def __len__(self) -> int:
@@ -61,11 +74,11 @@ class ImageData:
     """
 
     name: str
-    train: Dataset[torch.Tensor]
-    held_out: Dataset[torch.Tensor]
+    train: Images
+    held_out: Images
 
     @classmethod
-    def split(cls, name: str, images: Dataset[torch.Tensor]) -> "ImageData":
+    def split(cls, name: str, images: Images) -> "ImageData":
         """Hold out every tenth image of a data set (our own choice: deterministic, spread out)."""
         count = len(images)
         if count < 2:
@@ -73,11 +86,13 @@ class ImageData:
                 f"at least 2 images expected in {name}; found {count}; give it more images"
             )
         train = [i for i in range(count) if i % 10]
-        return cls(name, Subset(images, train), Subset(images, list(range(0, count, 10))))
+        whole = cast(Dataset[torch.Tensor], images)
+        held_out = list(range(0, count, 10))
+        return cls(name, cast(Images, Subset(whole, train)), cast(Images, Subset(whole, held_out)))
 
 
 def to_tensor(image, size: int, channels: int) -> torch.Tensor:
-    """Turn a PIL image into ``(channels, size, size)`` in [-1, 1]: short side resized, centre crop."""
+    """Turn a PIL image into ``(channels, size, size)`` in [-1, 1]: resized, centre-cropped."""
     from PIL import Image
     from torchvision.transforms import functional as vision
 

@@ -71,7 +71,7 @@ def mean_gradient(
 
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:
     """Euclidean norm over all tensors."""
-    return float(sum(t.double().square().sum() for t in tensors.values())) ** 0.5
+    return sum(t.detach().double().square().sum().item() for t in tensors.values()) ** 0.5
 
 
 def finite_hvp(
@@ -268,7 +268,9 @@ def diff_pruning_scores(
                 gradients.append(gradient)
     finally:
         soft.train(training)
-    chosen = [g for g, value in zip(gradients, losses, strict=True) if value > threshold * max(losses)]
+    chosen = [
+        g for g, value in zip(gradients, losses, strict=True) if value > threshold * max(losses)
+    ]
     total = {name: torch.stack([g[name] for g in chosen]).sum(0) for name in parameters}
     return per_unit({n: (p.detach() * total[n]).abs() for n, p in parameters.items()}, soft.layout)
 

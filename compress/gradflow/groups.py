@@ -194,9 +194,7 @@ def level_of(module: str, levels: int) -> int:
     return levels - 1 if parts[0] == "mid_block" else 0
 
 
-def _unit(
-    producers: Sequence[str], attention: Mapping[str, Attention], single_head: bool
-) -> int:
+def _unit(producers: Sequence[str], attention: Mapping[str, Attention], single_head: bool) -> int:
     for producer in producers:
         name, _, projection = producer.rpartition(".")
         if name in attention and projection in ("to_q", "to_k", "to_v") and not single_head:
@@ -205,7 +203,7 @@ def _unit(
 
 
 def single_head_queries(unet: UNet2DModel) -> tuple[str, ...]:
-    """``to_q`` layers of attention whose one head is as wide as the level: channels go one by one."""
+    """``to_q`` layers of attention whose one head is as wide as the level."""
     if unet.config.attention_head_dim is not None:
         return ()
     return tuple(f"{name}.to_q" for name in attention_modules(unet))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -122,7 +123,7 @@ def widths_half(width: int) -> int:
     return width // 2
 
 
-def _width(module: nn.Module, side: str) -> int:
+def _width(module: Any, side: str) -> int:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
     if isinstance(module, nn.Conv2d):
@@ -154,7 +155,11 @@ def _blocks(
             if slot.side == "norm":
                 parts.setdefault(slot.module, []).append((slot.positions[0], group))
     plain = {name: found for name, found in parts.items() if len(found) == 1}
-    joined = {name: sorted(found, key=lambda p: p[0]) for name, found in parts.items() if name not in plain}
+    joined = {
+        name: sorted(found, key=lambda p: p[0])
+        for name, found in parts.items()
+        if name not in plain
+    }
     for name, found in plain.items():
         group = found[0][1]
         norm_groups = modules[name].num_groups

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 KeepMacs = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -52,9 +53,9 @@ class GradFlow:
     reduction: Literal["absolute", "signed"] = "absolute"
     hvp: Literal["finite", "exact"] = "finite"
     score_ema: Annotated[float, Field(ge=0, lt=1)] = 0.7
-    horizon: Annotated[float, Field(gt=0)] | None = None
-    flow_rate: Annotated[float, Field(gt=0)] = 0.1
-    gamma: Annotated[float, Field(ge=0)] = 1.0
+    horizon: Positive | None = None
+    flow_rate: Positive = 0.1
+    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     budget: Literal["s_shaped", "cubic"] = "s_shaped"
     max_move: Annotated[float, Field(gt=0, le=1)] = 0.1
     settle: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -87,7 +88,7 @@ class OneShot:
     criterion_batches: Count = 8
     reduction: Literal["absolute", "signed"] = "absolute"
     hvp: Literal["finite", "exact"] = "finite"
-    horizon: Annotated[float, Field(gt=0)] | None = None
+    horizon: Positive | None = None
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
@@ -111,7 +112,7 @@ class Training:
 
     recover_steps: Annotated[int, Field(ge=0)] = 400
     batch: Count = 32
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Positive = 5e-4
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     distill: Annotated[float, Field(ge=0)] = 0.5
     distill_features: Annotated[float, Field(ge=0)] = 0.0

@@ -59,8 +59,9 @@ class Journal:
             return
         self.state_file.parent.mkdir(exist_ok=True)
         facts = facts | {"log_rows": len(self.rows)}
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        write_bytes(self.state_file, save(contiguous, metadata={"facts": json.dumps(facts)}))
+        # cloned: safetensors refuses tensors that share memory
+        own = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+        write_bytes(self.state_file, save(own, metadata={"facts": json.dumps(facts)}))
 
     def load(self) -> Saved | None:
         """Read the saved state and cut the log back to it; None when there is none.

@@ -20,7 +20,9 @@ def slim_config(unet: UNet2DModel, layout: Layout) -> dict:
     return config
 
 
-def cut(tensors: Mapping[str, torch.Tensor], layout: Layout, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def cut(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Keep the slices of a binary mask in every tensor that has parameter names and shapes.
 
     Used for weights and for whatever is shaped like them (averages, Adam moments).

@@ -4,30 +4,30 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from compress.data import Batch, ImageData, StepSampler, noise_and_timesteps
 from compress.gradflow import criterion as scoring
-from compress.gradflow import flow, surgery
+from compress.gradflow import surgery
 from compress.gradflow.distill import Teacher
 from compress.gradflow.groups import check_scheduler, find_groups
 from compress.gradflow.layout import Layout, build_layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.method import GradFlow, OneShot, Training
+from compress.gradflow.mover import MaskMover, MaskState
 from compress.gradflow.state import Journal, Saved, Tensors
 from compress.gradflow.widths import choose_widths
 from compress.method import Event
 
 WARM_UP = 20
 VALIDATION_DRAWS = 2
-TRACED_UNITS = 400
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -72,20 +72,6 @@ def validation_loss(
 def _sample(output: Any) -> torch.Tensor:
     """The predicted noise of a UNet's or a soft UNet's output."""
     return output if isinstance(output, torch.Tensor) else output.sample
-
-
-@dataclass
-class _Masks:
-    """Everything about the mask that survives between steps."""
-
-    scores: torch.Tensor
-    last_raw: torch.Tensor
-    low: torch.Tensor
-    returned: int = 0
-    binary: bool = False
-    estimates: int = 0
-    trace: list[torch.Tensor] = field(default_factory=list)
-    trace_steps: list[int] = field(default_factory=list)
 
 
 class PruningRun:
@@ -139,19 +125,22 @@ class PruningRun:
         self.groups = find_groups(unet)
         self.widths = choose_widths(unet, self.groups, method.keep_macs)
         self.layout: Layout = build_layout(unet, self.groups, self.widths)
-        self.block = self.layout.block.to(self.device)
-        self.quota = self.layout.quota.to(self.device)
+        self.mover = MaskMover(
+            method,
+            self.layout,
+            scheduler,
+            self._criterion_batches,
+            step_rate=training.lr,
+            seed=training.seed,
+            device=self.device,
+        )
         self.flow_steps = method.steps if isinstance(method, GradFlow) else 0
         self.total_steps = method.steps + training.recover_steps
-        self.active_steps = self._active_steps()
         self.teacher = Teacher(self.dense, training.distill, training.distill_features, self.layout)
-        self.seconds = {"train": 0.0, "criterion": 0.0}
+        self.train_seconds = 0.0
         self.surgery_facts: dict[str, Any] = {}
         self.step = 0
         self.ema: Tensors = {}
-        zeros = torch.zeros(self.layout.units, device=self.device)
-        self.masks = _Masks(zeros, zeros, zeros.bool())
-        self._traced = self._traced_units()
         self._resume = resume
 
     # ---- what happens, in order -------------------------------------------------------------
@@ -174,7 +163,7 @@ class PruningRun:
         yield from self._steps("recover", self.total_steps)
         if self.training.trackers:
             self.accelerator.end_training()
-        return Pruned(self._averaged(), self.widths, self._report(), self._trace())
+        return Pruned(self._averaged(), self.widths, self._report(), self.mover.trace())
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
         batches = self._batches(self.step, stop)
@@ -192,10 +181,10 @@ class PruningRun:
             self.step += 1
             if stage == "recover":
                 self._average()
-            self.seconds["train"] += time.perf_counter() - started
+            self.train_seconds += time.perf_counter() - started
             values = {"loss": loss, "lr": self._rate(self.step - 1)}
             self.journal.log(
-                stage=stage, step=self.step, **values, seconds=round(self.seconds["train"], 3)
+                stage=stage, step=self.step, **values, seconds=round(self.train_seconds, 3)
             )
             self.accelerator.log(values, step=self.step)
             if self.step % self.training.save_every == 0 or self.step == self.total_steps:
@@ -236,133 +225,37 @@ class PruningRun:
                 total += loss.item() / len(chunks)
         return total
 
-    # ---- the mask ---------------------------------------------------------------------------
-
-    def _move_mask(self) -> None:
-        """Before an optimiser step: move the mask when it is due, binarise at the end."""
-        method = self.method
-        soft = self._plain()
-        if self.step == self.active_steps:
-            self._binarise(soft)
-        if self.step >= self.active_steps or self.step % method.update_every:
-            return
-        update = self.step // method.update_every
-        updates = math.ceil(self.active_steps / method.update_every)
-        rank = None
-        if update % method.criterion_every == 0:
-            rank = self._estimate(soft)
-        progress = (update + 1) / updates
-        sizes = self.layout.sizes().to(self.device).float()
-        removed = flow.removed_share(progress, method.budget)
-        budget = sizes - removed * (sizes - self.quota)
-        before = soft.mask.clone()
-        gamma = method.gamma * progress
-        if method.process == "hard":
-            kept = budget.ceil().long()
-            soft.mask.copy_(flow.binarise(before, self.masks.scores, self.block, kept))
-        else:
-            soft.mask.copy_(
-                flow.flow_step(
-                    before,
-                    self.masks.scores,
-                    gamma=gamma,
-                    rate=method.flow_rate,
-                    max_move=method.max_move,
-                    budget=budget,
-                    block=self.block,
-                )
-            )
-        self._follow(soft.mask)
-        self.journal.log(
-            stage="mask",
-            step=self.step,
-            budget=(budget.sum() / sizes.sum()).item(),
-            gamma=gamma,
-            max_move=(soft.mask - before).abs().max().item(),
-            undecided=((soft.mask > 0.05) & (soft.mask < 0.95)).float().mean().item(),
-            returned=self.masks.returned,
-            spearman=rank,
-        )
-
-    def _follow(self, mask: torch.Tensor) -> None:
-        """Count units that came back from under one half, and keep the trace for the report."""
-        now_low = mask < 0.5
-        self.masks.returned += int((self.masks.low & ~now_low).sum())
-        self.masks.low = now_low
-        self.masks.trace.append(mask[self._traced].cpu().clone())
-        self.masks.trace_steps.append(self.step)
-
-    def _estimate(self, soft: SoftUNet) -> float | None:
-        """Refresh the scores; returns the rank correlation with the estimate before."""
-        started = time.perf_counter()
-        raw = scoring.raw_scores(
-            soft,
-            self.scheduler,
-            self._criterion_batches(),
-            criterion=self.method.criterion,
-            reduction=self.method.reduction,
-            hvp=self.method.hvp,
-            horizon=self._horizon(),
-            seed=self.training.seed,
-        )
-        fresh = scoring.normalise(raw, self.layout, self.method.criterion)
-        masks = self.masks
-        rank = None
-        if masks.estimates:
-            alive = soft.mask > 0.05
-            rank = flow.spearman(masks.last_raw[alive], fresh[alive])
-            decay = self.method.score_ema
-            masks.scores = decay * masks.scores + (1 - decay) * fresh
-        else:
-            masks.scores = fresh
-        masks.last_raw = fresh
-        masks.estimates += 1
-        self.seconds["criterion"] += time.perf_counter() - started
-        return None if rank is None or math.isnan(rank) else rank
-
-    def _score_once(self) -> None:
-        """Score the dense model and choose the kept units at once."""
-        started = time.perf_counter()
-        soft, method = self._plain(), self.method
-        batches = self._criterion_batches()
-        if method.criterion == "diff_pruning":
-            raw = scoring.diff_pruning_scores(
-                soft, self.scheduler, batches, threshold=method.threshold
-            )
-        else:
-            raw = scoring.raw_scores(
-                soft,
-                self.scheduler,
-                batches,
-                criterion=method.criterion,
-                reduction=method.reduction,
-                hvp=method.hvp,
-                horizon=self._horizon(),
-                seed=self.training.seed,
-            )
-        self.masks.scores = scoring.normalise(raw, self.layout, method.criterion)
-        elapsed = time.perf_counter() - started
-        self.seconds["criterion"] += elapsed
-        self.seconds["train"] += elapsed
-        self._binarise(soft)
+    # ---- binarisation and surgery -----------------------------------------------------------
 
     def _binarise(self, soft: SoftUNet) -> None:
-        """Set every mask to 0 or 1 and let unaligned norms take the slim net's membership."""
         before = self._held_out_loss(soft)
-        soft.mask.copy_(flow.binarise(soft.mask, self.masks.scores, self.block, self.quota))
-        switched = soft.adopt_slim_membership()
-        self.masks.binary = True
-        self._follow(soft.mask)
+        switched = self.mover.binarise(soft, self.step)
         self.surgery_facts = {
             "loss_before_binarise": before,
             "loss_after_binarise": self._held_out_loss(soft),
             "switched_norms": switched,
         }
 
+    def _move_mask(self) -> None:
+        """Before an optimiser step: move the mask when it is due, binarise at the end."""
+        soft = self._plain()
+        row = self.mover.move(soft, self.step)
+        if row is not None:
+            self.journal.log(stage="mask", step=self.step, **row)
+        if self.step == self.mover.binarised_at:
+            self._binarise(soft)
+
+    def _score_once(self) -> None:
+        """Score the dense model and choose the kept units at once."""
+        soft = self._plain()
+        self.mover.estimate(soft)
+        self.train_seconds += self.mover.state.seconds
+        self._binarise(soft)
+
     def _operate(self) -> None:
         """Surgery: the masked network becomes a plain slim one; Adam's moments are cut alike."""
         soft: SoftUNet = self._plain()
-        if not self.masks.binary:
+        if not self.mover.state.binary:
             self._binarise(soft)
         slim = surgery.perform(soft.unet, self.layout, soft.mask)
         images = self._held_out()[:64]
@@ -395,30 +288,11 @@ class PruningRun:
 
     # ---- small pieces -----------------------------------------------------------------------
 
-    def _active_steps(self) -> int:
-        """Optimiser steps before binarisation; checks that the schedule fits the bound."""
-        if not isinstance(self.method, GradFlow):
-            return 0
-        active = self.method.steps - int(self.method.settle * self.method.steps)
-        if self.method.process == "soft":
-            flow.updates_fit(
-                math.ceil(active / self.method.update_every),
-                self.layout.sizes().float(),
-                self.layout.quota.float(),
-                self.method.max_move,
-                self.method.budget,
-            )
-        return active
-
     def _rate(self, step: int) -> float:
         """Warm-up, constant until surgery, then a cosine to 0: one rule for every method."""
         after = max(0, step - self.flow_steps) / max(1, self.total_steps - self.flow_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * after))
         return self.training.lr * min(1.0, (step + 1) / WARM_UP) * cosine
-
-    def _horizon(self) -> float:
-        every = self.method.update_every if isinstance(self.method, GradFlow) else 1
-        return self.method.horizon or self.training.lr * every
 
     def _batches(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         sampler = StepSampler(
@@ -430,11 +304,14 @@ class PruningRun:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return iter(DataLoader(self.data.train, batch_sampler=sampler))
+        return iter(DataLoader(self._train_set(), batch_sampler=sampler))
 
-    def _criterion_batches(self) -> list[Batch]:
-        """Fresh minibatches for the next estimate, a function of (seed, estimate)."""
-        seed, number = self.training.seed + 7919, self.masks.estimates
+    def _train_set(self) -> Dataset[torch.Tensor]:
+        return cast(Dataset[torch.Tensor], self.data.train)
+
+    def _criterion_batches(self, number: int) -> list[Batch]:
+        """Fresh minibatches for estimate ``number``, a function of (seed, number)."""
+        seed = self.training.seed + 7919
         count = self.method.criterion_batches
         sampler = StepSampler(
             len(self.data.train), self.training.batch, seed, number * count, (number + 1) * count
@@ -442,7 +319,7 @@ class PruningRun:
         length = self.scheduler.config.num_train_timesteps
         return [
             noise_and_timesteps(images.to(self.device), length, seed, number * count + k)
-            for k, images in enumerate(DataLoader(self.data.train, batch_sampler=sampler))
+            for k, images in enumerate(DataLoader(self._train_set(), batch_sampler=sampler))
         ]
 
     def _held_out(self) -> torch.Tensor:
@@ -486,26 +363,14 @@ class PruningRun:
         plain = self._plain()
         return plain.mask if isinstance(plain, SoftUNet) else self.kept
 
-    def _traced_units(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(self.layout.units, generator=generator)[:TRACED_UNITS]
-        return order.sort().values.to(self.device)
-
-    def _trace(self) -> Tensors:
-        if not self.masks.trace:
-            return {}
-        return {
-            "masks": torch.stack(self.masks.trace),
-            "steps": torch.tensor(self.masks.trace_steps),
-        }
-
     def _report(self) -> dict[str, Any]:
+        state = self.mover.state
         return {
-            "train_seconds": self.seconds["train"],
-            "criterion_seconds": self.seconds["criterion"],
-            "criterion_share": self.seconds["criterion"] / max(self.seconds["train"], 1e-9),
+            "train_seconds": self.train_seconds,
+            "criterion_seconds": state.seconds,
+            "criterion_share": state.seconds / max(self.train_seconds, 1e-9),
             "optimiser_steps": self.step,
-            "returned_channels": self.masks.returned,
+            "returned_channels": state.returned,
             "surgery": self.surgery_facts,
         }
 
@@ -527,32 +392,23 @@ class PruningRun:
         self._prepare(model.to(self.device))
         if saved is None:
             return
-        self._check_same_machine(saved.facts)
+        facts = saved.facts
+        self._check_same_machine(facts)
         weights = saved.part("model")
         with torch.no_grad():
             for name, p in self._unet().named_parameters():
                 p.copy_(weights[name])
-        self.step, self.seconds = saved.facts["step"], saved.facts["seconds"]
+        self.step, self.train_seconds = facts["step"], facts["train_seconds"]
         self._load_moments({key: saved.part(key) for key in MOMENTS})
         self.ema = {name: t.to(self.device) for name, t in saved.part("ema").items()}
-        parts = {name: t.to(self.device) for name, t in saved.part("masks").items()}
-        facts = saved.facts
-        self.masks = _Masks(
-            parts["scores"],
-            parts["last_raw"],
-            parts["low"],
-            facts["returned"],
-            facts["binary"],
-            facts["estimates"],
-            list(saved.part("masks")["trace"].unbind()) if facts["trace_steps"] else [],
-            facts["trace_steps"],
-        )
         self.surgery_facts = facts["surgery"]
-        self.kept = parts["kept"]
+        masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
+        self.mover.state = MaskState.restored(masks, facts["masks"])
+        self.kept = masks["kept"]
         if self.stage == "flow":
             soft = self._plain()
-            soft.mask.copy_(parts["mask"])
-            if self.masks.binary:
+            soft.mask.copy_(masks["mask"])
+            if self.mover.state.binary:
                 soft.adopt_slim_membership()
 
     def _moments(self) -> dict[str, Tensors]:
@@ -573,33 +429,22 @@ class PruningRun:
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        plain, masks = self._plain(), self.masks
         tensors = {f"model/{n}": t for n, t in self._unet().named_parameters()}
         for key, moments in self._moments().items():
             tensors |= {f"{key}/{n}": t for n, t in moments.items()}
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
-        tensors |= {
-            "masks/scores": masks.scores,
-            "masks/last_raw": masks.last_raw,
-            "masks/low": masks.low,
-            "masks/kept": self.kept,
-        }
-        if masks.trace:
-            tensors["masks/trace"] = torch.stack(masks.trace)
-        if isinstance(plain, SoftUNet):
-            tensors["masks/mask"] = plain.mask
+        masks = self.mover.state.tensors() | {"kept": self.kept}
+        if self.stage == "flow":
+            masks["mask"] = self._plain().mask
+        tensors |= {f"masks/{n}": t for n, t in masks.items()}
         self.journal.save(
             tensors,
             {
                 "stage": self.stage,
                 "step": self.step,
-                "returned": masks.returned,
-                "binary": masks.binary,
-                "estimates": masks.estimates,
-                "trace_steps": masks.trace_steps,
-                "seconds": self.seconds,
+                "train_seconds": self.train_seconds,
                 "surgery": self.surgery_facts,
-                "widths": list(self.widths),
+                "masks": self.mover.state.facts(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             },

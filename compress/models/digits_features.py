@@ -1,4 +1,4 @@
-"""`digits-features`: a small classifier whose 64-d penultimate layer is the extractor of `fid_digits`."""
+"""A small classifier of digits; its penultimate layer is the extractor of `fid_digits`."""
 
 import json
 from pathlib import Path

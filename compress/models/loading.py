@@ -31,9 +31,7 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     if folder is None:
         return _from_hub(model)
     check_folder(folder)
-    return DiffusionPipeline.from_pretrained(
-        folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True
-    )
+    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
 
 def local_folder(model: str) -> Path | None:
@@ -95,9 +93,7 @@ def check_folder(folder: Path) -> None:
 
 def _from_hub(model: str) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(
-            model, use_safetensors=True, torch_dtype=torch.float32
-        )
+        return DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

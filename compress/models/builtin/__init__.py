@@ -1,0 +1,1 @@
+"""Models that ship with compress, and the scripts that trained them."""

@@ -48,6 +48,7 @@ def validation_loss(unet: UNet2DModel, scheduler: DDPMScheduler, draws: int = 2)
 
 
 def main() -> None:
+    """Train and save the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4500, help="length of the cosine")
     # the validation loss bottoms out at 3000 and has begun to rise: half a has 901 images
@@ -66,7 +67,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda k: min(1.0, (k + 1) / 200) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * k / args.steps)).item()),
+        lambda k: (
+            min(1.0, (k + 1) / 200)
+            * 0.5
+            * (1 + torch.cos(torch.tensor(torch.pi * k / args.steps)).item())
+        ),
     )
     args.output.mkdir(parents=True, exist_ok=True)
     log, started, running = [], time.time(), 0.0

@@ -1,0 +1,202 @@
+"""Moves a mask: estimates scores, takes flow steps, binarises, and keeps what must survive."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.data import Batch
+from compress.gradflow import criterion as scoring
+from compress.gradflow import flow
+from compress.gradflow.layout import Layout
+from compress.gradflow.masks import SoftUNet
+from compress.gradflow.method import GradFlow, OneShot
+
+TRACED_UNITS = 400
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class MaskState:
+    """What survives between steps; saved and restored with the run."""
+
+    scores: torch.Tensor
+    last_scores: torch.Tensor
+    low: torch.Tensor
+    returned: int = 0
+    binary: bool = False
+    estimates: int = 0
+    seconds: float = 0.0
+    trace: list[torch.Tensor] = field(default_factory=list)
+    trace_steps: list[int] = field(default_factory=list)
+
+    def tensors(self) -> Tensors:
+        """The state's tensors, by name."""
+        found = {"scores": self.scores, "last_scores": self.last_scores, "low": self.low}
+        return found | ({"trace": torch.stack(self.trace)} if self.trace else {})
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of the state, as JSON values."""
+        names = ("returned", "binary", "estimates", "seconds", "trace_steps")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
+        """The state that ``tensors`` and ``facts`` were taken of."""
+        trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
+        return cls(tensors["scores"], tensors["last_scores"], tensors["low"], trace=trace, **facts)
+
+
+class MaskMover:
+    """Drives the mask of a soft network as :class:`GradFlow` or :class:`OneShot` says.
+
+    Parameters
+    ----------
+    method : the knobs.
+    layout : where each unit acts.
+    scheduler : for the criterion's loss.
+    batches : gives the minibatches of estimate number k.
+    step_rate : learning rate of the training, the unit of ``lookahead``'s horizon.
+    seed : of the random criterion.
+    device : where the mask lives.
+
+    Raises
+    ------
+    ValueError : when the continuity bound does not let the budget fall as scheduled.
+    """
+
+    def __init__(
+        self,
+        method: GradFlow | OneShot,
+        layout: Layout,
+        scheduler,
+        batches: Callable[[int], list[Batch]],
+        *,
+        step_rate: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.method, self.layout, self.scheduler, self.batches = method, layout, scheduler, batches
+        self.seed = seed
+        self.block, self.quota = layout.block.to(device), layout.quota.to(device)
+        self.sizes = layout.sizes().to(device).float()
+        every = method.update_every if isinstance(method, GradFlow) else 1
+        self.horizon = method.horizon or step_rate * every
+        # the optimiser step before which the mask becomes binary
+        self.binarised_at = 0
+        if isinstance(method, GradFlow):
+            self.binarised_at = method.steps - int(method.settle * method.steps)
+            if method.process == "soft":
+                flow.updates_fit(
+                    math.ceil(self.binarised_at / method.update_every),
+                    self.sizes,
+                    self.quota,
+                    method.max_move,
+                    method.budget,
+                )
+        zeros = torch.zeros(layout.units, device=device)
+        self.state = MaskState(zeros, zeros.clone(), zeros.bool())
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(layout.units, generator=generator)[:TRACED_UNITS]
+        self._traced = order.sort().values.to(device)
+
+    def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
+        """Move the mask when it is due before optimiser step ``step``; returns the log row."""
+        method = self.method
+        if not isinstance(method, GradFlow):
+            return None
+        if step >= self.binarised_at or step % method.update_every:
+            return None
+        update = step // method.update_every
+        rank = self.estimate(soft) if update % method.criterion_every == 0 else None
+        progress = (update + 1) / math.ceil(self.binarised_at / method.update_every)
+        removed = flow.removed_share(progress, method.budget)
+        budget = self.sizes - removed * (self.sizes - self.quota)
+        before, gamma = soft.mask.clone(), method.gamma * progress
+        if method.process == "hard":
+            kept = budget.ceil().long()
+            soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
+        else:
+            soft.mask.copy_(
+                flow.flow_step(
+                    before,
+                    self.state.scores,
+                    gamma=gamma,
+                    rate=method.flow_rate,
+                    max_move=method.max_move,
+                    budget=budget,
+                    block=self.block,
+                )
+            )
+        self._follow(soft.mask, step)
+        undecided = (soft.mask > 0.05) & (soft.mask < 0.95)
+        return {
+            "budget": (budget.sum() / self.sizes.sum()).item(),
+            "gamma": gamma,
+            "max_move": (soft.mask - before).abs().max().item(),
+            "undecided": undecided.float().mean().item(),
+            "returned": self.state.returned,
+            "spearman": rank,
+        }
+
+    def estimate(self, soft: SoftUNet) -> float | None:
+        """Refresh the scores; returns the rank correlation with the estimate before."""
+        started = time.perf_counter()
+        state, method = self.state, self.method
+        batches = self.batches(state.estimates)
+        if method.criterion == "diff_pruning":
+            raw = scoring.diff_pruning_scores(
+                soft, self.scheduler, batches, threshold=method.threshold
+            )
+        else:
+            raw = scoring.raw_scores(
+                soft,
+                self.scheduler,
+                batches,
+                criterion=method.criterion,
+                reduction=method.reduction,
+                hvp=method.hvp,
+                horizon=self.horizon,
+                seed=self.seed,
+            )
+        fresh = scoring.normalise(raw, self.layout, method.criterion)
+        rank = None
+        if state.estimates and isinstance(method, GradFlow):
+            alive = soft.mask > 0.05
+            rank = flow.spearman(state.last_scores[alive], fresh[alive])
+            decay = method.score_ema
+            state.scores = decay * state.scores + (1 - decay) * fresh
+        else:
+            state.scores = fresh
+        state.last_scores = fresh
+        state.estimates += 1
+        state.seconds += time.perf_counter() - started
+        return None if rank is None or math.isnan(rank) else rank
+
+    def binarise(self, soft: SoftUNet, step: int) -> int:
+        """Set every mask to 0 or 1 and let unaligned norms take the slim net's membership.
+
+        Returns the number of norms that changed their membership.
+        """
+        soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.quota))
+        self.state.binary = True
+        self._follow(soft.mask, step)
+        return soft.adopt_slim_membership()
+
+    def trace(self) -> Tensors:
+        """The traced units' masks ``(updates, units)`` and the steps ``(updates,)``."""
+        if not self.state.trace:
+            return {}
+        steps = torch.tensor(self.state.trace_steps)
+        return {"masks": torch.stack(self.state.trace), "steps": steps}
+
+    def _follow(self, mask: torch.Tensor, step: int) -> None:
+        """Count units that came back from under one half, and extend the trace."""
+        low = mask < 0.5
+        self.state.returned += int((self.state.low & ~low).sum())
+        self.state.low = low
+        self.state.trace.append(mask[self._traced].cpu().clone())
+        self.state.trace_steps.append(step)

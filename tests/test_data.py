@@ -1,0 +1,313 @@
+"""Images and batches: halves that share nothing, and draws that are functions of (seed, step, index)."""
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from compress.data import ImageData, StepSampler, digits, load_images, noise_and_timesteps
+from compress.data.digits import SIZE
+
+STEPS = 1000
+
+
+def upsampled() -> np.ndarray:
+    """Every digit at 16x16, by the matrix of bilinear interpolation: U X U^T."""
+    matrix = np.zeros((16, 8))
+    for row in range(16):
+        centre = min(max((row + 0.5) / 2 - 0.5, 0), 7)
+        left = int(centre)
+        matrix[row, left] += 1 - (centre - left)
+        matrix[row, min(left + 1, 7)] += centre - left
+    return matrix @ load_digits().images @ matrix.T
+
+
+def as_keys(images) -> Counter:
+    # grey levels are multiples of 1/16 of a level of the scan, so integers tell them apart exactly
+    whole = np.rint(np.asarray(images, dtype=float) * 16).astype(np.int32)
+    return Counter(image.tobytes() for image in whole)
+
+
+def test_halves_are_disjoint_and_complete_and_upsampled_bilinearly():
+    halves = {half: digits(half)[0] for half in ("a", "b")}
+    assert [tuple(halves[h].shape) for h in "ab"] == [(901, 1, SIZE, SIZE), (896, 1, SIZE, SIZE)]
+    back = {half: as_keys((images[:, 0] + 1) * 8) for half, images in halves.items()}
+    assert not set(back["a"]) & set(back["b"])
+    assert back["a"] + back["b"] == as_keys(upsampled())
+
+
+def test_halves_are_stratified_and_in_range():
+    counts = [digits(half)[1].bincount(minlength=10) for half in ("a", "b")]
+    assert (counts[0] - counts[1]).abs().max() <= 1
+    assert torch.equal(counts[0] + counts[1], torch.from_numpy(np.bincount(load_digits().target)))
+    for half in ("a", "b"):
+        images = digits(half)[0]
+        assert images.dtype == torch.float32
+        assert images.min() >= -1 and images.max() <= 1
+
+
+def test_labels_belong_to_their_images():
+    whole = np.rint(upsampled() * 16).astype(np.int32)
+    known = {image.tobytes(): int(t) for image, t in zip(whole, load_digits().target, strict=True)}
+    for half in ("a", "b"):
+        images, labels = digits(half)
+        for image, label in zip(images[:, 0], labels, strict=True):
+            key = np.rint(np.asarray((image + 1) * 8, dtype=float) * 16).astype(np.int32).tobytes()
+            assert known[key] == int(label)
+
+
+def test_a_half_is_a_copy_that_its_owner_may_change():
+    digits("a")[0].zero_()
+    assert digits("a")[0].abs().sum() > 0
+
+
+def test_unknown_half_is_refused():
+    with pytest.raises(ValueError, match="'a' and 'b'; got 'c'"):
+        digits("c")
+
+
+# ---- noise and timesteps -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(12,), (6, 6), (4, 4, 4), (1, 11), (5, 3, 4)])
+def test_shards_put_together_are_the_whole_batch(sizes):
+    images = torch.randn(12, 1, 4, 4)
+    whole = noise_and_timesteps(images, STEPS, seed=3, step=17)
+    shards, first = [], 0
+    for size in sizes:
+        part = images[first : first + size]
+        shards.append(noise_and_timesteps(part, STEPS, 3, 17, first=first, total=12))
+        first += size
+    for name in ("images", "noise", "timesteps"):
+        assert torch.equal(torch.cat([getattr(s, name) for s in shards]), getattr(whole, name))
+
+
+def test_draws_depend_on_seed_step_and_index_and_on_nothing_else():
+    images = torch.zeros(3, 1, 8, 8)
+    draws = {
+        (seed, step, i): noise.numpy().tobytes()
+        for seed in (0, 1, 2**40)
+        for step in (0, 1, 1000)
+        for i, noise in enumerate(noise_and_timesteps(images, STEPS, seed, step).noise)
+    }
+    assert len(set(draws.values())) == len(draws)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again = noise_and_timesteps(images + 5, STEPS, 1, 1000).noise
+    assert [n.numpy().tobytes() for n in again] == [draws[1, 1000, i] for i in range(3)]
+    # the global generator is neither read nor moved
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("total", "timesteps"), [(1, 1000), (7, 1000), (32, 1000), (64, 10)])
+def test_timesteps_are_stratified(total, timesteps):
+    for step in range(20):
+        drawn = noise_and_timesteps(torch.zeros(total, 1, 2, 2), timesteps, 0, step).timesteps
+        assert drawn.dtype == torch.long
+        for i, t in enumerate(drawn.tolist()):
+            assert int(i * timesteps / total) <= t <= (i + 1) * timesteps / total
+            assert 0 <= t < timesteps
+
+
+def test_noise_is_standard_normal_and_timesteps_are_uniform():
+    batches = [noise_and_timesteps(torch.zeros(32, 1, 8, 8), STEPS, 0, s) for s in range(40)]
+    noise = torch.stack([b.noise for b in batches]).flatten()
+    # 82k values: five standard errors are 5 / sqrt(82k) for the mean, sqrt(2) times as much for var
+    assert abs(noise.mean()) < 0.018 and abs(noise.var() - 1) < 0.025
+    share = torch.stack([b.timesteps for b in batches]).float().mean() / STEPS
+    assert abs(share - 0.5) < 0.005
+
+
+# ---- which images a step sees --------------------------------------------------------------
+
+
+def test_the_batch_of_a_step_does_not_depend_on_where_one_starts():
+    whole = list(StepSampler(23, 5, 7, 0, 40))
+    for start in (0, 1, 13, 39, 40):
+        assert list(StepSampler(23, 5, 7, start, 40)) == whole[start:]
+        assert len(StepSampler(23, 5, 7, start, 40)) == 40 - start
+
+
+@pytest.mark.parametrize(("count", "batch"), [(23, 5), (8, 8), (3, 10), (1, 1)])
+def test_every_epoch_is_a_permutation(count, batch):
+    seen = [i for indices in StepSampler(count, batch, 0, 0, 6 * count) for i in indices]
+    epochs = [seen[k : k + count] for k in range(0, len(seen) - count + 1, count)]
+    assert len(epochs) >= 6
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(count))
+    if count > 5:
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_parts_put_together_are_the_whole_batch(parts):
+    whole = list(StepSampler(20, 6, 1, 3, 12))
+    shards = [list(StepSampler(20, 6, 1, 3, 12, part, parts)) for part in range(parts)]
+    assert [sum((s[k] for s in shards), []) for k in range(len(whole))] == whole
+
+
+def test_seeds_give_other_orders():
+    assert list(StepSampler(50, 10, 0, 0, 5)) != list(StepSampler(50, 10, 1, 0, 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4, 0, 0, 1), "count=0"),
+        ((5, 0, 0, 0, 1), "batch=0"),
+        ((5, 4, 0, 0, 1, 0, 3), "batch=4 and 3 processes"),
+    ],
+)
+def test_impossible_batches_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StepSampler(*arguments)
+
+
+# ---- sources -------------------------------------------------------------------------------
+
+
+def test_builtin_digits():
+    data = load_images("builtin:digits", 16, 1)
+    assert (len(data.train), len(data.held_out)) == (901, 896)
+    assert torch.equal(data.train[3], digits("a")[0][3])
+    assert torch.equal(data.held_out[3], digits("b")[0][3])
+
+
+@pytest.mark.parametrize(("size", "channels"), [(32, 1), (16, 3)])
+def test_builtin_digits_refuse_another_shape(size, channels):
+    with pytest.raises(ValueError, match=f"the model takes {size}x{size} with {channels}"):
+        load_images("builtin:digits", size, channels)
+
+
+@pytest.mark.parametrize("source", ["digits", "folder:", "hub:", "", "builtin:faces", "Folder:x"])
+def test_unknown_sources_are_refused(source):
+    with pytest.raises(ValueError, match="builtin:digits, folder:PATH or hub:NAME"):
+        load_images(source, 16, 1)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twelve files that differ in everything but are all images, and some that are none."""
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    makes = {
+        "a.png": Image.new("RGB", (20, 20), (255, 0, 0)),
+        "b.JPG": Image.new("L", (40, 20), 0),
+        "c.PnG": Image.new("RGBA", (16, 64), (0, 0, 255, 255)),
+        "d.jpeg": Image.new("RGB", (3, 5), (255, 255, 255)),
+        "e.BMP": Image.new("1", (20, 30), 1),
+        "f.webp": Image.new("RGB", (17, 16), (0, 255, 0)),
+        "g.tiff": Image.new("L", (16, 16), 128),
+        "h.gif": Image.new("P", (33, 21), 0),
+        "deep/i.tif": Image.new("L", (16, 16), 255),
+        "deep/deeper/j.png": Image.new("CMYK", (20, 20)).convert("RGB"),
+        "deep/k.png": Image.new("LA", (20, 20), (90, 255)),
+        "deep/deeper/l.Jpeg": Image.new("RGB", (100, 1), (9, 9, 9)),
+    }
+    for name, image in makes.items():
+        image.save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "labels.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_takes_any_nesting_suffix_colour_and_shape(pictures, channels):
+    data = load_images(f"folder:{pictures}", 16, channels)
+    images = [*data.train, *data.held_out]
+    assert len(images) == 12 and len(data.held_out) == 2
+    for image in images:
+        assert image.shape == (channels, 16, 16) and image.dtype == torch.float32
+        assert image.min() >= -1 and image.max() <= 1
+
+
+def test_folder_holds_out_every_tenth_file_of_the_sorted_list(tmp_path):
+    for k in range(25):
+        Image.new("L", (4, 4), 10 * k).save(tmp_path / f"{k:02}.png")
+    data = load_images(f"folder:{tmp_path}", 4, 1)
+    grey = [
+        [round((float(i.mean()) + 1) * 127.5 / 10) for i in d] for d in (data.held_out, data.train)
+    ]
+    assert grey[0] == [0, 10, 20]
+    assert grey[1] == [k for k in range(25) if k % 10]
+
+
+def test_colour_becomes_rgb_in_order_and_grey_by_luminance(tmp_path):
+    for k in range(2):
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / f"{k}.png")
+    red = load_images(f"folder:{tmp_path}", 8, 3).train[0]
+    assert red.mean(dim=(1, 2)).tolist() == [1, -1, -1]
+    grey = load_images(f"folder:{tmp_path}", 8, 1).train[0]
+    assert float(grey.mean()) == pytest.approx(2 * 0.299 - 1, abs=0.01)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_short_side_is_resized_and_the_centre_is_kept(tmp_path, wide):
+    # dark and light halves of a 2:1 image meet in the middle; outer quarters (red) are cut away
+    pixels = np.zeros((20, 40, 3), dtype=np.uint8)
+    pixels[:, 20:] = 255
+    pixels[:, :8] = pixels[:, 32:] = (255, 0, 0)
+    for k in range(2):
+        Image.fromarray(pixels if wide else pixels.transpose(1, 0, 2)).save(tmp_path / f"{k}.png")
+    image = load_images(f"folder:{tmp_path}", 10, 3).train[0]
+    if not wide:
+        image = image.transpose(1, 2)
+    assert torch.allclose(image[0], image[1], atol=0.05) and torch.allclose(image[1], image[2])
+    assert (image[:, :, 1:3] < -0.95).all() and (image[:, :, 7:9] > 0.95).all()
+
+
+def test_the_right_size_passes_unchanged(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16), dtype=np.uint8)
+    for k in range(2):
+        Image.fromarray(pixels[k]).save(tmp_path / f"{k}.png")
+    image = load_images(f"folder:{tmp_path}", 16, 1).train[0]
+    assert torch.equal(
+        ((image + 1) * 127.5).round().to(torch.uint8)[0], torch.from_numpy(pixels[1])
+    )
+
+
+def test_folder_that_is_missing_empty_or_too_small_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        load_images(f"folder:{tmp_path / 'nowhere'}", 16, 1)
+    with pytest.raises(ValueError, match="at least 2 images .* found 0"):
+        load_images(f"folder:{tmp_path}", 16, 1)
+    Image.new("L", (4, 4)).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match="at least 2 images .* found 1"):
+        load_images(f"folder:{tmp_path}", 16, 1)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    for k in range(2):
+        (tmp_path / f"{k}.png").write_text("no image")
+    with pytest.raises(OSError, match="1.png"):
+        load_images(f"folder:{tmp_path}", 16, 1).train[0]
+
+
+def test_split_of_one_image_is_refused():
+    with pytest.raises(ValueError, match="at least 2 images expected in mine; found 1"):
+        ImageData.split("mine", torch.utils.data.StackDataset([0]))
+
+
+def test_hub_without_datasets_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        load_images("hub:somebody/faces", 16, 1)
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
+def test_hub_reads_a_local_folder_in_the_layout_of_datasets(tmp_path, monkeypatch, splits):
+    pytest.importorskip("datasets", reason="the `datasets` package is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for split in splits:
+        (tmp_path / "faces" / split).mkdir(parents=True)
+        for k in range(12):
+            Image.new("RGB", (20, 30), (20 * k, 0, 0)).save(
+                tmp_path / "faces" / split / f"{k:02}.png"
+            )
+    data = load_images(f"hub:{tmp_path / 'faces'}", 16, 3)
+    assert (len(data.train), len(data.held_out)) == ((10, 2) if len(splits) == 1 else (12, 12))
+    for image in (data.train[0], data.held_out[0]):
+        assert image.shape == (3, 16, 16) and (image[1:] == -1).all()

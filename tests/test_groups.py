@@ -1,0 +1,183 @@
+"""Channel groups: every prunable channel lies in exactly one, and what is unsupported is refused."""
+
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from compress.gradflow.groups import (
+    check_scheduler,
+    check_supported,
+    dense_widths,
+    find_groups,
+    single_head_queries,
+)
+
+NAMES = [
+    "plain",
+    "no_attention",
+    "no_middle",
+    "one_head",
+    "scale_shift",
+    "odd_norm_groups",
+    "deeper",
+    "tied",
+]
+
+
+def prunable_sides(unet) -> dict[tuple[str, str], int]:
+    """All sides of all layers that carry a level's channels, with their widths."""
+    sides = {}
+    for name, module in unet.named_modules():
+        if name.startswith("time_embedding."):
+            continue
+        if isinstance(module, nn.GroupNorm):
+            sides[name, "norm"] = module.num_channels
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            linear = isinstance(module, nn.Linear)
+            inputs = module.in_features if linear else module.in_channels
+            outputs = module.out_features if linear else module.out_channels
+            # images, and the time embedding that every resnet reads, keep their widths
+            if name != "conv_in" and not name.endswith("time_emb_proj"):
+                sides[name, "in"] = inputs
+            if name != "conv_out":
+                sides[name, "out"] = outputs
+    return sides
+
+
+@pytest.mark.parametrize("name", [*NAMES, "built_in"])
+def test_every_prunable_channel_is_in_exactly_one_group(models, name):
+    unet = models.build(name)
+    covered: dict[tuple[str, str], Counter] = {}
+    for group in find_groups(unet):
+        for slot in group.slots:
+            covered.setdefault((slot.module, slot.side), Counter()).update(slot.positions)
+    expected = prunable_sides(unet)
+    assert set(covered) == set(expected)
+    for side, width in expected.items():
+        assert covered[side] == Counter(range(width)), side
+
+
+@pytest.mark.parametrize("name", [*NAMES, "built_in"])
+def test_widths_are_the_levels_and_every_slot_holds_every_channel(models, name):
+    unet = models.build(name)
+    modules = dict(unet.named_modules())
+    for group in find_groups(unet):
+        assert group.width == dense_widths(unet)[group.level]
+        assert group.units * group.unit == group.width
+        for slot in group.slots:
+            assert len(slot.positions) == len(slot.channels)
+            counts = Counter(slot.channels)
+            assert set(counts) == set(range(group.width)), slot.module
+            # twice where one concatenation holds the channels twice, and in scale and shift
+            assert len(set(counts.values())) == 1
+            assert set(counts.values()) <= {1, 2}
+        producers = [modules[slot.module] for slot in group.slots if slot.side == "out"]
+        assert producers
+    names = [group.name for group in find_groups(unet)]
+    order = list(modules)
+    assert names == sorted(names, key=order.index) and len(set(names)) == len(names)
+
+
+def test_units_of_attention_are_whole_heads(models):
+    unet = models.build("plain")  # heads of 4 channels
+    inner = [
+        g
+        for g in find_groups(unet)
+        if any(s.module.endswith("to_v") and s.side == "out" for s in g.slots)
+    ]
+    assert len(inner) == 4
+    for group in inner:
+        assert (group.unit, group.units, group.width) == (4, 4, 16)
+        sides = {(slot.module.rpartition("attentions.")[2][2:], slot.side) for slot in group.slots}
+        assert sides == {("to_q", "out"), ("to_k", "out"), ("to_v", "out"), ("to_out.0", "in")}
+    others = [g for g in find_groups(unet) if g not in inner]
+    assert {group.unit for group in others} == {1}
+
+
+def test_one_head_goes_channel_by_channel(models):
+    unet = models.build("one_head")
+    assert {group.unit for group in find_groups(unet)} == {1}
+    queries = single_head_queries(unet)
+    assert sorted(queries) == sorted(n for n, _ in unet.named_modules() if n.endswith("to_q"))
+    assert single_head_queries(models.build("plain")) == ()
+
+
+def test_finding_groups_leaves_the_model_alone(models):
+    unet = models.build("plain").train().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    find_groups(unet)
+    assert unet.training
+    assert not any(p.requires_grad or p.grad is not None for p in unet.parameters())
+    assert not any(m._forward_hooks for m in unet.modules())
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_another_unet_class_is_refused_by_name():
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    with pytest.raises(ValueError, match="UNet2DModel; got UNet2DConditionModel"):
+        check_supported(unet)
+    with pytest.raises(ValueError, match="UNet2DModel; got Linear"):
+        find_groups(nn.Linear(2, 2))
+
+
+def test_unsupported_blocks_are_refused_by_name(models):
+    blocks = {
+        "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D"),
+    }
+    unet = UNet2DModel(**(models.TWO_LEVELS | blocks))
+    with pytest.raises(ValueError, match="has ResnetDownsampleBlock2D, ResnetUpsampleBlock2D"):
+        find_groups(unet)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("time_embedding_type", "fourier"),
+        ("downsample_type", "resnet"),
+        ("upsample_type", "resnet"),
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 10),
+    ],
+)
+def test_unsupported_options_are_refused_by_name(models, option, value):
+    with pytest.raises(ValueError, match=f"{option} = .*{value!r}"):
+        find_groups(models.build("no_attention", **{option: value}))
+
+
+def test_a_model_without_a_size_is_refused(models):
+    with pytest.raises(ValueError, match="sample_size"):
+        find_groups(models.build("plain", sample_size=None))
+
+
+def test_heads_that_do_not_fill_their_level_are_refused(models):
+    # diffusers silently builds q, k and v of 16 channels for 20
+    unet = models.build("plain", block_out_channels=(8, 20), attention_head_dim=8)
+    with pytest.raises(ValueError, match="attention_head_dim"):
+        find_groups(unet)
+
+
+def test_an_odd_first_level_is_refused(models):
+    unet = models.build("odd_norm_groups", block_out_channels=(9, 18))
+    with pytest.raises(ValueError, match=r"block_out_channels\[0\]"):
+        find_groups(unet)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_schedulers_that_do_not_predict_noise_are_refused(models, kind):
+    with pytest.raises(ValueError, match=kind):
+        check_scheduler(models.scheduler(prediction_type=kind))
+    check_scheduler(models.scheduler())

@@ -1,0 +1,340 @@
+"""Tables: statistics, bold figures, places in documents, and runs that are not made twice."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress import experiments
+from compress.eval import tables
+from compress.experiments import main_table, render_table, run_missing
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(method: str, keep: str = "0.5", seed: int = 0, **values: float) -> dict:
+    values = {
+        "fid_digits": 1.0,
+        "kid_digits": 1e-3,
+        "ssim_to_dense": 0.5,
+        "validation_loss": 0.1,
+    } | values
+    return {"labels": {"keep_macs": keep, "method": method}, "seed": seed, "values": values}
+
+
+LABELS = {"keep_macs": ("0.5", "0.3"), "method": ("soft", "hard", "third")}
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+# ---- statistics and Markdown ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_mean_and_std_equal_those_of_the_standard_library(count):
+    values = np.random.default_rng(count).normal(5, 2, count).tolist()
+    mean, std = tables.mean_and_std(values)
+    assert mean == pytest.approx(statistics.mean(values))
+    assert std == pytest.approx(statistics.stdev(values))
+
+
+def test_one_value_has_no_deviation():
+    mean, std = tables.mean_and_std([4.0])
+    assert mean == 4 and math.isnan(std)
+
+
+def test_rows_come_in_the_order_of_the_labels_with_all_their_seeds():
+    rows = [
+        row("hard", "0.3", fid_digits=3),
+        row("soft", "0.5", 1, fid_digits=4),
+        row("soft", "0.5", 0, fid_digits=2),
+    ]
+    table = tables.render(rows, LABELS, ["keep_macs"])
+    assert [c[:3] for c in cells(table)] == [["0.5", "soft", "2"], ["0.3", "hard", "1"]]
+    # 3 +- sqrt(2), by hand
+    assert cells(table)[0][3] == "3.00 ± 1.41"
+    assert cells(table)[1][3] == "3.00"
+
+
+def test_the_best_of_each_comparison_is_bold():
+    rows = [
+        row("soft", "0.5", fid_digits=1, ssim_to_dense=0.2),
+        row("hard", "0.5", fid_digits=2, ssim_to_dense=0.4),
+        row("soft", "0.3", fid_digits=9, ssim_to_dense=0.1),
+        row("hard", "0.3", fid_digits=8, ssim_to_dense=0.1),
+        row("third", "0.3", fid_digits=10, ssim_to_dense=0.05),
+    ]
+    columns = ["fid_digits", "ssim_to_dense"]
+
+    def bold(by):
+        found = cells(tables.render(rows, LABELS, by, columns))
+        return [[c.startswith("**") and c.endswith("**") for c in line[3:]] for line in found]
+
+    # a lower distance and a higher similarity are better; equal ones are both best
+    assert bold(["keep_macs"]) == [
+        [True, False],
+        [False, True],
+        [False, True],
+        [True, True],
+        [False, False],
+    ]
+    assert bold([]) == [[True, False], [False, True], [False] * 2, [False] * 2, [False] * 2]
+
+
+def test_a_comparison_with_nothing_is_not_won():
+    assert "**" not in tables.render([row("soft")], LABELS, ["keep_macs"])
+
+
+def test_scale_heading_and_shape():
+    table = tables.render([row("soft", kid_digits=0.00234)], LABELS, [])
+    lines = table.splitlines()
+    assert "kid_digits ×10³" in lines[0] and "2.34" in lines[2]
+    assert len({line.count("|") for line in lines}) == 1
+    assert set(lines[1]) == {"|", "-"}
+
+
+def test_rows_that_the_table_does_not_know_are_left_out():
+    rows = [row("soft"), row("magic"), row("hard", keep="0.9")]
+    assert len(cells(tables.render(rows, LABELS, []))) == 1
+
+
+# ---- documents and rows --------------------------------------------------------------------
+
+DOCUMENT = "before\n<!-- table:main -->\nold\nrows\n<!-- /table:main -->\nafter\n"
+
+
+def test_fill_replaces_what_is_between_the_marks_and_can_be_repeated():
+    once = tables.fill(DOCUMENT, "main", r"| new \1 |")
+    assert once == "before\n<!-- table:main -->\n| new \\1 |\n<!-- /table:main -->\nafter\n"
+    assert tables.fill(once, "main", r"| new \1 |") == once
+
+
+@pytest.mark.parametrize(
+    "document", ["", "<!-- table:main -->\n", "<!-- table:other -->\n<!-- /table:other -->"]
+)
+def test_fill_needs_its_marks(document):
+    with pytest.raises(ValueError, match="<!-- table:main --> and <!-- /table:main -->"):
+        tables.fill(document, "main", "x")
+
+
+def test_fill_file_changes_nothing_when_one_table_has_no_place(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(DOCUMENT)
+    with pytest.raises(ValueError, match="table:ablation"):
+        tables.fill_file(path, {"main": "x", "ablation": "y"})
+    assert path.read_text() == DOCUMENT
+    tables.fill_file(path, {"main": "x"})
+    assert path.read_text() == tables.fill(DOCUMENT, "main", "x")
+
+
+def test_rows_are_appended_and_read_back(tmp_path):
+    path = tmp_path / "results" / "rows.jsonl"
+    assert tables.read_rows(path) == []
+    rows = [{"key": "a", "text": "two\nlines ±"}, {"key": "b"}]
+    for content in rows:
+        tables.append_row(path, content)
+    assert tables.read_rows(path) == rows
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
+        tables.read_rows(path)
+
+
+# ---- experiments ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planned() -> dict[str, dict[str, experiments.Experiment]]:
+    return {name: {e.key(): e for e in make()} for name, make in experiments.TABLES.items()}
+
+
+def test_tables_hold_every_combination_once(planned):
+    assert (len(planned["main"]), len(planned["ablation"])) == (30, 45)
+    for name, found in planned.items():
+        labels = [(tuple(e.labels), e.seed) for e in found.values()]
+        assert len(set(labels)) == len(labels)
+        for e in found.values():
+            for label, value in e.labels:
+                assert value in experiments.LABELS[name][label]
+
+
+def test_keys_do_not_change_between_calls_and_seeds_have_their_own(planned):
+    assert [e.key() for e in main_table()] == list(planned["main"])
+    one, other = (e for e in main_table((0, 1)) if dict(e.labels) == dict(main_table()[0].labels))
+    assert one.key() != other.key()
+
+
+def test_keys_ignore_where_and_how_often_things_are_saved():
+    e = main_table()[0]
+    moved = experiments.Experiment(e.labels, (*e.overrides, "output=elsewhere"), e.seed)
+    saved = experiments.Experiment(e.labels, (*e.overrides, "train.save_every=7"), e.seed)
+    longer = experiments.Experiment(e.labels, (*e.overrides, "recover.steps=7"), e.seed)
+    assert e.key() == moved.key() == saved.key() != longer.key()
+
+
+def test_main_and_ablation_share_the_runs_whose_recipe_is_the_same(planned):
+    both = set(planned["main"]) & set(planned["ablation"])
+    expected = {
+        key
+        for name in planned
+        for key, e in planned[name].items()
+        if any(
+            e.recipe().model_copy(update={"output": None})
+            == other.recipe().model_copy(update={"output": None})
+            for other in planned["ablation" if name == "main" else "main"].values()
+        )
+    }
+    assert both == expected
+    shared = {tuple(dict(planned["main"][key].labels).values()) for key in both}
+    # one-shot random, magnitude and taylor at 0.3 are in both tables; so is the shipped gradflow
+    assert {("0.3", f"one-shot {c}") for c in ("random", "magnitude", "taylor")} <= shared
+    assert ("0.3", "gradflow") in shared
+    assert len(both) == 4 * len(experiments.SEEDS)
+
+
+def test_every_run_of_a_comparison_has_the_same_steps_budget_and_distillation(planned):
+    for found in planned.values():
+        settings = set()
+        for e in found.values():
+            recipe = e.recipe()
+            settings.add(
+                (
+                    recipe.method.steps + recipe.recover.steps,
+                    recipe.recover.model_dump_json(),
+                    recipe.evaluate.model_dump_json(),
+                    recipe.model,
+                    recipe.data,
+                )
+            )
+            labels = dict(e.labels)
+            assert recipe.method.keep_macs == float(labels.get("keep_macs", 0.3))
+            assert recipe.seed == e.seed
+        assert len(settings) == 1
+
+
+def test_labels_say_what_the_recipe_does(planned):
+    for e in planned["ablation"].values():
+        labels, method = dict(e.labels), e.recipe().method
+        assert method.criterion == labels["criterion"]
+        process = "one-shot" if method.name == "oneshot" else method.process
+        assert labels["process"].startswith(process)
+    for e in planned["main"].values():
+        labels, method = dict(e.labels), e.recipe().method
+        one_shot = f"one-shot {method.criterion}"
+        assert labels["method"] == (one_shot if method.name == "oneshot" else "gradflow")
+
+
+# ---- filling the results file --------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Runs that take no time: each leaves a row with figures made from its key."""
+    made = []
+
+    def one(experiment, key):
+        made.append(key)
+        number = int(key, 16) / 16**16
+        values = {"fid_digits": number, "kid_digits": number, "ssim_to_dense": number}
+        return {
+            "key": key,
+            "seconds": 1.0,
+            "values": values | {"validation_loss": number},
+            "dense": {"fid_digits": 0.5, "validation_loss": 0.05},
+            "floor": {"fid_digits": 0.1},
+        }
+
+    monkeypatch.setattr(experiments, "_run_one", one)
+    return made
+
+
+def test_runs_that_are_there_are_not_made_again(tmp_path, fake_runs, planned):
+    results = tmp_path / "rows.jsonl"
+    wanted = list(planned["main"])
+    list(run_missing(["main"], results))
+    assert fake_runs == wanted
+    assert [r["key"] for r in tables.read_rows(results)] == wanted
+    assert list(run_missing(["main"], results)) == []
+    assert fake_runs == wanted
+    # the other table only lacks what it does not share
+    list(run_missing(["main", "ablation"], results))
+    assert len(fake_runs) == len(set(planned["main"]) | set(planned["ablation"]))
+    assert len(set(fake_runs)) == len(fake_runs)
+
+
+def test_a_stopped_sitting_loses_one_run_at_most(tmp_path, fake_runs, planned):
+    results = tmp_path / "rows.jsonl"
+    lines = run_missing(["main"], results, seeds=(0,))
+    for _ in range(5):  # two finished runs and the announcement of the third
+        next(lines)
+    lines.close()
+    assert len(tables.read_rows(results)) == 2
+    list(run_missing(["main"], results, seeds=(0,)))
+    assert len(tables.read_rows(results)) == 10 == len(set(fake_runs))
+
+
+def test_shards_share_the_work_without_overlap(tmp_path, fake_runs, planned):
+    for k in range(3):
+        list(run_missing(["ablation"], tmp_path / f"{k}.jsonl", shard=(k, 3)))
+    assert sorted(fake_runs) == sorted(planned["ablation"])
+
+
+def test_render_table_shows_the_rows_that_are_there(tmp_path, fake_runs):
+    results = tmp_path / "rows.jsonl"
+    assert "No rows yet" in render_table("main", results)
+    list(run_missing(["main"], results, seeds=(0,)))
+    tables.append_row(results, {"key": "of an older recipe"})
+    text = render_table("main", results)
+    body = text.split("\n\n")[0]
+    assert len(cells(body)) == 10
+    assert "10 of 30 runs are in" in text and "rows.jsonl" in text
+    # the table's figures are those of the rows, each at its place
+    by_key = {r["key"]: r for r in tables.read_rows(results)}
+    figures = {tuple(line[:2]): line[3].strip("*") for line in cells(body)}
+    for e in main_table((0,)):
+        expected = f"{by_key[e.key()]['values']['fid_digits']:.2f}"
+        assert figures[tuple(dict(e.labels).values())] == expected
+    full = render_table("main", results, seeds=(0,))
+    assert "10 of 10 runs are in" in full
+
+
+def place(name: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    found = re.search(rf"<!-- table:{name} -->\n(.*?)\n<!-- /table:{name} -->", text, re.S)
+    assert found, f"README.md has no place for the table {name}"
+    return found[1]
+
+
+@pytest.mark.parametrize("name", ["main", "ablation"])
+def test_the_tables_of_the_readme_are_generated_from_the_rows(name):
+    shown = place(name)
+    files = sorted((ROOT / "eval" / "results").glob("*.jsonl"))
+    if not files:
+        # nothing has been measured: then nothing may be claimed
+        assert "|" not in shown
+        return
+    keys = {e.key() for e in experiments.TABLES[name]()}
+    used = [f for f in files if keys & {r["key"] for r in tables.read_rows(f)}]
+    if not used:
+        assert "|" not in shown
+    else:
+        assert shown in [render_table(name, f) for f in used]
+
+
+def test_rows_in_the_repository_say_how_they_were_made():
+    for path in (ROOT / "eval" / "results").glob("*.jsonl"):
+        rows = tables.read_rows(path)
+        assert len({r["key"] for r in rows}) == len(rows), f"{path.name} has a run twice"
+        for content in rows:
+            assert {"seed", "commit", "date", "device", "versions", "widths"} <= set(content)
+            assert set(tables.COLUMNS) <= set(content["values"])
+            json.dumps(content, allow_nan=False)
