@@ -183,15 +183,12 @@ def test_keys_ignore_where_and_how_often_things_are_saved():
 
 def test_main_and_ablation_share_the_runs_whose_recipe_is_the_same(planned):
     both = set(planned["main"]) & set(planned["ablation"])
+    recipes = {
+        name: {key: e.recipe().model_copy(update={"output": None}) for key, e in found.items()}
+        for name, found in planned.items()
+    }
     expected = {
-        key
-        for name in planned
-        for key, e in planned[name].items()
-        if any(
-            e.recipe().model_copy(update={"output": None})
-            == other.recipe().model_copy(update={"output": None})
-            for other in planned["ablation" if name == "main" else "main"].values()
-        )
+        key for key, recipe in recipes["main"].items() if recipe in recipes["ablation"].values()
     }
     assert both == expected
     shared = {tuple(dict(planned["main"][key].labels).values()) for key in both}

@@ -44,11 +44,11 @@ class GradFlow:
 
     name: Literal["gradflow"] = "gradflow"
     keep_macs: KeepMacs = 0.5
-    criterion: Literal["gradient_flow", "lookahead", "taylor", "magnitude", "random"] = "taylor"
+    criterion: Literal["gradient_flow", "lookahead", "taylor", "magnitude", "random"] = "lookahead"
     process: Literal["soft", "hard"] = "soft"
     steps: Count = 300
     update_every: Count = 5
-    criterion_every: Count = 4
+    criterion_every: Count = 6
     criterion_batches: Count = 2
     reduction: Literal["absolute", "signed"] = "absolute"
     hvp: Literal["finite", "exact"] = "finite"

@@ -1,0 +1,314 @@
+"""Checkpoints: what is saved is what is loaded, damage is named, and nobody needs us to load one."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from compress import files
+from compress.checkpoint import load, save_slim, verify
+from compress.models import load_pipeline
+
+FACTS = {
+    "base_model": "somebody/model",
+    "base_hash": "0123abcd",
+    "base_licence": "CC BY 4.0, by somebody",
+    "recipe": {"seed": 0},
+    "widths": [{"level": "block_out_channels[0]", "dense": 16, "compressed": 8}],
+    "metrics": {"macs": {"dense": {"value": 2.0}, "compressed": {"value": 1.0}}},
+}
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SAVED = {
+    "README.md",
+    "compress.json",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    WEIGHTS,
+}
+# a Python where `import compress` fails, whatever is installed
+STRANGER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "compress":
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Absent())
+try:
+    import compress
+except ImportError:
+    pass
+else:
+    sys.exit("compress should not be importable")
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+pipeline.set_progress_bar_config(disable=True)
+with torch.no_grad():
+    output = pipeline.unet(torch.linspace(-1, 1, 256).view(1, 1, 16, 16), 7).sample
+images = pipeline(
+    batch_size=2,
+    num_inference_steps=2,
+    generator=torch.Generator().manual_seed(0),
+    output_type="np",
+).images
+np.savez(sys.argv[2], output=output.numpy(), images=images)
+print(sorted(name for name in sys.modules if name.startswith("compress")))
+"""
+
+
+def tiny_unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        freq_shift=-4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    return DDPMPipeline(unet=tiny_unet(), scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
+def made(pipeline, tmp_path_factory):
+    return save_slim(pipeline, tmp_path_factory.mktemp("made") / "checkpoint", FACTS)
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "checkpoint")
+
+
+def predict(pipeline: DiffusionPipeline) -> torch.Tensor:
+    inputs = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return pipeline.unet.eval()(inputs, torch.tensor([3, 97])).sample
+
+
+# ---- what is saved -------------------------------------------------------------------------
+
+
+def test_what_is_loaded_predicts_the_same_bit_for_bit(pipeline, made):
+    loaded = load(made)
+    assert torch.equal(predict(loaded), predict(pipeline))
+    assert type(loaded) is DDPMPipeline and type(loaded.unet) is UNet2DModel
+    assert loaded.unet.config.freq_shift == -4
+    assert dict(loaded.scheduler.config) == dict(pipeline.scheduler.config)
+
+
+def test_files_are_all_there_and_none_is_pickled(made):
+    found = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert found == SAVED
+    pickles = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
+    assert not [p for p in made.rglob("*") if p.suffix in pickles]
+    for path in made.rglob("*.json"):
+        json.loads(path.read_text(encoding="utf8"))
+
+
+def test_facts_hold_what_was_given_and_the_hash_of_every_other_file(made):
+    facts = json.loads((made / "compress.json").read_text(encoding="utf8"))
+    assert {k: facts[k] for k in FACTS} == FACTS
+    assert (facts["format"], facts["kind"]) == (1, "slim")
+    assert set(facts["files"]) == SAVED - {"compress.json"}
+    assert verify(made) == facts
+
+
+def test_model_card_says_base_licence_widths_and_metrics(made):
+    card = (made / "README.md").read_text(encoding="utf8")
+    assert card.startswith("---\n") and "library_name: diffusers" in card
+    for words in ("somebody/model", "0123abcd", "CC BY 4.0, by somebody", "16 -> 8", "| macs | 2 |"):
+        assert words in card
+    assert "DDPMPipeline.from_pretrained" in card
+
+
+def test_a_model_card_without_facts_does_not_invent_a_licence(pipeline, tmp_path):
+    card = (save_slim(pipeline, tmp_path / "c", {}) / "README.md").read_text()
+    assert "unknown: see the base model" in card
+
+
+def test_plain_diffusers_loads_and_samples_where_compress_cannot_be_imported(made, tmp_path):
+    command = [sys.executable, "-P", "-c", STRANGER, str(made), str(tmp_path / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    found = np.load(tmp_path / "out.npz")
+    with torch.no_grad():
+        expected = load(made).unet.eval()(torch.linspace(-1, 1, 256).view(1, 1, 16, 16), 7).sample
+    # another process may split sums over threads in another way
+    np.testing.assert_allclose(found["output"], expected.numpy(), atol=1e-5)
+    assert found["images"].shape == (2, 16, 16, 1)
+    assert 0 <= found["images"].min() and found["images"].max() <= 1
+
+
+def test_saving_again_replaces_the_checkpoint_as_a_whole(pipeline, folder):
+    (folder / "unet" / "left_over").write_text("old")
+    save_slim(pipeline, folder, FACTS | {"recipe": {"seed": 1}})
+    assert verify(folder)["recipe"] == {"seed": 1}
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == SAVED
+    assert [p.name for p in folder.parent.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+def test_a_full_disk_leaves_the_old_checkpoint(pipeline, folder, monkeypatch, call):
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    calls = iter(range(1, 100))
+
+    def full(*args, **kwargs):
+        if next(calls) == call:
+            raise OSError(28, "No space left on device")
+
+    # compress.json, README.md and, in between, the weights
+    monkeypatch.setattr(files.os, "fsync", full)
+    real = DDPMPipeline.save_pretrained
+
+    def save(self, *args, **kwargs):
+        full()
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMPipeline, "save_pretrained", save)
+    with pytest.raises(OSError, match="No space left"):
+        save_slim(pipeline, folder, FACTS)
+    assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
+
+
+# ---- damage --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(SAVED - {"compress.json"}))
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_a_changed_byte_is_an_error_that_names_the_file(folder, name, where):
+    content = bytearray((folder / name).read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name.split("/")[-1].replace(".", r"\.")) as caught:
+        load(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(SAVED - {"compress.json"}))
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        load(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"format": 2, "files": {}}', '{"format": 1, "kind": "slim"}'],
+)
+def test_damaged_facts_are_named(folder, content):
+    (folder / "compress.json").write_text(content)
+    with pytest.raises(ValueError, match=r"compress\.json"):
+        load(folder)
+
+
+# ---- other people's folders ----------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_any_pipeline_folder_loads_in_float32(pipeline, foreign):
+    assert torch.equal(predict(load(foreign)), predict(pipeline))
+    half = {name: t.half() for name, t in load_file(foreign / WEIGHTS).items()}
+    save_file(half, foreign / WEIGHTS)
+    loaded = load_pipeline(str(foreign))
+    assert {p.dtype for p in loaded.unet.parameters()} == {torch.float32}
+    for name, parameter in loaded.unet.named_parameters():
+        assert torch.equal(parameter, half[name].float())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:9] + b"?" + content[10:],
+    ],
+    ids=["empty", "header cut", "data cut", "too long", "header size", "header text"],
+)
+def test_corrupt_safetensors_are_named(foreign, damage):
+    path = foreign / WEIGHTS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="damaged") as caught:
+        load_pipeline(str(foreign))
+    assert str(path) in str(caught.value)
+
+
+def test_weights_that_lack_a_tensor_are_refused_by_name(foreign):
+    tensors = load_file(foreign / WEIGHTS)
+    del tensors["conv_in.weight"]
+    save_file(tensors, foreign / WEIGHTS)
+    # diffusers leaves a parameter without a value, and the run fails much later
+    with pytest.raises(ValueError, match=r"conv_in\.weight"):
+        load_pipeline(str(foreign))
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json"])
+def test_configuration_that_is_no_json_is_named(foreign, name):
+    (foreign / name).write_text("{")
+    with pytest.raises(ValueError) as caught:
+        load_pipeline(str(foreign))
+    assert str(foreign / name) in str(caught.value)
+
+
+def test_pickled_weights_are_not_read(foreign):
+    (foreign / WEIGHTS).rename(foreign / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickled weights are not read"):
+        load_pipeline(str(foreign))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "/no/where/at/all", "~/no-such-folder"])
+def test_a_missing_folder_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist; give builtin:NAME"):
+        load(name)
+
+
+def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has a model_index\.json"):
+        load(tmp_path)
+
+
+def test_an_unknown_builtin_lists_the_known_ones():
+    with pytest.raises(ValueError, match="built-in models are ddpm-digits; got 'builtin:digits'"):
+        load("builtin:digits")
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_message(monkeypatch):
+    def offline(*args, **kwargs):
+        assert kwargs["use_safetensors"] is True
+        raise OSError("no network\nlong explanation")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
+    with pytest.raises(ValueError, match="somebody/model.*no network; check") as caught:
+        load_pipeline("somebody/model")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,471 @@
+"""Pruning runs on a tiny real UNet: quotas, bounds, counters, and what a recipe may not ask."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from accelerate.tracking import GeneralTracker, on_main_process
+from diffusers import DDPMScheduler, UNet2DModel
+
+from compress.data import ImageData
+from compress.data.sources import TensorImages
+from compress.gradflow import GradFlow, OneShot, Training
+from compress.gradflow.state import Journal
+from compress.gradflow.train import PruningRun, validation_loss
+
+WIDTHS = (4, 8)
+ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")
+FLOW = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
+STEPS, RECOVER = 6, 3
+
+
+def tiny_unet(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 16,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**(config | changes))
+
+
+def data() -> ImageData:
+    images = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:]))
+
+
+def gradflow(**changes) -> GradFlow:
+    # widths (4, 8) keep 0.2812 of the MACs
+    knobs = {
+        "keep_macs": 0.3,
+        "steps": STEPS,
+        "update_every": 1,
+        "criterion_every": 2,
+        "criterion_batches": 1,
+        "max_move": 0.4,
+        "settle": 0.2,
+    }
+    return GradFlow(**(knobs | changes))
+
+
+def oneshot(**changes) -> OneShot:
+    return OneShot(**({"keep_macs": 0.3, "steps": STEPS, "criterion_batches": 1} | changes))
+
+
+def training(**changes) -> Training:
+    return Training(**({"recover_steps": RECOVER, "batch": 4, "lr": 1e-3} | changes))
+
+
+def start(method, settings=None, *, unet=None, journal=None, scheduler=None) -> PruningRun:
+    return PruningRun(
+        unet if unet is not None else tiny_unet(),
+        scheduler or DDPMScheduler(num_train_timesteps=50),
+        data(),
+        method,
+        settings or training(),
+        journal or Journal(),
+        device="cpu",
+    )
+
+
+def finish(run: PruningRun):
+    """Run to the end; returns all events and the result."""
+    events, generator = [], run.events()
+    while True:
+        try:
+            events.append(next(generator))
+        except StopIteration as stop:
+            return events, stop.value
+
+
+def rows(run: PruningRun, stage: str) -> list[dict]:
+    return [row for row in run.journal.rows if row["stage"] == stage]
+
+
+METHODS = {
+    "soft": gradflow(),
+    "soft cubic": gradflow(budget="cubic", criterion="gradient_flow", hvp="exact"),
+    "hard": gradflow(process="hard"),
+    **{f"one-shot {criterion}": oneshot(criterion=criterion) for criterion in ONE_SHOT},
+}
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """Every method, run once; made when first asked for."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            unet = tiny_unet(dropout=0.1)
+            before = copy.deepcopy(unet.state_dict())
+            run = start(METHODS[name], unet=unet)
+            made[name] = (run, *finish(run), unet, before)
+        return made[name]
+
+    return get
+
+
+# ---- what every method leaves --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_block_keeps_its_quota(finished, name):
+    run, _, pruned, *_ = finished(name)
+    kept = run.kept
+    assert ((kept == 0) | (kept == 1)).all()
+    for block, quota in enumerate(run.layout.quota.tolist()):
+        assert int(kept[run.layout.block == block].sum()) == quota
+    assert pruned.widths == WIDTHS == tuple(pruned.unet.config.block_out_channels)
+    assert type(pruned.unet) is UNet2DModel and not pruned.unet.training
+    with torch.no_grad():
+        output = pruned.unet(torch.zeros(1, 1, 16, 16), 3).sample
+    assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_given_unet_is_not_changed(finished, name):
+    *_, unet, before = finished(name)
+    after = unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(p.grad is None for p in unet.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_methods_take_the_same_number_of_optimiser_steps(finished, name):
+    run, events, pruned, *_ = finished(name)
+    assert run.total_steps == pruned.report["optimiser_steps"] == STEPS + RECOVER
+    assert len(events) == STEPS + RECOVER
+    logged = [row["step"] for row in run.journal.rows if row["stage"] in ("flow", "recover")]
+    assert logged == list(range(1, STEPS + RECOVER + 1))
+    flow = STEPS if name.startswith(("soft", "hard")) else 0
+    stages = [event.stage for event in events]
+    assert stages == ["flow"] * flow + ["recover"] * (STEPS + RECOVER - flow)
+    for stage in set(stages):
+        steps = [(e.step, e.total) for e in events if e.stage == stage]
+        assert steps == [(k + 1, len(steps)) for k in range(len(steps))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_report_facts(finished, name):
+    run, events, pruned, *_ = finished(name)
+    report = pruned.report
+    assert 0 <= report["criterion_seconds"] <= report["train_seconds"]
+    share = report["criterion_seconds"] / report["train_seconds"]
+    assert report["criterion_share"] == pytest.approx(share)
+    facts = report["surgery"]
+    assert facts["max_difference"] < 1e-5
+    assert facts["loss_slim"] == pytest.approx(facts["loss_masked"], abs=1e-5)
+    assert facts["groups"] == len(run.groups)
+    (row,) = rows(run, "surgery")
+    assert row == {"stage": "surgery", "step": row["step"]} | facts
+    assert row["step"] == (0 if name.startswith("one-shot") else STEPS)
+    json.dumps([report, run.journal.rows], allow_nan=False)
+    for row, event in zip(
+        [r for r in run.journal.rows if r["stage"] in ("flow", "recover")], events, strict=True
+    ):
+        assert set(row) == {"stage", "step", "loss", "lr", "seconds"}
+        assert event.values == {"loss": row["loss"], "lr": row["lr"]}
+    seconds = [r["seconds"] for r in run.journal.rows if r["stage"] in ("flow", "recover")]
+    assert seconds == sorted(seconds)
+
+
+# ---- the mask ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["soft", "soft cubic"])
+def test_no_mask_ever_moves_more_than_max_move(finished, name):
+    run, _, pruned, *_ = finished(name)
+    bound = METHODS[name].max_move
+    moves = [row["max_move"] for row in rows(run, "mask")]
+    assert len(moves) == run.active_steps and max(moves) <= bound + 1e-6
+    # independently of what the run says: the trace holds every unit of so small a model
+    masks = torch.cat([torch.ones(1, run.layout.units), pruned.trace["masks"]])
+    assert run.layout.units == masks.shape[1]
+    soft = masks[:-1]  # the last entry is the binary mask
+    assert soft.diff(dim=0).abs().max() <= bound + 1e-6
+    assert 0 <= soft.min() and soft.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["soft", "soft cubic"])
+def test_the_mask_keeps_to_its_budget_in_every_block(finished, name):
+    run, _, pruned, *_ = finished(name)
+    sizes, quota = run.layout.sizes().double(), run.layout.quota.double()
+    updates = run.active_steps
+    for k, mask in enumerate(pruned.trace["masks"][:updates]):
+        p = (k + 1) / updates
+        removed = 3 * p**2 - 2 * p**3 if name == "soft" else 1 - (1 - p) ** 3
+        wanted = sizes - removed * (sizes - quota)
+        sums = torch.zeros(len(quota), dtype=torch.double)
+        sums.index_add_(0, run.layout.block, mask.double())
+        torch.testing.assert_close(sums, wanted, atol=1e-4, rtol=0)
+        assert rows(run, "mask")[k]["budget"] == pytest.approx(float(mask.mean()), abs=1e-4)
+
+
+def count_returns(masks: torch.Tensor) -> int:
+    low, found = torch.zeros(masks.shape[1], dtype=torch.bool), 0
+    for mask in masks:
+        found += int((low & (mask >= 0.5)).sum())
+        low = mask < 0.5
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_returned_units_are_counted(finished, name):
+    run, _, pruned, *_ = finished(name)
+    expected = count_returns(pruned.trace["masks"])
+    assert pruned.report["returned_channels"] == expected
+    logged = [row["returned"] for row in rows(run, "mask")]
+    assert logged == sorted(logged)
+    if not name.startswith("soft"):
+        assert expected == 0
+    assert pruned.trace["steps"].tolist() == sorted(pruned.trace["steps"].tolist())
+
+
+def test_a_soft_mask_lets_units_come_back():
+    # noisy scores (random ones, drawn anew at each estimate) over a longer flow
+    run = start(gradflow(criterion="random", steps=20, criterion_every=1, score_ema=0.0))
+    _, pruned = finish(run)
+    assert pruned.report["returned_channels"] == count_returns(pruned.trace["masks"]) > 0
+
+
+def test_a_hard_mask_is_binary_and_only_falls(finished):
+    run, _, pruned, *_ = finished("hard")
+    masks = pruned.trace["masks"]
+    assert ((masks == 0) | (masks == 1)).all()
+    assert (masks.diff(dim=0) <= 0).all()
+    assert masks[0].mean() < 1 and masks[:, 0].shape[0] == run.active_steps + 1
+
+
+def test_estimates_are_compared_with_the_one_before(finished):
+    ranks = [row["spearman"] for row in rows(finished("soft")[0], "mask")]
+    # an estimate at every second update; the first one has nothing to be compared with
+    fresh = ranks[::2]
+    assert fresh[0] is None and all(-1 <= r <= 1 for r in fresh[1:])
+    assert all(r is None for r in ranks[1::2])
+
+
+@pytest.mark.parametrize("criterion", FLOW)
+def test_every_criterion_works_in_the_flow(criterion):
+    events, pruned = finish(start(gradflow(criterion=criterion, steps=4), training(recover_steps=0)))
+    assert len(events) == 4 and pruned.widths == WIDTHS
+    assert pruned.report["surgery"]["max_difference"] < 1e-5
+
+
+# ---- weights -------------------------------------------------------------------------------
+
+
+def test_keeping_everything_and_training_nothing_is_the_identity():
+    unet = tiny_unet().eval()
+    _, pruned = finish(start(oneshot(keep_macs=1.0, steps=0), training(recover_steps=0), unet=unet))
+    images, times = torch.randn(3, 1, 16, 16), torch.tensor([0, 20, 49])
+    with torch.no_grad():
+        assert torch.equal(pruned.unet(images, times).sample, unet(images, times).sample)
+
+
+def test_without_training_the_weights_are_those_of_the_kept_channels():
+    unet = tiny_unet()
+    run = start(oneshot(steps=0, criterion="magnitude"), training(recover_steps=0), unet=unet)
+    _, pruned = finish(run)
+    kept = run.layout.extend(run.kept) > 0.5
+    first = unet.conv_in.weight[kept[run.layout.outputs["conv_in"]]]
+    assert torch.equal(pruned.unet.conv_in.weight, first)
+    last = unet.conv_out.weight[:, kept[run.layout.inputs["conv_out"]]]
+    assert torch.equal(pruned.unet.conv_out.weight, last)
+
+
+def weights_of(method, settings=None, **kwargs) -> dict[str, torch.Tensor]:
+    return finish(start(method, settings, **kwargs))[1].unet.state_dict()
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_seed_decides_everything():
+    method, unet = gradflow(steps=3, max_move=0.8), {"dropout": 0.1}
+    first = weights_of(method, training(seed=1), unet=tiny_unet(**unet))
+    torch.manual_seed(12345)
+    torch.rand(7)
+    assert equal(first, weights_of(method, training(seed=1), unet=tiny_unet(**unet)))
+    assert not equal(first, weights_of(method, training(seed=2), unet=tiny_unet(**unet)))
+
+
+def test_the_result_is_the_average_of_the_weights():
+    # with decay d the average after one step is d * before + (1 - d) * after; d = 1/10 at the start
+    def after(steps: int, ema: float) -> dict[str, torch.Tensor]:
+        return weights_of(oneshot(steps=0), training(recover_steps=steps, ema=ema))
+
+    before, plain, averaged = after(0, 0.0), after(1, 0.0), after(1, 0.999)
+    for key in before:
+        expected = 0.1 * before[key] + 0.9 * plain[key]
+        torch.testing.assert_close(averaged[key], expected, atol=1e-7, rtol=1e-6)
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing(finished):
+    run = start(gradflow(steps=40, max_move=0.5), training(recover_steps=60, lr=1e-2))
+    rates = [run._rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-2 / 20)
+    assert max(rates) == rates[19] and rates[19] < 1e-2
+    assert all(a >= b for a, b in zip(rates[19:], rates[20:], strict=False))
+    assert 0 < rates[-1] < 1e-5
+    logged = [row["lr"] for row in finished("soft")[0].journal.rows if "lr" in row]
+    assert logged == [finished("soft")[0]._rate(k) for k in range(STEPS + RECOVER)]
+
+
+def test_accumulating_gradients_changes_nothing_but_memory():
+    def train(accumulation: int):
+        settings = training(recover_steps=3, gradient_accumulation=accumulation, ema=0.0)
+        run = start(oneshot(steps=0, criterion="magnitude"), settings)
+        _, pruned = finish(run)
+        return run, pruned.unet
+
+    (one, a), (two, b) = train(1), train(2)
+    images, times = torch.randn(4, 1, 16, 16), torch.arange(4) * 12
+    with torch.no_grad():
+        torch.testing.assert_close(a(images, times), b(images, times), atol=1e-5, rtol=0)
+    losses = [[row["loss"] for row in rows(run, "recover")] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name, weight in a.state_dict().items():
+        if not name.endswith("to_k.bias"):  # softmax ignores it: its gradient is rounding alone
+            torch.testing.assert_close(weight, b.state_dict()[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [{"distill": 0.0}, {"distill": 1.0}, {"distill_features": 0.5}])
+def test_distillation_adds_to_the_loss_and_trains(weights):
+    runs = {}
+    for name, extra in (("plain", {"distill": 0.0}), ("distilled", {"distill": 0.0} | weights)):
+        runs[name] = start(gradflow(steps=3, max_move=0.8), training(**extra))
+        finish(runs[name])
+    first = {
+        (name, stage): rows(run, stage)[0]["loss"]
+        for name, run in runs.items()
+        for stage in ("flow", "recover")
+    }
+    for stage in ("flow", "recover"):
+        difference = first["distilled", stage] - first["plain", stage]
+        if weights == {"distill": 0.0}:
+            assert difference == 0
+        else:
+            assert difference > 1e-4
+    # nobody keeps watching the dense model
+    assert not any(m._forward_hooks for m in runs["distilled"].dense.modules())
+
+
+def test_bf16_trains_on_the_cpu():
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.nn.functional.conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3))
+    except RuntimeError as error:
+        pytest.skip(f"no bfloat16 on this CPU: {error}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # accelerate's remarks on CPU autocast
+        run = start(gradflow(steps=3, max_move=0.8), training(mixed_precision="bf16"))
+        _, pruned = finish(run)
+    assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
+    # surgery is compared in full precision
+    assert pruned.report["surgery"]["max_difference"] < 1e-5
+    plain = start(gradflow(steps=3, max_move=0.8))
+    finish(plain)
+    losses = [[row["loss"] for row in rows(r, "flow")] for r in (run, plain)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+class Notebook(GeneralTracker):
+    """A tracker that needs a folder, as tensorboard does."""
+
+    name = "notebook"
+    requires_logging_directory = True
+    seen: list[tuple[int, dict]] = []
+
+    @on_main_process
+    def __init__(self, run_name: str, logging_dir: str, **kwargs) -> None:
+        super().__init__()
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    @on_main_process
+    def store_init_configuration(self, values: dict) -> None:
+        pass
+
+    @on_main_process
+    def log(self, values: dict, step: int, **kwargs) -> None:
+        self.seen.append((step, values))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_trackers_get_every_step(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setitem(
+        __import__("accelerate.tracking", fromlist=["x"]).LOGGER_TYPE_TO_CLASS, "notebook", Notebook
+    )
+    monkeypatch.setattr(Notebook, "seen", [])
+    # a run in memory (what comes before a run's folder is touched, and `apply`) has no folder
+    journal = Journal(None if in_memory else tmp_path)
+    run = start(oneshot(), training(trackers=("notebook",)), journal=journal)
+    finish(run)
+    if not in_memory:
+        expected = [(r["step"], {k: r[k] for k in ("loss", "lr")}) for r in rows(run, "recover")]
+        assert Notebook.seen == expected
+
+
+# ---- what is refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "scheduler", "message"),
+    [
+        (oneshot(), {"batch": 4, "gradient_accumulation": 3}, {}, "batch=4"),
+        (gradflow(max_move=0.05), {}, {}, r"max_move=0\.05; raise it"),
+        (oneshot(), {}, {"prediction_type": "v_prediction"}, "'v_prediction'"),
+        (oneshot(), {}, {"prediction_type": "sample"}, "'sample'"),
+        (oneshot(keep_macs=0.1), {}, {}, r"keep_macs must be at least 0\.14.* got keep_macs=0\.1"),
+        (oneshot(), {"trackers": ("notepad",)}, {}, "notepad"),
+    ],
+)
+def test_impossible_settings_are_refused(method, settings, scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        start(method, training(**settings), scheduler=DDPMScheduler(**scheduler))
+
+
+def test_max_move_may_be_exactly_the_largest_drop():
+    # one update must remove half of every block at once
+    start(gradflow(steps=1, max_move=0.5, settle=0.0))
+    with pytest.raises(ValueError, match=r"0\.5000"):
+        start(gradflow(steps=1, max_move=0.49, settle=0.0))
+    # the hard process and one-shot know no bound
+    start(gradflow(steps=1, max_move=0.01, settle=0.0, process="hard"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    run = start(oneshot(), training(recover_steps=20, lr=1e30))
+    with pytest.raises(ValueError, match=r"training diverged; lower recover\.lr"):
+        finish(run)
+
+
+def test_validation_loss_is_the_mean_squared_error_of_the_noise():
+    scheduler = DDPMScheduler(num_train_timesteps=50)
+    images = torch.randn(7, 1, 4, 4)
+    assert validation_loss(lambda x, t: torch.zeros_like(x), images, scheduler) == pytest.approx(
+        1, abs=0.2
+    )
+    share = scheduler.alphas_cumprod
+
+    def oracle(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        kept = share[t][:, None, None, None]
+        return (noisy - kept.sqrt() * images) / (1 - kept).sqrt()
+
+    assert validation_loss(oracle, images, scheduler, draws=3) == pytest.approx(0, abs=1e-6)
+    again = [validation_loss(lambda x, t: x, images, scheduler) for _ in range(2)]
+    assert again[0] == again[1]
