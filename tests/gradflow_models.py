@@ -1,6 +1,7 @@
 """Tiny real UNets and what the gradflow tests do with them; read through the fixture `models`."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -80,9 +81,14 @@ def build(name: str = "plain", **changes) -> UNet2DModel:
     return unet.eval()
 
 
-def laid_out(unet: UNet2DModel, widths) -> tuple[tuple[ChannelGroup, ...], Layout]:
-    groups = find_groups(unet)
-    return groups, build_layout(unet, groups, tuple(widths))
+@cache
+def groups(name: str) -> tuple[ChannelGroup, ...]:
+    """Groups are found once for each name: they depend on the architecture alone."""
+    return find_groups(build(name))
+
+
+def layout(name: str, widths) -> Layout:
+    return build_layout(build(name), groups(name), tuple(widths))
 
 
 def inputs(unet: UNet2DModel, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is what is loaded, damage is named, and nobody needs us to load one."""
+"""Checkpoints: what is saved is loaded, damage is named, and nobody needs us to load one."""
 
 import json
 import shutil
@@ -137,7 +137,13 @@ def test_facts_hold_what_was_given_and_the_hash_of_every_other_file(made):
 def test_model_card_says_base_licence_widths_and_metrics(made):
     card = (made / "README.md").read_text(encoding="utf8")
     assert card.startswith("---\n") and "library_name: diffusers" in card
-    for words in ("somebody/model", "0123abcd", "CC BY 4.0, by somebody", "16 -> 8", "| macs | 2 |"):
+    for words in (
+        "somebody/model",
+        "0123abcd",
+        "CC BY 4.0, by somebody",
+        "16 -> 8",
+        "| macs | 2 |",
+    ):
         assert words in card
     assert "DDPMPipeline.from_pretrained" in card
 

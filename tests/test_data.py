@@ -1,4 +1,4 @@
-"""Images and batches: halves that share nothing, and draws that are functions of (seed, step, index)."""
+"""Images and batches: halves that share nothing, draws made by (seed, step, index) alone."""
 
 import sys
 from collections import Counter

@@ -98,10 +98,11 @@ def test_cache_path_follows_the_key_and_the_environment(tmp_path, monkeypatch):
     path = diffusion.samples_cache_path(key)
     assert path.is_relative_to(tmp_path) and not path.exists()
     assert diffusion.samples_cache_path(dict(reversed(key.items()))) == path
+    base = {"samples": 8, "steps": 2, "sampling_seeds": 2}
     others = [
         diffusion.samples_key("abd", SETTINGS),
         *(
-            diffusion.samples_key("abc", SamplingSettings(**{"samples": 8, "steps": 2} | change))
+            diffusion.samples_key("abc", SamplingSettings(**base | change))
             for change in ({"samples": 9}, {"steps": 3}, {"sampler": "ddpm"}, {"seed": 1})
         ),
     ]
@@ -271,29 +272,30 @@ def test_models_are_timed_in_turns_after_a_warm_up():
 
 
 class Chain(nn.Module):
-    """Weights 4000 B, input 400 kB; two 400 kB intermediates live at once, and a third later."""
+    """Weights of 4 kB, an input of 400 kB; what lives is most in the middle of the forward."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1000))
 
     def forward(self, x):
-        y = x * self.weight
-        z = y + 1
-        del y
-        view = z.view(-1)[10:]
-        return (view.view_as(view) * 2).sum()
+        wide = x.repeat(3, 1)  # 1200 kB
+        total = wide.view(-1)[:].view_as(wide).sum(0)  # 4 kB; views are no new memory
+        del wide
+        parts = [x[:rows] * self.weight for rows in (50, 70)]  # 480 kB
+        return total + sum(part.sum() for part in parts)
 
 
 def test_peak_memory_counts_weights_inputs_and_what_lives_at_once():
     memory = latency.peak_memory(Chain(), {"x": torch.ones(100, 1000)})
-    assert memory.megabytes == pytest.approx(0.004 + 0.4 + 0.8, abs=0.001)
+    assert memory.megabytes == pytest.approx(0.004 + 0.4 + 1.204, abs=1e-6)
     assert "scratch" in memory.how
 
 
 def test_speed_reports_each_model_and_moves_none(dense, slim):
     unets = {"dense": dense.unet, "compressed": slim.unet}
     before = copy.deepcopy(slim.unet.state_dict())
+    slim.unet.train()
     found = diffusion.speed(unets, SETTINGS, batch=4, repeats=8)
     assert list(found) == ["dense", "compressed"]
     for name in found:
@@ -304,6 +306,7 @@ def test_speed_reports_each_model_and_moves_none(dense, slim):
         assert low <= values["latency_ms"].value <= high
         assert "threads" in values["latency_ms"].how and "batch 4" in values["peak_memory_mb"].how
     assert found["compressed"]["peak_memory_mb"].value < found["dense"]["peak_memory_mb"].value
+    assert slim.unet.training and slim.unet.dtype == torch.float32
     assert all(torch.equal(value, before[key]) for key, value in slim.unet.state_dict().items())
 
 

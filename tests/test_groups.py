@@ -1,4 +1,4 @@
-"""Channel groups: every prunable channel lies in exactly one, and what is unsupported is refused."""
+"""Channel groups: every prunable channel is in exactly one; what is unsupported is refused."""
 
 from collections import Counter
 
@@ -51,7 +51,7 @@ def prunable_sides(unet) -> dict[tuple[str, str], int]:
 def test_every_prunable_channel_is_in_exactly_one_group(models, name):
     unet = models.build(name)
     covered: dict[tuple[str, str], Counter] = {}
-    for group in find_groups(unet):
+    for group in models.groups(name):
         for slot in group.slots:
             covered.setdefault((slot.module, slot.side), Counter()).update(slot.positions)
     expected = prunable_sides(unet)
@@ -64,7 +64,7 @@ def test_every_prunable_channel_is_in_exactly_one_group(models, name):
 def test_widths_are_the_levels_and_every_slot_holds_every_channel(models, name):
     unet = models.build(name)
     modules = dict(unet.named_modules())
-    for group in find_groups(unet):
+    for group in models.groups(name):
         assert group.width == dense_widths(unet)[group.level]
         assert group.units * group.unit == group.width
         for slot in group.slots:
@@ -76,30 +76,30 @@ def test_widths_are_the_levels_and_every_slot_holds_every_channel(models, name):
             assert set(counts.values()) <= {1, 2}
         producers = [modules[slot.module] for slot in group.slots if slot.side == "out"]
         assert producers
-    names = [group.name for group in find_groups(unet)]
+    names = [group.name for group in models.groups(name)]
     order = list(modules)
     assert names == sorted(names, key=order.index) and len(set(names)) == len(names)
 
 
 def test_units_of_attention_are_whole_heads(models):
     unet = models.build("plain")  # heads of 4 channels
-    inner = [
-        g
-        for g in find_groups(unet)
-        if any(s.module.endswith("to_v") and s.side == "out" for s in g.slots)
+    groups = find_groups(unet)
+    queries = [
+        [s for s in g.slots if s.side == "out" and s.module.endswith("to_q")] for g in groups
     ]
+    inner = [group for group, found in zip(groups, queries, strict=True) if found]
     assert len(inner) == 4
     for group in inner:
         assert (group.unit, group.units, group.width) == (4, 4, 16)
         sides = {(slot.module.rpartition("attentions.")[2][2:], slot.side) for slot in group.slots}
         assert sides == {("to_q", "out"), ("to_k", "out"), ("to_v", "out"), ("to_out.0", "in")}
-    others = [g for g in find_groups(unet) if g not in inner]
+    others = [g for g in groups if g not in inner]
     assert {group.unit for group in others} == {1}
 
 
 def test_one_head_goes_channel_by_channel(models):
     unet = models.build("one_head")
-    assert {group.unit for group in find_groups(unet)} == {1}
+    assert {group.unit for group in models.groups("one_head")} == {1}
     queries = single_head_queries(unet)
     assert sorted(queries) == sorted(n for n, _ in unet.named_modules() if n.endswith("to_q"))
     assert single_head_queries(models.build("plain")) == ()

@@ -326,6 +326,10 @@ def test_comparison_text_holds_values_intervals_and_the_best(tmp_path):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_comparison_shows_brackets_of_a_folder_name(tmp_path):
+    assert "[red]run" in report.compare([make_run(tmp_path / "[red]run")]).to_text(100)
+
+
 def test_comparison_survives_runs_with_other_metrics_and_other_dense_models(tmp_path):
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     content = json.loads((second / "metrics.json").read_text())

@@ -2,11 +2,10 @@
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from compress.data import ImageData
@@ -188,7 +187,7 @@ def test_no_mask_ever_moves_more_than_max_move(finished, name):
     run, _, pruned, *_ = finished(name)
     bound = METHODS[name].max_move
     moves = [row["max_move"] for row in rows(run, "mask")]
-    assert len(moves) == run.active_steps and max(moves) <= bound + 1e-6
+    assert len(moves) == run.mover.binarised_at and max(moves) <= bound + 1e-6
     # independently of what the run says: the trace holds every unit of so small a model
     masks = torch.cat([torch.ones(1, run.layout.units), pruned.trace["masks"]])
     assert run.layout.units == masks.shape[1]
@@ -201,7 +200,7 @@ def test_no_mask_ever_moves_more_than_max_move(finished, name):
 def test_the_mask_keeps_to_its_budget_in_every_block(finished, name):
     run, _, pruned, *_ = finished(name)
     sizes, quota = run.layout.sizes().double(), run.layout.quota.double()
-    updates = run.active_steps
+    updates = run.mover.binarised_at
     for k, mask in enumerate(pruned.trace["masks"][:updates]):
         p = (k + 1) / updates
         removed = 3 * p**2 - 2 * p**3 if name == "soft" else 1 - (1 - p) ** 3
@@ -233,8 +232,9 @@ def test_returned_units_are_counted(finished, name):
 
 
 def test_a_soft_mask_lets_units_come_back():
-    # noisy scores (random ones, drawn anew at each estimate) over a longer flow
-    run = start(gradflow(criterion="random", steps=20, criterion_every=1, score_ema=0.0))
+    # noisy scores, estimated anew on another batch at every step and never averaged
+    noisy = {"criterion": "gradient_flow", "criterion_every": 1, "score_ema": 0.0}
+    run = start(gradflow(steps=20, flow_rate=1.0, **noisy), training(recover_steps=0))
     _, pruned = finish(run)
     assert pruned.report["returned_channels"] == count_returns(pruned.trace["masks"]) > 0
 
@@ -244,7 +244,7 @@ def test_a_hard_mask_is_binary_and_only_falls(finished):
     masks = pruned.trace["masks"]
     assert ((masks == 0) | (masks == 1)).all()
     assert (masks.diff(dim=0) <= 0).all()
-    assert masks[0].mean() < 1 and masks[:, 0].shape[0] == run.active_steps + 1
+    assert masks[-1].mean() < masks[0].mean()
 
 
 def test_estimates_are_compared_with_the_one_before(finished):
@@ -257,7 +257,9 @@ def test_estimates_are_compared_with_the_one_before(finished):
 
 @pytest.mark.parametrize("criterion", FLOW)
 def test_every_criterion_works_in_the_flow(criterion):
-    events, pruned = finish(start(gradflow(criterion=criterion, steps=4), training(recover_steps=0)))
+    events, pruned = finish(
+        start(gradflow(criterion=criterion, steps=4), training(recover_steps=0))
+    )
     assert len(events) == 4 and pruned.widths == WIDTHS
     assert pruned.report["surgery"]["max_difference"] < 1e-5
 
@@ -302,31 +304,34 @@ def test_a_seed_decides_everything():
 
 
 def test_the_result_is_the_average_of_the_weights():
-    # with decay d the average after one step is d * before + (1 - d) * after; d = 1/10 at the start
+    # with decay d the average after one step is d * before + (1 - d) * after; d starts at 2/11
     def after(steps: int, ema: float) -> dict[str, torch.Tensor]:
         return weights_of(oneshot(steps=0), training(recover_steps=steps, ema=ema))
 
     before, plain, averaged = after(0, 0.0), after(1, 0.0), after(1, 0.999)
     for key in before:
-        expected = 0.1 * before[key] + 0.9 * plain[key]
+        expected = (2 * before[key] + 9 * plain[key]) / 11
         torch.testing.assert_close(averaged[key], expected, atol=1e-7, rtol=1e-6)
 
 
-def test_learning_rate_warms_up_and_falls_to_nothing(finished):
+def test_learning_rate_warms_up_stays_and_falls_to_nothing_after_surgery(finished):
     run = start(gradflow(steps=40, max_move=0.5), training(recover_steps=60, lr=1e-2))
     rates = [run._rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(1e-2 / 20)
-    assert max(rates) == rates[19] and rates[19] < 1e-2
-    assert all(a >= b for a, b in zip(rates[19:], rates[20:], strict=False))
-    assert 0 < rates[-1] < 1e-5
-    logged = [row["lr"] for row in finished("soft")[0].journal.rows if "lr" in row]
-    assert logged == [finished("soft")[0]._rate(k) for k in range(STEPS + RECOVER)]
+    assert rates[:40] == pytest.approx([1e-2 * min(1, (k + 1) / 20) for k in range(40)])
+    assert all(a > b for a, b in zip(rates[40:], rates[41:], strict=False))
+    assert rates[70] == pytest.approx(0.5e-2) and 0 < rates[-1] < 1e-5
+    for name in METHODS:
+        run = finished(name)[0]
+        logged = [row["lr"] for row in run.journal.rows if "lr" in row]
+        assert logged == [run._rate(k) for k in range(STEPS + RECOVER)]
 
 
 def test_accumulating_gradients_changes_nothing_but_memory():
     def train(accumulation: int):
         settings = training(recover_steps=3, gradient_accumulation=accumulation, ema=0.0)
-        run = start(oneshot(steps=0, criterion="magnitude"), settings)
+        # all channels: in a norm group of one channel what comes before is without effect, and
+        # Adam makes steps of full length out of the rounding in its gradients
+        run = start(oneshot(steps=0, criterion="magnitude", keep_macs=1.0), settings)
         _, pruned = finish(run)
         return run, pruned.unet
 
@@ -337,7 +342,7 @@ def test_accumulating_gradients_changes_nothing_but_memory():
     losses = [[row["loss"] for row in rows(run, "recover")] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for name, weight in a.state_dict().items():
-        if not name.endswith("to_k.bias"):  # softmax ignores it: its gradient is rounding alone
+        if not name.endswith("to_k.bias"):  # likewise: softmax ignores it
             torch.testing.assert_close(weight, b.state_dict()[name], atol=1e-5, rtol=0)
 
 
@@ -368,10 +373,13 @@ def test_bf16_trains_on_the_cpu():
             torch.nn.functional.conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3))
     except RuntimeError as error:
         pytest.skip(f"no bfloat16 on this CPU: {error}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # accelerate's remarks on CPU autocast
+    # accelerate keeps one precision per process
+    AcceleratorState._reset_state(True)
+    try:
         run = start(gradflow(steps=3, max_move=0.8), training(mixed_precision="bf16"))
         _, pruned = finish(run)
+    finally:
+        AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
     # surgery is compared in full precision
     assert pruned.report["surgery"]["max_difference"] < 1e-5
@@ -379,45 +387,6 @@ def test_bf16_trains_on_the_cpu():
     finish(plain)
     losses = [[row["loss"] for row in rows(r, "flow")] for r in (run, plain)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
-
-
-class Notebook(GeneralTracker):
-    """A tracker that needs a folder, as tensorboard does."""
-
-    name = "notebook"
-    requires_logging_directory = True
-    seen: list[tuple[int, dict]] = []
-
-    @on_main_process
-    def __init__(self, run_name: str, logging_dir: str, **kwargs) -> None:
-        super().__init__()
-
-    @property
-    def tracker(self) -> None:
-        return None
-
-    @on_main_process
-    def store_init_configuration(self, values: dict) -> None:
-        pass
-
-    @on_main_process
-    def log(self, values: dict, step: int, **kwargs) -> None:
-        self.seen.append((step, values))
-
-
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_trackers_get_every_step(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setitem(
-        __import__("accelerate.tracking", fromlist=["x"]).LOGGER_TYPE_TO_CLASS, "notebook", Notebook
-    )
-    monkeypatch.setattr(Notebook, "seen", [])
-    # a run in memory (what comes before a run's folder is touched, and `apply`) has no folder
-    journal = Journal(None if in_memory else tmp_path)
-    run = start(oneshot(), training(trackers=("notebook",)), journal=journal)
-    finish(run)
-    if not in_memory:
-        expected = [(r["step"], {k: r[k] for k in ("loss", "lr")}) for r in rows(run, "recover")]
-        assert Notebook.seen == expected
 
 
 # ---- what is refused -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from compress.cost import unet_cost
 from compress.gradflow import surgery
-from compress.gradflow.groups import dense_widths, find_groups
+from compress.gradflow.groups import dense_widths
 from compress.gradflow.layout import build_layout
 from compress.gradflow.widths import TOLERANCE, MacModel, choose_widths, legal_widths
 
@@ -40,8 +40,7 @@ def random_widths(models, unet, count: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mac_model_equals_the_cost_of_the_slim_unet(models, name):
-    unet = models.build(name)
-    groups = find_groups(unet)
+    unet, groups = models.build(name), models.groups(name)
     macs = MacModel(unet, groups)
     candidates = random_widths(models, unet, 6)
     assert len(set(candidates)) >= 2
@@ -77,7 +76,7 @@ def test_the_middle_blocks_own_norm_limits_the_last_level(models):
 @pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift", "deeper", "tied", "built_in"])
 def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
     unet = models.build(name)
-    groups, total = find_groups(unet), unet_cost(unet).macs
+    groups, total = models.groups(name), unet_cost(unet).macs
     reached = 0
     for keep in (0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.97):
         try:
@@ -96,7 +95,7 @@ def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
 
 def test_no_more_even_widths_were_passed_over(models):
     unet = models.build("built_in")
-    groups, dense = find_groups(unet), np.array(dense_widths(unet))
+    groups, dense = models.groups("built_in"), np.array(dense_widths(unet))
     chosen = np.array(choose_widths(unet, groups, 0.5)) / dense
     macs, total = MacModel(unet, groups), unet_cost(unet).macs
     grids = np.meshgrid(*[[w for w in options] for options in legal_widths(unet)])
@@ -116,18 +115,18 @@ def test_no_more_even_widths_were_passed_over(models):
 def test_keep_everything_keeps_the_dense_widths(models):
     for name in ("plain", "built_in"):
         unet = models.build(name)
-        assert choose_widths(unet, find_groups(unet), 1.0) == dense_widths(unet)
+        assert choose_widths(unet, models.groups(name), 1.0) == dense_widths(unet)
 
 
 def test_below_what_group_norm_allows_is_an_error(models):
     unet = models.build("plain")
     with pytest.raises(ValueError, match=r"at least 0\.\d+ .*GroupNorm has 4 groups.*0\.01"):
-        choose_widths(unet, find_groups(unet), 0.01)
+        choose_widths(unet, models.groups("plain"), 0.01)
 
 
 def test_off_the_grid_is_an_error_that_names_the_nearest(models):
     unet = models.build("plain")
-    groups = find_groups(unet)
+    groups = models.groups("plain")
     total, macs = unet_cost(unet).macs, MacModel(unet, groups)
     options = legal_widths(unet)
     reachable = sorted(

@@ -1,0 +1,741 @@
+"""From a recipe to a finished folder: what a run leaves, what it refuses, and what it never breaks.
+
+One driver process imports torch once and forks a child for every run that must die or needs a disk
+of its own; mounts are made in the driver's own namespace.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker, on_main_process
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress import pipeline as pipelines
+from compress.checkpoint import load, verify
+from compress.data import load_images
+from compress.data.sources import TensorImages
+from compress.eval.diffusion import METRICS
+from compress.eval.sampling import sample
+from compress.gradflow import GradFlow, OneShot, Training
+from compress.gradflow.train import PruningRun, validation_loss
+from compress.models import load_pipeline, model_hash
+from compress.pipeline import apply, dry_run, run_events
+from compress.recipe import Recipe, load_recipe
+
+FLOW, RECOVER = 4, 2
+SAMPLES, SEEDS = 16, 2
+
+DRIVER = """
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import compress.pipeline as pipelines
+from compress.recipe import Recipe
+
+torch.set_num_threads(1)
+job = json.loads(Path(sys.argv[1]).read_text())
+root = Path(job["folder"])
+NOTHING = {"metrics": {}}
+
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def go(output, until=None, **options):
+    recipe = Recipe.model_validate(job["recipe"])
+    stages = []
+    for event in pipelines.run_events(recipe, output=output, device="cpu", **options):
+        stages.append([event.stage, event.step, event.total])
+        if event.stage == until:
+            kill()
+    return stages
+
+
+def unmeasured(*_):
+    yield from ()
+    return NOTHING
+
+
+def in_child(name, work):
+    child = os.fork()
+    if not child:
+        try:
+            found = {"stages": work()}
+        except BaseException as error:
+            found = {"error": [c.__name__ for c in type(error).__mro__], "message": str(error)}
+        (root / f"{name}.json").write_text(json.dumps(found))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def left(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def kill_in_checkpoint():
+    pipelines._evaluate = unmeasured
+    import compress.checkpoint as checkpoint
+
+    checkpoint._model_card = kill
+    go(root / "evaluated", resume=True)
+
+
+def kill_in_recipe():
+    os.fsync = kill
+    go(root / "fresh")
+
+
+def enter(option):
+    # only far enough to see that it goes on
+    for event in pipelines.run_events(
+        Recipe.model_validate(job["recipe"]), output=root / option, device="cpu", **{option: True}
+    ):
+        if event.stage == "flow":
+            return [event.stage]
+
+
+codes = {}
+codes["evaluated"] = [in_child("x", lambda: go(root / "evaluated", until="evaluate"))]
+codes["evaluated"] += [in_child("x", kill_in_checkpoint)]
+codes["evaluated"] += [in_child("evaluated", lambda: go(root / "evaluated", resume=True))]
+codes["fresh"] = [in_child("x", kill_in_recipe)]
+for option in ("resume", "overwrite"):
+    shutil.copytree(root / "fresh", root / option)
+    codes[option] = [in_child(f"enter {option}", lambda: enter(option))]
+
+
+def mount(name, options):
+    folder = root / name
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return folder, subprocess.run(command, capture_output=True, text=True)
+
+
+def fill(folder, leave):
+    free = shutil.disk_usage(folder).free
+    (folder / "ballast").write_bytes(bytes(max(0, free - leave)))
+
+
+def small_disk(full_at):
+    pipelines._check_space = lambda job: None
+    if full_at == "state":
+        fill(root / full_at, 200_000)
+    else:
+
+        def full(*args):
+            fill(root / full_at, 8_192)
+            yield from unmeasured()
+            return NOTHING
+
+        pipelines._evaluate = full
+    return go(root / full_at / "run")
+
+
+mounts = {}
+for name in ("state", "checkpoint"):
+    folder, done = mount(name, "size=6m")
+    mounts[name] = done.stderr if done.returncode else ""
+    if not done.returncode:
+        codes[name] = [in_child(name, lambda: small_disk(name))]
+        mounts[f"left in {name}"] = left(folder)
+folder, done = mount("read-only", "size=6m")
+mounts["read-only"] = done.stderr if done.returncode else ""
+if not done.returncode:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    codes["read-only"] = [in_child("read-only", lambda: go(folder / "run"))]
+    mounts["left in read-only"] = left(folder)
+(root / "done.json").write_text(json.dumps({"codes": codes, "mounts": mounts}))
+"""
+
+
+def tiny_pipeline() -> DDPMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=100))
+
+
+def settings(model: Path, **changes) -> dict:
+    recipe = {
+        "model": str(model),
+        "data": "builtin:digits",
+        "method": {
+            "name": "gradflow",
+            "keep_macs": 0.3,
+            "steps": FLOW,
+            "update_every": 1,
+            "criterion_every": 2,
+            "criterion_batches": 1,
+            "max_move": 0.8,
+            "settle": 0.25,
+        },
+        "recover": {"steps": RECOVER, "batch": 4},
+        "train": {"save_every": 2},
+        "evaluate": {"samples": SAMPLES, "steps": 2, "sampling_seeds": SEEDS},
+        "seed": 3,
+    }
+    for section, values in changes.items():
+        recipe[section] = recipe[section] | values if isinstance(values, dict) else values
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """One run from beginning to end, with its events."""
+    folder = tmp_path_factory.mktemp("finished")
+    threads = torch.get_num_threads()
+    events = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESS_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        torch.set_num_threads(1)  # as in the driver, whose weights are compared bit by bit
+        try:
+            steps = run_events(
+                Recipe.model_validate(settings(model)), output=folder / "run", device="cpu"
+            )
+            while True:
+                try:
+                    events.append(next(steps))
+                except StopIteration as stop:
+                    return folder, stop.value, events
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def driven(model, finished, tmp_path_factory):
+    """What the driver's children left."""
+    folder = tmp_path_factory.mktemp("driven")
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "job.json").write_text(json.dumps({"folder": str(folder), "recipe": settings(model)}))
+    command = [sys.executable, "-P", str(folder / "driver.py"), str(folder / "job.json")]
+    private = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") and not subprocess.run([*private, "true"], check=False).returncode:
+        command = [*private, *command]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COMPRESS_CACHE": str(finished[0] / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads((folder / "done.json").read_text())
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
+
+
+# ---- what a finished run leaves ------------------------------------------------------------
+
+
+def test_a_finished_run_has_all_its_files_and_nothing_else(finished):
+    folder, result, _ = finished
+    assert result.folder == folder / "run" and result.checkpoint == folder / "run" / "checkpoint"
+    names = {p.name for p in result.folder.iterdir()}
+    expected = {"recipe.yaml", "metrics.json", "report.html", "log.jsonl", "checkpoint"}
+    expected |= {"trace.safetensors", "samples.safetensors"}
+    assert expected <= names
+    rest = names - expected
+    assert rest and all(name.endswith(".png") for name in rest), rest
+    # nothing beside it either, but the cache
+    assert {p.name for p in folder.iterdir()} == {"run", "cache"}
+    assert not [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pkl", ".pth"}]
+
+
+def test_metrics_follow_the_schema(finished):
+    folder, result, _ = finished
+    metrics = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf8"))
+    assert metrics == json.loads(json.dumps(result.metrics, allow_nan=False))
+    assert {"run", "widths", "metrics", "floor"} <= set(metrics)
+    facts = metrics["run"]
+    wanted = {"method", "seed", "created", "device", "threads", "versions", "train_seconds"}
+    wanted |= {"criterion_seconds", "criterion_share", "optimiser_steps", "returned_channels"}
+    assert wanted <= set(facts)
+    assert (facts["seed"], facts["threads"], facts["device"]) == (3, 1, "cpu")
+    assert facts["optimiser_steps"] == FLOW + RECOVER
+    assert facts["method"]["name"] == "gradflow" and facts["method"]["keep_macs"] == 0.3
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    level = "block_out_channels[{}]"
+    assert metrics["widths"] == [
+        {"level": level.format(0), "dense": 8, "compressed": 4},
+        {"level": level.format(1), "dense": 16, "compressed": 8},
+    ]
+    assert set(metrics["floor"]) == {"fid_digits", "kid_digits"}
+    inception = {"fid", "kid", "is", "precision", "recall"}
+    assert set(metrics["metrics"]) == set(METRICS) - inception
+    for name, entry in metrics["metrics"].items():
+        assert set(entry) == {"dense", "compressed", "ratio", "better", "unit", "how"}
+        assert entry["better"] in ("lower", "higher") and entry["how"] and entry["unit"]
+        for side in ("dense", "compressed"):
+            value, interval = entry[side]["value"], entry[side]["ci95"]
+            assert entry[side]["n"] >= 1
+            if interval is not None:
+                assert interval[0] <= value <= interval[1] or name in ("precision", "recall")
+        if entry["dense"]["value"] > 0:
+            share = entry["compressed"]["value"] / entry["dense"]["value"]
+            assert entry["ratio"] == pytest.approx(share)
+
+
+def test_params_macs_and_validation_loss_are_those_of_the_saved_checkpoint(finished, model):
+    _, result, _ = finished
+    table = result.metrics["metrics"]
+    data = load_images("builtin:digits", 16, 1)
+    images = torch.stack([data.held_out[i] for i in range(len(data.held_out))])
+    for side, pipeline in (
+        ("dense", DDPMPipeline.from_pretrained(model)),
+        ("compressed", DDPMPipeline.from_pretrained(result.checkpoint)),
+    ):
+        unet = pipeline.unet.eval()
+        assert table["params"][side]["value"] == sum(p.numel() for p in unet.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(torch.zeros(1, 1, 16, 16), 0)
+        # torch's counter leaves out nothing here but counts two operations per MAC
+        assert table["macs"][side]["value"] == counter.get_total_flops() / 2
+        loss = validation_loss(lambda x, t, u=unet: u(x, t).sample, images, pipeline.scheduler)
+        assert table["validation_loss"][side]["value"] == pytest.approx(loss, rel=1e-4)
+    assert 0.27 <= table["macs"]["ratio"] <= 0.3
+
+
+def test_shown_samples_are_pairs_from_the_same_noise(finished, model):
+    folder, result, _ = finished
+    shown = load_file(folder / "run" / "samples.safetensors")
+    assert set(shown) == {"dense", "compressed"}
+    for name, where in (("dense", model), ("compressed", result.checkpoint)):
+        assert shown[name].shape == (SAMPLES * SEEDS, 1, 16, 16)
+        assert shown[name].dtype == torch.uint8
+        again = sample(
+            DDPMPipeline.from_pretrained(where), count=4, steps=2, sampler="ddim", seed=0
+        )
+        difference = (shown[name][:4].int() - again.int()).abs()
+        assert difference.max() <= 1  # rounding, with another number of threads
+
+
+def test_the_checkpoint_says_where_it_comes_from(finished, model):
+    _, result, _ = finished
+    facts = verify(result.checkpoint)
+    assert facts["base_model"] == str(model)
+    assert facts["base_hash"] == model_hash(str(model), load_pipeline(str(model)))
+    assert facts["recipe"]["method"]["keep_macs"] == 0.3 and facts["recipe"]["seed"] == 3
+    assert facts["widths"] == result.metrics["widths"]
+    assert facts["metrics"] == json.loads(json.dumps(result.metrics["metrics"]))
+    assert tuple(load(result.checkpoint).unet.config.block_out_channels) == (4, 8)
+
+
+def test_the_written_recipe_is_the_recipe_with_its_versions(finished, model):
+    folder, _, _ = finished
+    path = folder / "run" / "recipe.yaml"
+    again = load_recipe(path).model_dump(exclude={"output"})
+    assert again == Recipe.model_validate(settings(model)).model_dump(exclude={"output"})
+    assert f"# torch {torch.__version__.partition('+')[0]}" in path.read_text()
+
+
+def test_events_come_in_the_order_of_the_stages(finished):
+    _, _, events = finished
+    order = ["prepare", "flow", "recover", "evaluate", "report", "done"]
+    assert sorted((e.stage for e in events), key=order.index) == [e.stage for e in events]
+    assert {e.stage for e in events} == set(order)
+    evaluated = [(e.step, e.total) for e in events if e.stage == "evaluate"]
+    assert evaluated == [(k + 1, 2 * SEEDS) for k in range(2 * SEEDS)]
+    assert "(8, 16) -> (4, 8)" in events[0].message and str(FLOW + RECOVER) in events[0].message
+
+
+# ---- prediction, and compression in memory -------------------------------------------------
+
+
+def test_a_dry_run_predicts_what_the_run_makes_and_writes_nothing(
+    finished, model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = tree(model)
+    plan = dry_run(Recipe.model_validate(settings(model, output=str(tmp_path / "o"))), device="cpu")
+    assert plan["problems"] == []
+    table = finished[1].metrics["metrics"]
+    for name in ("params", "macs"):
+        (text,) = plan[name]
+        numbers = [int(part.replace(",", "")) for part in text.split("->")]
+        assert numbers == [table[name][side]["value"] for side in ("dense", "compressed")]
+    assert plan["keep_macs"] == pytest.approx(table["macs"]["ratio"], abs=1e-4)
+    assert plan["optimiser_steps"] == FLOW + RECOVER
+    assert plan["widths"] == ["(8, 16) -> (4, 8)"]
+    assert list(tmp_path.iterdir()) == [] and tree(model) == before
+
+
+def test_a_dry_run_lists_problems(finished, model):
+    plan = dry_run(Recipe.model_validate(settings(model, method={"keep_macs": 0.01})))
+    assert "keep_macs must be at least" in plan["problems"][0]
+    used = str(finished[0] / "run")
+    plan = dry_run(Recipe.model_validate(settings(model, output=used)))
+    assert "finished run" in plan["problems"][0]
+    assert dry_run("no-such-recipe")["problems"]
+
+
+def test_apply_leaves_the_pipeline_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline = tiny_pipeline()
+    unet = pipeline.unet.train()
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    config = dict(unet.config)
+    compressed = apply(
+        pipeline,
+        OneShot(keep_macs=0.3, steps=0, criterion="magnitude"),
+        data="builtin:digits",
+        training=Training(recover_steps=2, batch=4),
+        device="cpu",
+    )
+    assert pipeline.unet is unet and unet.training and dict(unet.config) == config
+    assert all(torch.equal(before[key], value) for key, value in unet.state_dict().items())
+    assert compressed.model is not pipeline and type(compressed.model) is DDPMPipeline
+    assert tuple(compressed.model.unet.config.block_out_channels) == (4, 8)
+    assert compressed.report["optimiser_steps"] == 2
+    assert compressed.report["method"]["criterion"] == "magnitude"
+    assert [w["compressed"] for w in compressed.report["widths"]] == [4, 8]
+    assert list(tmp_path.iterdir()) == []
+    folder = compressed.save(tmp_path / "checkpoint")
+    noise = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        outputs = [p.unet.eval()(noise, 5).sample for p in (load(folder), compressed.model)]
+    assert torch.equal(*outputs)
+
+
+def test_apply_takes_any_data_set_of_images():
+    images = TensorImages(torch.rand(21, 1, 16, 16) * 2 - 1)
+    compressed = apply(
+        tiny_pipeline(),
+        GradFlow(keep_macs=0.3, steps=2, update_every=1, max_move=0.6, criterion_batches=1),
+        data=images,
+        training=Training(recover_steps=0, batch=2),
+        device="cpu",
+    )
+    assert compressed.report["optimiser_steps"] == 2
+
+
+# ---- folders that are in use ---------------------------------------------------------------
+
+
+def begin(model: Path, output: Path, stage: str = "flow", recipe: dict | None = None, **options):
+    """Enter a run until its first event of a stage, and leave it there."""
+    typed = Recipe.model_validate(recipe or settings(model))
+    events = run_events(typed, output=output, device="cpu", **options)
+    for event in events:
+        if event.stage == stage:
+            break
+    events.close()
+    return event
+
+
+@pytest.fixture
+def used(finished, tmp_path):
+    return shutil.copytree(finished[0] / "run", tmp_path / "used")
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_a_finished_run_is_not_touched_without_overwrite(model, used, options):
+    before = tree(used)
+    with pytest.raises(FileExistsError, match="finished run.*--overwrite"):
+        begin(model, used, **options)
+    assert tree(used) == before
+
+
+def test_overwrite_starts_from_nothing(model, used):
+    begin(model, used, overwrite=True)
+    assert {p.name for p in used.iterdir()} <= {"recipe.yaml", "log.jsonl", "state"}
+    rows = [json.loads(line) for line in (used / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["stage"] == "flow"] == [1]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"method": {"keep_macs": 0.01}}, {"data": "folder:/nowhere"}, {"model": "/nowhere"}],
+)
+def test_overwrite_with_a_recipe_that_cannot_run_keeps_the_old_run(model, used, recipe):
+    before = tree(used)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        begin(model, used, recipe=settings(model) | settings(model, **recipe), overwrite=True)
+    assert tree(used) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_is_no_run_is_never_touched(model, tmp_path, options):
+    (tmp_path / "photos" / "2024").mkdir(parents=True)
+    (tmp_path / "photos" / "2024" / "a.jpg").write_bytes(b"precious")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="no run of compress"):
+        begin(model, tmp_path / "photos", **options)
+    assert tree(tmp_path) == before
+
+
+def test_a_file_is_no_folder(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="which is a file"):
+        begin(model, tmp_path / "file", overwrite=True)
+
+
+def test_an_unfinished_run_asks_for_resume_and_goes_on(model, tmp_path):
+    output = tmp_path / "run"
+    typed = Recipe.model_validate(settings(model))
+    events = run_events(typed, output=output, device="cpu")
+    for event in events:
+        if event.stage == "flow" and event.step == 3:
+            break
+    # nobody else gets in while it runs
+    with pytest.raises(FileExistsError, match="in use by another process"):
+        begin(model, output, resume=True)
+    events.close()
+    before = tree(output)
+    with pytest.raises(FileExistsError, match="unfinished run; go on with --resume"):
+        begin(model, output)
+    assert tree(output) == before
+    assert begin(model, output, resume=True).step == 3  # the state of step 2 was the last
+    assert begin(model, output, overwrite=True).step == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": {"keep_macs": 0.5}}, {"method": {"criterion": "random"}}, {"seed": 4}],
+    ids=["widths", "criterion", "seed"],
+)
+def test_resume_with_another_recipe_is_refused(model, tmp_path, changes):
+    output = tmp_path / "run"
+    begin(model, output, "recover")
+    before = tree(output)
+    # half a run of each recipe is a run of neither
+    with pytest.raises(ValueError, match="recipe"):
+        begin(model, output, "recover", recipe=settings(model, **changes), resume=True)
+    assert tree(output) == before
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_a_folder_that_another_process_holds_is_refused(model, tmp_path, options):
+    output = tmp_path / "run"
+    begin(model, output)
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = tree(output)
+        with pytest.raises(FileExistsError, match="in use by another process"):
+            begin(model, output, **options)
+        assert tree(output) == before
+
+
+def test_a_lock_that_a_dead_process_left_is_no_lock(model, tmp_path):
+    output = tmp_path / "run"
+    begin(model, output)
+    (output / ".lock").touch()
+    assert begin(model, output, resume=True).stage == "flow"
+
+
+class Notebook(GeneralTracker):
+    """A tracker that needs a folder, as tensorboard does."""
+
+    name = "notebook"
+    requires_logging_directory = True
+    seen: ClassVar[list[tuple[str, int, set[str]]]] = []
+
+    @on_main_process
+    def __init__(self, run_name: str, logging_dir: str, **kwargs) -> None:
+        super().__init__()
+        self.folder = str(logging_dir)
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    @on_main_process
+    def store_init_configuration(self, values: dict) -> None:
+        pass
+
+    @on_main_process
+    def log(self, values: dict, step: int, **kwargs) -> None:
+        self.seen.append((self.folder, step, set(values)))
+
+
+def test_a_tracker_gets_every_step_in_the_folder_of_the_run(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    monkeypatch.setattr(Notebook, "seen", [])
+    output = tmp_path / "run"
+    begin(model, output, "recover", recipe=settings(model, train={"trackers": ["notebook"]}))
+    assert Notebook.seen == [(str(output), step + 1, {"loss", "lr"}) for step in range(FLOW + 1)]
+
+
+# ---- failures ------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        pipelines.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    )
+    with pytest.raises(OSError, match="MB are needed in .*, 1 MB are free") as caught:
+        begin(model, tmp_path / "above" / "run")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_enough_space_is_asked_for(model, tmp_path, monkeypatch):
+    asked = []
+    real = shutil.disk_usage
+    monkeypatch.setattr(pipelines.shutil, "disk_usage", lambda p: asked.append(p) or real(p))
+    output = tmp_path / "above" / "run"
+    most = 0
+    events = run_events(Recipe.model_validate(settings(model)), output=output, device="cpu")
+    for event in events:
+        if event.stage == "evaluate":
+            break
+        state = output / "state" / "state.safetensors"
+        most = max(most, state.stat().st_size if state.exists() else 0)
+    events.close()
+    assert asked == [tmp_path]
+    # the state lies there twice while it is replaced
+    params = sum(p.numel() for p in tiny_pipeline().unet.parameters())
+    assert 0 < 2 * most <= 9 * 4 * params + 2**22
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failure_before_any_state_leaves_no_new_folder(model, tmp_path, monkeypatch, existed):
+    output = tmp_path / "run"
+    if existed:
+        output.mkdir()
+
+    def broken(self):
+        yield from ()
+        raise OSError(errno.EIO, "the disk broke")
+
+    monkeypatch.setattr(PruningRun, "events", broken)
+    with pytest.raises(OSError, match="the disk broke"):
+        begin(model, output)
+    assert output.exists() == existed
+    assert not (output / ".lock").exists()
+
+
+def test_a_failure_later_keeps_the_state(model, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+
+    def broken(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(pipelines, "_evaluate", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        begin(model, output, "never")
+    assert (output / "state" / "state.safetensors").exists()
+    assert not (output / "checkpoint").exists() and not (output / ".lock").exists()
+
+
+def test_killed_in_evaluation_and_in_the_export_it_ends_with_the_same_weights(driven, finished):
+    folder, done = driven
+    assert done["codes"]["evaluated"] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    found = json.loads((folder / "evaluated.json").read_text())
+    assert "error" not in found, found
+    weights = [
+        load_file(where / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+        for where in (folder / "evaluated", finished[0] / "run")
+    ]
+    assert list(weights[0]) == list(weights[1])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    verify(folder / "evaluated" / "checkpoint")
+    metrics = json.loads((folder / "evaluated" / "metrics.json").read_text())["metrics"]
+    for name, entry in finished[1].metrics["metrics"].items():
+        if name not in ("latency_ms", "images_per_second", "peak_memory_mb"):
+            for side in ("dense", "compressed"):
+                assert metrics[name][side]["value"] == pytest.approx(entry[side]["value"], rel=1e-6)
+
+
+def test_nothing_half_written_stays_in_the_resumed_run(driven, finished):
+    folder, _ = driven
+    names = [
+        sorted(p.name for p in where.iterdir())
+        for where in (folder / "evaluated", finished[0] / "run")
+    ]
+    assert names[0] == names[1]
+
+
+def test_dense_samples_are_drawn_once(driven, finished):
+    folder, _ = driven
+    stages = json.loads((folder / "evaluated.json").read_text())["stages"]
+    # the model is the one of the finished run, whose samples lie in the cache by its hash
+    drawn = [(step, total) for stage, step, total in stages if stage == "evaluate"]
+    assert drawn == [(k + 1, SEEDS) for k in range(SEEDS)]
+    assert len(list((finished[0] / "cache" / "samples").iterdir())) == 1
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_a_run_killed_while_its_first_file_is_written_can_go_on(driven, option):
+    folder, done = driven
+    assert done["codes"]["fresh"] == [-signal.SIGKILL]
+    assert not (folder / "fresh" / "recipe.yaml").exists()
+    assert json.loads((folder / f"enter {option}.json").read_text()) == {"stages": ["flow"]}
+
+
+def outcome(driven, name: str) -> tuple[dict, list[str]]:
+    folder, done = driven
+    if done["mounts"][name]:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {done['mounts'][name].strip()}")
+    return json.loads((folder / f"{name}.json").read_text()), done["mounts"][f"left in {name}"]
+
+
+def test_a_disk_that_fills_before_the_first_state_leaves_nothing(driven):
+    found, left = outcome(driven, "state")
+    assert "OSError" in found["error"] and "No space left on device" in found["message"]
+    assert left == ["ballast"]
+
+
+def test_a_disk_that_fills_at_the_end_keeps_the_state_and_nothing_half_written(driven):
+    found, left = outcome(driven, "checkpoint")
+    assert "OSError" in found["error"], found
+    assert "space" in found["message"].lower() and "\n" not in found["message"]
+    assert left == [
+        "ballast",
+        "run",
+        "run/log.jsonl",
+        "run/recipe.yaml",
+        "run/state",
+        "run/state/state.safetensors",
+    ]
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_message(driven):
+    found, left = outcome(driven, "read-only")
+    assert "OSError" in found["error"] and "Read-only file system" in found["message"]
+    assert left == []
