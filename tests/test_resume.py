@@ -53,7 +53,7 @@ def start(scenario, folder, resume):
     torch.manual_seed(0)
     unet = UNet2DModel(**scenario["unet"])
     torch.seed()  # a fresh process has anything in its generator
-    images = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
     data = ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:]))
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
     return PruningRun(
@@ -187,7 +187,7 @@ for name, scenario in job["scenarios"].items():
 """
 
 UNET = {
-    "sample_size": 16,
+    "sample_size": 8,
     "in_channels": 1,
     "out_channels": 1,
     "block_out_channels": (8, 16),
@@ -336,7 +336,7 @@ def test_the_criterion_kept_its_own_time(driven):
 
 def start(folder, resume: bool, **changes) -> PruningRun:
     torch.manual_seed(0)
-    images = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
     method = SHOT | changes.pop("method", {})
     return PruningRun(
         UNet2DModel(**(UNET | changes.pop("unet", {}))),

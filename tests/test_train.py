@@ -16,14 +16,13 @@ from compress.gradflow.train import PruningRun, validation_loss
 
 WIDTHS = (4, 8)
 ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")
-FLOW = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
-STEPS, RECOVER = 6, 3
+STEPS, RECOVER = 5, 2
 
 
 def tiny_unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
     config = {
-        "sample_size": 16,
+        "sample_size": 8,
         "in_channels": 1,
         "out_channels": 1,
         "block_out_channels": (8, 16),
@@ -37,7 +36,7 @@ def tiny_unet(**changes) -> UNet2DModel:
 
 
 def data() -> ImageData:
-    images = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
     return ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:]))
 
 
@@ -126,7 +125,7 @@ def test_every_block_keeps_its_quota(finished, name):
     assert pruned.widths == WIDTHS == tuple(pruned.unet.config.block_out_channels)
     assert type(pruned.unet) is UNet2DModel and not pruned.unet.training
     with torch.no_grad():
-        output = pruned.unet(torch.zeros(1, 1, 16, 16), 3).sample
+        output = pruned.unet(torch.zeros(1, 1, 8, 8), 3).sample
     assert torch.isfinite(output).all()
 
 
@@ -232,9 +231,9 @@ def test_returned_units_are_counted(finished, name):
 
 
 def test_a_soft_mask_lets_units_come_back():
-    # noisy scores, estimated anew on another batch at every step and never averaged
-    noisy = {"criterion": "gradient_flow", "criterion_every": 1, "score_ema": 0.0}
-    run = start(gradflow(steps=20, flow_rate=1.0, **noisy), training(recover_steps=0))
+    # nothing drives masks to 0 or 1 and every estimate counts alone: many hover about one half
+    restless = {"gamma": 0.0, "flow_rate": 0.05, "criterion_every": 1, "score_ema": 0.0}
+    run = start(gradflow(steps=12, criterion="taylor", **restless), training(recover_steps=0))
     _, pruned = finish(run)
     assert pruned.report["returned_channels"] == count_returns(pruned.trace["masks"]) > 0
 
@@ -255,12 +254,11 @@ def test_estimates_are_compared_with_the_one_before(finished):
     assert all(r is None for r in ranks[1::2])
 
 
-@pytest.mark.parametrize("criterion", FLOW)
-def test_every_criterion_works_in_the_flow(criterion):
-    events, pruned = finish(
-        start(gradflow(criterion=criterion, steps=4), training(recover_steps=0))
-    )
-    assert len(events) == 4 and pruned.widths == WIDTHS
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "random"])
+def test_the_other_criteria_work_in_the_flow_too(criterion):
+    method = gradflow(criterion=criterion, steps=2, criterion_every=1)
+    events, pruned = finish(start(method, training(recover_steps=0)))
+    assert len(events) == 2 and pruned.widths == WIDTHS
     assert pruned.report["surgery"]["max_difference"] < 1e-5
 
 
@@ -270,7 +268,7 @@ def test_every_criterion_works_in_the_flow(criterion):
 def test_keeping_everything_and_training_nothing_is_the_identity():
     unet = tiny_unet().eval()
     _, pruned = finish(start(oneshot(keep_macs=1.0, steps=0), training(recover_steps=0), unet=unet))
-    images, times = torch.randn(3, 1, 16, 16), torch.tensor([0, 20, 49])
+    images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     with torch.no_grad():
         assert torch.equal(pruned.unet(images, times).sample, unet(images, times).sample)
 
@@ -295,7 +293,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_seed_decides_everything():
-    method, unet = gradflow(steps=3, max_move=0.8), {"dropout": 0.1}
+    method, unet = gradflow(steps=2), {"dropout": 0.1}
     first = weights_of(method, training(seed=1), unet=tiny_unet(**unet))
     torch.manual_seed(12345)
     torch.rand(7)
@@ -336,7 +334,7 @@ def test_accumulating_gradients_changes_nothing_but_memory():
         return run, pruned.unet
 
     (one, a), (two, b) = train(1), train(2)
-    images, times = torch.randn(4, 1, 16, 16), torch.arange(4) * 12
+    images, times = torch.randn(4, 1, 8, 8), torch.arange(4) * 12
     with torch.no_grad():
         torch.testing.assert_close(a(images, times), b(images, times), atol=1e-5, rtol=0)
     losses = [[row["loss"] for row in rows(run, "recover")] for run in (one, two)]
@@ -346,25 +344,24 @@ def test_accumulating_gradients_changes_nothing_but_memory():
             torch.testing.assert_close(weight, b.state_dict()[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("weights", [{"distill": 0.0}, {"distill": 1.0}, {"distill_features": 0.5}])
-def test_distillation_adds_to_the_loss_and_trains(weights):
-    runs = {}
-    for name, extra in (("plain", {"distill": 0.0}), ("distilled", {"distill": 0.0} | weights)):
-        runs[name] = start(gradflow(steps=3, max_move=0.8), training(**extra))
-        finish(runs[name])
-    first = {
-        (name, stage): rows(run, stage)[0]["loss"]
-        for name, run in runs.items()
-        for stage in ("flow", "recover")
+def test_distillation_adds_to_the_loss_in_both_stages():
+    runs = {
+        name: start(gradflow(steps=2), training(recover_steps=1, distill=output, **features))
+        for name, output, features in (
+            ("plain", 0.0, {}),
+            ("output", 1.0, {}),
+            ("features", 0.0, {"distill_features": 0.5}),
+        )
     }
+    for run in runs.values():
+        finish(run)
+        # nobody keeps watching the dense model
+        assert not any(module._forward_hooks for module in run.dense.modules())
     for stage in ("flow", "recover"):
-        difference = first["distilled", stage] - first["plain", stage]
-        if weights == {"distill": 0.0}:
-            assert difference == 0
-        else:
-            assert difference > 1e-4
-    # nobody keeps watching the dense model
-    assert not any(m._forward_hooks for m in runs["distilled"].dense.modules())
+        first = {name: rows(run, stage)[0]["loss"] for name, run in runs.items()}
+        # at the first step masks have hardly moved: little, but not nothing, tells the nets apart
+        assert first["output"] > first["plain"] + 1e-5
+        assert first["features"] > first["plain"] + 1e-5
 
 
 def test_bf16_trains_on_the_cpu():
@@ -376,14 +373,14 @@ def test_bf16_trains_on_the_cpu():
     # accelerate keeps one precision per process
     AcceleratorState._reset_state(True)
     try:
-        run = start(gradflow(steps=3, max_move=0.8), training(mixed_precision="bf16"))
+        run = start(gradflow(steps=2), training(recover_steps=1, mixed_precision="bf16"))
         _, pruned = finish(run)
     finally:
         AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
     # surgery is compared in full precision
     assert pruned.report["surgery"]["max_difference"] < 1e-5
-    plain = start(gradflow(steps=3, max_move=0.8))
+    plain = start(gradflow(steps=2), training(recover_steps=1))
     finish(plain)
     losses = [[row["loss"] for row in rows(r, "flow")] for r in (run, plain)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
