@@ -211,23 +211,22 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
     if not rows:
         return f"*No rows yet: run `compress tables {name}`.*"
     body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name])
-    first = rows[0]
-    total = len(TABLES[name](seeds))
+    dense = rows[0]["dense"]
     recipe = load_recipe(RECIPE)
-    asked = recipe.evaluate
+    asked, recover = recipe.evaluate, recipe.recover
     real = floor(recipe.data, asked.samples)
-    steps = recipe.method.steps + recipe.recover.steps
-    return "\n".join(
-        [
-            body,
-            "",
-            f"{NOTES[name]} {steps} optimiser steps of batch {recipe.recover.batch}, distillation "
-            f"{recipe.recover.distill:g}; {asked.sampling_seeds} x {asked.samples} samples, "
-            f"{asked.sampler.upper()} {asked.steps} steps. Dense model: fid_digits "
-            f"{first['dense']['fid_digits']:.2f}, validation loss "
-            f"{first['dense']['validation_loss']:.5f}; {asked.samples} images of one half of the real "
-            f"data against the other: fid_digits {real['fid_digits']:.2f}. Mean ± standard deviation over "
-            f"training seeds; {len(rows)} of {total} runs are in. Made by "
-            f"`compress tables {name} --update README.md` from `eval/results/{results.name}`.",
-        ]
-    )
+    facts = [
+        NOTES[name],
+        f"{recipe.method.steps + recover.steps} optimiser steps of batch {recover.batch}, "
+        f"distillation {recover.distill:g};",
+        f"{asked.sampling_seeds} x {asked.samples} samples, {asked.sampler.upper()} {asked.steps} "
+        "steps.",
+        f"Dense model: fid_digits {dense['fid_digits']:.2f}, validation loss "
+        f"{dense['validation_loss']:.5f};",
+        f"{asked.samples} images of one half of the real data against the other: fid_digits "
+        f"{real['fid_digits']:.2f}.",
+        "Mean ± standard deviation over training seeds;",
+        f"{len(rows)} of {len(TABLES[name](seeds))} runs are in.",
+        f"Made by `compress tables {name} --update README.md` from `eval/results/{results.name}`.",
+    ]
+    return f"{body}\n\n{' '.join(facts)}"

@@ -44,7 +44,7 @@ class GradFlow:
 
     name: Literal["gradflow"] = "gradflow"
     keep_macs: KeepMacs = 0.5
-    criterion: Literal["gradient_flow", "lookahead", "taylor", "magnitude", "random"] = "lookahead"
+    criterion: Literal["gradient_flow", "lookahead", "taylor", "magnitude", "random"] = "taylor"
     process: Literal["soft", "hard"] = "soft"
     steps: Count = 300
     update_every: Count = 5
