@@ -15,7 +15,7 @@ run: $(INSTALLED)
 	$(BIN)/compress run recipes/ddpm_gradflow.yaml --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 # mypy looks for compress.eval inside compress/, so it gets a tree where the folders lie there
 check: $(INSTALLED)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from compress.files import atomic_folder, read_json, sha256, write_json, write_text
 from compress.models.loading import check_folder, load_pipeline
@@ -28,7 +29,10 @@ def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) 
     OSError : when the disk is full or the folder cannot be written.
     """
     with atomic_folder(folder) as temporary:
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        try:
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+        except SafetensorError as error:  # how safetensors says that a disk is full
+            raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
         write_text(temporary / "README.md", _model_card(facts))
         files = {
             path.relative_to(temporary).as_posix(): sha256(path)
@@ -66,6 +70,11 @@ def verify(folder: Path) -> dict[str, Any]:
             f"{folder / FACTS} should have format {FORMAT}; got "
             f"{facts.get('format') if isinstance(facts, dict) else type(facts).__name__}; this "
             "version of compress cannot read it"
+        )
+    if not isinstance(facts.get("files"), dict):
+        raise ValueError(
+            f"{folder / FACTS} should list the checkpoint's files and their hashes; it does not; "
+            "restore the file"
         )
     for name, expected in facts["files"].items():
         path = folder / name

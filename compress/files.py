@@ -29,9 +29,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield temporary
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
+            try:
+                os.replace(target, old / target.name)
+                try:
+                    os.replace(temporary, target)
+                except OSError:
+                    os.rename(old / target.name, target)
+                    raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, target)
     finally:

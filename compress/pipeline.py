@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import save
 
@@ -124,6 +125,8 @@ def run_events(
     recipe = job.recipe
     # everything that a user can have got wrong is checked before the folder is touched
     check_target(job.folder, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same_recipe(job)
     _check_space(job)
     pruning = _pruning_run(job, Journal(job.folder), resume=resume)
     yield Event("prepare", 1, 1, message=_plan(job, pruning))
@@ -290,7 +293,7 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise FileExistsError(
             f"output folder expected at {folder}, which is a file; choose another"
         )
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(_is_leftover(entry) for entry in folder.iterdir()):
         return
     if not (folder / "recipe.yaml").exists():
         raise FileExistsError(
@@ -311,6 +314,30 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def _is_leftover(entry: Path) -> bool:
+    """Whether an entry is our lock, or a file or folder that a killed run had not yet renamed."""
+    known = ("recipe.yaml", "log.jsonl", "checkpoint", "metrics.json", "report.html", "samples")
+    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}" for name in known))
+
+
+def _check_same_recipe(job: _Job) -> None:
+    """Half a run of each of two recipes is a run of neither: refuse to resume another one."""
+    path = job.folder / "recipe.yaml"
+    if not path.exists():
+        return
+    found, wanted = yaml.safe_load(path.read_text(encoding="utf8")), yaml.safe_load(_resolved(job))
+    if not isinstance(found, dict):
+        return
+    changed = sorted(
+        key for key in {*found, *wanted} - {"output"} if found.get(key) != wanted.get(key)
+    )
+    if changed:
+        raise ValueError(
+            f"the run in {job.folder} has another recipe: {', '.join(changed)} changed; resume it "
+            "with its own recipe, or start again with --overwrite"
+        )
+
+
 @contextlib.contextmanager
 def _claim(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Hold the output folder for this process; a folder that failed before any state goes again."""
@@ -325,12 +352,13 @@ def _claim(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
                 f"output folder {folder} is in use by another process; choose another --output or "
                 "wait"
             ) from error
-        if overwrite and not resume:
-            for entry in folder.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry != lock:
-                    entry.unlink()
+        for entry in folder.iterdir():
+            if entry == lock or not (_is_leftover(entry) or (overwrite and not resume)):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
         try:
             yield
         except Exception:

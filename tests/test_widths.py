@@ -77,8 +77,10 @@ def test_the_middle_blocks_own_norm_limits_the_last_level(models):
 def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
     unet = models.build(name)
     groups, total = models.groups(name), unet_cost(unet).macs
+    # the coarse grid of a tiny model may hit none of the round shares: half widths are on it
+    half = MacModel(unet, groups)(np.array([[w // 2 for w in dense_widths(unet)]]))[0] / total
     reached = 0
-    for keep in (0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.97):
+    for keep in (half + 0.01, 0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.97):
         try:
             widths = choose_widths(unet, groups, keep)
         except ValueError as error:

@@ -83,6 +83,24 @@ def check_supported(unet: nn.Module) -> None:
             f"gradflow prunes the blocks {', '.join(sorted(SUPPORTED_BLOCKS))}; this UNet has "
             f"{', '.join(unknown)}; choose a model without them"
         )
+    if unet.config.sample_size is None:
+        raise ValueError(
+            "gradflow expects the UNet's config to say its sample_size; it is None; set it to the "
+            "height and width of the images"
+        )
+    first = unet.config.block_out_channels[0]
+    if first % 2:
+        raise ValueError(
+            "gradflow expects an even block_out_channels[0], as wide as the sinusoid's sines and "
+            f"cosines; got {first}; choose another model"
+        )
+    for name, module in attention_modules(unet).items():
+        if module.to_q.out_features != module.to_q.in_features:
+            raise ValueError(
+                f"attention_head_dim={unet.config.attention_head_dim} should divide the width of "
+                f"every level with attention; {name} has {module.to_q.in_features} channels and "
+                f"{module.heads} heads; choose a model whose heads fill its levels"
+            )
     options = {
         "time_embedding_type": ("positional",),
         "downsample_type": ("conv",),
@@ -140,23 +158,22 @@ def find_groups(unet: UNet2DModel) -> tuple[ChannelGroup, ...]:
     names = {module: name for name, module in traced.named_modules()}
     attention = attention_modules(unet)
     single_head = unet.config.attention_head_dim is None
-    groups = []
-    for found in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-        slots = _slots(found, names)
-        producers = [slot.module for slot in slots if slot.side == "out"]
-        if any(p.startswith("time_embedding.") or p == "conv_out" for p in producers):
+    groups, seen = [], set()
+    for name, module in traced.named_modules():
+        if name in seen or not _is_root(name, module):
             continue
-        levels = {level_of(producer, len(unet.down_blocks)) for producer in producers}
-        if len(levels) != 1:
-            raise ValueError(
-                f"channels shared by {', '.join(producers)} belong to several levels; gradflow "
-                "needs one width per level; choose a model made of standard diffusers blocks"
-            )
+        cut = graph.get_pruner_of_module(module).prune_out_channels
+        width = _out_channels(module)
+        slots = _slots(graph.get_pruning_group(module, cut, list(range(width))), names)
+        producers = [slot.module for slot in slots if slot.side == "out"]
+        seen.update(producers)
+        # levels of equal width are tied by an identity residual between them
+        levels = sorted({level_of(producer, len(unet.down_blocks)) for producer in producers})
         groups.append(
             ChannelGroup(
                 name=producers[0],
-                level=levels.pop(),
-                width=1 + max(c for slot in slots for c in slot.channels),
+                level=levels[0],
+                width=width,
                 unit=_unit(producers, attention, single_head),
                 slots=slots,
             )
@@ -164,6 +181,21 @@ def find_groups(unet: UNet2DModel) -> tuple[ChannelGroup, ...]:
     # torch-pruning walks backwards from the output; readers expect the order of the forward pass
     order = {name: i for i, name in enumerate(names.values())}
     return tuple(sorted(groups, key=lambda group: order[group.name]))
+
+
+def _is_root(name: str, module: nn.Module) -> bool:
+    """Whether a module's output channels may start a group.
+
+    The time embedding and the image keep their widths; projections of the embedding only follow
+    (with scale and shift they are twice as wide as the channels that they act on).
+    """
+    fixed = name.startswith("time_embedding.") or name == "conv_out"
+    follows = name.endswith("time_emb_proj")
+    return isinstance(module, nn.Conv2d | nn.Linear) and not fixed and not follows
+
+
+def _out_channels(module: nn.Module) -> int:
+    return module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
 
 
 def _slots(found, names: Mapping[nn.Module, str]) -> tuple[Slot, ...]:

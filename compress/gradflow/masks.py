@@ -39,15 +39,18 @@ def masked_group_norm(
     groups : number of groups.
     eps : added to the variance.
     """
-    share = nn.functional.one_hot(member, groups).to(mask.dtype) * mask[:, None]
-    share = share / share.sum(0)
-    spread = (x.shape[0], x.shape[1], *([1] * (x.dim() - 2)))
-    mean = (x.flatten(2).mean(2) @ share)[:, member]
-    # two passes, not torch.var_mean: more exact, and 0.6 of its time on a CPU
-    centred = x - mean.view(spread)
-    variance = centred.square().flatten(2).mean(2) @ share
-    scale = torch.rsqrt(variance + eps)[:, member] * weight
-    return torch.addcmul(bias.view(spread[1:]), centred, scale.view(spread))
+    # statistics in float32 whatever autocast says, as PyTorch's own GroupNorm
+    with torch.autocast(x.device.type, enabled=False):
+        x = x if x.dtype == torch.float64 else x.float()
+        share = nn.functional.one_hot(member, groups).to(mask.dtype) * mask[:, None]
+        share = share / share.sum(0)
+        spread = (x.shape[0], x.shape[1], *([1] * (x.dim() - 2)))
+        mean = (x.flatten(2).mean(2) @ share)[:, member]
+        # two passes, not torch.var_mean: more exact, and 0.6 of its time on a CPU
+        centred = x - mean.view(spread)
+        variance = centred.square().flatten(2).mean(2) @ share
+        scale = torch.rsqrt(variance + eps)[:, member] * weight
+        return torch.addcmul(bias.view(spread[1:]), centred, scale.view(spread))
 
 
 class MaskedGroupNorm(nn.Module):

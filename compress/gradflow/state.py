@@ -64,15 +64,13 @@ class Journal:
         write_bytes(self.state_file, save(own, metadata={"facts": json.dumps(facts)}))
 
     def load(self) -> Saved | None:
-        """Read the saved state and cut the log back to it; None when there is none.
+        """Read the saved state and its log rows; None when there is none. Changes nothing.
 
         Raises
         ------
         ValueError : when the state file is damaged.
         """
         if self.state_file is None or not self.state_file.exists():
-            if self._log is not None:
-                self._log.unlink(missing_ok=True)
             return None
         try:
             with safe_open(self.state_file, "pt") as file:
@@ -85,6 +83,15 @@ class Journal:
             ) from error
         if self._log is not None:
             lines = self._log.read_text(encoding="utf8").splitlines()[: facts["log_rows"]]
-            write_text(self._log, "".join(line + "\n" for line in lines))
+            if len(lines) < facts["log_rows"]:
+                raise ValueError(
+                    f"{self._log} should hold the {facts['log_rows']} rows before the saved state; "
+                    f"it has {len(lines)}; start again with --overwrite"
+                )
             self.rows = [json.loads(line) for line in lines]
         return Saved(tensors, facts)
+
+    def begin(self) -> None:
+        """Cut the log on disk back to the rows that are known: what came after is done again."""
+        if self._log is not None:
+            write_text(self._log, "".join(json.dumps(row) + "\n" for row in self.rows))

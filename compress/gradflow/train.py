@@ -141,16 +141,16 @@ class PruningRun:
         self.surgery_facts: dict[str, Any] = {}
         self.step = 0
         self.ema: Tensors = {}
-        self._resume = resume
+        self._enter(journal.load() if resume else None)
 
     # ---- what happens, in order -------------------------------------------------------------
 
     def events(self) -> Generator[Event, None, Pruned]:
         """Run to the end; yields an event per optimiser step and returns the pruned model.
 
-        Nothing is read from or written to the journal's folder before this.
+        Nothing is written to the journal's folder before this.
         """
-        self._enter(self.journal.load() if self._resume else None)
+        self.journal.begin()
         if self.training.trackers:
             self.accelerator.init_trackers("compress")
         if self.stage == "flow":

@@ -36,6 +36,8 @@ def legal_widths(unet: UNet2DModel) -> list[list[int]]:
         step = unet.config.norm_num_groups
         if level in with_heads and unet.config.attention_head_dim is not None:
             step = math.lcm(step, unet.config.attention_head_dim)
+        if level == blocks - 1 and unet.config.attn_norm_num_groups:
+            step = math.lcm(step, unet.config.attn_norm_num_groups)
         widths = list(range(step, dense + 1, step))
         if level == 0:
             # the time embedding's sinusoid has one sine and one cosine per frequency
@@ -127,7 +129,16 @@ def choose_widths(
         for widths, full in zip(legal, dense, strict=True)
     ]
     candidates = np.array(list(itertools.product(*near)))
+    # diffusers builds a shortcut convolution exactly where neighbouring widths differ, so
+    # neighbours stay equal, or stay different
+    equal = np.diff(dense) == 0
+    candidates = candidates[((np.diff(candidates) == 0) == equal).all(1)]
     kept = macs(candidates) / total
+    if not len(candidates):
+        raise ValueError(
+            f"no legal widths near keep_macs={keep_macs} leave the levels as different as they "
+            f"are in {list(dense)}; set a larger keep_macs"
+        )
     fits = (kept <= keep_macs) & (kept >= keep_macs - TOLERANCE)
     if not fits.any():
         nearest = candidates[np.abs(kept - keep_macs).argmin()]

@@ -31,7 +31,13 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     if folder is None:
         return _from_hub(model)
     check_folder(folder)
-    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True
+    )
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            _check_complete(folder / name, part)
+    return pipeline
 
 
 def local_folder(model: str) -> Path | None:
@@ -88,6 +94,20 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(
             f"weights expected as safetensors in {folder / 'unet'}; found none (pickled weights "
             "are not read); convert them with diffusers' save_pretrained"
+        )
+
+
+def _check_complete(folder: Path, part: torch.nn.Module) -> None:
+    """Refuse weights that lack a tensor: diffusers leaves such a parameter without a value."""
+    stored: set[str] = set()
+    for weights in folder.glob("*.safetensors"):
+        with safe_open(weights, "pt") as file:
+            stored.update(file.keys())
+    missing = sorted(set(part.state_dict()) - stored)
+    if stored and missing:
+        raise ValueError(
+            f"{folder} should hold weights for all parameters; {len(missing)} are missing, among "
+            f"them {missing[0]}; restore the weights"
         )
 
 
