@@ -80,7 +80,7 @@ def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
     # the coarse grid of a tiny model may hit none of the round shares: half widths are on it
     half = MacModel(unet, groups)(np.array([[w // 2 for w in dense_widths(unet)]]))[0] / total
     reached = 0
-    for keep in (half + 0.01, 0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.97):
+    for keep in (half + 0.01, 0.3, 0.5, 0.75, 0.97):
         try:
             widths = choose_widths(unet, groups, keep)
         except ValueError as error:
@@ -92,7 +92,7 @@ def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
         achieved = unet_cost(slim).macs / total
         assert keep - TOLERANCE <= achieved <= keep
         assert all(w in options for w, options in zip(widths, legal_widths(unet), strict=True))
-    assert reached >= (7 if name == "built_in" else 1)
+    assert reached >= (5 if name == "built_in" else 1)
 
 
 def test_no_more_even_widths_were_passed_over(models):

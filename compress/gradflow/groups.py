@@ -7,6 +7,7 @@ time-embedding projections, attention's q/k/v/out, samplers); we keep only its r
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch_pruning
@@ -194,7 +195,7 @@ def _is_root(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear) and not fixed and not follows
 
 
-def _out_channels(module: nn.Module) -> int:
+def _out_channels(module: Any) -> int:
     return module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
 
 
