@@ -43,6 +43,7 @@ def compared(models, unet, layout, *, switch: bool = True, seed: int = 0) -> tup
     """Largest difference of masked and slim, and the slim output's mean size."""
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout, seed))
+    soft.fade.zero_()
     if switch:
         soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
@@ -54,9 +55,8 @@ def compared(models, unet, layout, *, switch: bool = True, seed: int = 0) -> tup
 
 @pytest.mark.parametrize(("name", "widths"), [*ALIGNED, *UNALIGNED])
 def test_masked_with_ones_is_dense(models, name, widths):
-    unet = models.build(name)
-    # at the dense widths: slimmer ones also drop sinusoid frequencies, from the first step on
-    layout = models.layout(name, unet.config.block_out_channels)
+    # whatever the slim widths are: nothing goes before the mask moves, no sinusoid value either
+    unet, layout = models.build(name), models.layout(name, widths)
     sample, timestep = models.inputs(unet)
     with torch.no_grad():
         difference = SoftUNet(unet, layout)(sample, timestep) - unet(sample, timestep).sample
@@ -138,7 +138,7 @@ def test_a_removed_channel_cannot_come_back_through_its_producer(models):
     assert torch.allclose(before, after, atol=TOLERANCE)
 
 
-def reference_forward(unet, layout, mask, sample, timestep):
+def reference_forward(unet, layout, mask, fade, sample, timestep):
     """The masked net by hooks on activations: no weight is touched, no layout table is read."""
     unet = copy.deepcopy(unet)
     modules = dict(unet.named_modules())
@@ -171,7 +171,7 @@ def reference_forward(unet, layout, mask, sample, timestep):
             )
         elif name.endswith("to_q") and unet.config.attention_head_dim is None:
             module.register_forward_hook(lambda module, _, output, factor=factor: output * factor)
-    kept = torch.zeros(unet.config.block_out_channels[0] // 2)
+    kept = torch.full((unet.config.block_out_channels[0] // 2,), fade)
     count = layout.widths[0] // 2
     kept[kept_frequencies(len(kept), count, unet.config.freq_shift)[0]] = 1
     modules["time_embedding.linear_1"].register_forward_pre_hook(
@@ -204,8 +204,10 @@ def test_fractional_masks_act_once_at_every_consumers_input(models, name, widths
     mask = models.soft_mask(layout).double()
     sample, timestep = models.inputs(unet)
     with torch.no_grad():
-        actual = SoftUNet(unet, layout).double()(sample.double(), timestep, mask)
-        expected = reference_forward(unet, layout, mask, sample.double(), timestep)
+        soft = SoftUNet(unet, layout).double()
+        soft.fade.fill_(0.375)
+        actual = soft(sample.double(), timestep, mask)
+        expected = reference_forward(unet, layout, mask, 0.375, sample.double(), timestep)
     assert (actual - expected).abs().max() < 1e-10
 
 

@@ -159,6 +159,9 @@ def planned() -> dict[str, dict[str, experiments.Experiment]]:
 
 def test_tables_hold_every_combination_once(planned):
     assert (len(planned["main"]), len(planned["ablation"])) == (30, 45)
+    # what concerns the training alone is tried on the strongest rival too
+    trainings = [a for a in experiments.ATTEMPTS.values() if all("recover" in o for o in a)]
+    assert len(planned["attempts"]) == len(experiments.ATTEMPTS) + len(trainings)
     for name, found in planned.items():
         labels = [(tuple(e.labels), e.seed) for e in found.values()]
         assert len(set(labels)) == len(labels)
@@ -199,9 +202,9 @@ def test_main_and_ablation_share_the_runs_whose_recipe_is_the_same(planned):
 
 
 def test_every_run_of_a_comparison_has_the_same_steps_budget_and_distillation(planned):
-    for found in planned.values():
+    for name in ("main", "ablation"):
         settings = set()
-        for e in found.values():
+        for e in planned[name].values():
             recipe = e.recipe()
             settings.add(
                 (
@@ -216,6 +219,18 @@ def test_every_run_of_a_comparison_has_the_same_steps_budget_and_distillation(pl
             assert recipe.method.keep_macs == float(labels.get("keep_macs", 0.3))
             assert recipe.seed == e.seed
         assert len(settings) == 1
+
+
+def test_attempts_take_as_many_steps_and_rivals_train_alike(planned):
+    steps, training = set(), {}
+    for e in planned["attempts"].values():
+        recipe, labels = e.recipe(), dict(e.labels)
+        steps.add(recipe.method.steps + recipe.recover.steps)
+        assert recipe.method.keep_macs == 0.3 and e.seed == 0
+        assert (recipe.method.name == "oneshot") == (labels["method"] != "gradflow")
+        training.setdefault(labels["tried"], set()).add(recipe.recover.model_dump_json())
+    assert steps == {400}
+    assert all(len(settings) == 1 for settings in training.values())
 
 
 def test_labels_say_what_the_recipe_does(planned):
@@ -311,7 +326,7 @@ def place(name: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("name", ["main", "ablation"])
+@pytest.mark.parametrize("name", experiments.TABLES)
 def test_the_tables_of_the_readme_are_generated_from_the_rows(name):
     shown = place(name)
     files = sorted((ROOT / "eval" / "results").glob("*.jsonl"))

@@ -15,8 +15,8 @@ from compress.gradflow.groups import ChannelGroup, index_of, single_head_queries
 class Layout:
     """All masks of a model in one vector of units, and where each entry acts.
 
-    The index tensors point into ``[mask, 1, 0]``: position ``units`` stands for a channel that
-    is never masked, ``units + 1`` for one that is always removed.
+    The index tensors point into ``[mask, 1, fade]``: position ``units`` stands for a channel that
+    is never masked, ``units + 1`` for a sinusoid value that the slim model cannot have.
 
     Attributes
     ----------
@@ -45,9 +45,15 @@ class Layout:
     widths: tuple[int, ...]
     freq_shift: float
 
-    def extend(self, mask: torch.Tensor) -> torch.Tensor:
-        """``[mask, 1, 0]``, the vector that the index tensors point into."""
-        return torch.cat([mask, mask.new_tensor([1.0, 0.0])])
+    def extend(self, mask: torch.Tensor, fade: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """``[mask, 1, fade]``, the vector that the index tensors point into.
+
+        ``fade`` is what remains of the sinusoid values that go: 1 in the dense model, 0 in the
+        slim one.
+        """
+        ends = mask.new_ones(2)
+        ends[1] = fade
+        return torch.cat([mask, ends])
 
     def sizes(self) -> torch.Tensor:
         """Units per block, ``(blocks,)``."""

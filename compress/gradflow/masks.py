@@ -80,7 +80,9 @@ class MaskedGroupNorm(nn.Module):
 class SoftUNet(nn.Module):
     """A UNet evaluated at f(theta * m): the network that the flow trains while it moves m.
 
-    Works on a deep copy; parameters keep their names under ``unet.``.
+    Works on a deep copy; parameters keep their names under ``unet.``. Its buffers are ``mask``
+    ``(units,)`` and ``fade`` ``()``, which weights the timestep sinusoid's values that the slim
+    model cannot have; both begin at 1, where the network is the dense one.
 
     Parameters
     ----------
@@ -89,6 +91,7 @@ class SoftUNet(nn.Module):
     """
 
     mask: torch.Tensor
+    fade: torch.Tensor
 
     def __init__(self, unet: UNet2DModel, layout: Layout) -> None:
         super().__init__()
@@ -99,6 +102,7 @@ class SoftUNet(nn.Module):
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.unet.get_submodule(parent), attribute, MaskedGroupNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
+        self.register_buffer("fade", torch.ones(()), persistent=False)
         columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
         self._columns = {
             name: index for name, index in columns.items() if bool((index != layout.units).any())
@@ -106,7 +110,7 @@ class SoftUNet(nn.Module):
 
     def effective(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters and buffers that carry the mask, by name: theta * m."""
-        extended = self.layout.extend(mask)
+        extended = self.layout.extend(mask, self.fade)
         parameters = dict(self.unet.named_parameters())
         changed: dict[str, torch.Tensor] = {}
         for name, index in self._columns.items():

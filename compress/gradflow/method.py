@@ -37,7 +37,9 @@ class GradFlow:
     horizon : of ``lookahead``, in learning rate x SGD steps; None is lr x update_every.
     flow_rate : step size of the flow, in masks per unit of normalised score.
     gamma : final weight of the term that drives masks to 0 or 1; it grows from 0.
-    budget : "s_shaped" or "cubic" fall of the budget.
+    budget : "s_shaped" or "cubic" fall of the budget. The timestep sinusoid's values that the slim
+        model cannot have fade by the same schedule (our choice: cut at once, they alone make the
+        loss jump as much as one-shot pruning does).
     max_move : continuity bound: no mask moves more than this in one update.
     settle : share of the soft stage after binarisation, when weights train on the binary mask.
     """

@@ -116,6 +116,7 @@ class MaskMover:
         removed = flow.removed_share(progress, method.budget)
         budget = self.sizes - removed * (self.sizes - self.quota)
         before, gamma = soft.mask.clone(), method.gamma * progress
+        soft.fade.fill_(1 - removed)
         if method.process == "hard":
             kept = budget.ceil().long()
             soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
@@ -135,6 +136,7 @@ class MaskMover:
         undecided = (soft.mask > 0.05) & (soft.mask < 0.95)
         return {
             "budget": (budget.sum() / self.sizes.sum()).item(),
+            "fade": 1 - removed,
             "gamma": gamma,
             "max_move": (soft.mask - before).abs().max().item(),
             "undecided": undecided.float().mean().item(),
@@ -182,6 +184,7 @@ class MaskMover:
         Returns the number of norms that changed their membership.
         """
         soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.quota))
+        soft.fade.zero_()
         self.state.binary = True
         self._follow(soft.mask, step)
         return soft.adopt_slim_membership()

@@ -408,6 +408,7 @@ class PruningRun:
         if self.stage == "flow":
             soft = self._plain()
             soft.mask.copy_(masks["mask"])
+            soft.fade.copy_(masks["fade"])
             if self.mover.state.binary:
                 soft.adopt_slim_membership()
 
@@ -435,7 +436,7 @@ class PruningRun:
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
         masks = self.mover.state.tensors() | {"kept": self.kept}
         if self.stage == "flow":
-            masks["mask"] = self._plain().mask
+            masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
         tensors |= {f"masks/{n}": t for n, t in masks.items()}
         self.journal.save(
             tensors,
