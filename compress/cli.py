@@ -198,7 +198,8 @@ def evaluate(
 @app.command()
 def tables(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[main|ablation|attempts]...", help="Default: all.")
+        list[str] | None,
+        typer.Argument(metavar="[main|ablation|attempts]...", help="Default: all."),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
         "eval/results/ddpm_digits.jsonl"

@@ -28,8 +28,8 @@ PROCESSES = ("soft flow", "hard iterative", "one-shot")
 NOTES = {
     "main": "Widths and total optimiser steps are the same within a `keep_macs`.",
     "ablation": "`keep_macs` 0.3; same widths and total optimiser steps throughout.",
-    "attempts": "`keep_macs` 0.3, the first seed; same widths and total optimiser steps throughout. "
-    "Unless the line says otherwise:",
+    "attempts": "`keep_macs` 0.3, the first seed; same widths and total optimiser steps throughout."
+    " Unless the line says otherwise:",
 }
 # what was tried -> what is set
 RIVAL = "one-shot diff_pruning"
