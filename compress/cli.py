@@ -140,7 +140,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put several runs into one table, and one plot."""
-    from compress.report import compare as compare_runs
+    from compress.comparison import compare as compare_runs
 
     comparison = compare_runs(folders)
     if plot:
@@ -343,7 +343,7 @@ def _print(content: Any, as_json: bool, text: str) -> None:
 
 
 def _print_run(folder: Path, as_json: bool) -> None:
-    from compress.report import read_metrics
+    from compress.results import read_metrics
 
     found = read_metrics(folder)
     header = ("metric", "dense", "compressed", "ratio", "better")

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from compress import report
+from compress import figures, report, results
+from compress.comparison import compare
 
 UNITS = {
     "params": ("lower", "parameters", 2_177_753, 1_088_213, 1, None),
@@ -186,7 +187,7 @@ def test_page_needs_nothing_from_outside(page):
 
 def test_page_names_every_metric_with_its_numbers(page):
     for name in UNITS:
-        assert report.NAMES[name] in page.text
+        assert results.NAMES[name] in page.text
     for wanted in ("13.72", "[12.82, 14.62]", "1.088 M", "87.1%", "1,536", "0.823×", "floor 4.48"):
         assert wanted in page.text
     assert "Keeps 49.5% of the dense model’s MACs (asked: 50%)" in page.text
@@ -210,7 +211,7 @@ def test_figures_inside_the_page_are_the_files_beside_it(run, page):
     beside = [base64.b64encode(path.read_bytes()).decode() for path in run.glob("*.png")]
     assert sorted(inside) == sorted(beside)
     assert {path.stem for path in run.glob("*.png")} == {
-        *report.FIGURES,
+        *figures.FIGURES,
         "samples_dense",
         "samples_compressed",
     }
@@ -247,7 +248,7 @@ def test_report_of_metrics_alone(tmp_path):
 
 def test_grid_shows_every_image_in_its_place():
     images = np.arange(64, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 40, 40), np.uint8)
-    grid = np.array(Image.open(io.BytesIO(report.sample_grid(images))))
+    grid = np.array(Image.open(io.BytesIO(figures.sample_grid(images))))
     scale = grid.shape[0] // (8 * 41 + 1)
     centres = scale * (21 + 41 * np.arange(8))
     assert (grid[np.ix_(centres, centres)] == np.arange(64).reshape(8, 8, 1)).all()
@@ -255,12 +256,12 @@ def test_grid_shows_every_image_in_its_place():
 
 def test_units_count_as_returned_only_after_falling():
     masks = np.array([[1, 1, 1, 1], [0.4, 0.6, 0.4, 1], [0.9, 1, 0, 0]])
-    assert report.returned_units(masks).tolist() == [True, False, False, False]
+    assert figures.returned_units(masks).tolist() == [True, False, False, False]
 
 
 def test_smoothing_keeps_a_constant_and_lies_inside_the_range():
-    assert report.smooth([3.0] * 5) == pytest.approx([3.0] * 5)
-    noisy = report.smooth([0.0, 1.0] * 50)
+    assert figures.smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    noisy = figures.smooth([0.0, 1.0] * 50)
     assert noisy[-1] == pytest.approx(0.5, abs=0.05)
 
 
@@ -268,12 +269,12 @@ def test_rows_written_twice_count_once(tmp_path):
     folder = make_run(tmp_path / "resumed")
     with (folder / "log.jsonl").open("a") as log:
         log.write(json.dumps({"stage": "flow", "step": 1, "loss": 7.0}) + "\n")
-    flow = report.read_run(folder).log["flow"]
+    flow = results.read_run(folder).log["flow"]
     assert [row["step"] for row in flow] == list(range(1, 301))
     assert flow[0]["loss"] == 7.0
 
 
-@pytest.mark.parametrize("call", [report.write_report, lambda folder: report.compare([folder])])
+@pytest.mark.parametrize("call", [report.write_report, lambda folder: compare([folder])])
 def test_no_finished_run(tmp_path, call):
     with pytest.raises(ValueError, match=r"no such folder.*--resume"):
         call(tmp_path / "nowhere")
@@ -308,10 +309,10 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
 
 def test_comparison_has_a_row_per_metric_and_a_column_per_run(tmp_path):
     folders = [make_run(tmp_path / name, shift=s) for name, s in (("a", 1.0), ("b", 1.1))]
-    comparison = report.compare(folders)
+    comparison = compare(folders)
     assert comparison.names == ("dense", "a", "b")
     rows = {row["metric"]: row for row in comparison.rows}
-    assert list(rows) == [name for name in report.NAMES if name in UNITS]
+    assert list(rows) == [name for name in results.NAMES if name in UNITS]
     assert rows["fid_digits"]["best"] == "a" and rows["precision_digits"]["best"] == "b"
     assert rows["macs"]["best"] is None  # equal
     assert rows["fid_digits"]["runs"]["b"]["value"] == pytest.approx(13.72 * 1.1)
@@ -320,14 +321,14 @@ def test_comparison_has_a_row_per_metric_and_a_column_per_run(tmp_path):
 
 def test_comparison_text_holds_values_intervals_and_the_best(tmp_path):
     folders = [make_run(tmp_path / name, shift=s) for name, s in (("a", 1.0), ("b", 1.1))]
-    text = report.compare(folders).to_text(100)
+    text = compare(folders).to_text(100)
     assert re.search(r"FID \(digits features\) ↓\s+9\.31\s+13\.72 \*\s+15\.09", text)
     assert "[12.82, 14.62]" in text and "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_comparison_shows_brackets_of_a_folder_name(tmp_path):
-    assert "[red]run" in report.compare([make_run(tmp_path / "[red]run")]).to_text(100)
+    assert "[red]run" in compare([make_run(tmp_path / "[red]run")]).to_text(100)
 
 
 def test_comparison_survives_runs_with_other_metrics_and_other_dense_models(tmp_path):
@@ -336,24 +337,24 @@ def test_comparison_survives_runs_with_other_metrics_and_other_dense_models(tmp_
     del content["metrics"]["fid_digits"]
     content["metrics"]["params"]["dense"]["value"] += 1
     (second / "metrics.json").write_text(json.dumps(content))
-    rows = {row["metric"]: row["runs"] for row in report.compare([first, second]).rows}
+    rows = {row["metric"]: row["runs"] for row in compare([first, second]).rows}
     assert set(rows["fid_digits"]) == {"dense", "a"}
     assert set(rows["params"]) == {"a", "b"}
 
 
 def test_comparison_tells_runs_of_one_name_apart(tmp_path):
     folders = [make_run(tmp_path / parent / "run") for parent in "xy"]
-    assert report.compare(folders).names == ("dense", *map(str, folders))
+    assert compare(folders).names == ("dense", *map(str, folders))
     with pytest.raises(ValueError, match="same folder twice"):
-        report.compare([folders[0], folders[0]])
+        compare([folders[0], folders[0]])
     with pytest.raises(ValueError, match="at least one"):
-        report.compare([])
+        compare([])
 
 
 def test_comparison_plot(tmp_path):
     folders = [make_run(tmp_path / name) for name in "ab"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = report.compare(folders).plot(tmp_path / "plot.png")
+        path = compare(folders).plot(tmp_path / "plot.png")
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.width > 1000

@@ -1,0 +1,159 @@
+"""What a run folder holds: facts, log and samples; how its metrics are named and written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file
+
+from compress.files import read_json
+
+NAMES = {
+    "params": "Parameters",
+    "macs": "MACs",
+    "validation_loss": "Validation loss",
+    "fid": "FID",
+    "fid_digits": "FID (digits features)",
+    "kid": "KID",
+    "kid_digits": "KID (digits features)",
+    "is": "Inception score",
+    "is_digits": "IS (digits logits)",
+    "precision": "Precision",
+    "precision_digits": "Precision (digits features)",
+    "recall": "Recall",
+    "recall_digits": "Recall (digits features)",
+    "ssim_to_dense": "SSIM to dense",
+    "mse_to_dense": "MSE to dense",
+    "looks_like_digits": "Looks like digits",
+    "class_share_min": "Rarest class",
+    "class_share_max": "Most frequent class",
+    "latency_ms": "Latency per step (ms)",
+    "images_per_second": "Images per second",
+    "peak_memory_mb": "Peak memory (MB)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, read once.
+
+    ``log`` keeps the rows by stage; the other parts are empty where the run has none.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    recipe_text: str
+    recipe: dict[str, Any]
+    log: dict[str, list[dict[str, Any]]]
+    trace: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Raises
+    ------
+    ValueError : when the folder is no finished run, or a file in it is damaged; names the file.
+    """
+    metrics = read_metrics(folder)
+    recipe_file = folder / "recipe.yaml"
+    recipe_text = recipe_file.read_text(encoding="utf8") if recipe_file.is_file() else ""
+    try:
+        recipe = yaml.safe_load(recipe_text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe_file} should be YAML: {error}; restore the file") from error
+    return Run(
+        folder,
+        metrics,
+        recipe_text,
+        recipe if isinstance(recipe, dict) else {},
+        _read_log(folder / "log.jsonl"),
+        _read_tensors(folder / "trace.safetensors"),
+        _read_tensors(folder / "samples.safetensors"),
+    )
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """``metrics.json`` of a finished run.
+
+    Raises
+    ------
+    ValueError : when the folder is no finished run.
+    """
+    folder = Path(folder)
+    try:
+        metrics = read_json(folder / "metrics.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        found = "a folder without one" if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"a finished run has a metrics.json; {folder} is {found}; give the output folder of a "
+            "finished run, or finish it with compress run --resume"
+        ) from error
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("metrics"), dict):
+        raise ValueError(
+            f"{folder / 'metrics.json'} should hold an object with 'metrics' in it; it does not; "
+            "run again with --overwrite"
+        )
+    return metrics
+
+
+def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by stage in the order of steps; of a row written twice (after a resume) the last."""
+    rows: dict[tuple[str, int, str], dict[str, Any]] = {}
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                rows[row["stage"], row["step"], row.get("net", "")] = row
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} should be a JSON object with stage and step; got "
+                    f"{line[:60]!r}; remove the line"
+                ) from error
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for _, row in sorted(rows.items(), key=lambda item: item[0][1]):
+        stages.setdefault(row["stage"], []).append(row)
+    return stages
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has no public base class in its numpy face
+        raise ValueError(
+            f"{path} should be a safetensors file; reading it failed: {error}; run again with "
+            "--overwrite"
+        ) from error
+
+
+def number_text(value: float | None, unit: str = "") -> str:
+    """Four significant digits; counts with their thousands as k, M, G; shares in per cent."""
+    if value is None:
+        return "?"
+    if unit == "share":
+        return f"{value:.1%}"
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g} {letter}"
+    return f"{value:.4g}"
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name for people; its key with spaces when it has none."""
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def arrow(better: str) -> str:
+    """The direction in which a metric is better, "lower" or "higher", as an arrow."""
+    return {"lower": "↓", "higher": "↑"}.get(better, "")
