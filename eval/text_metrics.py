@@ -389,7 +389,7 @@ def _corpus_bleu(counts: np.ndarray, seed: int) -> Value:
 
     def score(sums: np.ndarray) -> float:
         whole = [int(value) for value in sums]
-        found = BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9])
+        found = BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
         return found.score / 100
 
     resampled = [score(sums) for sums in resampled_sums(counts, seed)]
