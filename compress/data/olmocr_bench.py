@@ -7,7 +7,7 @@ subfolders if wanted; every other folder is a candidate and holds, for the docum
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,14 +226,7 @@ def read_olmocr_bench(folder: Path) -> Bench:
         )
     pdfs = tuple(path.relative_to(folder / PDFS).as_posix() for path in documents)
     files = {path.stem: _read_tests(path) for path in paths}
-    unknown = [(name, t) for name, tests in files.items() for t in tests if t.pdf not in set(pdfs)]
-    if unknown:
-        name, test = unknown[0]
-        raise ValueError(
-            f"every test should name a PDF in {folder / PDFS}; {test.pdf} of test {test.id} in "
-            f"{name}.jsonl is not there, nor are those of {len(unknown) - 1} others; complete the "
-            "folder"
-        )
+    _check_documents(files, pdfs, folder)
     return Bench(folder, files, pdfs)
 
 
@@ -261,6 +254,7 @@ def write_olmocr_bench(
                 "documents are called *.pdf and have at least one page; got "
                 f"{pdf!r} with {len(images)}; rename it or give its pages"
             )
+    _check_documents(files, pages, folder)
     with atomic_folder(folder) as temporary:
         bench = Bench(temporary, {}, ())
         for pdf, images in pages.items():
@@ -272,7 +266,6 @@ def write_olmocr_bench(
         for name, tests in files.items():
             lines = [json.dumps(asdict(test), ensure_ascii=False) + "\n" for test in tests]
             write_text(temporary / f"{name}.jsonl", "".join(lines))
-        read_olmocr_bench(temporary)
     return read_olmocr_bench(folder)
 
 
@@ -318,6 +311,21 @@ def write_candidate(bench: Bench, name: str, outputs: Mapping[PageId, Sequence[s
 def _file_name(page: PageId, repeat: int) -> str:
     pdf, number = page
     return f"{Path(pdf).with_suffix('').as_posix()}_pg{number}_repeat{repeat}.md"
+
+
+def _check_documents(
+    files: Mapping[str, Sequence[BenchTest]], pdfs: Collection[str], folder: Path
+) -> None:
+    """See that every test belongs to a document."""
+    known = set(pdfs)
+    unknown = [(name, t) for name, tests in files.items() for t in tests if t.pdf not in known]
+    if unknown:
+        name, test = unknown[0]
+        raise ValueError(
+            f"every test should name a PDF in {folder / PDFS}; {test.pdf} of test {test.id} in "
+            f"{name}.jsonl is not there, nor are those of {len(unknown) - 1} others; complete the "
+            "folder"
+        )
 
 
 def _read_tests(path: Path) -> tuple[BenchTest, ...]:
