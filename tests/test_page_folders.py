@@ -1,4 +1,4 @@
-"""Rendered pages as benchmark folders: the ground truth gets full marks there, and less does not."""
+"""Rendered pages as benchmark folders: the ground truth gets full marks, and less does not."""
 
 from dataclasses import replace
 
