@@ -48,9 +48,6 @@ class _Node:
 class _Costs(apted.Config):
     """Costs of the edits: 1 for a node, a share of 1 for the text of a cell."""
 
-    # the default would hold costs in integers
-    valuecls = float
-
     def rename(self, node1: _Node, node2: _Node) -> float:
         if node1.label != node2.label:
             return 1.0

@@ -131,6 +131,9 @@ def test_normalise():
         (footnote("3"), "word 3", False),
         (footnote("3", appears_before_marker="a word"), "Here: A  word.[^3] more", True),
         (footnote("3", appears_before_marker="a word"), "more[^3] a word", False),
+        # not next to the mark
+        (footnote("3", appears_before_marker="a word"), "a word, and long after it[^3]", False),
+        (footnote("3", appears_after_marker="a word"), "text[^3], and long after it a word", False),
         (footnote("3", appears_after_marker="and more"), "word[^3] and more", True),
         (footnote("3", appears_after_marker="and more"), "and more[^3] word", False),
     ],
