@@ -24,6 +24,7 @@ from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
 from compress.eval.sampling import sample_batches, to_uint8
+from compress.eval.values import Value, share_interval
 from compress.files import write_bytes
 from compress.models.digits_features import load_digits_features
 
@@ -54,24 +55,6 @@ METRICS = {
     "images_per_second": ("higher", "images/s"),
     "peak_memory_mb": ("lower", "MB"),
 }
-
-
-@dataclass(frozen=True)
-class Value:
-    """One measured number.
-
-    Parameters
-    ----------
-    value : the number.
-    how : tool, extractor, samples, device.
-    n : what it was measured on: images, repeats, or 1 for a count.
-    ci95 : 95% confidence interval, or None where there is none (a count, a single seed).
-    """
-
-    value: float
-    how: str
-    n: int = 1
-    ci95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,15 +225,6 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float] | None:
         return None
     spread = float(given.std()) / math.sqrt(len(given)) * float(stats.t.ppf(0.975, len(given) - 1))
     return float(given.mean()) - spread, float(given.mean()) + spread
-
-
-def share_interval(hits: int, n: int) -> tuple[float, float]:
-    """95% Wilson interval of a share; it stays inside [0, 1] at the ends too."""
-    z = float(stats.norm.ppf(0.975))
-    share, scale = hits / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def evaluate(

@@ -1,0 +1,123 @@
+"""Rendered pages as folders in the layouts of OmniDocBench and olmOCR-bench."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress.data import omnidocbench
+from compress.data.olmocr_bench import (
+    BaselineTest,
+    Bench,
+    BenchTest,
+    FormatTest,
+    OrderTest,
+    PresenceTest,
+    TableTest,
+    write_olmocr_bench,
+)
+from compress.data.pages import Block, Page
+
+CATEGORIES = {"heading": "title", "paragraph": "text_block", "table": "table"}
+
+
+def write_pages_as_omnidocbench(folder: Path, pages: Sequence[Page]) -> None:
+    """Write pages and their blocks as ``page_0000.png`` and so on, with OmniDocBench's annotations.
+
+    Raises
+    ------
+    ValueError : for no pages.
+    """
+    annotated = [
+        omnidocbench.Page(
+            image=f"{_name(number)}.png",
+            width=page.image.width,
+            height=page.image.height,
+            blocks=tuple(_annotated(block) for block in page.blocks),
+            page_no=number,
+            attribute={"data_source": "rendered", "language": "english"},
+        )
+        for number, page in enumerate(pages)
+    ]
+    omnidocbench.write_omnidocbench(folder, annotated, [page.image for page in pages])
+
+
+def write_pages_as_olmocr_bench(folder: Path, pages: Sequence[Page]) -> Bench:
+    """Write each page as a PDF (and PNG), with tests that its ground truth passes.
+
+    A page gives, where it has them: presence of each paragraph's first line, order of neighbouring
+    blocks, each heading, the neighbours of each table's first cell, and the baseline test. Texts
+    that occur twice on a page are not asked for.
+
+    Raises
+    ------
+    ValueError : for no pages.
+    """
+    if not pages:
+        raise ValueError("at least one page expected to write a folder of; got none; render some")
+    tests: dict[str, list[BenchTest]] = {}
+    for number, page in enumerate(pages):
+        for test in _tests(f"{_name(number)}.pdf", page):
+            tests.setdefault(test.type, []).append(test)
+    images = {f"{_name(number)}.pdf": [page.image] for number, page in enumerate(pages)}
+    return write_olmocr_bench(folder, tests, images)
+
+
+def _name(number: int) -> str:
+    return f"page_{number:04}"
+
+
+def _annotated(block: Block) -> omnidocbench.Block:
+    x0, y0, x1, y1 = block.box
+    return omnidocbench.Block(
+        category=CATEGORIES[block.kind],
+        anno_id=block.order,
+        order=block.order + 1,
+        text="" if block.html else block.text,
+        html=block.html,
+        poly=(x0, y0, x1, y0, x1, y1, x0, y1),
+    )
+
+
+def _tests(pdf: str, page: Page) -> list[BenchTest]:
+    flat = " ".join(page.text.split())
+    once = [b for b in page.blocks if b.kind != "table" and flat.count(_first(b)) == 1]
+    tests: list[BenchTest] = [BaselineTest(pdf=pdf, page=1, id=f"{pdf}_baseline", type="baseline")]
+    for block in once:
+        name = f"{pdf}_{block.order}"
+        text = _first(block)
+        if block.kind == "heading":
+            tests.append(
+                FormatTest(
+                    pdf=pdf, page=1, id=f"{name}_f", type="format", text=text, format="heading"
+                )
+            )
+        tests.append(PresenceTest(pdf=pdf, page=1, id=f"{name}_p", type="present", text=text))
+    for one, two in zip(once, once[1:], strict=False):
+        tests.append(
+            OrderTest(
+                pdf=pdf,
+                page=1,
+                id=f"{pdf}_{one.order}_o",
+                type="order",
+                before=_first(one),
+                after=_first(two),
+            )
+        )
+    for block in page.blocks:
+        if block.kind == "table":
+            first, second = (row.split(" ") for row in block.text.split("\n")[:2])
+            tests.append(
+                TableTest(
+                    pdf=pdf,
+                    page=1,
+                    id=f"{pdf}_{block.order}_t",
+                    type="table",
+                    cell=first[0],
+                    right=first[1],
+                    down=second[0],
+                )
+            )
+    return tests
+
+
+def _first(block: Block) -> str:
+    return block.text.split("\n")[0]

@@ -1,0 +1,253 @@
+"""What the training scripts of the built-in readers share: curriculum, loop, state, evaluation."""
+
+import copy
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torchmetrics.functional.text import char_error_rate
+from transformers import PreTrainedTokenizerFast
+
+from compress.data.page_text import ALPHABET
+from compress.data.pages import PAGE, Difficulty, Page, page
+from compress.gradflow.state import Journal
+
+TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
+RAISE_BELOW = 0.12  # running loss at which the next level begins
+EASIER = 0.2  # share of batches from levels below the current one
+MOST_PAGES = 1024  # page indices set aside for a step
+Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
+Read = Callable[[torch.nn.Module, list[Page]], list[str]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One step of the curriculum: what pages look like, and how many make a batch."""
+
+    difficulty: Difficulty
+    batch: int
+
+
+# from one short line to full pages; with tokens of 16x16 pixels: 14, 28, 56, 80, 156, 234, 312
+LEVELS = (
+    Level(Difficulty((112, 32), (1, 1), (4, 8), (14, 18), margin=(4, 6)), 64),
+    Level(Difficulty((112, 64), (2, 2), (4, 8), (14, 18), margin=(4, 6)), 64),
+    Level(Difficulty((112, 128), (3, 5), (4, 8), (14, 18)), 48),
+    Level(Difficulty((160, 128), (3, 5), (6, 12), (14, 20), wear=0.25), 48),
+    Level(Difficulty((208, 192), (5, 7), (10, 16), (14, 20), wear=0.25), 24),
+    Level(Difficulty((208, 288), (8, 11), (12, 18), (14, 20), wear=0.5), 16),
+    Level(PAGE, 16),
+)
+
+
+def character_tokenizer(specials: list[str], **roles: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per character, and one per HTML tag of a table.
+
+    Parameters
+    ----------
+    specials : special tokens, the first of which get the first ids.
+    roles : which of them is ``pad_token``, ``eos_token`` and so on.
+    """
+    unknown = "<|unknown|>"
+    words = [*specials, unknown, *TABLE_TAGS, "\n", " ", "#", *ALPHABET]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    pieces = Regex(r"</?t(?:able|r|d)>|[\s\S]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in [*specials, unknown]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, **roles)
+
+
+@dataclass
+class Progress:
+    """Where a training run is: all that a resumed one needs besides tensors."""
+
+    step: int = 0
+    level: int = 0
+    level_steps: int = 0  # optimiser steps since the level began
+    running: float | None = None  # mean loss of the current level's batches, recent ones first
+
+    def seen(self, loss: float) -> None:
+        """Take the loss of a batch of the current level into the running mean."""
+        self.running = loss if self.running is None else 0.95 * self.running + 0.05 * loss
+
+    def ready(self) -> bool:
+        """Whether the level is learned."""
+        return self.level_steps >= 50 and self.running is not None and self.running < RAISE_BELOW
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a reader is trained.
+
+    Parameters
+    ----------
+    seed : of pages and levels; together with the step it determines a batch.
+    lr : learning rate after ``warmup`` steps, until the last level.
+    final : steps on the last level, over which the learning rate falls linearly to zero.
+    every : steps between evaluations.
+    pages : validation pages of the current level in an evaluation.
+    """
+
+    seed: int = 0
+    lr: float = 1e-3
+    warmup: int = 200
+    final: int = 4000
+    every: int = 500
+    pages: int = 32
+    levels: tuple[Level, ...] = LEVELS
+
+    def learning_rate(self, progress: Progress) -> float:
+        """The learning rate of the next step."""
+        last = progress.level == len(self.levels) - 1
+        left = 1 - progress.level_steps / self.final if last else 1.0
+        return self.lr * min(1.0, (progress.step + 1) / self.warmup) * left
+
+    def draw(self, progress: Progress) -> tuple[int, list[Page]]:
+        """The level and the pages of the next step."""
+        rng = random.Random(f"{self.seed}/{progress.step}")
+        level = progress.level
+        if level and rng.random() < EASIER:
+            level = rng.randrange(level)
+        first = progress.step * MOST_PAGES
+        chosen = self.levels[level]
+        numbers = range(first, first + chosen.batch)
+        return level, [page(self.seed, i, chosen.difficulty, "train") for i in numbers]
+
+
+@dataclass
+class Trainer:
+    """A reader in training.
+
+    Parameters
+    ----------
+    model : takes what ``encode`` returns, and returns an object with a ``loss``.
+    encode : pages to the model's inputs, labels among them.
+    read : model and pages to texts, greedily.
+    plan, journal : how to train, and where log and state go.
+    """
+
+    model: torch.nn.Module
+    encode: Encode
+    read: Read
+    plan: Plan
+    journal: Journal
+
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.01
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def step(self) -> float:
+        """One optimiser step; returns the loss."""
+        progress = self.progress
+        level, pages = self.plan.draw(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate(progress)
+        inputs = {name: t.to(self.device) for name, t in self.encode(pages).items()}
+        # bfloat16 products are hundreds of times slower than float32 on CPUs without the units
+        cuda = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
+            loss = self.model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if level == progress.level:
+            progress.seen(loss.item())
+        progress.step += 1
+        progress.level_steps += 1
+        if progress.level < len(self.plan.levels) - 1 and progress.ready():
+            self.log("level", level=progress.level + 1, after=progress.level_steps)
+            progress.level += 1
+            progress.level_steps, progress.running = 0, None
+        return loss.item()
+
+    @property
+    def done(self) -> bool:
+        """Whether the last level has had its steps."""
+        last = self.progress.level == len(self.plan.levels) - 1
+        return last and self.progress.level_steps >= self.plan.final
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append a row to the training log."""
+        self.journal.log(event=event, step=self.progress.step, **facts)
+
+    def run(self, save_every: float, publish: Callable[[torch.nn.Module], None]) -> None:
+        """Train to the end; ``publish`` gets what is stored when the last level reads better."""
+        best, saved = 1.0, time.monotonic()
+        for row in self.journal.rows:
+            if row["event"] == "evaluation" and row["level"] == len(self.plan.levels) - 1:
+                best = min(best, row["cer"])
+        while not self.done:
+            started = time.process_time()
+            self.step()
+            progress = self.progress
+            if progress.step % 25 == 0:
+                self.log(
+                    "train",
+                    level=progress.level,
+                    loss=progress.running and round(progress.running, 4),
+                    lr=self.plan.learning_rate(progress),
+                    cpu_seconds=round(time.process_time() - started, 2),
+                )
+            if progress.step % self.plan.every == 0 or self.done:
+                stored = as_stored(self.model)
+                cer = self.evaluate(stored)
+                self.log("evaluation", level=progress.level, cer=round(cer, 5))
+                if progress.level == len(self.plan.levels) - 1 and cer < best:
+                    best = cer
+                    publish(stored)
+            if time.monotonic() - saved > save_every or self.done:
+                self.save()
+                saved = time.monotonic()
+
+    def evaluate(self, model: torch.nn.Module) -> float:
+        """Character error rate on validation pages of the current level."""
+        level = self.plan.levels[self.progress.level]
+        pages = [page(0, i, level.difficulty, "validation") for i in range(self.plan.pages)]
+        texts: list[str] = []
+        for first in range(0, len(pages), level.batch):
+            texts += self.read(model, pages[first : first + level.batch])
+        return char_error_rate(texts, [p.text for p in pages]).item()
+
+    def save(self) -> None:
+        """Store weights, Adam's moments and progress."""
+        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        self.journal.save(tensors, vars(self.progress))
+
+    def resume(self) -> None:
+        """Go back to the stored state, if there is one."""
+        saved = self.journal.load()
+        self.journal.begin()
+        if saved is None:
+            return
+        self.model.load_state_dict(saved.part("model"))
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            for name, value in saved.part(f"optimizer/{key}").items():
+                self.optimizer.state[self.model.get_parameter(name)][key] = value
+        saved.facts.pop("log_rows")
+        self.progress = Progress(**saved.facts)
+
+
+@torch.no_grad()
+def as_stored(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose weights went through float16, in float32: what a reader of the file gets."""
+    stored = copy.deepcopy(model).eval()
+    for parameter in stored.parameters():  # no buffers: they are computed, not stored
+        parameter.copy_(parameter.half())
+    return stored

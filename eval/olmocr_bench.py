@@ -1,0 +1,413 @@
+r"""Scores by the definitions of olmOCR-bench; formulas are skipped, since they need KaTeX.
+
+Source: olmocr/bench/{tests,benchmark,table_parsing}.py of allenai/olmocr, written afresh from their
+definitions. A test passes or fails; the score is the mean over the JSON lines files of the share of
+tests passed in each.
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from fuzzysearch import find_near_matches
+from rapidfuzz import fuzz
+
+from compress.data.olmocr_bench import (
+    BaselineTest,
+    Bench,
+    BenchTest,
+    FootnoteTest,
+    FormatTest,
+    MathTest,
+    OrderTest,
+    PageId,
+    PresenceTest,
+    TableTest,
+)
+from compress.eval.table_similarity import Table, html_tables, markdown_tables
+from compress.eval.text_metrics import is_empty, tail_copies
+from compress.eval.values import Value, percentile_interval, resampled_sums, share
+
+BASELINE = "baseline"
+
+_PLAIN = str.maketrans(
+    {
+        **dict.fromkeys("‘’‚", "'"),
+        **dict.fromkeys("“”„", '"'),
+        **dict.fromkeys("–—‑‒−", "-"),
+        "＿": "_",
+        "\u00b5": "\u03bc",  # micro sign, Greek mu
+    }
+)
+_DISALLOWED = re.compile(
+    "[\u4e00-\u9fff\u3040-\u309f\u30a0-\u30ff"
+    "\U0001f600-\U0001f64f\U0001f300-\U0001f5ff\U0001f680-\U0001f6ff\U0001f1e0-\U0001f1ff]"
+)
+_FORMATS = {
+    "heading": (r"(?m)^#{1,6}\s+(.+?)$", r"(?is)<h[1-6][^>]*>(.*?)</h[1-6]>"),
+    "bold": (
+        r"(?s)\*\*(.*?)\*\*",
+        r"(?s)__(.*?)__",
+        r"(?is)<b(?:\s[^>]*)?>(.*?)</b>",
+        r"(?is)<strong[^>]*>(.*?)</strong>",
+    ),
+    "italic": (
+        r"(?s)(?<!\*)\*(?!\*)(.*?)(?<!\*)\*(?!\*)",
+        r"(?s)(?<!_)_(?!_)(.*?)(?<!_)_(?!_)",
+        r"(?is)<i(?:\s[^>]*)?>(.*?)</i>",
+        r"(?is)<em[^>]*>(.*?)</em>",
+    ),
+}
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+# how far around a footnote mark its neighbours are looked for, in characters
+FOOTNOTE_REACH = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of one test; ``passed`` is None when it was skipped, ``why`` says what went wrong."""
+
+    passed: bool | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class OlmOCRScores:
+    """Scores of one candidate.
+
+    Parameters
+    ----------
+    outcomes : file -> id of the test -> outcome; ``baseline`` holds the tests that are added.
+    skipped : file -> number of its tests that were skipped, files without any left out.
+    metrics : ``score``, or ``score_without_math`` where tests were skipped, and ``pass_rate_FILE``
+        of each file with tests that ran; shares in [0, 1], higher is better.
+    """
+
+    outcomes: dict[str, dict[str, Outcome]]
+    skipped: dict[str, int]
+    metrics: dict[str, Value]
+
+
+def score_olmocr_bench(
+    bench: Bench, outputs: Mapping[PageId, Sequence[str]], seed: int = 0
+) -> OlmOCRScores:
+    """Run all tests on what a candidate read.
+
+    As in olmOCR's script, documents without a ``baseline`` test of their own get one for page 1 in
+    a file called ``baseline``; of several repeats of a page, more than half must pass; the interval
+    resamples the tests of each file. Tests of formulas are skipped: they count neither as passed
+    nor as failed, and the score then has another name, since published ones are not comparable.
+
+    Parameters
+    ----------
+    bench : the tests.
+    outputs : page -> texts, at least one for each of ``bench.pages``.
+    seed : of the bootstrap.
+
+    Raises
+    ------
+    ValueError : for a page without text, or when no test runs.
+    """
+    missing = [page for page in bench.pages if not outputs.get(page)]
+    if missing:
+        raise ValueError(
+            f"at least one text for each of {len(bench.pages)} pages expected; {len(missing)} have "
+            f"none, the first is page {missing[0][1]} of {missing[0][0]}; give '' for a page that "
+            "gave nothing"
+        )
+    outcomes: dict[str, dict[str, Outcome]] = defaultdict(dict)
+    for name, tests in _with_baselines(bench).items():
+        for test in tests:
+            outcomes[name][test.id] = _of_repeats(test, outputs[test.pdf, test.page])
+    ran = {
+        name: [outcome.passed for outcome in found.values() if outcome.passed is not None]
+        for name, found in outcomes.items()
+    }
+    skipped = {name: len(found) - len(ran[name]) for name, found in outcomes.items()}
+    skipped = {name: count for name, count in skipped.items() if count}
+    ran = {name: passed for name, passed in ran.items() if passed}
+    if not ran:
+        raise ValueError(
+            f"a score needs a test that can run; all {sum(skipped.values())} are skipped; add "
+            "tests that do not need KaTeX"
+        )
+    rates = [sum(passed) / len(passed) for passed in ran.values()]
+    resampled = np.mean(
+        [
+            resampled_sums(np.array(passed, float)[:, None], seed + place)[:, 0] / len(passed)
+            for place, passed in enumerate(ran.values())
+        ],
+        axis=0,
+    )
+    tests_run = sum(map(len, ran.values()))
+    how = f"mean over {len(ran)} files of the share of tests passed"
+    if skipped:
+        how += f"; {sum(skipped.values())} tests of formulas skipped, they need KaTeX"
+    interval = percentile_interval(resampled, tests_run)
+    metrics = {
+        "score_without_math" if skipped else "score": Value(
+            float(np.mean(rates)), how, tests_run, interval
+        )
+    }
+    for name, passed in ran.items():
+        metrics[f"pass_rate_{name}"] = share(sum(passed), len(passed), "share of tests passed")
+    return OlmOCRScores(dict(outcomes), skipped, metrics)
+
+
+def run_test(test: BenchTest, text: str) -> Outcome:
+    """Run one test on the Markdown of its page."""
+    match test:
+        case PresenceTest():
+            return _presence(test, text)
+        case OrderTest():
+            return _order(test, text)
+        case TableTest():
+            return _table(test, text)
+        case BaselineTest():
+            return _baseline(test, text)
+        case FormatTest():
+            return _format(test, text)
+        case FootnoteTest():
+            return _footnote(test, text)
+        case MathTest():
+            return Outcome(None, "skipped: formulas are compared as KaTeX renders them")
+    raise TypeError(f"a test of a known kind expected; got {type(test).__name__}; see KINDS")
+
+
+def normalise(text: str) -> str:
+    """Text as olmOCR-bench compares it.
+
+    ``<br>`` and every run of white space become one space, Markdown's and HTML's marks of bold and
+    italics go, Unicode is NFC, and quotes and hyphens of all shapes become ASCII.
+    """
+    text = re.sub(r"<br/?>", " ", text)
+    text = re.sub(r"</?[bi]>", "", text)
+    for mark in (r"\*\*", "__", r"\*", "_"):
+        text = re.sub(rf"{mark}(.*?){mark}", r"\1", text)
+    text = unicodedata.normalize("NFC", re.sub(r"\s+", " ", text))
+    return text.translate(_PLAIN)
+
+
+def _with_baselines(bench: Bench) -> dict[str, tuple[BenchTest, ...]]:
+    files = dict(bench.files)
+    have = {test.pdf for tests in files.values() for test in tests if test.type == "baseline"}
+    added = tuple(
+        BaselineTest(pdf=pdf, page=1, id=f"{pdf}_baseline", type="baseline")
+        for pdf in bench.pdfs
+        if pdf not in have
+    )
+    if added:
+        files[BASELINE] = files.get(BASELINE, ()) + added
+    return files
+
+
+def _of_repeats(test: BenchTest, texts: Sequence[str]) -> Outcome:
+    found = [run_test(test, text) for text in texts]
+    if found[0].passed is None:
+        return found[0]
+    passed = sum(bool(outcome.passed) for outcome in found)
+    if 2 * passed > len(found):
+        return Outcome(True)
+    why = next(outcome.why for outcome in found if not outcome.passed)
+    return Outcome(False, why if len(found) == 1 else f"{passed} of {len(found)} passed: {why}")
+
+
+def _threshold(max_diffs: int, text: str) -> float:
+    """Least similarity in [0, 100] that counts as a match."""
+    return 100 * (1 - max_diffs / max(len(text), 1))
+
+
+def _presence(test: PresenceTest, text: str) -> Outcome:
+    wanted, given = normalise(test.text), normalise(text)
+    if not test.case_sensitive:
+        wanted, given = wanted.lower(), given.lower()
+    if test.first_n or test.last_n:
+        head = given[: test.first_n] if test.first_n else ""
+        given = head + (given[-test.last_n :] if test.last_n else "")
+    # the similarity is symmetric: a blank page would match any text with a space in it
+    long_enough = len(given) >= len(wanted) - test.max_diffs
+    best = fuzz.partial_ratio(wanted, given) if long_enough else 0.0
+    there = long_enough and best >= _threshold(test.max_diffs, wanted)
+    if there == (test.type == "present"):
+        return Outcome(True)
+    state = "found" if there else "not found"
+    return Outcome(False, f"{_short(wanted)} {state}: best match {best:.1f}%")
+
+
+def _order(test: OrderTest, text: str) -> Outcome:
+    given = normalise(text)
+    starts = []
+    for wanted in (normalise(test.before), normalise(test.after)):
+        matches = find_near_matches(wanted, given, max_l_dist=test.max_diffs)
+        if not matches:
+            return Outcome(False, f"{_short(wanted)} not found with {test.max_diffs} differences")
+        starts.append([match.start for match in matches])
+    if min(starts[0]) < max(starts[1]):
+        return Outcome(True)
+    return Outcome(False, f"{_short(test.before)} never begins before {_short(test.after)}")
+
+
+def _baseline(test: BaselineTest, text: str) -> Outcome:
+    if test.max_length is not None:
+        counted = text
+        if test.max_length_skips_image_alt_tags:
+            counted = re.sub(r"!\[.*?\]\(.*?\)", "", text)
+        length = sum(character.isalnum() for character in counted)
+        if length <= test.max_length:
+            return Outcome(True)
+        return Outcome(False, f"{length} letters and digits on a page that should be blank")
+    if is_empty(text):
+        return Outcome(False, "neither a letter nor a digit")
+    spaced = re.sub(r"\s+", " ", text)
+    for size in range(1, 6):
+        copies = tail_copies(spaced, size)
+        if copies > test.max_repeats:
+            return Outcome(False, f"ends in {copies} copies of {spaced[-size:]!r}")
+    disallowed = _DISALLOWED.search(text) if test.check_disallowed_characters else None
+    if disallowed:
+        return Outcome(False, f"holds the disallowed character {disallowed.group()!r}")
+    return Outcome(True)
+
+
+def _format(test: FormatTest, text: str) -> Outcome:
+    wanted = normalise(test.text)
+    pieces = [normalise(p) for pattern in _FORMATS[test.format] for p in re.findall(pattern, text)]
+    if not test.case_sensitive:
+        wanted, pieces = wanted.lower(), [piece.lower() for piece in pieces]
+    threshold = _threshold(test.max_diffs, wanted)
+    if any(fuzz.partial_ratio(wanted, piece) >= threshold for piece in pieces):
+        return Outcome(True)
+    return Outcome(False, f"{_short(wanted)} not among {len(pieces)} texts in {test.format}")
+
+
+def _footnote(test: FootnoteTest, text: str) -> Outcome:
+    marker = re.escape(test.marker)
+    patterns = [rf"\[\^{marker}\](?!:)", rf"(?i)<sup[^>]*>{marker}</sup>"]
+    if re.fullmatch("[0-9]+", test.marker):
+        patterns.append(re.escape(test.marker.translate(_SUPERSCRIPTS)))
+    spans = [found.span() for pattern in patterns for found in re.finditer(pattern, text)]
+    if not spans:
+        return Outcome(False, f"footnote mark {test.marker!r} not found")
+    before = [text[max(0, start - FOOTNOTE_REACH) : start] for start, _ in spans]
+    after = [text[end : end + FOOTNOTE_REACH] for _, end in spans]
+    for wanted, places, backwards in (
+        (test.appears_before_marker, before, True),
+        (test.appears_after_marker, after, False),
+    ):
+        if wanted and not any(_beside(wanted, p, test.max_diffs, backwards) for p in places):
+            side = "before" if backwards else "after"
+            return Outcome(False, f"{_short(wanted)} not found {side} mark {test.marker!r}")
+    return Outcome(True)
+
+
+def _beside(wanted: str, place: str, max_diffs: int, backwards: bool) -> bool:
+    """Whether a text stands next to a footnote mark, by letters and digits alone."""
+    text = normalise(wanted)
+    letters = "".join(c for c in text if c.isalnum()).lower()
+    there = "".join(c for c in normalise(place) if c.isalnum()).lower()
+    near = there[-2 * len(letters) :] if backwards else there[: 2 * len(letters)]
+    return bool(near) and fuzz.partial_ratio(letters, near) >= _threshold(max_diffs, text)
+
+
+def _table(test: TableTest, text: str) -> Outcome:
+    tables = [] if test.ignore_markdown_tables else markdown_tables(text)
+    tables += html_tables(text)
+    if not tables:
+        return Outcome(False, "no table on the page")
+    why = f"no cell like {_short(test.cell)}"
+    for table in tables:
+        grid = _Grid(table)
+        for cell in grid.texts:
+            if not _like(test.cell, grid.texts[cell], test.max_diffs):
+                continue
+            wrong = _wrong_neighbour(test, grid, cell)
+            if wrong is None:
+                return Outcome(True)
+            why = f"{wrong} of {_short(test.cell)} is not {_short(getattr(test, wrong))}"
+    return Outcome(False, why)
+
+
+def _wrong_neighbour(test: TableTest, grid: "_Grid", cell: tuple[int, int]) -> str | None:
+    for side in ("up", "down", "left", "right", "left_heading", "top_heading"):
+        wanted = getattr(test, side)
+        if wanted and not any(
+            _like(wanted, grid.texts[other], test.max_diffs) for other in grid.at(side, cell)
+        ):
+            return side
+    return None
+
+
+def _like(wanted: str, given: str, max_diffs: int) -> bool:
+    wanted = normalise(wanted)
+    return fuzz.ratio(wanted, normalise(given)) >= max(50, _threshold(max_diffs, wanted))
+
+
+class _Grid:
+    """A table laid out on rows and columns, cells named by their upper left corner."""
+
+    steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+
+    def __init__(self, table: Table) -> None:
+        self.texts: dict[tuple[int, int], str] = {}
+        self.headings: set[tuple[int, int]] = set()
+        self.covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.owner: dict[tuple[int, int], tuple[int, int]] = {}
+        for row, cells in enumerate(table):
+            column = 0
+            for cell in cells:
+                while (row, column) in self.owner:
+                    column += 1
+                corner = (row, column)
+                self.texts[corner] = cell.text
+                if cell.heading:
+                    self.headings.add(corner)
+                self.covered[corner] = [
+                    (r, c)
+                    for r in range(row, min(row + cell.rowspan, len(table)))
+                    for c in range(column, column + cell.colspan)
+                ]
+                self.owner |= dict.fromkeys(self.covered[corner], corner)
+                column += cell.colspan
+        self.width = 1 + max((column for _, column in self.owner), default=-1)
+        self.height = len(table)
+
+    def at(self, side: str, cell: tuple[int, int]) -> set[tuple[int, int]]:
+        """Neighbours on a side; for a heading the marked cells all the way there, else the last."""
+        if not side.endswith("_heading"):
+            return self._next_to(cell, side)
+        direction = "up" if side == "top_heading" else "left"
+        seen, waiting, ends = {cell}, [cell], set()
+        while waiting:
+            current = waiting.pop()
+            further = self._next_to(current, direction)
+            if not further:
+                ends.add(current)
+            waiting += further - seen
+            seen |= further
+        return (self.headings & seen) - {cell} or ends - {cell}
+
+    def _next_to(self, cell: tuple[int, int], direction: str) -> set[tuple[int, int]]:
+        """The nearest other cell from each place that a cell covers."""
+        return {
+            found
+            for place in self.covered[cell]
+            if (found := next(self._walk(place, direction, cell), None)) is not None
+        }
+
+    def _walk(
+        self, place: tuple[int, int], direction: str, cell: tuple[int, int]
+    ) -> Iterator[tuple[int, int]]:
+        down, right = self.steps[direction]
+        row, column = place[0] + down, place[1] + right
+        while 0 <= row < self.height and 0 <= column < self.width:
+            owner = self.owner.get((row, column))
+            if owner is not None and owner != cell:
+                yield owner
+            row, column = row + down, column + right
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")

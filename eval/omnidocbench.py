@@ -1,0 +1,448 @@
+"""Scores by the definitions of OmniDocBench v1.5, with a matching of blocks of our own.
+
+Sources: README and metrics of opendatalab/OmniDocBench v1.5 (arXiv 2412.07626). The aggregations
+are theirs: edits of a page are summed and divided by the summed lengths of the longer texts, pages
+are averaged; TEDS is averaged per page, then over the pages that have tables. What differs is said
+at `match_blocks`, `split_markdown` and `score_omnidocbench`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rapidfuzz import process
+from rapidfuzz.distance import Levenshtein
+from scipy.optimize import linear_sum_assignment
+
+from compress.data.omnidocbench import Block, Page
+from compress.eval.table_similarity import html_tables, markdown_tables, table_html, teds
+from compress.eval.text_metrics import Errors, edit_distance, reading_order_distance
+from compress.eval.values import (
+    Value,
+    page_mean,
+    percentile_interval,
+    ratio_of_sums,
+    resampled_sums,
+)
+
+TEXT_CATEGORIES = ("text_block", "title", "code_txt", "code_txt_caption", "reference")
+# matched, so that a prediction of them is not held against the page, but not scored
+UNSCORED_CATEGORIES = (
+    "figure_caption",
+    "figure_footnote",
+    "table_caption",
+    "table_footnote",
+    "code_algorithm",
+    "code_algorithm_caption",
+    "header",
+    "footer",
+    "page_footnote",
+    "page_number",
+    "equation_caption",
+)
+# a normalised edit distance below this is the same block beyond doubt, as in quick_match
+SAME_BLOCK = 0.25
+
+_DISPLAY_FORMULA = r"\$\$.+?\$\$|\\\[.+?\\\]"
+_SPECIAL = re.compile(
+    rf"(?P<table><table\b.*?</table>)|(?P<formula>{_DISPLAY_FORMULA})"
+    # a header, a separator line, and rows
+    r"|(?P<pipes>^[^\n]*\|[^\n]*\n[ \t]*\|?[ \t]*:?-+[-:| \t]*(?:\n[^\n]*\|[^\n]*)*)",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
+_FENCE = re.compile(r"^```[\w-]*[ \t]*$", re.MULTILINE)
+_IMAGE = re.compile(r"!\[.*?\]\(.*?\)")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+_FORMULA_NOISE = re.compile(
+    r"\\(?:tag|hspace|begin|end|label)\s*\{.*?\}|\\arraycolsep.*?\}"
+    r"|\\(?:math(?:bf|rm|normal|it|bb|cal|scr|frak|sf|tt)|text(?:bf)?|bold(?:math|symbol)"
+    r"|operatorname|bm|left|right|displaystyle|notag|q?quad|enspace"
+    r"|(?:thin|med|thick|negmed)?space)(?![a-zA-Z])|\\[,;:! ]|\$|\s"
+)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One block of a predicted page: kind ``text``, ``formula`` or ``table`` (then HTML)."""
+
+    kind: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PageResult:
+    """What one page adds to the scores; None where the page has no such block.
+
+    Parameters
+    ----------
+    text, formula : summed edits and lengths of its blocks, each normalised.
+    teds, teds_structure : means over its tables, higher is better.
+    reading_order : normalised edit distance of the order of its text blocks.
+    """
+
+    image: str
+    text: Errors | None
+    formula: Errors | None
+    teds: float | None
+    teds_structure: float | None
+    reading_order: float | None
+
+
+@dataclass(frozen=True)
+class OmniDocBenchScores:
+    """Results of each page, and metric name -> value over the pages that have such blocks."""
+
+    pages: tuple[PageResult, ...]
+    metrics: dict[str, Value]
+
+
+def score_omnidocbench(
+    pages: Sequence[Page],
+    predictions: Mapping[str, str],
+    *,
+    formula_cdm: float | None = None,
+    seed: int = 0,
+) -> OmniDocBenchScores:
+    """Score predicted Markdown against annotated pages.
+
+    ``overall`` of v1.5 is ((1 - text_edit) * 100 + TEDS * 100 + CDM * 100) / 3. CDM renders
+    formulas with TeX and is not computed here; without it the sum is called ``overall_proxy``, with
+    1 - formula_edit in its place, and terms that no page has are left out of the mean. Its ``how``
+    says which terms it has.
+
+    Parameters
+    ----------
+    pages : from `compress.data.omnidocbench`.
+    predictions : ``Page.image`` -> Markdown, one for each page; '' for a page that gave nothing.
+    formula_cdm : CDM in [0, 1], mean per page and then over pages, where the official tool measured
+        it on the same predictions.
+    seed : of the bootstrap over pages.
+
+    Returns
+    -------
+    OmniDocBenchScores : ``text_edit``, ``formula_edit`` and ``reading_order_edit`` (mean over
+        pages, called ALL_page_avg by OmniDocBench), ``text_edit_whole`` (all edits over all
+        lengths, its edit_whole), ``teds`` and ``teds_structure`` in [.., 1], and ``overall`` or
+        ``overall_proxy`` in [.., 100]. Edit distances are in [0, 1], lower is better.
+
+    Raises
+    ------
+    ValueError : for no pages, a page without prediction, pages without any text, table or formula,
+        or a CDM outside [0, 1].
+    """
+    if formula_cdm is not None and not 0 <= formula_cdm <= 1:
+        raise ValueError(
+            f"formula_cdm is a mean of F1 scores in [0, 1]; got {formula_cdm:g}; divide percent by "
+            "100"
+        )
+    absent = [page.image for page in pages if page.image not in predictions]
+    if absent or not pages:
+        raise ValueError(
+            f"one prediction per page expected, for at least one page; of {len(pages)} pages "
+            f"{len(absent)} have none, the first is {absent[0] if absent else None}; give '' for a "
+            "page that gave nothing"
+        )
+    results = tuple(score_page(page, predictions[page.image]) for page in pages)
+    metrics = {}
+    for name, values in _page_values(results).items():
+        if any(value is not None for value in values):
+            how = "mean over the pages that have any"
+            metrics[name] = page_mean([v for v in values if v is not None], how, seed)
+    texts = [result.text for result in results if result.text]
+    if texts:
+        metrics["text_edit_whole"] = ratio_of_sums(
+            [e.edits for e in texts], [e.length for e in texts], "all edits / all lengths", seed
+        )
+    name = "overall" if formula_cdm is not None else "overall_proxy"
+    metrics[name] = _overall(results, formula_cdm, seed)
+    return OmniDocBenchScores(results, metrics)
+
+
+def score_page(page: Page, prediction: str) -> PageResult:
+    """Score one page; see `match_blocks` for how predicted blocks find theirs.
+
+    Text is compared after `normalise_text`, formulas after `normalise_formula`, tables by TEDS.
+    Annotated text and formulas are matched in one go, since models write formulas as text and the
+    reverse. An annotated block without prediction has edit distance 1, an annotated table TEDS 0.
+    Predicted blocks that are left over cost nothing, as in OmniDocBench.
+    """
+    predicted = split_markdown(prediction)
+    lines = [(place, _normalise(block)) for place, block in enumerate(predicted)]
+    lines = [(place, line) for place, line in lines if line]
+    blocks = [block for block in _merge_truncated(page) if not block.ignore]
+    for block in blocks:
+        if block.category in UNSCORED_CATEGORIES:
+            wanted = normalise_text(block.text)
+            lines = [
+                (place, line)
+                for place, line in lines
+                if edit_distance(line, wanted).rate >= SAME_BLOCK
+            ]
+    scored = [
+        (block, _normalise_block(block))
+        for block in sorted(blocks, key=lambda block: block.order or 0)
+        if block.category in (*TEXT_CATEGORIES, "equation_isolated")
+    ]
+    scored = [(block, line) for block, line in scored if line]
+    text, formula = [], []
+    order_read: list[tuple[int, list[int]]] = []
+    order_wanted = []
+    for wanted_places, found_places in match_blocks(
+        [line for _, line in scored], [line for _, line in lines]
+    ):
+        errors = edit_distance(
+            "".join(lines[place][1] for place in found_places),
+            "".join(scored[place][1] for place in wanted_places),
+        )
+        group = [scored[place][0] for place in wanted_places]
+        if group[0].category == "equation_isolated":
+            formula.append(errors)
+            continue
+        text.append(errors)
+        orders = [block.order for block in group if block.order is not None]
+        order_wanted += orders
+        if found_places:
+            order_read.append((lines[found_places[0]][0], orders))
+    similar = _table_scores(
+        [block.html for block in blocks if block.category == "table" and html_tables(block.html)],
+        [block.content for block in predicted if block.kind == "table"],
+    )
+    return PageResult(
+        image=page.image,
+        text=_sum(text),
+        formula=_sum(formula),
+        teds=float(np.mean([whole for whole, _ in similar])) if similar else None,
+        teds_structure=float(np.mean([bare for _, bare in similar])) if similar else None,
+        reading_order=reading_order_distance(
+            [order for _, orders in sorted(order_read) for order in orders], sorted(order_wanted)
+        )
+        if order_wanted
+        else None,
+    )
+
+
+def split_markdown(text: str) -> list[Predicted]:
+    r"""Split a predicted page into blocks, in the order of the page.
+
+    HTML tables and pipe tables are tables, ``$$...$$`` and ``\[...\]`` formulas, and what lies
+    between them is text, split at empty lines, or at every line where there is no empty one. Images
+    and the marks of code fences are removed. Unlike OmniDocBench's splitter, inline formulas stay
+    in their text, LaTeX tables are text (there they score 0), and runs of repeated characters are
+    not shortened.
+    """
+    text = _FENCE.sub("", _IMAGE.sub("", text.replace("\r\n", "\n")))
+    blocks: list[Predicted] = []
+    separator = r"\n\s*\n" if re.search(r"\n\s*\n", text.strip()) else r"\n"
+
+    def add_text(part: str) -> None:
+        pieces = (piece.strip() for piece in re.split(separator, part))
+        blocks.extend(Predicted("text", piece) for piece in pieces if piece)
+
+    end = 0
+    for found in _SPECIAL.finditer(text):
+        add_text(text[end : found.start()])
+        end = found.end()
+        content = found.group()
+        if found["formula"]:
+            blocks.append(Predicted("formula", content))
+        elif found["table"]:
+            blocks.append(Predicted("table", content))
+        else:
+            blocks.extend(Predicted("table", table_html(t)) for t in markdown_tables(content))
+    add_text(text[end:])
+    return blocks
+
+
+def normalise_text(text: str) -> str:
+    """Letters, digits and underscores of all scripts; nothing else, as in OmniDocBench.
+
+    HTML tags are removed first. LaTeX inside the text is not translated to Unicode, as there:
+    both sides keep the letters of its commands.
+    """
+    return re.sub(r"\W", "", _TAG.sub("", text))
+
+
+def normalise_formula(latex: str) -> str:
+    r"""LaTeX without delimiters, white space, tags, environments and font commands, lower case."""
+    inside = re.sub(r"^\s*\\\[|\\\]\s*$", "", latex.strip())
+    return _FORMULA_NOISE.sub("", inside).strip(".").lower()
+
+
+def match_blocks(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """Match annotated blocks with predicted ones; every annotated block occurs exactly once.
+
+    Our own simplification of OmniDocBench's ``quick_match``, which it follows in purpose: on whole
+    pages the scores are close, not equal. (1) Where a block has no partner below a normalised edit
+    distance of `SAME_BLOCK`, runs of adjacent blocks of the other side that have none either are
+    joined, as long as each joining brings them closer to it: a model may split a paragraph, or run
+    two together. Both directions; of runs that overlap the closest wins. (2) The Hungarian method
+    pairs what results with the smallest sum of normalised edit distances. There is no threshold: a
+    poor pair costs what it costs.
+
+    Parameters
+    ----------
+    wanted, found : normalised texts in reading order, none empty.
+
+    Returns
+    -------
+    list : pairs of places in ``wanted`` and places in ``found``; the latter is empty where nothing
+        was left.
+    """
+    if not wanted or not found:
+        return [([place], []) for place in range(len(wanted))]
+    distances = _distances(wanted, found)
+    found_groups = _join_runs(wanted, found, distances)
+    found_joined = ["".join(found[place] for place in group) for group in found_groups]
+    distances = _distances(wanted, found_joined)
+    wanted_groups = _join_runs(found_joined, wanted, distances.T)
+    wanted_joined = ["".join(wanted[place] for place in group) for group in wanted_groups]
+    distances = _distances(wanted_joined, found_joined)
+    partner = dict(zip(*(side.tolist() for side in linear_sum_assignment(distances)), strict=True))
+    return [
+        (group, found_groups[partner[place]] if place in partner else [])
+        for place, group in enumerate(wanted_groups)
+    ]
+
+
+def _join_runs(
+    targets: Sequence[str], pieces: Sequence[str], distances: NDArray[np.float64]
+) -> list[list[int]]:
+    """Group adjacent pieces that together come closer to a target than each alone."""
+    free_targets = np.flatnonzero(distances.min(axis=1) >= SAME_BLOCK).tolist()
+    free = set(np.flatnonzero(distances.min(axis=0) >= SAME_BLOCK).tolist())
+    candidates = []
+    for target in free_targets:
+        for start in free:
+            text, best = pieces[start], float(distances[target, start])
+            end = start + 1
+            while end in free:
+                text += pieces[end]
+                distance = edit_distance(text, targets[target]).rate
+                if distance >= min(best, float(distances[target, end])):
+                    break
+                best, end = distance, end + 1
+            if end > start + 1:
+                candidates.append((best, start, end, target))
+    group_of: dict[int, list[int]] = {}
+    served = set()
+    for _, start, end, target in sorted(candidates):
+        run = list(range(start, end))
+        if target not in served and not any(place in group_of for place in run):
+            served.add(target)
+            group_of |= {place: run for place in run}
+    groups = (group_of.get(place, [place]) for place in range(len(pieces)))
+    return [group for place, group in enumerate(groups) if group[0] == place]
+
+
+def _distances(rows: Sequence[str], columns: Sequence[str]) -> NDArray[np.float64]:
+    return process.cdist(
+        rows, columns, scorer=Levenshtein.normalized_distance, dtype=np.float64, workers=1
+    )
+
+
+def _merge_truncated(page: Page) -> list[Block]:
+    """Blocks of a page, those that are parts of one paragraph joined at the place of the first."""
+    by_id = {block.anno_id: block for block in page.blocks}
+    group_of = {number: [number] for number in by_id}
+    for source, target in page.truncated:
+        if group_of[source] is not group_of[target]:
+            merged = group_of[source] + group_of[target]
+            group_of |= {number: merged for number in merged}
+    blocks = []
+    for number in by_id:
+        parts = sorted((by_id[n] for n in group_of[number]), key=lambda part: part.order or 0)
+        first = parts[0]
+        if len(parts) == 1:
+            blocks.append(first)
+        elif number == first.anno_id:
+            whole = "".join(part.text for part in parts)
+            blocks.append(
+                Block(category=first.category, anno_id=number, order=first.order, text=whole)
+            )
+    return blocks
+
+
+def _table_scores(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[float, float]]:
+    """TEDS and structure-only TEDS of each annotated table with the predicted one paired to it."""
+    partner: dict[int, str] = {}
+    if wanted and found:
+        rows, columns = linear_sum_assignment(_distances(wanted, found))
+        partner = {row: found[column] for row, column in zip(rows, columns, strict=True)}
+    return [
+        (teds(partner.get(i, ""), html), teds(partner.get(i, ""), html, structure_only=True))
+        for i, html in enumerate(wanted)
+    ]
+
+
+def _normalise(block: Predicted) -> str:
+    if block.kind == "table":
+        return ""
+    return (normalise_formula if block.kind == "formula" else normalise_text)(block.content)
+
+
+def _normalise_block(block: Block) -> str:
+    if block.category == "equation_isolated":
+        return normalise_formula(block.latex)
+    return normalise_text(block.text)
+
+
+def _sum(errors: Sequence[Errors]) -> Errors | None:
+    if not errors:
+        return None
+    return Errors(sum(e.edits for e in errors), sum(e.length for e in errors))
+
+
+def _page_values(results: Sequence[PageResult]) -> dict[str, list[float | None]]:
+    return {
+        "text_edit": [r.text.rate if r.text else None for r in results],
+        "formula_edit": [r.formula.rate if r.formula else None for r in results],
+        "teds": [r.teds for r in results],
+        "teds_structure": [r.teds_structure for r in results],
+        "reading_order_edit": [r.reading_order for r in results],
+    }
+
+
+def _overall(results: Sequence[PageResult], formula_cdm: float | None, seed: int) -> Value:
+    values = _page_values(results)
+    terms = {
+        "1 - text_edit": [None if v is None else 1 - v for v in values["text_edit"]],
+        "TEDS": values["teds"],
+    }
+    if formula_cdm is None:
+        terms["1 - formula_edit (in place of CDM)"] = [
+            None if v is None else 1 - v for v in values["formula_edit"]
+        ]
+    terms = {name: term for name, term in terms.items() if any(v is not None for v in term)}
+    missing = {"1 - text_edit", "TEDS"} - terms.keys()
+    if formula_cdm is not None and missing or not terms:
+        raise ValueError(
+            "an overall score is a mean over text, tables and formulas; no page has what is needed "
+            f"for {', '.join(sorted(missing))}; score pages that do"
+            + (", or leave formula_cdm out" if terms else "")
+        )
+    n = len(results)
+    # a sum and a count for each term, so that a resample of pages is a mean of means again
+    columns = np.array(
+        [
+            [number for term in terms.values() for number in _sum_and_count(term[place])]
+            for place in range(n)
+        ]
+    )
+
+    def combine(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means = sums[:, 0::2] / sums[:, 1::2]
+        if formula_cdm is not None:
+            means = np.concatenate([means, np.full((len(means), 1), formula_cdm)], axis=1)
+        return 100 * means.mean(axis=1)
+
+    how = "mean of " + ", ".join(terms)
+    how += ", CDM (given; not resampled)" if formula_cdm is not None else ""
+    value = float(combine(columns.sum(axis=0, keepdims=True))[0])
+    return Value(value, how, n, percentile_interval(combine(resampled_sums(columns, seed)), n))
+
+
+def _sum_and_count(value: float | None) -> tuple[float, float]:
+    return (0.0, 0.0) if value is None else (value, 1.0)

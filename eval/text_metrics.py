@@ -1,0 +1,432 @@
+"""How close predicted text is to true text: per page, and over a set of pages with intervals."""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import jiwer
+import numpy as np
+import snowballstemmer
+from rapidfuzz.distance import Levenshtein
+from sacrebleu.metrics.bleu import BLEU
+
+from compress.eval.values import (
+    Value,
+    page_mean,
+    percentile_interval,
+    ratio_of_sums,
+    resampled_sums,
+    share,
+)
+
+LOOP_COPIES = 5
+LOOP_CHARACTERS = 60
+
+# the default of sacrebleu; its signature stands in `Value.how`
+_PAGE_BLEU = BLEU(effective_order=True)
+# nltk.translate.bleu on whitespace tokens, as Ocean-OCR calls it: no smoothing, four orders
+_OCEAN_BLEU = BLEU(tokenize="none", smooth_method="none")
+_STEMMER = snowballstemmer.stemmer("porter")
+_IDEOGRAPH = re.compile(r"([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Edits against the length that they are counted in; addable over pages.
+
+    Parameters
+    ----------
+    edits : insertions, deletions and substitutions, >= 0.
+    length : characters or words, >= 0.
+    """
+
+    edits: int
+    length: int
+
+    @property
+    def rate(self) -> float:
+        """Edits / length: 0 is perfect; 0 for nothing against nothing, inf for edits alone."""
+        if self.length == 0:
+            return math.inf if self.edits else 0.0
+        return self.edits / self.length
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Precision, recall and F1 of tokens, each in [0, 1], higher is better."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class PageText:
+    """Every text metric of one page, after `normalise`.
+
+    Parameters
+    ----------
+    edits : Levenshtein distance against the longer of the two texts; its rate is the NED.
+    characters, words : errors against the reference's characters and words: CER and WER.
+    bleu, meteor_exact_stem : [0, 1], higher is better.
+    tokens : scores of sets of tokens.
+    token_counts : scores of multisets of tokens.
+    loops : whether the prediction ends in a loop, see `is_loop`.
+    lost : whether the prediction is empty although the reference is not, see `is_empty`.
+    """
+
+    edits: Errors
+    characters: Errors
+    words: Errors
+    bleu: float
+    meteor_exact_stem: float
+    tokens: TokenScores
+    token_counts: TokenScores
+    loops: bool
+    lost: bool
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Text metrics of a set of pages.
+
+    Parameters
+    ----------
+    pages : in the order given.
+    metrics : name -> value; ``_corpus`` behind a name means sums over all pages, else page mean.
+    worst : index of the page with the largest normalised edit distance, the first of equals.
+    """
+
+    pages: tuple[PageText, ...]
+    metrics: dict[str, Value]
+    worst: int
+
+
+@dataclass(frozen=True)
+class OceanScores:
+    """The six numbers of Ocean-OCR's script for one text, each in [0, 1]."""
+
+    edit_distance: float
+    bleu: float
+    meteor_exact_stem: float
+    precision: float
+    recall: float
+    f1: float
+
+
+def normalise(text: str) -> str:
+    """Make a text comparable: Unicode NFC, every run of white space one space, ends stripped.
+
+    Case, punctuation and Markdown are kept. All pages of `text_scores` pass through here; the
+    functions for one pair of texts compare what they are given.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def tokens(text: str) -> list[str]:
+    """Words between white space, and each Chinese character by itself.
+
+    Ocean-OCR cuts texts that hold Chinese with jieba instead; ours needs no dictionary.
+    """
+    return _IDEOGRAPH.sub(r" \1 ", text).split()
+
+
+def edit_distance(prediction: Sequence[Hashable], reference: Sequence[Hashable]) -> Errors:
+    """Levenshtein distance against the longer length; the rate is in [0, 1] and symmetric.
+
+    Its rate is the normalised edit distance (NED), 0 for equal, also for two empty sequences.
+    Works on text and on sequences of anything hashable.
+    """
+    edits = Levenshtein.distance(prediction, reference)
+    return Errors(edits, max(len(prediction), len(reference)))
+
+
+def character_errors(prediction: str, reference: str) -> Errors:
+    """Edits against the reference's characters, by jiwer; the rate is the CER, which may exceed 1.
+
+    White space at the ends of both texts does not count.
+    """
+    found = jiwer.process_characters(reference, prediction)
+    edits = found.substitutions + found.deletions + found.insertions
+    return Errors(edits, len(found.references[0]))
+
+
+def word_errors(prediction: str, reference: str) -> Errors:
+    """Edits against the reference's words, by jiwer; the rate is the WER, which may exceed 1.
+
+    Words lie between spaces, so the WER of Chinese says nothing.
+    """
+    found = jiwer.process_words(reference, prediction)
+    edits = found.substitutions + found.deletions + found.insertions
+    return Errors(edits, len(found.references[0]))
+
+
+def bleu(prediction: str, reference: str) -> float:
+    """Sentence BLEU of one page in [0, 1], higher is better; 1 for two empty texts.
+
+    sacrebleu with its defaults: tokenisation 13a, case kept, exponential smoothing, and for texts
+    shorter than 4 tokens only the orders that they have.
+    """
+    return _page_bleu(prediction, reference)[0]
+
+
+def meteor_exact_stem(prediction: str, reference: str) -> float:
+    """METEOR with exact and stem matches only, in [0, 1), higher is better.
+
+    Banerjee and Lavie, "METEOR: An automatic metric for MT evaluation" (2005), with NLTK's
+    constants and its greedy alignment from the end of the texts: lower-cased tokens are paired
+    first by form, then by Porter stem. With m pairs in c chunks of adjacent pairs, P = m / tokens
+    predicted, R = m / tokens of the reference: (1 - 0.5 (c/m)^3) P R / (0.9 P + 0.1 R). Equal texts
+    of n tokens score 1 - 0.5 / n^3. Two empty texts score 1, no pair scores 0.
+
+    Differs from METEOR: no WordNet synonyms, whose data is a download. Differs from NLTK: the
+    original Porter stems, without NLTK's extensions.
+    """
+    predicted = [token.lower() for token in tokens(prediction)]
+    wanted = [token.lower() for token in tokens(reference)]
+    if not predicted and not wanted:
+        return 1.0
+    pairs = _pair_equal(predicted, wanted, {})
+    pairs |= _pair_equal(_STEMMER.stemWords(predicted), _STEMMER.stemWords(wanted), pairs)
+    if not pairs:
+        return 0.0
+    precision, recall = len(pairs) / len(predicted), len(pairs) / len(wanted)
+    chunks = sum(pairs.get(i - 1, -2) + 1 != j for i, j in pairs.items())
+    penalty = 0.5 * (chunks / len(pairs)) ** 3
+    return (1 - penalty) * precision * recall / (0.9 * precision + 0.1 * recall)
+
+
+def token_set_scores(prediction: str, reference: str) -> TokenScores:
+    """Precision, recall and F1 of the sets of `tokens`, as in Ocean-OCR: repetition is free.
+
+    Two empty texts score 1, an empty and a full one 0.
+    """
+    predicted, wanted = set(tokens(prediction)), set(tokens(reference))
+    return _token_scores(len(predicted & wanted), len(predicted), len(wanted))
+
+
+def token_multiset_scores(prediction: str, reference: str) -> TokenScores:
+    """Precision, recall and F1 of the multisets of `tokens`: the third copy of two is wrong."""
+    predicted, wanted = Counter(tokens(prediction)), Counter(tokens(reference))
+    return _token_scores((predicted & wanted).total(), predicted.total(), wanted.total())
+
+
+def reading_order_distance(predicted: Sequence[int], reference: Sequence[int]) -> float:
+    """Normalised edit distance between two orders of blocks, in [0, 1]; 0 is the right order.
+
+    Parameters
+    ----------
+    predicted : ids of the blocks in the order in which they were read; missing ones are left out.
+    reference : ids of all blocks in the right order.
+    """
+    return edit_distance(predicted, reference).rate
+
+
+def tail_copies(text: str, size: int) -> int:
+    """How often the last ``size`` characters stand behind each other at the end; at least 1.
+
+    0 when the text is shorter than ``size``.
+    """
+    if len(text) < size:
+        return 0
+    unit, end = text[-size:], len(text)
+    while end >= size and text[end - size : end] == unit:
+        end -= size
+    return (len(text) - end) // size
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text ends in a loop, as generation that no longer stops does.
+
+    Our own definition: for some period, the text ends in at least `LOOP_COPIES` exact copies of
+    one piece of that length, and they cover at least `LOOP_CHARACTERS` characters. A copy cut off
+    by the length limit does no harm, since the piece may begin anywhere. Copies that count
+    upwards ("1. The, 2. The, ...") are not found.
+    """
+    given = normalise(text)
+    for size in range(1, len(given) // LOOP_COPIES + 1):
+        copies = tail_copies(given, size)
+        if copies >= LOOP_COPIES and copies * size >= LOOP_CHARACTERS:
+            return True
+    return False
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text holds neither a letter nor a digit."""
+    return not any(character.isalnum() for character in text)
+
+
+def text_scores(predictions: Sequence[str], references: Sequence[str], seed: int = 0) -> TextScores:
+    """Score predicted pages against true ones.
+
+    Parameters
+    ----------
+    predictions, references : texts paired by index, at least one; `normalise` is applied to both.
+    seed : of the bootstrap over pages.
+
+    Returns
+    -------
+    TextScores : metrics ``ned``, ``ned_corpus``, ``cer_corpus``, ``wer_corpus``, ``loop_rate``,
+        ``empty_page_rate``, ``worst_page_ned`` (lower is better), ``bleu``, ``bleu_corpus``,
+        ``meteor_exact_stem``, ``token_precision``, ``token_recall``, ``token_f1``,
+        ``token_multiset_f1`` (higher is better), and ``cer`` and ``wer`` over the pages whose
+        reference is not empty. Those that divide by the length of the references are left out where
+        all references are empty. ``loop_rate`` leaves out pages whose reference loops by our
+        definition too; ``empty_page_rate`` is the share of empty predictions among pages whose
+        reference is not empty.
+
+    Raises
+    ------
+    ValueError : for no pages, or unequal numbers of them.
+    """
+    if len(predictions) != len(references) or not references:
+        raise ValueError(
+            "predictions and references are paired pages, at least one; got "
+            f"{len(predictions)} and {len(references)}; give one prediction per page, '' for none"
+        )
+    pages, counts = [], []
+    for prediction, reference in zip(predictions, references, strict=True):
+        page, row = _page_text(normalise(prediction), normalise(reference))
+        pages.append(page)
+        counts.append(row)
+    ned = [page.edits.rate for page in pages]
+    worst = int(np.argmax(ned))
+    metrics = {
+        "ned": page_mean(ned, "page mean, rapidfuzz", seed),
+        "ned_corpus": _corpus([page.edits for page in pages], "rapidfuzz", seed),
+        "worst_page_ned": Value(ned[worst], f"page {worst} of {len(pages)}, rapidfuzz", len(pages)),
+    }
+    for name, errors in (
+        ("cer", [page.characters for page in pages]),
+        ("wer", [page.words for page in pages]),
+    ):
+        rates = [page.rate for page in errors if page.length]
+        if rates:
+            metrics[name] = page_mean(rates, "page mean, jiwer", seed)
+            metrics[f"{name}_corpus"] = _corpus(errors, "jiwer", seed)
+    metrics["bleu"] = page_mean(
+        [page.bleu for page in pages], f"page mean, sacrebleu {_PAGE_BLEU.get_signature()}", seed
+    )
+    metrics["bleu_corpus"] = _corpus_bleu(np.array(counts), seed)
+    how = "page mean, exact and Porter stem matches, no WordNet"
+    metrics["meteor_exact_stem"] = page_mean([page.meteor_exact_stem for page in pages], how, seed)
+    for name, values in (
+        ("token_precision", [page.tokens.precision for page in pages]),
+        ("token_recall", [page.tokens.recall for page in pages]),
+        ("token_f1", [page.tokens.f1 for page in pages]),
+    ):
+        metrics[name] = page_mean(values, "page mean, sets of tokens", seed)
+    metrics["token_multiset_f1"] = page_mean(
+        [page.token_counts.f1 for page in pages], "page mean, multisets of tokens", seed
+    )
+    straight = [page for page, text in zip(pages, references, strict=True) if not is_loop(text)]
+    if straight:
+        how = f"share of pages, {LOOP_COPIES} copies over {LOOP_CHARACTERS} characters at the end"
+        metrics["loop_rate"] = share(sum(page.loops for page in straight), len(straight), how)
+    written = [page for page, text in zip(pages, references, strict=True) if not is_empty(text)]
+    if written:
+        how = "share of pages without a letter or digit"
+        metrics["empty_page_rate"] = share(sum(page.lost for page in written), len(written), how)
+    return TextScores(tuple(pages), metrics, worst)
+
+
+def ocean_scores(prediction: str, reference: str, *, published_order: bool) -> OceanScores:
+    """Score one text as Ocean-OCR's script does (eval_internvl2_5.py of guoxy25/Ocean-OCR).
+
+    Texts are compared as they are; tokens are `tokens`, where theirs come from jieba if either
+    text holds Chinese; BLEU is unsmoothed over four orders; METEOR is `meteor_exact_stem`, where
+    theirs has WordNet.
+
+    Parameters
+    ----------
+    prediction, reference : one text each.
+    published_order : whether to hand the two over as their script does, the label as prediction
+        and the answer as reference. Published numbers are made that way: precision and recall
+        trade places, BLEU and METEOR change, edit distance and F1 do not.
+    """
+    if published_order:
+        prediction, reference = reference, prediction
+    sets = token_set_scores(prediction, reference)
+    predicted, wanted = (" ".join(tokens(text)) for text in (prediction, reference))
+    return OceanScores(
+        edit_distance=edit_distance(prediction, reference).rate,
+        bleu=_OCEAN_BLEU.corpus_score([predicted], [[wanted]]).score / 100,
+        meteor_exact_stem=meteor_exact_stem(prediction, reference),
+        precision=sets.precision,
+        recall=sets.recall,
+        f1=sets.f1,
+    )
+
+
+def _page_text(prediction: str, reference: str) -> tuple[PageText, list[int]]:
+    """Scores of one normalised page, and its counts for the corpus BLEU."""
+    bleu_value, counts = _page_bleu(prediction, reference)
+    page = PageText(
+        edits=edit_distance(prediction, reference),
+        characters=character_errors(prediction, reference),
+        words=word_errors(prediction, reference),
+        bleu=bleu_value,
+        meteor_exact_stem=meteor_exact_stem(prediction, reference),
+        tokens=token_set_scores(prediction, reference),
+        token_counts=token_multiset_scores(prediction, reference),
+        loops=is_loop(prediction),
+        lost=is_empty(prediction) and not is_empty(reference),
+    )
+    return page, counts
+
+
+def _page_bleu(prediction: str, reference: str) -> tuple[float, list[int]]:
+    found = _PAGE_BLEU.sentence_score(prediction, [reference])
+    value = found.score / 100 if prediction.strip() or reference.strip() else 1.0
+    return value, [*found.counts, *found.totals, found.sys_len, found.ref_len]
+
+
+def _corpus_bleu(counts: np.ndarray, seed: int) -> Value:
+    """BLEU from summed n-gram counts; a resample of pages is a sum too."""
+
+    def score(sums: np.ndarray) -> float:
+        whole = [int(value) for value in sums]
+        found = BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
+        return found.score / 100
+
+    resampled = [score(sums) for sums in resampled_sums(counts, seed)]
+    how = f"corpus, sacrebleu {_PAGE_BLEU.get_signature()}".replace("eff:yes", "eff:no")
+    n = len(counts)
+    return Value(score(counts.sum(axis=0)), how, n, percentile_interval(resampled, n))
+
+
+def _corpus(errors: Sequence[Errors], tool: str, seed: int) -> Value:
+    edits, lengths = [e.edits for e in errors], [e.length for e in errors]
+    if not any(lengths):
+        # every page empty on both sides
+        return page_mean([error.rate for error in errors], f"corpus, {tool}", seed)
+    return ratio_of_sums(edits, lengths, f"corpus, {tool}", seed)
+
+
+def _pair_equal(
+    predicted: Sequence[str], wanted: Sequence[str], taken: dict[int, int]
+) -> dict[int, int]:
+    """Pair equal tokens that are not ``taken`` yet, from the end; predicted index -> wanted."""
+    used = set(taken.values())
+    places: dict[str, list[int]] = {}
+    for j, token in enumerate(wanted):
+        if j not in used:
+            places.setdefault(token, []).append(j)
+    pairs = {}
+    for i in range(len(predicted) - 1, -1, -1):
+        if i not in taken and places.get(predicted[i]):
+            pairs[i] = places[predicted[i]].pop()
+    return pairs
+
+
+def _token_scores(common: int, predicted: int, wanted: int) -> TokenScores:
+    if predicted == wanted == 0:
+        return TokenScores(1.0, 1.0, 1.0)
+    return TokenScores(
+        precision=common / predicted if predicted else 0.0,
+        recall=common / wanted if wanted else 0.0,
+        f1=2 * common / (predicted + wanted),
+    )

@@ -1,0 +1,270 @@
+"""OmniDocBench folders and scores: hand-computed pages, round trips, and damaged folders."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from compress.data.omnidocbench import (
+    Block,
+    Page,
+    read_omnidocbench,
+    read_predictions,
+    write_omnidocbench,
+    write_predictions,
+)
+from compress.eval.omnidocbench import (
+    match_blocks,
+    normalise_formula,
+    normalise_text,
+    score_omnidocbench,
+    score_page,
+    split_markdown,
+)
+from compress.eval.text_metrics import Errors
+
+TABLE = "<table><tr><td>a</td><td>b</td></tr></table>"
+WORSE = "<table><tr><td>a</td><td>x</td></tr></table>"
+
+
+def page(*blocks, image="one.png", truncated=()):
+    return Page(image=image, width=8, height=6, blocks=blocks, truncated=truncated)
+
+
+def block(text, order, category="text_block", **rest):
+    return Block(category=category, anno_id=order, order=order, text=text, **rest)
+
+
+PAGE = page(
+    block("A heading", 1, "title"),
+    block("The first paragraph of it.", 2),
+    Block(category="table", anno_id=3, order=3, html=TABLE),
+    Block(category="equation_isolated", anno_id=4, order=4, latex="\\[ x^2 \\]"),
+    block("The last words are here.", 5),
+    Block(category="page_number", anno_id=6, text="17"),
+)
+PERFECT = (
+    f"# A heading\n\nThe first paragraph of it.\n\n{TABLE}\n\n$$x^2$$\n\nThe last words are here."
+)
+
+
+def test_a_perfect_page():
+    result = score_page(PAGE, PERFECT)
+    assert result.text.edits == result.formula.edits == result.reading_order == 0
+    assert result.text.length == len("AheadingThefirstparagraphofitThelastwordsarehere")
+    assert result.teds == result.teds_structure == 1
+
+
+def test_an_empty_prediction_is_as_wrong_as_can_be():
+    result = score_page(PAGE, "")
+    assert result.text.rate == result.formula.rate == result.reading_order == 1
+    assert result.teds == result.teds_structure == 0
+
+
+def test_page_sums_and_page_averages_by_hand():
+    pages = [
+        page(block("abcdefgh", 1), block("ij", 2), image="a.png"),
+        page(block("klmn", 1), image="b.png"),
+    ]
+    # page a: 1 of 8 and 2 of 2, page b: 0 of 4
+    found = score_omnidocbench(pages, {"a.png": "abcdefgX\n\nYZ", "b.png": "klmn"}).metrics
+    assert found["text_edit"].value == pytest.approx((3 / 10 + 0) / 2)
+    assert found["text_edit_whole"].value == pytest.approx(3 / 14)
+    assert found["text_edit"].n == 2 and found["text_edit"].ci95 == pytest.approx((0, 0.3))
+
+
+def test_tables_are_averaged_per_page_first():
+    def tables(image, count):
+        blocks = [
+            Block(category="table", anno_id=i, order=i, html=TABLE.replace("b", "b" * i))
+            for i in range(1, count + 1)
+        ]
+        return page(*blocks, image=image)
+
+    predictions = {
+        "a.png": "\n".join(TABLE.replace("b", "b" * i) for i in (1, 2, 3)),
+        "b.png": WORSE,
+        "c.png": "text",
+    }
+    pages = [tables("a.png", 3), tables("b.png", 1), page(block("text", 1), image="c.png")]
+    found = score_omnidocbench(pages, predictions).metrics
+    # 1 row, 2 cells: one cell wrong costs 1 of 3
+    assert found["teds"].value == pytest.approx((1 + 2 / 3) / 2) and found["teds"].n == 2
+    assert found["teds_structure"].value == 1
+
+
+def test_overall_is_only_called_so_with_cdm():
+    pages, predictions = (
+        [PAGE],
+        {"one.png": PERFECT.replace("x^2", "y^2").replace("b</td>", "</td>")},
+    )
+    proxy = score_omnidocbench(pages, predictions).metrics
+    assert "overall" not in proxy
+    # the formula x^2 has 3 characters, one wrong
+    assert proxy["formula_edit"].value == pytest.approx(1 / 3)
+    assert proxy["overall_proxy"].value == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)
+    assert "1 - formula_edit (in place of CDM)" in proxy["overall_proxy"].how
+    whole = score_omnidocbench(pages, predictions, formula_cdm=0.5).metrics
+    assert "overall_proxy" not in whole
+    assert whole["overall"].value == pytest.approx(100 * (1 + 2 / 3 + 0.5) / 3)
+
+
+def test_the_proxy_leaves_out_what_no_page_has():
+    found = score_omnidocbench([page(block("abcd", 1))], {"one.png": "abcX"}).metrics
+    assert found["overall_proxy"].value == pytest.approx(75)
+    assert found["overall_proxy"].how == "mean of 1 - text_edit"
+    assert "teds" not in found and "formula_edit" not in found
+
+
+def test_reading_order_is_the_order_of_the_prediction():
+    text = "The last words are here.\n\nThe first paragraph of it.\n\n# A heading"
+    result = score_page(PAGE, text)
+    assert result.text.edits == 0
+    # 5, 2, 1 for 1, 2, 5
+    assert result.reading_order == pytest.approx(2 / 3)
+
+
+def test_a_split_paragraph_and_two_run_together():
+    text = "# A heading\n\nThe first\n\nparagraph of it.\n\nThe last words are here."
+    assert score_page(PAGE, text).text.edits == 0
+    joined = page(block("One short line of text.", 1), block("And a second line of it.", 2))
+    result = score_page(joined, "One short line of text. And a second line of it.")
+    assert result.text.edits == 0 and result.reading_order == 0
+
+
+def test_truncated_blocks_are_one():
+    parts = (block("The first half of", 1), block("a sentence.", 3), block("Between them.", 2))
+    text = "The first half of a sentence.\n\nBetween them."
+    joined = score_page(page(*parts, truncated=((1, 3),)), text)
+    assert joined.text.edits == 0 and joined.reading_order == 0
+
+
+def test_headers_and_ignored_blocks_are_not_held_against_a_page():
+    blocks = (
+        block("Chapter seven of the book", 1, "header"),
+        block("The only text.", 2),
+        Block(category="text_block", anno_id=3, order=3, text="Illegible", ignore=True),
+    )
+    text = "Chapter seven of the book\n\nThe only text."
+    assert score_page(page(*blocks), text).text == Errors(0, len("Theonlytext"))
+
+
+def test_surplus_blocks_cost_nothing():
+    result = score_page(page(block("The only text.", 1)), "The only text.\n\nAnd something else")
+    assert result.text.edits == 0
+
+
+def test_matching():
+    assert match_blocks(["aaaa", "bbbb"], ["bbbb", "aaaa"]) == [([0], [1]), ([1], [0])]
+    assert match_blocks(["aaaa", "bbbb"], ["bbbx"]) == [([0], []), ([1], [0])]
+    assert match_blocks(["aaaabbbb"], ["aaaa", "bbbb"]) == [([0], [0, 1])]
+    assert match_blocks(["aaaa", "bbbb"], ["aaaabbbb"]) == [([0, 1], [0])]
+    assert match_blocks([], ["a"]) == [] and match_blocks(["a"], []) == [([0], [])]
+
+
+def test_splitting_markdown():
+    text = (
+        "```markdown\n# Head\n\n![alt](image.png)\nOne\nline $x$.\n\n| a | b |\n|---|---|\n"
+        "| 1 | 2 |\n\n\\[y\n= 1\\]\nmore\n<TABLE><tr><td>\n\nc</td></tr></TABLE>end\n```"
+    )
+    assert [(b.kind, b.content) for b in split_markdown(text)] == [
+        ("text", "# Head"),
+        ("text", "One\nline $x$."),
+        (
+            "table",
+            "<table><tr><th>a</th><th>b</th></tr><tr><th>1</th><td>2</td></tr></table>",
+        ),
+        ("formula", "\\[y\n= 1\\]"),
+        ("text", "more"),
+        ("table", "<TABLE><tr><td>\n\nc</td></tr></TABLE>"),
+        ("text", "end"),
+    ]
+    assert [b.content for b in split_markdown("one\ntwo")] == ["one", "two"]
+    assert split_markdown(" \n\n ") == []
+
+
+def test_normalising():
+    assert normalise_text("**A** <b>b</b>, c-d_1 \u00e9\u4e2d!\n") == "Abcd_1\u00e9\u4e2d"
+    assert normalise_text("1 < 2 and 3 > 2") == "12and32"
+    assert normalise_formula("$$ \\mathrm{A} \\left( x \\right) \\tag{3} . $$") == "{a}(x)"
+    assert normalise_formula("\\[\\textstyle\\]") == "\\textstyle"
+
+
+def test_folder_round_trip(tmp_path):
+    pages = [
+        PAGE,
+        page(block("x", 1, poly=(0.0, 0.5, 1.0, 2.0)), image="two.jpg", truncated=((1, 1),)),
+    ]
+    images = [Image.new("RGB", (8, 6), colour) for colour in ("white", "black")]
+    write_omnidocbench(tmp_path / "set", pages, images)
+    assert read_omnidocbench(tmp_path / "set") == pages
+    with Image.open(tmp_path / "set" / "images" / "one.png") as image:
+        assert image.size == (8, 6)
+    predictions = {"one.png": "a\r\n\u00e9", "two.jpg": ""}
+    write_predictions(tmp_path / "out", predictions)
+    assert (tmp_path / "out" / "two.md").is_file()
+    assert read_predictions(tmp_path / "out", pages)["two.jpg"] == ""
+    assert score_omnidocbench(pages, predictions).metrics["teds"].value == 0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_omnidocbench(tmp_path / "set", [PAGE], [Image.new("L", (8, 6))])
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d[0].pop("page_info"), "page 0: page_info should be of type dict.*no such key"),
+        (lambda d: d[0]["page_info"].update(width="8"), "width should be of type int; got str"),
+        (lambda d: d[0]["layout_dets"][2].pop("anno_id"), "page 0, block 2: anno_id.*no such key"),
+        (lambda d: d[0]["layout_dets"].insert(0, 3), "block 0 should be a JSON object; got int"),
+        (lambda d: d[0]["page_info"].update(image_path="b.png"), "1 are missing.*b.png"),
+        (lambda d: d.append(d[0]), "two pages lead to one.md"),
+        (lambda d: d.clear(), "at least one page; got an empty list"),
+        (
+            lambda d: d[0]["extra"]["relation"].append(
+                {"source_anno_id": 1, "target_anno_id": 99, "relation_type": "truncated"}
+            ),
+            "anno_id 99 is none of them",
+        ),
+    ],
+)
+def test_damaged_annotations(folder, change, message):
+    path = folder / "OmniDocBench.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_omnidocbench(folder)
+
+
+def test_missing_and_corrupt_files(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"OmniDocBench.json; .*nowhere.* does not exist"):
+        read_omnidocbench(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"prediction for each of 1 pages; 1 are.*first is one.md"):
+        read_predictions(folder, [PAGE])
+    (folder / "one.md").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match="one.md should be UTF-8.*byte 2"):
+        read_predictions(folder, [PAGE])
+    (folder / "OmniDocBench.json").write_text("[{")
+    with pytest.raises(ValueError, match="OmniDocBench.json should hold JSON"):
+        read_omnidocbench(folder)
+
+
+def test_impossible_folders_and_scores(tmp_path):
+    with pytest.raises(ValueError, match="1 pages and 0 images"):
+        write_omnidocbench(tmp_path / "a", [PAGE], [])
+    with pytest.raises(ValueError, match="one.png should be 8x6.*got 8x8"):
+        write_omnidocbench(tmp_path / "a", [PAGE], [Image.new("L", (8, 8))])
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="of 1 pages 1 have none, the first is one.png"):
+        score_omnidocbench([PAGE], {})
+    with pytest.raises(ValueError, match="formula_cdm.*got 50"):
+        score_omnidocbench([PAGE], {"one.png": ""}, formula_cdm=50)
+    bare = page(block("a", 1, "header"))
+    with pytest.raises(ValueError, match="no page has what is needed"):
+        score_omnidocbench([bare], {"one.png": ""})
+    with pytest.raises(ValueError, match="needed for TEDS"):
+        score_omnidocbench([page(block("a", 1))], {"one.png": ""}, formula_cdm=0.5)

@@ -1,0 +1,48 @@
+"""Rendered pages as benchmark folders: the ground truth gets full marks, and less does not."""
+
+from dataclasses import replace
+
+import pytest
+
+from compress.data.omnidocbench import read_omnidocbench
+from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
+from compress.data.pages import DOCUMENT, page
+from compress.eval.olmocr_bench import score_olmocr_bench
+from compress.eval.omnidocbench import score_omnidocbench
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return [page(9, i, replace(DOCUMENT, wear=0.0), "test") for i in range(4)]
+
+
+def test_the_ground_truth_scores_fully_on_its_omnidocbench_folder(documents, tmp_path):
+    write_pages_as_omnidocbench(tmp_path / "omni", documents)
+    pages = read_omnidocbench(tmp_path / "omni")
+    assert [len(p.blocks) for p in pages] == [len(p.blocks) for p in documents]
+    texts = {p.image: d.text for p, d in zip(pages, documents, strict=True)}
+    metrics = score_omnidocbench(pages, texts).metrics
+    assert {name: metrics[name].value for name in ("text_edit", "reading_order_edit", "teds")} == {
+        "text_edit": 0,
+        "reading_order_edit": 0,
+        "teds": 1,
+    }
+    worse = {image: text[: len(text) // 2] for image, text in texts.items()}
+    assert score_omnidocbench(pages, worse).metrics["text_edit"].value > 0.2
+
+
+def test_the_ground_truth_passes_all_tests_of_its_olmocr_folder(documents, tmp_path):
+    bench = write_pages_as_olmocr_bench(tmp_path / "olmocr", documents)
+    assert set(bench.files) == {"baseline", "format", "order", "present", "table"}
+    texts = {p: [d.text] for p, d in zip(bench.pages, documents, strict=True)}
+    scores = score_olmocr_bench(bench, texts)
+    assert not [o for tests in scores.outcomes.values() for o in tests.values() if not o.passed]
+    backwards = {p: ["\n\n".join(reversed(t[0].split("\n\n")))] for p, t in texts.items()}
+    assert score_olmocr_bench(bench, backwards).metrics["pass_rate_order"].value < 0.2
+
+
+def test_folders_of_nothing_are_refused(tmp_path):
+    for write in (write_pages_as_omnidocbench, write_pages_as_olmocr_bench):
+        with pytest.raises(ValueError, match="at least one"):
+            write(tmp_path / "none", [])
+    assert not list(tmp_path.iterdir())
