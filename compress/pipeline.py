@@ -27,9 +27,9 @@ from compress.eval import diffusion, fidelity
 from compress.files import write_bytes, write_json, write_text
 from compress.gradflow import GradFlow, OneShot, Training
 from compress.gradflow.groups import dense_widths
-from compress.gradflow.state import Journal
 from compress.gradflow.surgery import slim_config
 from compress.gradflow.train import Pruned, PruningRun, validation_loss
+from compress.journal import Journal
 from compress.method import Compressed, Event
 from compress.models import load_pipeline, model_hash
 from compress.recipe import Recipe, dump, load_recipe

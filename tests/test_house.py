@@ -31,7 +31,7 @@ GUARDED = {
     ("eval/fidelity.py", "torch.load(weights, map_location='cpu', weights_only=True)"),
 }
 # keyword arguments that are data of the caller's, not options that could be misspelt
-ROWS = {("compress/gradflow/state.py", "log")}
+ROWS = {("compress/journal.py", "log")}
 
 
 def relative(path: Path) -> str:

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from compress.data.page_text import ALPHABET
 from compress.data.pages import LINE, PAGE, Difficulty, page
-from compress.gradflow.state import Journal
+from compress.journal import Journal
 from compress.models.builtin import reader_training, train_reader_qwen
 from compress.models.builtin.reader_training import LEVELS, Level, Plan, Progress, Trainer
 from compress.models.builtin.train_reader_qwen import PROMPT, build_model, build_processor
@@ -207,7 +207,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trainer, tmp_path, monkeypatch):
         parts.step()
     parts.save()
     parts.step()  # lost by the kill, and with it this row of the log
-    parts.log("lost")
+    parts.journal.log(event="lost")
     torch.manual_seed(7)
     parts = trainer(folders[1])
     with torch.no_grad():

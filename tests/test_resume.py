@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from compress.data import ImageData
 from compress.data.sources import TensorImages
 from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.state import Journal
 from compress.gradflow.train import PruningRun
+from compress.journal import Journal
 
 FLOW, RECOVER, SAVE_EVERY = 8, 5, 2
 EVENTS = FLOW + RECOVER
@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from compress.data import ImageData
 from compress.data.sources import TensorImages
 from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.state import Journal
+from compress.journal import Journal
 from compress.gradflow.train import PruningRun
 
 torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def die(scenario, folder):
             real["replace"](*args)
             kill()
 
-        import compress.gradflow.state as state
+        import compress.journal as state
 
         write_bytes = state.write_bytes
 

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from compress.data import ImageData
 from compress.data.sources import TensorImages
 from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.state import Journal
 from compress.gradflow.train import PruningRun, validation_loss
+from compress.journal import Journal
 
 WIDTHS = (4, 8)
 ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")

@@ -22,8 +22,8 @@ from compress.gradflow.layout import Layout, build_layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.method import GradFlow, OneShot, Training
 from compress.gradflow.mover import MaskMover, MaskState
-from compress.gradflow.state import Journal, Saved, Tensors
 from compress.gradflow.widths import choose_widths
+from compress.journal import Journal, Saved, Tensors
 from compress.method import Event
 
 WARM_UP = 20

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
-from compress.gradflow.state import Journal
+from compress.journal import Journal
 
 TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
 RAISE_BELOW = 0.12  # running loss at which the next level begins
 EASIER = 0.2  # share of batches from levels below the current one
 MOST_PAGES = 1024  # page indices set aside for a step
+Net = TypeVar("Net", bound=torch.nn.Module)
 Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
 Read = Callable[[torch.nn.Module, list[Page]], list[str]]
 
@@ -44,13 +45,15 @@ LEVELS = (
 )
 
 
-def character_tokenizer(specials: list[str], **roles: str) -> PreTrainedTokenizerFast:
+def character_tokenizer(
+    specials: list[str], *, pad_token: str, eos_token: str
+) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character, and one per HTML tag of a table.
 
     Parameters
     ----------
     specials : special tokens, the first of which get the first ids.
-    roles : which of them is ``pad_token``, ``eos_token`` and so on.
+    pad_token, eos_token : which of them pads, and which ends an answer.
     """
     unknown = "<|unknown|>"
     words = [*specials, unknown, *TABLE_TAGS, "\n", " ", "#", *ALPHABET]
@@ -60,7 +63,9 @@ def character_tokenizer(specials: list[str], **roles: str) -> PreTrainedTokenize
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in [*specials, unknown]])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, **roles)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, pad_token=pad_token, eos_token=eos_token
+    )
 
 
 @dataclass
@@ -169,7 +174,7 @@ class Trainer:
         progress.step += 1
         progress.level_steps += 1
         if progress.level < len(self.plan.levels) - 1 and progress.ready():
-            self.log("level", level=progress.level + 1, after=progress.level_steps)
+            self._log("level", level=progress.level + 1, after=progress.level_steps)
             progress.level += 1
             progress.level_steps, progress.running = 0, None
         return loss.item()
@@ -180,7 +185,7 @@ class Trainer:
         last = self.progress.level == len(self.plan.levels) - 1
         return last and self.progress.level_steps >= self.plan.final
 
-    def log(self, event: str, **facts: Any) -> None:
+    def _log(self, event: str, **facts: Any) -> None:
         """Append a row to the training log."""
         self.journal.log(event=event, step=self.progress.step, **facts)
 
@@ -195,7 +200,7 @@ class Trainer:
             self.step()
             progress = self.progress
             if progress.step % 25 == 0:
-                self.log(
+                self._log(
                     "train",
                     level=progress.level,
                     loss=progress.running and round(progress.running, 4),
@@ -205,7 +210,7 @@ class Trainer:
             if progress.step % self.plan.every == 0 or self.done:
                 stored = as_stored(self.model)
                 cer = self.evaluate(stored)
-                self.log("evaluation", level=progress.level, cer=round(cer, 5))
+                self._log("evaluation", level=progress.level, cer=round(cer, 5))
                 if progress.level == len(self.plan.levels) - 1 and cer < best:
                     best = cer
                     publish(stored)
@@ -245,7 +250,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def as_stored(model: torch.nn.Module) -> torch.nn.Module:
+def as_stored(model: Net) -> Net:
     """A copy whose weights went through float16, in float32: what a reader of the file gets."""
     stored = copy.deepcopy(model).eval()
     for parameter in stored.parameters():  # no buffers: they are computed, not stored

@@ -20,7 +20,7 @@ from transformers import (
 
 from compress.data.pages import Page
 from compress.files import atomic_folder
-from compress.gradflow.state import Journal
+from compress.journal import Journal
 from compress.models.builtin.reader_training import (
     Plan,
     Trainer,

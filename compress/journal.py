@@ -1,4 +1,4 @@
-"""The state of a pruning run: one safetensors file, written atomically, and the log beside it."""
+"""The log and the saved state of a run that can be resumed: JSON lines and one safetensors file."""
 
 import json
 from dataclasses import dataclass, field
