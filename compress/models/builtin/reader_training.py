@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -22,6 +22,7 @@ EASIER = 0.2  # share of batches from levels below the current one
 MOST_PAGES = 1024  # page indices set aside for a step
 Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
 Read = Callable[[torch.nn.Module, list[Page]], list[str]]
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def as_stored(model: torch.nn.Module) -> torch.nn.Module:
+def as_stored(model: Model) -> Model:
     """A copy whose weights went through float16, in float32: what a reader of the file gets."""
     stored = copy.deepcopy(model).eval()
     for parameter in stored.parameters():  # no buffers: they are computed, not stored
