@@ -20,9 +20,9 @@ TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
 RAISE_BELOW = 0.12  # running loss at which the next level begins
 EASIER = 0.2  # share of batches from levels below the current one
 MOST_PAGES = 1024  # page indices set aside for a step
-Net = TypeVar("Net", bound=torch.nn.Module)
 Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
 Read = Callable[[torch.nn.Module, list[Page]], list[str]]
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def as_stored(model: Net) -> Net:
+def as_stored(model: Model) -> Model:
     """A copy whose weights went through float16, in float32: what a reader of the file gets."""
     stored = copy.deepcopy(model).eval()
     for parameter in stored.parameters():  # no buffers: they are computed, not stored

@@ -1,0 +1,100 @@
+"""Read and write folders in the layout of `deepseek-ai/DeepSeek-OCR`."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import UnlimitedOcrForConditionalGeneration
+
+from compress.files import atomic_folder, read_json, write_json
+from compress.models.deepseek_ocr_layout import (
+    native_config,
+    original_config,
+    original_weights,
+    unused_weights,
+    weight_shapes,
+)
+from compress.models.deepseek_ocr_processor import (
+    DeepseekOcrProcessor,
+    load_processor,
+    save_processor,
+)
+from compress.models.transformers_folder import check_tensors, read_model, stored_shapes
+
+
+def save_deepseek_ocr(
+    model: UnlimitedOcrForConditionalGeneration,
+    processor: DeepseekOcrProcessor,
+    folder: Path,
+    largest_shard: int = 5_000_000_000,
+) -> Path:
+    """Write a folder in the layout of `deepseek-ai/DeepSeek-OCR`.
+
+    Parameters
+    ----------
+    model : with full attention in every layer.
+    processor : its mode is stored unless it is gundam.
+    folder : where to; complete or untouched.
+    largest_shard : bytes of a weights file; one tensor may exceed it.
+
+    Raises
+    ------
+    ValueError : when the model slides a window.
+    OSError : when the disk is full or the folder cannot be written.
+    """
+    config = original_config(model.config, model.dtype)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = original_weights(state) | unused_weights(model.config)
+    shards = list(_shards(weights, largest_shard))
+    with atomic_folder(folder) as temporary:
+        where = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
+            try:
+                save_file(shard, temporary / name, metadata={"format": "pt"})
+            except SafetensorError as error:  # how safetensors says that a disk is full
+                raise OSError(f"the model cannot be written to {folder}: {error}") from error
+            where.update(dict.fromkeys(shard, name))
+        total = sum(tensor.nbytes for tensor in weights.values())
+        write_json(
+            temporary / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+        )
+        write_json(temporary / "config.json", config)
+        save_processor(processor, temporary)
+    return folder
+
+
+def load_deepseek_ocr(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[UnlimitedOcrForConditionalGeneration, DeepseekOcrProcessor]:
+    """Load a folder in the layout of `deepseek-ai/DeepSeek-OCR`; none of its code is run.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : naming the damaged or missing file, or the missing tensor.
+    """
+    stored = stored_shapes(folder)
+    config = native_config(read_json(folder / "config.json"))
+    wanted = weight_shapes(config)
+    differ = {name: (stored[name], wanted[name]) for name in wanted.keys() & stored.keys()}
+    differ = {name: (ours, right) for name, (ours, right) in differ.items() if ours != right}
+    check_tensors(folder, wanted.keys() - stored.keys(), differ)
+    processor = load_processor(folder)
+    config.image_token_id = processor.image_token_id
+    config.text_config.pad_token_id = processor.tokenizer.pad_token_id
+    return read_model(UnlimitedOcrForConditionalGeneration, folder, dtype, config), processor
+
+
+def _shards(weights: Mapping[str, torch.Tensor], largest: int) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name in sorted(weights):
+        if shard and size + weights[name].nbytes > largest:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = weights[name]
+        size += weights[name].nbytes
+    yield shard

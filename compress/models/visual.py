@@ -1,0 +1,315 @@
+"""Where the visual tokens of a prompt stand, and where on the page each of them looks.
+
+One adapter per family of vision-language models. Everything that differs between them and that
+a method needs is here: the layout of the visual tokens, and how a prompt is built. What is alike is
+a plain function: :func:`text_model`, :func:`attention_modules`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from compress.models.deepseek_ocr_views import SEPARATOR, page_tokens, view_tokens
+from compress.models.page_images import check_image
+
+Inputs = Mapping[str, Any]
+Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor]]
+Prompt = Callable[[Any, Sequence[Image.Image], Sequence[str]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """The visual tokens of one sequence of a batch, in their order.
+
+    Parameters
+    ----------
+    positions : index of each in the sequence, padding counted, ``(tokens,)``.
+    grid : (view, row, column) of each, ``(tokens, 3)``. View 0 is the whole page, the others are
+        crops: each one a view, or all of them one mosaic where the family lays them out as such.
+        A newline token has column -1, a separator row and column -1.
+    image_of : which image of the sequence it belongs to, ``(tokens,)``.
+    """
+
+    positions: torch.Tensor
+    grid: torch.Tensor
+    image_of: torch.Tensor
+
+    @property
+    def on_page(self) -> torch.Tensor:
+        """Which tokens look at a place: neither newline nor separator, ``(tokens,)``."""
+        return self.grid[:, 2] >= 0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is particular to a family.
+
+    Parameters
+    ----------
+    name : of the family.
+    cells : (configuration, model inputs, lengths of the runs of image ids in ``input_ids``) to
+        the ``(tokens, 3)`` grids of the images, in their order through the batch.
+    prompt : (processor, images, texts) to model inputs, one image and one text a sequence, padded
+        on the left.
+    """
+
+    name: str
+    cells: Cells
+    prompt: Prompt
+
+    def layouts(self, config: Any, inputs: Inputs) -> list[VisualLayout]:
+        """The layout of each sequence of a batch.
+
+        Parameters
+        ----------
+        config : the model's.
+        inputs : what the model is called with; ``input_ids`` ``(batch, length)`` and whatever says
+            how large the images are.
+
+        Raises
+        ------
+        ValueError : when the images have not as many tokens as ``input_ids`` has places.
+        """
+        places = inputs["input_ids"] == config.image_token_id
+        images = self.cells(config, inputs, _runs(places))
+        if (given := int(places.sum())) != (wanted := sum(map(len, images))):
+            raise ValueError(
+                f"the {len(images)} images of {self.name} have {wanted} visual tokens, input_ids "
+                f"has places for {given}; build both with one call of the processor"
+            )
+        layouts = []
+        left = images
+        for row in places:
+            positions = row.nonzero()[:, 0]
+            mine: list[torch.Tensor] = []
+            while sum(map(len, mine)) < len(positions):
+                mine, left = [*mine, left[0]], left[1:]
+            if sum(map(len, mine)) != len(positions):
+                raise ValueError(
+                    f"an image of {self.name} would reach over two sequences: {len(positions)} "
+                    "places, images of "
+                    f"{', '.join(str(len(image)) for image in mine)} tokens; keep their order"
+                )
+            numbers = [torch.full((len(image),), i) for i, image in enumerate(mine)]
+            empty = torch.empty(0, 3, dtype=torch.long)
+            layouts.append(
+                VisualLayout(
+                    positions,
+                    torch.cat([empty, *mine]).to(positions.device),
+                    torch.cat([empty[:, 0], *numbers]).to(positions.device),
+                )
+            )
+        return layouts
+
+
+def _runs(places: torch.Tensor) -> list[int]:
+    """Lengths of the runs of True in each row of ``(batch, length)``, through the batch."""
+    lengths = []
+    for row in places:
+        edges = torch.nn.functional.pad(row.int(), (1, 1)).diff().nonzero()[:, 0]
+        lengths += (edges[1::2] - edges[::2]).tolist()
+    return lengths
+
+
+# ---- layouts ---------------------------------------------------------------------------------
+
+
+def _mosaic_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+    """DeepSeek-OCR, Unlimited-OCR: the crops as one grid, the whole page, a separator."""
+    if not runs:
+        return []
+    side, crop = _tokens_a_side(config, inputs)
+    return [page_tokens(side, crop, (columns, rows)) for columns, rows in _crop_grids(inputs)]
+
+
+def _crop_grids(inputs: Inputs) -> list[tuple[int, int]]:
+    counts, grids = inputs["num_local_patches"], inputs["patches_grid"]
+    return [
+        (int(grid[0]), int(grid[1])) if int(count) else (1, 1)
+        for count, grid in zip(counts, grids, strict=True)
+    ]
+
+
+def _query_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+    """DeepSeek-OCR-2: crop by crop, the whole page, a separator; no newlines.
+
+    Its tokens are learned queries in the order in which the encoder reads: row and column say which
+    query, not which place.
+    """
+    if not runs:
+        return []
+    side, crop = _tokens_a_side(config, inputs)
+    separator = torch.tensor([[0, SEPARATOR, SEPARATOR]])
+    return [
+        torch.cat(
+            [
+                *[view_tokens(1 + i, crop, crop, False) for i in range(int(count))],
+                view_tokens(0, side, side, False),
+                separator,
+            ]
+        )
+        for count in inputs["num_local_patches"]
+    ]
+
+
+def _tokens_a_side(config: Any, inputs: Inputs) -> tuple[int, int]:
+    pixels = config.vision_config.sam_config.patch_size * 4  # two convolutions of stride 2
+    crops = inputs.get("pixel_values_local")
+    crop = 0 if crops is None else -(-crops.shape[-1] // pixels)
+    return -(-inputs["pixel_values"].shape[-1] // pixels), crop
+
+
+def _merged_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+    """Qwen-VL and its kin: one grid of any size per image, patches merged."""
+    if not runs:
+        return []
+    merge = config.vision_config.spatial_merge_size
+    sizes = inputs["image_grid_thw"].tolist()
+    return [view_tokens(0, height // merge, width // merge, False) for _, height, width in sizes]
+
+
+def _tile_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+    """InternVL, GOT-OCR2: square tiles, and the whole page last.
+
+    The inputs do not say how the tiles lie on the page: each is a view of its own.
+    """
+    tokens = config.image_seq_length
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(
+            f"a tile's tokens form a square; image_seq_length is {tokens}; correct config.json"
+        )
+    images = []
+    for run in runs:
+        if run % tokens:
+            raise ValueError(
+                f"an image has a multiple of image_seq_length={tokens} tokens; input_ids has a run "
+                f"of {run}; build it with the model's processor"
+            )
+        views = [*range(1, run // tokens), 0]
+        images.append(torch.cat([view_tokens(view, side, side, False) for view in views]))
+    return images
+
+
+# ---- prompts ---------------------------------------------------------------------------------
+
+
+def _own_prompt(
+    processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
+) -> Mapping[str, Any]:
+    """DeepSeek-OCR: our processor knows its format."""
+    return processor(images, texts)
+
+
+def _chat_prompt(
+    processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
+) -> Mapping[str, Any]:
+    """The chat template that came with the checkpoint: the image, then the text."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": image}, {"type": "text", "text": text}],
+            }
+        ]
+        for image, text in zip(images, texts, strict=True)
+    ]
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def _got_prompt(
+    processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
+) -> Mapping[str, Any]:
+    """GOT-OCR2 (arXiv 2409.01704) has a format but no template; it knows ``"OCR: "`` and kin."""
+    start, end = processor.message_start_token, processor.message_end_token
+    image = f"{processor.img_start_token}{processor.image_token}{processor.img_end_token}"
+    prompts = [
+        f"{start}{processor.system_query}{end}{start}user\n{image}\n{text}{end}{start}assistant\n"
+        for text in texts
+    ]
+    return processor(
+        images=list(images),
+        text=prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+
+
+ADAPTERS = {
+    "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt),
+    "unlimited_ocr": Adapter("Unlimited-OCR", _mosaic_cells, _chat_prompt),
+    "deepseek_ocr2": Adapter("DeepSeek-OCR-2", _query_cells, _chat_prompt),
+    "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt),
+    "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt),
+    "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt),
+    "paddleocr_vl": Adapter("PaddleOCR-VL", _merged_cells, _chat_prompt),
+    "glm_ocr": Adapter("GLM-OCR", _merged_cells, _chat_prompt),
+    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt),
+}
+
+
+# ---- what methods call -----------------------------------------------------------------------
+
+
+def adapter_for(config: Any) -> Adapter:
+    """The adapter of a model with that configuration.
+
+    Raises
+    ------
+    ValueError : for an unknown architecture, listing the known ones.
+    """
+    kind = config.model_type
+    # the same classes compute both: Unlimited-OCR slides a window, DeepSeek-OCR does not
+    if kind == "unlimited_ocr" and set(config.text_config.layer_types) == {"full_attention"}:
+        kind = "deepseek_ocr"
+    if kind not in ADAPTERS:
+        raise ValueError(
+            f"no adapter for the architecture {kind!r}; the known ones are {', '.join(ADAPTERS)}; "
+            "add one in compress/models/visual.py"
+        )
+    return ADAPTERS[kind]
+
+
+def build_prompt(
+    model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
+) -> Mapping[str, Any]:
+    """Inputs of a model for pages, one text each, padded on the left.
+
+    Raises
+    ------
+    TypeError, ValueError : for an image that cannot be used, or another number of texts.
+    """
+    if len(images) != len(texts):
+        raise ValueError(
+            f"one text per image is expected; got {len(images)} images and {len(texts)} texts"
+        )
+    for number, image in enumerate(images):
+        check_image(image, f"image {number}")
+    return adapter_for(model.config).prompt(processor, images, texts)
+
+
+def visual_layouts(model: Any, inputs: Inputs) -> list[VisualLayout]:
+    """The layout of each sequence that a model is about to read; see :meth:`Adapter.layouts`."""
+    return adapter_for(model.config).layouts(model.config, inputs)
+
+
+def text_model(model: Any) -> torch.nn.Module:
+    """The decoder that reads text and visual tokens; its layers are ``.layers``."""
+    adapter_for(model.config)
+    return model.model.language_model
+
+
+def attention_modules(model: Any) -> list[torch.nn.Module]:
+    """The self-attention of every layer of the text model, first layer first."""
+    return [layer.self_attn for layer in text_model(model).layers]

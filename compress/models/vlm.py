@@ -1,0 +1,73 @@
+"""Load a vision-language model and its processor: a local folder or a hub id."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from compress.files import read_json
+from compress.models.deepseek_ocr import load_deepseek_ocr
+from compress.models.deepseek_ocr_layout import ARCHITECTURE
+from compress.models.transformers_folder import read_model, stored_shapes
+from compress.models.visual import ADAPTERS
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no code, nothing pickled
+
+
+def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a model and its processor.
+
+    Parameters
+    ----------
+    model : a folder in transformers' layout or in that of `deepseek-ai/DeepSeek-OCR`, or a hub id.
+    dtype : of the parameters.
+
+    Raises
+    ------
+    ValueError : for a damaged file (named), a missing tensor (named), an unknown architecture
+        (listing the known ones), or an id that the hub does not give.
+    FileNotFoundError : when the folder or one of its files is missing.
+    """
+    folder = _folder(model)
+    stored_shapes(folder)
+    config = read_json(folder / "config.json")
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    if ARCHITECTURE in architectures:
+        return load_deepseek_ocr(folder, dtype)
+    if kind not in ADAPTERS:
+        raise ValueError(
+            f"{folder / 'config.json'} has an unknown architecture (model_type={kind!r}, "
+            f"architectures={architectures}); known are {', '.join(ADAPTERS)}, and "
+            f"{ARCHITECTURE} in the layout of its checkpoint; choose a model of these"
+        )
+    network = read_model(AutoModelForImageTextToText, folder, dtype)
+    try:
+        return network, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} should have the tokenizer and the image processor of {kind}, which do not "
+            f"load: {error}; restore their files"
+        ) from error
+
+
+def _folder(model: str | Path) -> Path:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"model folder expected at {model}, which does not exist; give a transformers folder "
+            "or a hub id such as deepseek-ai/DeepSeek-OCR"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model {name!r} is no folder here and could not be loaded from the hub: {first}; "
+            "check the name and the network, or give a local folder"
+        ) from error
