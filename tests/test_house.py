@@ -17,6 +17,7 @@ SHIPPED = [p for folder in ("compress", *MAPPED) for p in sorted((ROOT / folder)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # import name -> distribution, where the two differ
 DISTRIBUTIONS = {
+    "huggingface_hub": "huggingface-hub",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",

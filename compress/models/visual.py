@@ -312,4 +312,5 @@ def text_model(model: Any) -> torch.nn.Module:
 
 def attention_modules(model: Any) -> list[torch.nn.Module]:
     """The self-attention of every layer of the text model, first layer first."""
-    return [layer.self_attn for layer in text_model(model).layers]
+    layers: Any = text_model(model).layers
+    return [layer.self_attn for layer in layers]
