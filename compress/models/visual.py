@@ -304,8 +304,8 @@ def visual_layouts(model: Any, inputs: Inputs) -> list[VisualLayout]:
     return adapter_for(model.config).layouts(model.config, inputs)
 
 
-def text_model(model: Any) -> torch.nn.Module:
-    """The decoder that reads text and visual tokens; its layers are ``.layers``."""
+def text_model(model: Any) -> Any:
+    """The decoder, a module, that reads text and visual tokens; its layers are ``.layers``."""
     adapter_for(model.config)
     return model.model.language_model
 
