@@ -78,6 +78,10 @@ class Difficulty:
 LINE = Difficulty((160, 32), (1, 1), (8, 12), (14, 18), margin=(4, 7))
 # what the readers are measured on: with tokens of 16x16 pixels, 13x24 = 312 of them
 PAGE = Difficulty((208, 384), (12, 16), (12, 18), (14, 20), wear=0.5)
+# the same for a model that sees squares: 14x14 = 196 of them
+SQUARE_PAGE = Difficulty(
+    (224, 224), (12, 13), (12, 18), (12, 16), spacing=(1.05, 1.25), margin=(3, 8), wear=0.5
+)
 DOCUMENT = Difficulty(
     (512, 640),
     (16, 30),

@@ -1,10 +1,13 @@
 """What the training scripts of the built-in readers share: curriculum, loop, state, evaluation."""
 
+import argparse
 import copy
 import random
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +22,7 @@ from compress.journal import Journal
 TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
 RAISE_BELOW = 0.12  # running loss at which the next level begins
 EASIER = 0.2  # share of batches from levels below the current one
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 MOST_PAGES = 1024  # page indices set aside for a step
 Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
 Read = Callable[[torch.nn.Module, list[Page]], list[str]]
@@ -46,7 +50,7 @@ LEVELS = (
 
 
 def character_tokenizer(
-    specials: list[str], *, pad_token: str, eos_token: str
+    specials: list[str], *, pad_token: str, eos_token: str, words: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character, and one per HTML tag of a table.
 
@@ -54,13 +58,14 @@ def character_tokenizer(
     ----------
     specials : special tokens, the first of which get the first ids.
     pad_token, eos_token : which of them pads, and which ends an answer.
+    words : what else gets a token of its own, such as a prompt.
     """
     unknown = "<|unknown|>"
-    words = [*specials, unknown, *TABLE_TAGS, "\n", " ", "#", *ALPHABET]
-    vocabulary = {word: number for number, word in enumerate(words)}
+    pieces = [*specials, unknown, *TABLE_TAGS, "\n", " ", "#", *ALPHABET, *words]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    pieces = Regex(r"</?t(?:able|r|d)>|[\s\S]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    pattern = "|".join([r"</?t(?:able|r|d)>", *map(re.escape, words), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in [*specials, unknown]])
     return PreTrainedTokenizerFast(
@@ -145,9 +150,16 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.progress = Progress()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.01
-        )
+        matrices, rest = [], []
+        for name, parameter in self.model.named_parameters():
+            hidden = parameter.ndim == 2 and "embed" not in name and "head" not in name
+            (matrices if hidden else rest).append(parameter)
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.Muon(
+                matrices, lr=self.plan.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -158,8 +170,9 @@ class Trainer:
         """One optimiser step; returns the loss."""
         progress = self.progress
         level, pages = self.plan.draw(progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.learning_rate(progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.plan.learning_rate(progress)
         inputs = {name: t.to(self.device) for name, t in self.encode(pages).items()}
         # bfloat16 products are hundreds of times slower than float32 on CPUs without the units
         cuda = self.device.type == "cuda"
@@ -167,8 +180,9 @@ class Trainer:
             loss = self.model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if level == progress.level:
             progress.seen(loss.item())
         progress.step += 1
@@ -228,11 +242,12 @@ class Trainer:
         return char_error_rate(texts, [p.text for p in pages]).item()
 
     def save(self) -> None:
-        """Store weights, Adam's moments and progress."""
+        """Store weights, the optimisers' moments and progress."""
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer/{key}/{name}"] = value
         self.journal.save(tensors, vars(self.progress))
 
     def resume(self) -> None:
@@ -242,9 +257,13 @@ class Trainer:
         if saved is None:
             return
         self.model.load_state_dict(saved.part("model"))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            for name, value in saved.part(f"optimizer/{key}").items():
-                self.optimizer.state[self.model.get_parameter(name)][key] = value
+        for optimizer in self.optimizers:
+            mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in self.model.named_parameters():
+                for key in MOMENTS if id(parameter) in mine else ():
+                    value = saved.tensors.get(f"optimizer/{key}/{name}")
+                    if value is not None:
+                        optimizer.state[parameter][key] = value
         saved.facts.pop("log_rows")
         self.progress = Progress(**saved.facts)
 
@@ -256,3 +275,52 @@ def as_stored(model: Model) -> Model:
     for parameter in stored.parameters():  # no buffers: they are computed, not stored
         parameter.copy_(parameter.half())
     return stored
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What :func:`train` trains: a model, how it reads, and how it is stored."""
+
+    model: torch.nn.Module
+    encode: Encode
+    read: Read
+    save: Callable[[torch.nn.Module, Path], object]
+
+
+def train(
+    description: str, build: Callable[[], Reader], levels: tuple[Level, ...], output: Path
+) -> None:
+    """The command line of a reader's training script.
+
+    Parameters
+    ----------
+    description : of the script.
+    build : the untrained reader, from torch's random state.
+    levels : of its curriculum.
+    output : where the model folder goes by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--run", type=Path, required=True, help="folder of log and state")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --run")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--lr", type=float, default=Plan.lr)
+    parser.add_argument("--final", type=int, default=Plan.final, help="steps on the last level")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=output, help="model folder to write")
+    args = parser.parse_args()
+    if not args.resume and args.run.exists():
+        parser.error(f"{args.run} exists; give --resume to go on, or another folder")
+
+    torch.manual_seed(args.seed)
+    reader = build()
+    args.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        reader.model.to(args.device),
+        encode=reader.encode,
+        read=reader.read,
+        plan=Plan(seed=args.seed, lr=args.lr, final=args.final, levels=levels),
+        journal=Journal(args.run),
+    )
+    if args.resume:
+        trainer.resume()
+    trainer.run(300, publish=lambda model: reader.save(model, args.output))

@@ -5,7 +5,7 @@ and a state from which --resume goes on after a kill; the model folder is writte
 character error rate on validation pages of the last level falls, measured on the weights as stored.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from transformers import (
 
 from compress.data.pages import Page
 from compress.files import atomic_folder
-from compress.journal import Journal
 from compress.models.builtin.reader_training import (
-    Plan,
-    Trainer,
+    LEVELS,
+    Reader,
     as_stored,
     character_tokenizer,
+    train,
 )
 
 HERE = Path(__file__).parent
@@ -172,34 +172,16 @@ def save(
         processor.save_pretrained(temporary)
 
 
-def main() -> None:
-    """Train and save the reader."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of log and state")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --run")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--lr", type=float, default=Plan.lr)
-    parser.add_argument("--final", type=int, default=Plan.final, help="steps on the last level")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=HERE / "reader-qwen")
-    args = parser.parse_args()
-    if not args.resume and args.run.exists():
-        parser.error(f"{args.run} exists; give --resume to go on, or another folder")
-
-    torch.manual_seed(args.seed)
+def build() -> Reader:
+    """The untrained reader."""
     processor = build_processor()
-    args.run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
-        build_model(processor).to(args.device),
-        encode=lambda pages: encode(processor, pages),
-        read=lambda model, pages: read(processor, model, pages),
-        plan=Plan(seed=args.seed, lr=args.lr, final=args.final),
-        journal=Journal(args.run),
+    return Reader(
+        build_model(processor),
+        encode=partial(encode, processor),
+        read=partial(read, processor),
+        save=partial(save, processor),
     )
-    if args.resume:
-        trainer.resume()
-    trainer.run(300, publish=lambda model: save(processor, model, args.output))
 
 
 if __name__ == "__main__":
-    main()
+    train(__doc__, build, LEVELS, HERE / "reader-qwen")

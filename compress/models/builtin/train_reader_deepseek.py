@@ -1,0 +1,181 @@
+"""Train the built-in `reader-deepseek`: python compress/models/builtin/train_reader_deepseek.py.
+
+A small DeepSeek-OCR (SAM and CLIP encoders, newline and separator tokens, shared and routed
+experts) that transcribes rendered pages, character by character. Needs --run DIR. Seeded; DIR gets
+the log and a state from which --resume goes on after a kill; the model folder, in the layout of
+`deepseek-ai/DeepSeek-OCR`, is written whenever the character error rate on validation pages of the
+last level falls, measured on the weights as stored.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import (
+    GenerationConfig,
+    UnlimitedOcrConfig,
+    UnlimitedOcrForConditionalGeneration,
+)
+
+from compress.data.pages import SQUARE_PAGE, Difficulty, Page
+from compress.models.builtin.reader_training import (
+    Level,
+    Reader,
+    as_stored,
+    character_tokenizer,
+    train,
+)
+from compress.models.deepseek_ocr import save_deepseek_ocr
+from compress.models.deepseek_ocr_processor import IMAGE_TOKEN, DeepseekOcrProcessor
+from compress.models.deepseek_ocr_views import Mode
+
+HERE = Path(__file__).parent
+PATCH = 4  # a visual token covers 16x16 pixels: about two characters of one line
+SIDE = SQUARE_PAGE.size[0]  # 14x14 visual tokens, 14 newlines and a separator
+MOST_NEW_TOKENS = 400
+BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"  # noqa: RUF001
+PROMPT = "Free OCR."
+
+
+def _level(side: int, lines: tuple[int, int], characters: tuple[int, int], batch: int) -> Level:
+    wear = 0.0 if side < 160 else 0.25
+    easier = Difficulty((side, side), lines, characters, (12, 16), wear=wear, spacing=(1.05, 1.35))
+    return Level(easier, batch)
+
+
+# square pages, as the model sees them; 16, 36, 64, 100, 144 and 196 visual tokens
+LEVELS = (
+    _level(64, (1, 3), (3, 7), 64),
+    _level(96, (3, 5), (4, 10), 48),
+    _level(128, (5, 7), (6, 12), 32),
+    _level(160, (7, 9), (8, 14), 24),
+    _level(192, (9, 11), (10, 16), 16),
+    Level(SQUARE_PAGE, 16),
+)
+
+
+def build_processor() -> DeepseekOcrProcessor:
+    """Tokenizer and views of reader-deepseek; its one mode has a single view."""
+    tokenizer = character_tokenizer(
+        [BEGIN, END, PAD, IMAGE_TOKEN], pad_token=PAD, eos_token=END, words=[PROMPT]
+    )
+    tokenizer.bos_token = BEGIN
+    tokenizer.model_max_length = 2048
+    return DeepseekOcrProcessor(tokenizer, Mode(SIDE), PATCH)
+
+
+def build_model(processor: DeepseekOcrProcessor) -> UnlimitedOcrForConditionalGeneration:
+    """The architecture of reader-deepseek: one dense layer and six with experts, of width 128."""
+    tokenizer = processor.tokenizer
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    layers = 7
+    config = UnlimitedOcrConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "moe_intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 6,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.04,
+            # full attention everywhere: that makes Unlimited-OCR's classes DeepSeek-OCR's
+            "layer_types": ["full_attention"] * layers,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+            **ends,
+        },
+        vision_config={
+            "sam_config": {
+                "image_size": SIDE,
+                "patch_size": PATCH,
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "mlp_dim": 128,
+                "window_size": 8,
+                # global attention over 56x56 patches would cost more than all the rest; CLIP's
+                # layers have it
+                "global_attn_indexes": [],
+                "output_channels": 64,
+                "downsample_channels": [128, 160],
+                "initializer_range": 0.04,
+            },
+            "encoder_config": {
+                "hidden_size": 160,
+                "intermediate_size": 320,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": SIDE,
+                "patch_size": 4 * PATCH,
+                "initializer_range": 0.04,
+            },
+        },
+        image_token_id=processor.image_token_id,
+    )
+    model = UnlimitedOcrForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(max_new_tokens=MOST_NEW_TOKENS, **ends)
+    return model
+
+
+def encode(processor: DeepseekOcrProcessor, pages: list[Page]) -> dict[str, torch.Tensor]:
+    """Inputs and labels of square pages of one size: the loss is on the answer and its end only."""
+    tokenizer = processor.tokenizer
+    sized = replace(processor, mode=Mode(pages[0].image.width))
+    inputs = sized([p.image for p in pages], [PROMPT] * len(pages))
+    answers = [tokenizer.encode(p.text, add_special_tokens=False) for p in pages]
+    answers = [answer + [tokenizer.eos_token_id] for answer in answers]
+    length = max(map(len, answers))
+    padded = torch.tensor([a + [tokenizer.pad_token_id] * (length - len(a)) for a in answers])
+    ignored = torch.tensor([a + [-100] * (length - len(a)) for a in answers])
+    prompts = inputs["input_ids"]
+    # padding stands on the right, where no causal attention looks: no mask is needed
+    return {
+        "input_ids": torch.cat([prompts, padded], 1),
+        "labels": torch.cat([torch.full_like(prompts, -100), ignored], 1),
+        "pixel_values": inputs["pixel_values"],
+    }
+
+
+@torch.no_grad()
+def read(
+    processor: DeepseekOcrProcessor,
+    model: UnlimitedOcrForConditionalGeneration,
+    pages: list[Page],
+) -> list[str]:
+    """Transcribe square pages of one size greedily."""
+    sized = replace(processor, mode=Mode(pages[0].image.width))
+    inputs = sized([p.image for p in pages], [PROMPT] * len(pages)).to(model.device)
+    new = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)
+
+
+def save(
+    processor: DeepseekOcrProcessor, model: UnlimitedOcrForConditionalGeneration, folder: Path
+) -> None:
+    """Write the model folder in float16, atomically."""
+    save_deepseek_ocr(as_stored(model).half(), processor, folder)
+
+
+def build() -> Reader:
+    """The untrained reader."""
+    processor = build_processor()
+    return Reader(
+        build_model(processor),
+        encode=partial(encode, processor),
+        read=partial(read, processor),
+        save=partial(save, processor),
+    )
+
+
+if __name__ == "__main__":
+    train(__doc__, build, LEVELS, HERE / "reader-deepseek")
