@@ -41,7 +41,7 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    help="Compress diffusion models: from a recipe to a slim checkpoint and a report.",
+    help="Compress diffusion models and page readers: from a recipe to a checkpoint and a report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -162,37 +162,108 @@ def recipes(as_json: Json = False) -> None:
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")],
-    suite: Annotated[
-        str, typer.Option(help="Set of metrics; only diffusion so far.")
-    ] = "diffusion",
-    data: Annotated[str, typer.Option(help="Where the reference images are.")] = "builtin:digits",
-    samples: Annotated[int, typer.Option(min=2, help="Images per sampling seed.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 20,
-    sampler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
-    sampling_seeds: Annotated[int, typer.Option(min=1, help="Independent repetitions.")] = 3,
-    inception_weights: Annotated[str | None, typer.Option(help="FID Inception weights.")] = None,
+    suite: Annotated[str, typer.Option(help="Set of metrics: diffusion or ocr.")] = "diffusion",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Real images (default builtin:digits), or pages: builtin:pages, "
+            "builtin:square-pages or a folder."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=2, help="Images per sampling seed (512), or rendered pages (64)."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="diffusion: denoising steps.")] = 20,
+    sampler: Annotated[str, typer.Option(help="diffusion: ddim or ddpm.")] = "ddim",
+    sampling_seeds: Annotated[int, typer.Option(min=1, help="diffusion: repetitions.")] = 3,
+    inception_weights: Annotated[
+        str | None, typer.Option(help="diffusion: FID Inception weights.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="ocr: pages read together.")] = 8,
+    prompt: Annotated[str | None, typer.Option(help="ocr: what is asked of the model.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="ocr: of a page.")] = None,
+    dtype: Annotated[str, typer.Option(help="ocr: float32, bfloat16 or float16.")] = "float32",
+    output: Annotated[
+        Path | None, typer.Option(help="ocr: folder of predictions and report.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="ocr: read what is left.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="ocr: start again.")] = False,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
-    """Measure any diffusers pipeline, ours or a stranger's."""
-    if suite != "diffusion":
-        raise ValueError(f"expected --suite diffusion; got {suite}; there is no other suite yet")
+    """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
+    if suite not in ("diffusion", "ocr"):
+        raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
     _check_versions()
     _quieten()
-    from compress.pipeline import evaluate_model
+    if suite == "ocr":
+        from compress.ocr_evaluation import OcrSettings, evaluate_events
 
-    metrics = evaluate_model(
-        model,
-        data=data,
-        samples=samples,
-        steps=steps,
-        sampler=sampler,
-        sampling_seeds=sampling_seeds,
-        inception_weights=inception_weights,
-        device=device,
-    )
+        settings = OcrSettings(
+            model=model,
+            data=data,
+            samples=samples or 64,
+            batch=batch,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+        )
+        name = model.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
+        folder = output or Path("runs") / f"eval_{name}"
+        events = evaluate_events(
+            settings, folder, resume=resume, overwrite=overwrite, device=device
+        )
+        try:
+            _follow(events)
+        except KeyboardInterrupt:
+            _say(f"interrupted: predictions kept; go on with --resume --output {folder}")
+            raise typer.Exit(INTERRUPTED) from None
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf8"))["metrics"]
+    else:
+        from compress.pipeline import evaluate_model
+
+        metrics = evaluate_model(
+            model,
+            data=data or "builtin:digits",
+            samples=samples or 512,
+            steps=steps,
+            sampler=sampler,
+            sampling_seeds=sampling_seeds,
+            inception_weights=inception_weights,
+            device=device,
+        )
     rows = [(name, _interval(entry), str(entry["n"]), "") for name, entry in metrics.items()]
     _print(metrics, as_json, _table([("metric", "value", "n", ""), *rows]))
+
+
+@app.command()
+def read(
+    pages: Annotated[list[Path], typer.Argument(metavar="PAGE...", help="Image files.")],
+    model: Annotated[
+        str, typer.Option(help="A folder, builtin:NAME or a hub id.")
+    ] = "builtin:reader-qwen",
+    prompt: Annotated[str | None, typer.Option(help="What is asked of the model.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a page.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Print the text of page images."""
+    _check_versions()
+    _quieten()
+    from compress.ocr_evaluation import read_files
+
+    readings = read_files(
+        model,
+        pages,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    rows = [{"page": str(p), "text": t} for p, t in zip(pages, readings, strict=True)]
+    _print(rows, as_json, "\n\n".join(readings))
 
 
 @app.command()
@@ -275,8 +346,10 @@ def _check_versions() -> None:
 def _quieten() -> None:
     """Hide what a user of the command line can do nothing about."""
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     # torch.utils.data warns about pinned memory wherever there is no GPU
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
 

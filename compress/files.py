@@ -27,6 +27,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         # mkdtemp makes the folder private; a checkpoint has the permissions of any other folder
         temporary.chmod(0o777 & ~_umask())
         yield temporary
+        # so are the files that safetensors makes
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
             try:

@@ -4,12 +4,10 @@ import contextlib
 import copy
 import datetime
 import errno
-import fcntl
 import math
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from compress.cost import unet_cost
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
+from compress.environment import choose_device, device_name, versions_of
 from compress.eval import diffusion, fidelity
 from compress.files import write_bytes, write_json, write_text
 from compress.gradflow import GradFlow, OneShot, Training
@@ -32,6 +31,7 @@ from compress.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.journal import Journal
 from compress.method import Compressed, Event
 from compress.models import load_pipeline, model_hash
+from compress.output_folder import check_target, claim
 from compress.recipe import Recipe, dump, load_recipe
 from compress.report import write_report
 
@@ -130,7 +130,7 @@ def run_events(
     _check_space(job)
     pruning = _pruning_run(job, Journal(job.folder), resume=resume)
     yield Event("prepare", 1, 1, message=_plan(job, pruning))
-    with _claim(job.folder, resume=resume, overwrite=overwrite):
+    with claim(job.folder, resume=resume, overwrite=overwrite):
         write_text(job.folder / "recipe.yaml", _resolved(job))
         pruned = yield from pruning.events()
         compressed = _with_unet(job.pipeline, pruned.unet)
@@ -183,7 +183,7 @@ def apply(
         method,
         training or Training(),
         Journal(),
-        device=_device(device),
+        device=choose_device(device),
     )
     events = run_.events()
     while True:
@@ -257,7 +257,7 @@ def evaluate_model(
     """
     from compress.checkpoint import load
 
-    where = _device(device)
+    where = choose_device(device)
     pipeline = load(model)
     unet = _unet_of(pipeline, model)
     images = load_images(data, unet.config.sample_size, unet.config.in_channels)
@@ -282,44 +282,6 @@ def evaluate_model(
     }
 
 
-def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that holds something this run must not touch.
-
-    Raises
-    ------
-    FileExistsError : saying what is there and which option goes on.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(
-            f"output folder expected at {folder}, which is a file; choose another"
-        )
-    if not folder.exists() or all(_is_leftover(entry) for entry in folder.iterdir()):
-        return
-    if not (folder / "recipe.yaml").exists():
-        raise FileExistsError(
-            f"output folder {folder} holds files that are no run of compress; choose another "
-            "--output"
-        )
-    if overwrite:
-        return
-    if (folder / "report.html").exists():
-        raise FileExistsError(
-            f"output folder {folder} holds a finished run; choose another --output, or replace "
-            "it with --overwrite"
-        )
-    if not resume:
-        raise FileExistsError(
-            f"output folder {folder} holds an unfinished run; go on with --resume, or start "
-            "again with --overwrite"
-        )
-
-
-def _is_leftover(entry: Path) -> bool:
-    """Whether an entry is our lock, or a file or folder that a killed run had not yet renamed."""
-    known = ("recipe.yaml", "log.jsonl", "checkpoint", "metrics.json", "report.html", "samples")
-    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}" for name in known))
-
-
 def _check_same_recipe(job: _Job) -> None:
     """Half a run of each of two recipes is a run of neither: refuse to resume another one."""
     path = job.folder / "recipe.yaml"
@@ -336,37 +298,6 @@ def _check_same_recipe(job: _Job) -> None:
             f"the run in {job.folder} has another recipe: {', '.join(changed)} changed; resume it "
             "with its own recipe, or start again with --overwrite"
         )
-
-
-@contextlib.contextmanager
-def _claim(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the output folder for this process; a folder that failed before any state goes again."""
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
-    with lock.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"output folder {folder} is in use by another process; choose another --output or "
-                "wait"
-            ) from error
-        for entry in folder.iterdir():
-            if entry == lock or not (_is_leftover(entry) or (overwrite and not resume)):
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        try:
-            yield
-        except Exception:
-            if not existed and not (folder / "state" / "state.safetensors").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _open(
@@ -388,7 +319,7 @@ def _open(
         seed=typed.seed,
     )
     folder = Path(output or typed.output or "runs/compress")
-    return _Job(typed, folder, pipeline, data, training, _device(device))
+    return _Job(typed, folder, pipeline, data, training, choose_device(device))
 
 
 def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
@@ -412,18 +343,6 @@ def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> Prunin
         device=job.device,
         resume=resume,
     )
-
-
-def _device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device must be such as cpu or cuda; got {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
-    return device
 
 
 def _plan(job: _Job, pruning: PruningRun) -> str:
@@ -547,9 +466,9 @@ def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
         "data": job.recipe.data,
         "seed": job.recipe.seed,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": diffusion.device_name(job.device),
+        "device": device_name(job.device),
         "threads": torch.get_num_threads(),
-        "versions": _versions(),
+        "versions": versions_of(PACKAGES),
         "surgery": {k: _finite(v) for k, v in pruned.report["surgery"].items()},
         **facts,
     }
@@ -557,14 +476,6 @@ def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _widths(unet: UNet2DModel, widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -584,10 +495,10 @@ def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str,
         "recipe": recipe,
         "widths": _widths(job.pipeline.unet, pruned.widths),
         "metrics": metrics,
-        "versions": _versions(),
+        "versions": versions_of(PACKAGES),
     }
 
 
 def _resolved(job: _Job) -> str:
-    lines = [f"# {name} {number}" for name, number in _versions().items()]
+    lines = [f"# {name} {number}" for name, number in versions_of(PACKAGES).items()]
     return "\n".join([*lines, dump(job.recipe)])

@@ -1,7 +1,5 @@
 """A finished run as one self-contained page."""
 
-import base64
-import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 
 from compress.figures import draw_figures
 from compress.files import write_bytes, write_text
+from compress.page import document, escape, facts_table, picture, value_cell
 from compress.results import Run, arrow, metric_name, number_text, read_run
 
 CRITERION_SHARE_AIM = 0.15
@@ -69,20 +68,14 @@ def render(run: Run, images: Mapping[str, bytes]) -> str:
         _training_section(run, images),
         _facts_section(run),
     ]
-    return PAGE.format(
-        title=_text(f"{run.name} - compress"),
-        name=_text(run.name),
-        line=_text(" · ".join(line)),
-        style=CSS,
-        body="\n".join(section for section in sections if section),
-    )
+    return document(run.name, " · ".join(line), sections)
 
 
 def _warnings_section(run: Run) -> str:
     warnings = run.metrics.get("warnings", [])
     if not warnings:
         return ""
-    items = "".join(f"<li>{_text(warning)}</li>" for warning in warnings)
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<section class="warnings"><h2>Take note</h2><ul>{items}</ul></section>'
 
 
@@ -105,7 +98,7 @@ def _headline_section(run: Run, method: Mapping[str, Any]) -> str:
         )
         note = "" if name == "ssim_to_dense" else f"<span>dense: {before}</span>"
         cards.append(
-            f'<div class="card"><h3>{_text(metric_name(name))}</h3><p>{after}</p>{note}</div>'
+            f'<div class="card"><h3>{escape(metric_name(name))}</h3><p>{after}</p>{note}</div>'
         )
     return (
         f'<section class="headline"><p class="lead">{said}</p>'
@@ -127,19 +120,19 @@ def _table_section(run: Run) -> str:
         if name in floor:
             under = f'<small class="floor">floor {number_text(floor[name], unit)}</small>'
         cells = [
-            f'<th scope="row">{_text(metric_name(name))} <span class="better" '
-            f'title="{_text(entry.get("better", ""))} is better">{mark}</span>'
-            f"<small>{_text(unit)}</small></th>"
+            f'<th scope="row">{escape(metric_name(name))} <span class="better" '
+            f'title="{escape(entry.get("better", ""))} is better">{mark}</span>'
+            f"<small>{escape(unit)}</small></th>"
         ]
         for side in ("dense", "compressed"):
             cells.append(
                 f'<td data-label="{side}" class="{side}"><span>'
-                f"{_cell(entry.get(side), unit)}{under if side == 'dense' else ''}</span></td>"
+                f"{value_cell(entry.get(side), unit)}{under if side == 'dense' else ''}</span></td>"
             )
         count = (entry.get("compressed") or {}).get("n")
         cells.append(f'<td data-label="ratio">{_ratio(entry.get("ratio"))}</td>')
         cells.append(f'<td data-label="n">{"–" if count is None else f"{count:,}"}</td>')
-        cells.append(f'<td data-label="how" class="how">{_text(entry.get("how", ""))}</td>')
+        cells.append(f'<td data-label="how" class="how">{escape(entry.get("how", ""))}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = "".join(
         f'<th scope="col">{head}</th>'
@@ -233,139 +226,20 @@ def _training_section(run: Run, images: Mapping[str, bytes]) -> str:
 
 
 def _facts_section(run: Run) -> str:
-    facts = run.metrics.get("run", {})
-    rows = []
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {version}" for name, version in value.items())
-        elif isinstance(value, float):
-            value = f"{value:.4g}"
-        rows.append(
-            f"<tr><th scope='row'>{_text(key.replace('_', ' '))}</th><td>{_text(value)}</td></tr>"
-        )
     recipe = (
         "<details><summary>Recipe, as it was resolved</summary>"
-        f"<pre>{_text(run.recipe_text)}</pre></details>"
+        f"<pre>{escape(run.recipe_text)}</pre></details>"
         if run.recipe_text
         else ""
     )
-    return (
-        f'<section><h2>The run</h2><table class="facts"><tbody>{"".join(rows)}</tbody></table>'
-        f"{recipe}</section>"
-    )
+    return f"<section><h2>The run</h2>{facts_table(run.metrics.get('run', {}))}{recipe}</section>"
 
 
 def _figure(images: Mapping[str, bytes], name: str, caption: str, kind: str = "") -> str:
-    if name not in images:
-        return ""
-    data = base64.b64encode(images[name]).decode()
-    return (
-        f'<figure class="{kind}"><figcaption>{_text(caption)}</figcaption>'
-        f'<img src="data:image/png;base64,{data}" alt="{_text(caption)}"></figure>'
-    )
-
-
-def _cell(side: Mapping[str, Any] | None, unit: str) -> str:
-    if not side:
-        return "–"
-    interval = side.get("ci95")
-    inside = (
-        f"<small>[{number_text(interval[0], unit)}, {number_text(interval[1], unit)}]</small>"
-        if interval
-        else ""
-    )
-    return f"<b>{number_text(side['value'], unit)}</b>{inside}"
+    return picture(images[name], caption, kind) if name in images else ""
 
 
 def _ratio(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}×" if 0.01 <= value < 1 else f"{value:.3g}×"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-CSS = """
-:root { color-scheme: light; --ink: #1d2433; --soft: #5b6474; --line: #e1e5eb; --dense: #0072B2;
-  --compressed: #B84E00; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 24px 20px 64px; max-width: 1200px; color: var(--ink);
-  background: #f6f7f9; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-header h1 { margin: 0; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
-header p { margin: 4px 0 0; color: var(--soft); overflow-wrap: anywhere; }
-section { margin-top: 24px; padding: 20px 24px; background: #fff; border: 1px solid var(--line);
-  border-radius: 12px; }
-h2 { margin: 0 0 12px; font-size: 20px; }
-section > p { margin: 4px 0 8px; max-width: 75ch; }
-.warnings { border-color: #e0a800; background: #fff8e1; }
-.warnings ul { margin: 0; padding-left: 20px; }
-.lead { margin: 0 0 16px; font-size: 20px; }
-.cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; }
-.card { padding: 12px 16px; background: #f6f7f9; border-radius: 8px; }
-.card h3 { margin: 0; font-size: 14px; font-weight: 600; color: var(--soft); }
-.card p { margin: 2px 0; font-size: 26px; font-weight: 700; line-height: 1.2; }
-.card span { font-size: 14px; color: var(--soft); }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 12px 8px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-thead th { font-size: 14px; color: var(--soft); }
-tbody th { font-weight: 600; }
-small { display: block; font-weight: 400; font-size: 13px; color: var(--soft); }
-.metrics td b { white-space: nowrap; }
-.metrics td small { white-space: nowrap; }
-.dense b { color: var(--dense); }
-.compressed b { color: var(--compressed); }
-.better { color: var(--soft); font-weight: 400; }
-.how { font-size: 13px; color: var(--soft); max-width: 340px; }
-.note { font-size: 14px; color: var(--soft); }
-.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 24px;
-  align-items: start; }
-figure { margin: 0; }
-figcaption { margin-bottom: 6px; font-weight: 600; font-size: 15px; }
-img { display: block; width: 100%; height: auto; }
-.pixels img { image-rendering: pixelated; border: 1px solid var(--line); }
-.wide { grid-column: 1 / -1; max-width: 700px; }
-.facts th { width: 220px; font-size: 14px; }
-.facts td { font-size: 14px; overflow-wrap: anywhere; }
-details { margin-top: 16px; }
-summary { cursor: pointer; font-weight: 600; }
-pre { margin: 8px 0 0; padding: 12px; overflow-x: auto; background: #f6f7f9; border-radius: 8px;
-  font-size: 13px; }
-@media (max-width: 900px) { .cards { grid-template-columns: repeat(2, 1fr); } }
-@media (max-width: 760px) {
-  body { padding: 16px 10px 40px; }
-  section { padding: 16px 14px; }
-  .figures { grid-template-columns: minmax(0, 1fr); }
-  .card { padding: 10px 12px; }
-  .card p { font-size: 22px; }
-  .metrics thead { display: none; }
-  .metrics, .metrics tbody { display: block; }
-  .metrics tr { display: grid; grid-template-columns: 1fr 1fr; gap: 4px 12px; padding: 12px 0;
-    border-bottom: 1px solid var(--line); }
-  .metrics th, .metrics td { padding: 0; border: 0; }
-  .metrics tbody th, .metrics .how { grid-column: 1 / -1; max-width: none; }
-  .metrics td::before { content: attr(data-label); display: block; font-size: 12px;
-    color: var(--soft); }
-  .metrics .how::before { display: none; }
-  .facts th { width: 40%; }
-}
-@media print { body { background: #fff; } section { break-inside: avoid; } }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{name}</h1><p>{line}</p></header>
-{body}
-</body>
-</html>
-"""

@@ -33,6 +33,18 @@ NAMES = {
     "latency_ms": "Latency per step (ms)",
     "images_per_second": "Images per second",
     "peak_memory_mb": "Peak memory (MB)",
+    "ned": "Normalised edit distance",
+    "ned_corpus": "Normalised edit distance, corpus",
+    "cer": "CER",
+    "cer_corpus": "CER, corpus",
+    "wer": "WER",
+    "wer_corpus": "WER, corpus",
+    "bleu": "BLEU",
+    "bleu_corpus": "BLEU, corpus",
+    "meteor_exact_stem": "METEOR (exact, stem)",
+    "token_f1": "Token F1",
+    "teds": "TEDS",
+    "teds_structure": "TEDS, structure only",
 }
 
 
@@ -151,7 +163,9 @@ def number_text(value: float | None, unit: str = "") -> str:
 
 def metric_name(metric: str) -> str:
     """A metric's name for people; its key with spaces when it has none."""
-    return NAMES.get(metric, metric.replace("_", " "))
+    name, unseen, _ = metric.partition("_unseen_font")
+    shown = NAMES.get(name, name.replace("_", " "))
+    return f"{shown}, unseen font" if unseen else shown
 
 
 def arrow(better: str) -> str:

@@ -20,6 +20,7 @@ from scipy import stats
 
 from compress.cost import unet_cost, unet_inputs
 from compress.data.sources import Images
+from compress.environment import device_name
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
@@ -427,12 +428,6 @@ def speed(
             "peak_memory_mb": Value(memory.megabytes, f"batch {batch}, {where}; {memory.how}"),
         }
     return result
-
-
-def device_name(device: str | torch.device) -> str:
-    """``cpu``, or the GPU's product name."""
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def side_by_side(

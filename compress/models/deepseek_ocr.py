@@ -63,6 +63,7 @@ def save_deepseek_ocr(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
         )
         write_json(temporary / "config.json", config)
+        model.generation_config.save_pretrained(temporary)
         save_processor(processor, temporary)
     return folder
 

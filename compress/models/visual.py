@@ -54,11 +54,14 @@ class Adapter:
         the ``(tokens, 3)`` grids of the images, in their order through the batch.
     prompt : (processor, images, texts) to model inputs, one image and one text a sequence, padded
         on the left.
+    read_prompt : the text that asks for a plain transcription, as the checkpoint's card says; for
+        general models our own choice.
     """
 
     name: str
     cells: Cells
     prompt: Prompt
+    read_prompt: str
 
     def layouts(self, config: Any, inputs: Inputs) -> list[VisualLayout]:
         """The layout of each sequence of a batch.
@@ -246,16 +249,17 @@ def _got_prompt(
     )
 
 
+_TRANSCRIBE = "Transcribe all text of this page, in reading order. Answer with the text only."
 ADAPTERS = {
-    "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt),
-    "unlimited_ocr": Adapter("Unlimited-OCR", _mosaic_cells, _chat_prompt),
-    "deepseek_ocr2": Adapter("DeepSeek-OCR-2", _query_cells, _chat_prompt),
-    "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt),
-    "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt),
-    "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt),
-    "paddleocr_vl": Adapter("PaddleOCR-VL", _merged_cells, _chat_prompt),
-    "glm_ocr": Adapter("GLM-OCR", _merged_cells, _chat_prompt),
-    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt),
+    "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt, "Free OCR."),
+    "unlimited_ocr": Adapter("Unlimited-OCR", _mosaic_cells, _chat_prompt, "document parsing."),
+    "deepseek_ocr2": Adapter("DeepSeek-OCR-2", _query_cells, _chat_prompt, "Free OCR."),
+    "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE),
+    "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE),
+    "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt, _TRANSCRIBE),
+    "paddleocr_vl": Adapter("PaddleOCR-VL", _merged_cells, _chat_prompt, "OCR:"),
+    "glm_ocr": Adapter("GLM-OCR", _merged_cells, _chat_prompt, "Text Recognition:"),
+    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt, "OCR: "),
 }
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from compress.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
 from compress.models.deepseek_ocr_layout import ARCHITECTURE
+from compress.models.loading import BUILTIN
 from compress.models.transformers_folder import read_model, stored_shapes
 from compress.models.visual import ADAPTERS
 
@@ -22,16 +23,17 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
 
     Parameters
     ----------
-    model : a folder in transformers' layout or in that of `deepseek-ai/DeepSeek-OCR`, or a hub id.
+    model : ``builtin:NAME``, a folder in transformers' layout or in that of
+        `deepseek-ai/DeepSeek-OCR`, or a hub id.
     dtype : of the parameters.
 
     Raises
     ------
-    ValueError : for a damaged file (named), a missing tensor (named), an unknown architecture
-        (listing the known ones), or an id that the hub does not give.
+    ValueError : for an unknown built-in name, a damaged file (named), a missing tensor (named), an
+        unknown architecture (listing the known ones), or an id that the hub does not give.
     FileNotFoundError : when the folder or one of its files is missing.
     """
-    folder = _folder(model)
+    folder = model_folder(model)
     stored_shapes(folder)
     config = read_json(folder / "config.json")
     kind, architectures = config.get("model_type"), config.get("architectures") or []
@@ -53,7 +55,26 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
         ) from error
 
 
-def _folder(model: str | Path) -> Path:
+def builtin_readers() -> list[str]:
+    """Names of the vision-language models that ship with compress."""
+    return sorted(path.parent.name for path in BUILTIN.glob("reader-*/config.json"))
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a model: built in, local, or fetched from the hub.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as :func:`load_vlm`.
+    """
+    kind, _, builtin = str(model).partition(":")
+    if kind == "builtin":
+        if builtin not in builtin_readers():
+            raise ValueError(
+                f"built-in readers are {', '.join(builtin_readers())}; got {str(model)!r}; name "
+                "one of them"
+            )
+        return BUILTIN / builtin
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

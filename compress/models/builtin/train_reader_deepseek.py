@@ -44,8 +44,9 @@ def _level(side: int, lines: tuple[int, int], characters: tuple[int, int], batch
     return Level(easier, batch)
 
 
-# square pages, as the model sees them; 16, 36, 64, 100, 144 and 196 visual tokens
+# square pages, as the model sees them; 16, 16, 36, 64, 100, 144 and 196 visual tokens
 LEVELS = (
+    _level(64, (1, 1), (3, 7), 64),
     _level(64, (1, 3), (3, 7), 64),
     _level(96, (3, 5), (4, 10), 48),
     _level(128, (5, 7), (6, 12), 32),
@@ -123,8 +124,25 @@ def build_model(processor: DeepseekOcrProcessor) -> UnlimitedOcrForConditionalGe
         image_token_id=processor.image_token_id,
     )
     model = UnlimitedOcrForConditionalGeneration(config)
+    # the learned positions start as sines: the levels of the curriculum resize them, which averages
+    # random ones away
+    sam, clip = model.model.vision_tower.sam_encoder, model.model.vision_tower.vision_encoder
+    with torch.no_grad():
+        sam.pos_embed.copy_(0.3 * sines(*sam.pos_embed.shape[1:3], sam.pos_embed.shape[3]))
+        positions = clip.embeddings.position_embedding.weight
+        tokens = SIDE // (4 * PATCH)
+        positions[1:] = sines(tokens, tokens, positions.shape[1]).flatten(0, 1)
     model.generation_config = GenerationConfig(max_new_tokens=MOST_NEW_TOKENS, **ends)
     return model
+
+
+def sines(rows: int, columns: int, width: int) -> torch.Tensor:
+    """Sines and cosines of row and column, ``(rows, columns, width)``, from fast to slow."""
+    speeds = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    down = torch.arange(rows)[:, None, None] * speeds
+    right = torch.arange(columns)[None, :, None] * speeds
+    parts = [down.sin(), down.cos(), right.sin(), right.cos()]
+    return torch.cat([part.expand(rows, columns, -1) for part in parts], 2)
 
 
 def encode(processor: DeepseekOcrProcessor, pages: list[Page]) -> dict[str, torch.Tensor]:

@@ -40,16 +40,14 @@ SPECIALS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-# the user's turn in brackets, then the answer: no role names, they would cost characters
+# the images of the user's turn in brackets, then the answer. The reader does one thing, so whatever
+# text asks for it is left out: no instruction, no role names, they would cost a token a character
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}{{ '<|im_start|>' }}{%- endif -%}"
-    "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}"
+    "{{ '<|im_start|>' }}"
+    "{%- for part in message.content if part.type == 'image' -%}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
     "{%- endfor -%}"
-    "{%- endif -%}"
     "{{ '<|im_end|>' }}"
     "{%- endfor -%}"
 )

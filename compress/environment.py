@@ -1,0 +1,40 @@
+"""What a result depends on besides the recipe: devices and versions."""
+
+import contextlib
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+def choose_device(device: str | None) -> str:
+    """The device that is asked for; CUDA where there is any when None.
+
+    Raises
+    ------
+    ValueError : for what is no device, or CUDA where torch sees no GPU.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be such as cpu or cuda; got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+    return device
+
+
+def device_name(device: str | torch.device) -> str:
+    """``cpu``, or the GPU's product name."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions by package; those that are not installed are left out."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,174 @@
+"""``compress eval MODEL --suite ocr``: read pages, keep the predictions, score them, report."""
+
+import datetime
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compress.data.ocr_pages import OcrData, load_pages
+from compress.environment import choose_device, device_name, versions_of
+from compress.eval import ocr
+from compress.files import folder_hash, write_json, write_text
+from compress.method import Event
+from compress.models.page_images import open_image
+from compress.models.reading import read_pages
+from compress.models.vlm import load_vlm, model_folder
+from compress.ocr_report import write_ocr_report
+from compress.output_folder import check_target, claim
+
+SETTINGS = "evaluation.yaml"
+PREDICTIONS = "predictions.jsonl"
+PACKAGES = ("compress-models", "torch", "transformers", "rapidfuzz", "jiwer", "sacrebleu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OcrSettings:
+    """What an OCR evaluation depends on.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a folder or a hub id.
+    data : as in :func:`compress.data.ocr_pages.load_pages`; for a built-in reader, when None, the
+        pages of the kind that it was trained on, and ``builtin:pages`` for other models.
+    samples : rendered pages of each kind; a folder is read as a whole.
+    batch : pages that are read together.
+    prompt : the family's own for plain text when None.
+    max_new_tokens : of a page; what the checkpoint says when None.
+    dtype : of the weights: float32, bfloat16 or float16.
+    seed : of the bootstrap.
+    """
+
+    model: str
+    data: str | None = None
+    samples: int = 64
+    batch: int = 8
+    prompt: str | None = None
+    max_new_tokens: int | None = None
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}; choose one"
+            )
+        if self.data is None:
+            square = self.model == "builtin:reader-deepseek"
+            object.__setattr__(self, "data", f"builtin:{'square-' * square}pages")
+
+
+def evaluate_events(
+    settings: OcrSettings,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> Generator[Event, None, dict[str, Any]]:
+    """Evaluate a model, as a generator of events: the caller owns the loop.
+
+    ``output`` gets ``evaluation.yaml`` (settings and the model's hash), ``predictions.jsonl``,
+    ``metrics.json`` and ``report.html``.
+
+    Returns
+    -------
+    What metrics.json holds: ``metrics`` (per metric ``value``, ``ci95``, ``n``, ``how`` and
+    ``better``) and ``run``.
+
+    Raises
+    ------
+    ValueError : for a model, data or images that cannot be used, or to resume other settings.
+    FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
+    """
+    where = choose_device(device)
+    check_target(output, resume=resume, overwrite=overwrite)
+    data = load_pages(str(settings.data), open_image, settings.samples)
+    folder = model_folder(settings.model)
+    facts = asdict(settings) | {"model_hash": folder_hash(folder)}
+    if resume:
+        _check_same(output, facts)
+    model, processor = load_vlm(settings.model, DTYPES[settings.dtype])
+    model.to(where)
+
+    def read(names: Any, images: Any) -> list[ocr.Prediction]:
+        readings = read_pages(model, processor, images, settings.prompt, settings.max_new_tokens)
+        pairs = zip(names, readings, strict=True)
+        return [ocr.Prediction(page=name, **asdict(reading)) for name, reading in pairs]
+
+    with claim(output, resume=resume, overwrite=overwrite):
+        write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+        for count in ocr.predict(data, read, settings.batch, output / PREDICTIONS):
+            yield Event("read", count, len(data.pages))
+        metrics = _score(data, output, settings, where)
+        write_json(output / "metrics.json", metrics)
+        write_ocr_report(output, data, ocr.read_predictions(output / PREDICTIONS), metrics)
+    yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
+    return metrics
+
+
+def read_files(
+    model: str,
+    pages: Sequence[Path],
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> list[str]:
+    """Read image files one by one; the same as ``compress read``.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a folder or a hub id.
+    pages : image files.
+    prompt, max_new_tokens, dtype : as in `OcrSettings`.
+    device : CUDA where there is any when None.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : for a model or an image that cannot be used.
+    """
+    settings = OcrSettings(model, prompt=prompt, max_new_tokens=max_new_tokens, dtype=dtype)
+    images = [open_image(path) for path in pages]
+    network, processor = load_vlm(model, DTYPES[settings.dtype])
+    network.to(choose_device(device))
+    return [
+        read_pages(network, processor, [image], prompt, max_new_tokens)[0].text for image in images
+    ]
+
+
+def _score(data: OcrData, output: Path, settings: OcrSettings, device: str) -> dict[str, Any]:
+    found = ocr.score(data, ocr.read_predictions(output / PREDICTIONS), settings.seed)
+    return {
+        "metrics": {
+            name: asdict(value) | {"better": ocr.better(name)} for name, value in found.items()
+        },
+        "run": {
+            **asdict(settings),
+            "pages": len(data.pages),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "versions": versions_of(PACKAGES),
+        },
+    }
+
+
+def _check_same(output: Path, facts: dict[str, Any]) -> None:
+    """Half an evaluation with each of two settings is one with neither: refuse to resume it."""
+    path = output / SETTINGS
+    if not path.is_file():
+        return
+    found = yaml.safe_load(path.read_text(encoding="utf8"))
+    found = found if isinstance(found, dict) else {}
+    changed = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
+    if changed:
+        raise ValueError(
+            f"the evaluation in {output} has other settings: {', '.join(changed)} changed; resume "
+            "it with its own, or start again with --overwrite"
+        )

@@ -1,0 +1,390 @@
+"""The OCR suite: pages in, predictions kept, scores out; and the command line around it."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from compress.cli import app
+from compress.data.fonts import UNSEEN_FONT
+from compress.data.ocr_pages import OcrData, OcrPage, load_pages, pdf_page
+from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
+from compress.data.pages import DOCUMENT, LINE, PAGE, page
+from compress.eval.ocr import (
+    Prediction,
+    accuracy_retention,
+    better,
+    predict,
+    read_predictions,
+    score,
+)
+from compress.models.builtin import train_reader_qwen
+from compress.models.page_images import open_image
+from compress.ocr_evaluation import OcrSettings, evaluate_events
+from compress.ocr_report import marked
+
+
+def prediction(name, text, ended=True):
+    return Prediction(name, text, len(text) + 1, 10, ended)
+
+
+def pages_of(*texts):
+    image = Image.new("L", (8, 8), 255)
+    return OcrData("test", tuple(OcrPage(str(i), lambda: image, t) for i, t in enumerate(texts)))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """An untrained reader in a folder, as small as its processor allows."""
+    torch.manual_seed(0)
+    processor = train_reader_qwen.build_processor()
+    config = train_reader_qwen.build_model(processor).config
+    config.text_config.num_hidden_layers = 1
+    config.text_config.layer_types = config.text_config.layer_types[:1]
+    config.vision_config.depth = 1
+    model = type(train_reader_qwen.build_model(processor))(config)
+    model.generation_config.eos_token_id = config.text_config.eos_token_id
+    folder = tmp_path_factory.mktemp("reader") / "reader"
+    train_reader_qwen.save(processor, model, folder)
+    return folder
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """A folder of four images of one line, with their texts."""
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for index in range(4):
+        made = page(0, index, LINE, "test")
+        made.image.save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(made.text)
+    return folder
+
+
+# ---- pages ---------------------------------------------------------------------------------
+
+
+def test_rendered_pages_come_in_the_fonts_of_training_and_in_the_unseen_one():
+    data = load_pages("builtin:pages", open_image, samples=3)
+    assert [p.unseen_font for p in data.pages] == [False] * 3 + [True] * 3
+    assert len({p.name for p in data.pages}) == 6
+    other = replace(PAGE, fonts=(UNSEEN_FONT,))
+    for index, found in enumerate(data.pages):
+        wanted = page(0, index % 3, other if index >= 3 else PAGE, "test")
+        assert found.text == wanted.text
+        assert found.open().tobytes() == wanted.image.tobytes()
+
+
+def test_a_folder_of_images_with_texts(lines):
+    data = load_pages(str(lines), open_image)
+    assert [p.name for p in data.pages] == ["0.png", "1.png", "2.png", "3.png"]
+    assert data.pages[2].text == page(0, 2, LINE, "test").text
+    assert data.pages[2].open().size == LINE.size
+
+
+@pytest.mark.parametrize("layout", ["omnidocbench", "olmocr"])
+def test_true_texts_of_a_benchmark_folder_score_full_marks(layout, tmp_path):
+    made = [page(0, index, DOCUMENT, "test") for index in range(2)]
+    folder = tmp_path / "bench"
+    if layout == "olmocr":
+        write_pages_as_olmocr_bench(folder, made)
+    else:
+        write_pages_as_omnidocbench(folder, made)
+    data = load_pages(f"folder:{folder}", open_image)
+    assert [p.open().size for p in data.pages] == [DOCUMENT.size] * 2
+    answers = [prediction(p.name, m.text) for p, m in zip(data.pages, made, strict=True)]
+    found = score(data, answers)
+    if layout == "olmocr":
+        assert found["score"].value == 1
+    else:
+        assert found["text_edit"].value == 0
+        assert found["overall_proxy"].value == pytest.approx(100)
+    nothing = score(data, [prediction(p.name, "") for p in data.pages])
+    name = "score" if layout == "olmocr" else "overall_proxy"
+    assert nothing[name].value < 0.2 * found[name].value
+
+
+def test_a_pdf_without_images_beside_it_is_rendered(tmp_path):
+    made = page(0, 0, DOCUMENT, "test")
+    bench = write_pages_as_olmocr_bench(tmp_path / "bench", [made])
+    place = bench.pages[0]
+    bench.image(place).unlink()
+    image = load_pages(str(tmp_path / "bench"), open_image).pages[0].open()
+    assert max(image.size) == 1288
+    ratio = DOCUMENT.size[0] / DOCUMENT.size[1]
+    assert image.size[0] / image.size[1] == pytest.approx(ratio, abs=0.01)
+    dark = sum(1 for value in image.convert("L").tobytes() if value < 128)
+    assert dark > 0.005 * image.size[0] * image.size[1]
+    path = tmp_path / "bench" / "pdfs" / place[0]
+    with pytest.raises(ValueError, match="should have a page 2; it has 1"):
+        pdf_page(path, 2)
+    path.write_bytes(b"no PDF")
+    with pytest.raises(ValueError, match="should be a PDF"):
+        pdf_page(path, 1)
+
+
+def test_sources_that_cannot_be_used(tmp_path, lines):
+    def refused(source, match, kind=ValueError):
+        with pytest.raises(kind, match=match):
+            load_pages(str(source), open_image)
+
+    refused("builtin:nothing", "builtin:pages, builtin:square-pages; got 'builtin:nothing'")
+    refused(tmp_path / "missing", "does not exist", FileNotFoundError)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "it holds none of these")
+    (lines / "1.md").write_text("twice")
+    refused(lines, "1.png should have its text beside it.*found 2")
+    (lines / "1.md").unlink()
+    (lines / "1.txt").unlink()
+    refused(lines, "1.png should have its text beside it.*found 0")
+    (lines / "1.txt").write_bytes(b"\xff\xfe\xff")
+    refused(lines, "1.txt should be UTF-8")
+
+
+# ---- predictions and scores ----------------------------------------------------------------
+
+
+def test_the_truth_scores_nothing_wrong():
+    data = pages_of("one line", "two\nlines here")
+    found = score(data, [prediction(p.name, p.text) for p in data.pages])
+    for name in ("cer", "cer_corpus", "ned", "wer", "worst_page_ned", "loop_rate"):
+        assert found[name].value == 0
+    for name in ("bleu", "token_f1", "ended_rate"):
+        assert found[name].value == pytest.approx(1)
+    assert {better(n) for n in found} == {"lower", "higher", ""}
+    assert better("bleu_unseen_font") == "higher" and better("cer_unseen_font") == "lower"
+
+
+def test_the_unseen_font_has_metrics_of_its_own():
+    data = pages_of("abcd", "abcd")
+    data = replace(data, pages=(data.pages[0], replace(data.pages[1], unseen_font=True)))
+    found = score(data, [prediction("0", "abcd"), prediction("1", "abxx", ended=False)])
+    assert found["cer"].value == 0 and found["cer"].n == 1
+    assert found["cer_unseen_font"].value == 0.5 and found["cer_unseen_font"].n == 1
+    assert found["ended_rate"].value == 0.5 and found["ended_rate"].n == 2
+
+
+def test_a_page_without_prediction_is_not_scored():
+    with pytest.raises(ValueError, match="1 of 2 pages have none, the first is 1"):
+        score(pages_of("a", "b"), [prediction("0", "a")])
+
+
+def test_reading_goes_on_where_it_was_killed(tmp_path):
+    data = pages_of(*"abcdefg")
+    asked = []
+
+    def read(names, images):
+        assert len(names) == len(images)
+        asked.extend(names)
+        return [prediction(name, f"read {name}") for name in names]
+
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    assert list(predict(data, read, 3, whole)) == [0, 3, 6, 7]
+    asked.clear()
+    steps = predict(data, read, 3, parts)
+    next(steps), next(steps)
+    steps.close()
+    with parts.open("a") as file:  # a kill in the middle of a line
+        file.write('{"page": "3", "te')
+    assert list(predict(data, read, 3, parts)) == [3, 6, 7]
+    assert asked == ["0", "1", "2", "3", "4", "5", "6"]
+    assert parts.read_bytes() == whole.read_bytes()
+    assert list(predict(data, read, 3, parts)) == [7]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    good = json.dumps(asdict(prediction("0", "a")))
+    for bad in ('{"page": "1"}', "nonsense"):
+        file.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(ValueError, match="line 2, should be a prediction"):
+            read_predictions(file)
+
+
+def test_accuracy_retention_is_the_ratio_of_what_is_right():
+    data = pages_of("abcdefghij", "klmnopqrst")
+    dense = [prediction("0", "abcdefghij"), prediction("1", "klmnopqrxx")]
+    pruned = [prediction("0", "abcdefghxx"), prediction("1", "klmnopxxxx")]
+    found = accuracy_retention(data.pages, pruned, dense)
+    assert found.value == pytest.approx((20 - 6) / (20 - 2))
+    assert found.n == 2 and found.ci95[0] <= found.value <= found.ci95[1]
+    same = accuracy_retention(data.pages, dense, dense)
+    assert same.value == 1 and same.ci95 == (1, 1)
+    with pytest.raises(ValueError, match="1 lack a prediction, the first is 1"):
+        accuracy_retention(data.pages, pruned[:1], dense)
+    with pytest.raises(ValueError, match="a dense model that reads"):
+        accuracy_retention(data.pages, pruned, [prediction("0", ""), prediction("1", "")])
+
+
+def test_marks_keep_every_character():
+    html = marked("a <b> cat", "the <b> car")
+    read = re.sub(r"<del>.*?</del>", "", html)
+    assert re.sub(r"</?ins>", "", read).replace("&lt;", "<").replace("&gt;", ">") == "a <b> cat"
+    there = re.sub(r"<ins>.*?</ins>", "", html)
+    assert re.sub(r"</?del>", "", there).replace("&lt;", "<").replace("&gt;", ">") == "the <b> car"
+    assert marked("same", "same") == "same"
+
+
+# ---- the whole way -------------------------------------------------------------------------
+
+
+def evaluate(reader, lines, output, **changes):
+    settings = OcrSettings(str(reader), data=str(lines), max_new_tokens=5, batch=3)
+    options = {name: changes.pop(name) for name in ("resume", "overwrite") if name in changes}
+    events = evaluate_events(replace(settings, **changes), output, device="cpu", **options)
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_an_evaluation_leaves_predictions_metrics_and_a_report(reader, lines, tmp_path):
+    output = tmp_path / "out"
+    metrics = evaluate(reader, lines, output)
+    assert json.loads((output / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    found = read_predictions(output / "predictions.jsonl")
+    assert [p.page for p in found] == ["0.png", "1.png", "2.png", "3.png"]
+    assert all(p.new_tokens <= 5 and p.visual_tokens == 20 for p in found)
+    report = (output / "report.html").read_text()
+    assert report.count("data:image/png;base64") == 3 and "Worst page" in report
+    with pytest.raises(FileExistsError, match="finished run"):
+        evaluate(reader, lines, output)
+
+
+def test_reading_in_batches_equals_reading_one_by_one(reader, lines, tmp_path):
+    evaluate(reader, lines, tmp_path / "three")
+    evaluate(reader, lines, tmp_path / "one", batch=1)
+    one, three = (read_predictions(tmp_path / n / "predictions.jsonl") for n in ("one", "three"))
+    assert one == three
+
+
+def test_an_evaluation_resumes_only_with_its_own_settings(reader, lines, tmp_path):
+    output = tmp_path / "out"
+    evaluate(reader, lines, output)
+    kept = (output / "predictions.jsonl").read_text()
+    (output / "report.html").unlink()
+    (output / "predictions.jsonl").write_text("\n".join(kept.splitlines()[:2]) + "\n")
+    with pytest.raises(FileExistsError, match="--resume"):
+        evaluate(reader, lines, output)
+    with pytest.raises(ValueError, match="prompt changed"):
+        evaluate(reader, lines, output, prompt="Read.", resume=True)
+    evaluate(reader, lines, output, resume=True)
+    assert (output / "predictions.jsonl").read_text() == kept
+    again = evaluate(reader, lines, output, prompt="Read.", overwrite=True)
+    assert again["run"]["prompt"] == "Read."
+    assert yaml.safe_load((output / "evaluation.yaml").read_text())["prompt"] == "Read."
+
+
+def test_each_built_in_reader_has_pages_of_its_own():
+    assert OcrSettings("builtin:reader-deepseek").data == "builtin:square-pages"
+    assert OcrSettings("builtin:reader-qwen").data == "builtin:pages"
+    with pytest.raises(ValueError, match="float32, bfloat16, float16; got 'int8'"):
+        OcrSettings("builtin:reader-qwen", dtype="int8")
+
+
+# ---- the command line ----------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_read_prints_the_text_of_each_page(reader, lines):
+    found = run("read", lines / "0.png", lines / "1.png", "--model", reader, "--json",
+                "--max-new-tokens", 5, "--device", "cpu")  # fmt: skip
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert [row["page"] for row in rows] == [str(lines / "0.png"), str(lines / "1.png")]
+    plain = run("read", lines / "0.png", "--model", reader, "--max-new-tokens", 5)
+    assert plain.stdout == rows[0]["text"] + "\n"
+
+
+def test_eval_prints_a_table(reader, lines, tmp_path):
+    found = run("eval", reader, "--suite", "ocr", "--data", lines, "--output", tmp_path / "o",
+                "--max-new-tokens", 3, "--device", "cpu")  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert "cer_corpus" in found.stdout and "loop_rate" in found.stdout
+
+
+def damaged(reader, tmp_path, change):
+    """A copy of the reader's folder with one thing wrong."""
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(reader, folder)
+    change(folder)
+    return folder
+
+
+def without_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("norm.weight"))]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_unknown_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "config.json").write_text("{"), "config.json"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "model.safetensors"),
+        (without_a_tensor, "norm.weight"),
+        (of_unknown_architecture, "qwen2_5_vl"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+    ids=["config", "weights", "tensor", "architecture", "tokenizer"],
+)
+def test_a_damaged_model_folder_is_one_clear_message(change, said, reader, lines, tmp_path):
+    folder = damaged(reader, tmp_path, change)
+    found = run("read", lines / "0.png", "--model", folder)
+    assert found.exit_code == 2, found.output
+    assert found.stdout == "" and found.stderr.count("error: ") == 1
+    assert said in found.stderr and "Traceback" not in found.stderr
+
+
+def zero_bytes(path):
+    path.write_bytes(b"")
+
+
+def no_image(path):
+    path.write_text("just text")
+
+
+def too_wide(path):
+    Image.new("L", (20_000, 10)).save(path)
+
+
+def zero_size(path):
+    # a bitmap whose header says 0 x 0
+    header = (0).to_bytes(4, "little") * 2 + b"\x01\x00\x18\x00" + bytes(24)
+    path.write_bytes(b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
+                     + (40).to_bytes(4, "little") + header)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [zero_bytes, no_image, too_wide, zero_size])
+def test_a_page_that_cannot_be_read_is_one_clear_message(make, reader, tmp_path):
+    path = tmp_path / "page.png"
+    make(path)
+    found = run("read", path, "--model", reader)
+    assert found.exit_code == 2, found.output
+    assert found.stdout == "" and found.stderr.count("error: ") == 1
+    assert "page.png" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_unknown_names_on_the_command_line(reader, tmp_path):
+    assert "no such file" in run("read", tmp_path / "none.png", "--model", reader).stderr
+    wrong = run("read", tmp_path / "none.png", "--model", "builtin:reader-none")
+    assert wrong.exit_code == 2
+    assert "choose one" in run("eval", reader, "--suite", "audio").stderr
