@@ -34,17 +34,27 @@ def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) 
         except SafetensorError as error:  # how safetensors says that a disk is full
             raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
         write_text(temporary / "README.md", _model_card(facts))
-        files = {
-            path.relative_to(temporary).as_posix(): sha256(path)
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        write_json(temporary / FACTS, {"format": FORMAT, "kind": "slim", **facts, "files": files})
+        made = {"format": FORMAT, "kind": "slim", **facts, "files": file_hashes(temporary)}
+        write_json(temporary / FACTS, made)
     return folder
 
 
-def load(folder: str | Path) -> DiffusionPipeline:
-    """Load a checkpoint of ours, or any model that :func:`compress.models.load_pipeline` takes.
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def load(folder: str | Path) -> Any:
+    """Load a checkpoint of ours, or any model that we know.
+
+    Returns
+    -------
+    A diffusers pipeline; of a patched checkpoint the transformers model with its methods applied
+    (its processor: :func:`load_processor`).
 
     Raises
     ------
@@ -53,8 +63,27 @@ def load(folder: str | Path) -> DiffusionPipeline:
     """
     path = Path(folder)
     if (path / FACTS).is_file():
-        verify(path)
+        facts = verify(path)
+        if facts.get("kind") == "patched":
+            from compress.patched import load_patched
+
+            return load_patched(path)[0]
+        check_folder(path)
     return load_pipeline(str(folder))
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The processor of a patched checkpoint, or of a reader's folder.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : naming what is damaged or missing.
+    """
+    from compress.models.vlm import load_processor_of
+
+    path = Path(folder)
+    facts = verify(path) if (path / FACTS).is_file() else {}
+    return load_processor_of(facts.get("weights", {}).get("model", folder))
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -84,7 +113,6 @@ def verify(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} is not what was saved (its SHA-256 differs from {FACTS}); restore the file"
             )
-    check_folder(folder)
     return facts
 
 

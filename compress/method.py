@@ -1,6 +1,7 @@
 """What a method is, and what it reports while it works."""
 
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,4 +54,29 @@ class WeightMethod(Protocol):
 
     def prune(self, unet: nn.Module, job: Any) -> Generator[Event, None, Any]:
         """Compress ``unet``; ``job`` carries data, training settings and where to keep state."""
+        ...
+
+
+class Handle(Protocol):
+    """What a run-time method counts while it is applied."""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON facts since the start or the last reset."""
+        ...
+
+    def reset(self) -> None:
+        """Count from zero."""
+        ...
+
+
+class RuntimeMethod(Protocol):
+    """A method that changes how a model runs, not its weights.
+
+    It is saved as its settings, and applied again when a checkpoint is loaded.
+    """
+
+    name: str
+
+    def attach(self, model: Any) -> AbstractContextManager[Handle]:
+        """Patch ``model`` until the context is left, which restores everything."""
         ...

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from compress.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
 from compress.models.deepseek_ocr_layout import ARCHITECTURE
+from compress.models.deepseek_ocr_processor import load_processor
 from compress.models.loading import BUILTIN
 from compress.models.transformers_folder import read_model, stored_shapes
 from compress.models.visual import ADAPTERS
@@ -45,13 +46,30 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
             f"architectures={architectures}); known are {', '.join(ADAPTERS)}, and "
             f"{ARCHITECTURE} in the layout of its checkpoint; choose a model of these"
         )
-    network = read_model(AutoModelForImageTextToText, folder, dtype)
+    return read_model(AutoModelForImageTextToText, folder, dtype), load_processor_of(folder)
+
+
+def load_processor_of(model: str | Path) -> Any:
+    """The processor of a model; as :func:`load_vlm` gives it, without the weights.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : naming what is damaged or missing.
+    """
+    folder = model_folder(model)
+    config = read_json(folder / "config.json")
+    full_attention = set(config.get("text_config", {}).get("layer_types", [])) == {"full_attention"}
+    if ARCHITECTURE in (config.get("architectures") or []) or (
+        # DeepSeek-OCR in transformers' layout
+        config.get("model_type") == "unlimited_ocr" and full_attention
+    ):
+        return load_processor(folder)
     try:
-        return network, AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} should have the tokenizer and the image processor of {kind}, which do not "
-            f"load: {error}; restore their files"
+            f"{folder} should have the tokenizer and the image processor of "
+            f"{config.get('model_type')}, which do not load: {error}; restore their files"
         ) from error
 
 

@@ -39,19 +39,29 @@ PROMPT = "Free OCR."
 
 
 def _level(side: int, lines: tuple[int, int], characters: tuple[int, int], batch: int) -> Level:
-    wear = 0.0 if side < 160 else 0.25
-    easier = Difficulty((side, side), lines, characters, (12, 16), wear=wear, spacing=(1.05, 1.35))
+    wear = 0.0 if side < 128 else 0.25
+    fonts = (12, 16) if side > 32 else (12, 14)
+    easier = Difficulty(
+        (side, side),
+        lines,
+        characters,
+        fonts,
+        spacing=(1.05, 1.25),
+        margin=(3, 6),
+        wear=wear,
+    )
     return Level(easier, batch)
 
 
-# square pages, as the model sees them; 16, 16, 36, 64, 100, 144 and 196 visual tokens
+# square pages, as the model sees them, filled with lines: where a lone line stands anywhere on a
+# square, reading begins several times later. 4, 9, 16, 36, 64, 121 and 196 visual tokens
 LEVELS = (
-    _level(64, (1, 1), (3, 7), 64),
-    _level(64, (1, 3), (3, 7), 64),
-    _level(96, (3, 5), (4, 10), 48),
-    _level(128, (5, 7), (6, 12), 32),
-    _level(160, (7, 9), (8, 14), 24),
-    _level(192, (9, 11), (10, 16), 16),
+    _level(32, (1, 1), (2, 3), 128),
+    _level(48, (2, 2), (2, 4), 96),
+    _level(64, (3, 3), (3, 6), 64),
+    _level(96, (4, 5), (4, 9), 48),
+    _level(128, (6, 7), (6, 12), 32),
+    _level(176, (9, 10), (9, 15), 20),
     Level(SQUARE_PAGE, 16),
 )
 
