@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # import name -> distribution, where the two differ
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
+    "ot": "pot",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",
@@ -25,7 +26,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # imported only where it is present, with a message of our own where it is not
-OPTIONAL = {"datasets"}
+OPTIONAL = {"datasets", "triton"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib"}
 # Inception's weights exist only as a pickle: this call refuses all but tensors in it
 GUARDED = {
@@ -158,10 +159,11 @@ def test_arrows_between_packages():
     """Methods know neither recipe, pipeline nor cli; kernels know torch and nothing else."""
     above = {"recipe", "pipeline", "cli", "report", "comparison", "eval"}
     forbidden = {
-        "compress/gradflow": above | {"doctor"},
-        "compress/models": above | {"gradflow"},
-        "compress/data": above | {"gradflow"},
-        "kernels": above | {"gradflow", "models", "data"},
+        "compress/gradflow": above | {"doctor", "rtprune"},
+        "compress/rtprune": above | {"doctor", "gradflow", "data"},
+        "compress/models": above | {"gradflow", "rtprune"},
+        "compress/data": above | {"gradflow", "rtprune"},
+        "kernels": above | {"gradflow", "rtprune", "models", "data"},
     }
     found = []
     for path in SHIPPED:

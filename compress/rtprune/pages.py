@@ -1,0 +1,197 @@
+"""One page from its visual tokens to those that stay: the choice of :class:`RTPrune`, applied."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.rtprune.baselines import cdpruner, divprune, random_tokens, visionzip
+from compress.rtprune.method import RTPrune
+from compress.rtprune.ratio import distinctness, keep_fraction
+from compress.rtprune.selection import drop_adjacent_newlines, left_over, select
+from compress.rtprune.transport import merge, nearest_plan, similarity, transport_plans
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is known of a page when the encoder has read it.
+
+    Parameters
+    ----------
+    grid : (view, row, column) of its visual tokens, ``(tokens, 3)``; see
+        :class:`compress.models.visual.VisualLayout`.
+    density : of text, where the ratio is dynamic.
+    fingerprint : of its pixels, where tokens are random.
+    attention : that its prunable tokens got from the encoder, and their keys there, for VisionZip.
+    """
+
+    grid: torch.Tensor
+    density: torch.Tensor | None = None
+    fingerprint: int = 0
+    attention: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class PrunedPage:
+    """What is left of a page.
+
+    Parameters
+    ----------
+    grid : (view, row, column) of all its visual tokens, ``(visual tokens, 3)``.
+    kept_indices : which of them stay, newlines and separator among them, ascending, ``(kept,)``.
+    keep_fraction : that was aimed at, of the prunable tokens.
+    density, distinctness : where the ratio is dynamic.
+    """
+
+    grid: torch.Tensor
+    kept_indices: torch.Tensor
+    keep_fraction: float
+    density: float | None = None
+    distinctness: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and ratios, for JSON."""
+        columns, rows = self.grid[:, 2], self.grid[:, 1]
+        newlines = (columns < 0) & (rows >= 0)
+        return {
+            "visual_tokens": len(self.grid),
+            "visual_kept": len(self.kept_indices),
+            "prunable": int((columns >= 0).sum()),
+            "kept": int((columns[self.kept_indices] >= 0).sum()),
+            "newlines_dropped": int(newlines.sum() - newlines[self.kept_indices].sum()),
+            "keep_fraction": self.keep_fraction,
+            "density": self.density,
+            "distinctness": self.distinctness,
+        }
+
+
+def prune_pages(
+    method: RTPrune,
+    pages: Sequence[Page],
+    features: Sequence[torch.Tensor],
+    instructions: Sequence[torch.Tensor],
+    bias: torch.Tensor,
+) -> list[tuple[PrunedPage, torch.Tensor | None]]:
+    """Choose what stays of each page, and move the rest onto it.
+
+    Parameters
+    ----------
+    method : the choice.
+    pages : in any order; none depends on another.
+    features : of all visual tokens of each page, ``(visual tokens, dim)``.
+    instructions : embeddings of the text that belongs to each page, ``(words, dim)``.
+    bias : of the projector that made the features, ``(dim,)``.
+
+    Returns
+    -------
+    For each page what is left and the features of that, ``(kept, dim)``; None where all stays as it
+    is.
+    """
+    plans = [_plan(method, page, f) for page, f in zip(pages, features, strict=True)]
+    chosen = [
+        None if plan.keep == plan.count else _choose(method, plan, page, f, words, bias)
+        for plan, page, f, words in zip(plans, pages, features, instructions, strict=True)
+    ]
+    if method.select == "rtprune" and method.merge:
+        chosen = _merged(method, plans, features, chosen)
+    return [
+        _pruned(plan, page, f, choice)
+        for plan, page, f, choice in zip(plans, pages, features, chosen, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    on_page: torch.Tensor
+    keep: int
+    fraction: float
+    density: float | None
+    distinctness: float | None
+
+    @property
+    def count(self) -> int:
+        return len(self.on_page)
+
+
+Choice = tuple[torch.Tensor, torch.Tensor]  # indices among the prunable tokens, features there
+
+
+def _plan(method: RTPrune, page: Page, features: torch.Tensor) -> _Plan:
+    on_page = (page.grid[:, 2] >= 0).nonzero()[:, 0]
+    if page.density is None:
+        fraction, measured = float(method.keep_tokens), (None, None)
+    else:
+        s = distinctness(features[on_page].float())
+        ratio = torch.stack([keep_fraction(page.density, s), page.density, s]).tolist()
+        fraction, *measured = ratio
+    keep = min(max(1, int(len(on_page) * fraction)), len(on_page))
+    return _Plan(on_page, keep, fraction, *measured)
+
+
+def _choose(
+    method: RTPrune,
+    plan: _Plan,
+    page: Page,
+    features: torch.Tensor,
+    words: torch.Tensor,
+    bias: torch.Tensor,
+) -> Choice:
+    prunable = features[plan.on_page]
+    if method.select == "visionzip":
+        return visionzip(prunable, plan.keep, *page.attention, bias)
+    if method.select == "divprune":
+        indices = divprune(prunable, plan.keep)
+    elif method.select == "cdpruner":
+        indices = cdpruner(prunable, plan.keep, words)
+    elif method.select == "random":
+        seed = method.seed << 32 | page.fingerprint
+        indices = random_tokens(prunable, plan.keep, seed)
+    else:
+        indices = select(prunable, plan.keep)
+    return indices, prunable[indices]
+
+
+def _merged(
+    method: RTPrune,
+    plans: Sequence[_Plan],
+    features: Sequence[torch.Tensor],
+    chosen: Sequence[Choice | None],
+) -> list[Choice | None]:
+    merged = list(chosen)
+    which = [number for number, choice in enumerate(chosen) if choice is not None]
+    left = [features[n][plans[n].on_page[left_over(chosen[n][0], plans[n].count)]] for n in which]
+    scores = [similarity(chosen[n][1], pruned) for n, pruned in zip(which, left, strict=True)]
+    if not which:
+        return merged
+    if method.transport == "optimal":
+        moves = transport_plans(scores)
+    else:
+        moves = [nearest_plan(page) for page in scores]
+    for number, pruned, move in zip(which, left, moves, strict=True):
+        indices, kept = chosen[number]
+        merged[number] = indices, merge(kept, pruned, move, method.merge)
+    return merged
+
+
+def _pruned(
+    plan: _Plan, page: Page, features: torch.Tensor, choice: Choice | None
+) -> tuple[PrunedPage, torch.Tensor | None]:
+    everything = torch.arange(len(page.grid), device=features.device)
+    measured = plan.fraction, plan.density, plan.distinctness
+    if choice is None:
+        return PrunedPage(page.grid, everything, *measured), None
+    kept, values = choice
+    stays = torch.ones(len(page.grid), dtype=torch.bool, device=features.device)
+    stays[plan.on_page] = False
+    stays[plan.on_page[kept]] = True
+    newlines = ((page.grid[:, 2] < 0) & (page.grid[:, 1] >= 0)).nonzero()[:, 0]
+    indices = drop_adjacent_newlines(everything[stays], newlines)
+    features = features.index_copy(0, plan.on_page[kept], values)
+    return PrunedPage(page.grid, indices, *measured), features[indices]
+
+
+def fingerprint(pixel_values: torch.Tensor) -> int:
+    """32 bits that say which page it is, whatever batch it is in; pixels ``(3, height, width)``."""
+    return zlib.crc32(pixel_values.detach().cpu().float().numpy().tobytes())

@@ -1,0 +1,71 @@
+"""Which tokens of a page stay: the first reading of RTPrune (arXiv 2605.00392), and the newlines.
+
+A token that the decoder reads first has a large norm.
+"""
+
+import torch
+
+
+def select(features: torch.Tensor, keep: int) -> torch.Tensor:
+    """The ``keep`` tokens with the largest L2 norm, in the order of the page.
+
+    Of equal norms, the one that comes first on the page stays.
+
+    Parameters
+    ----------
+    features : of the prunable tokens, ``(..., tokens, dim)``.
+    keep : how many stay, 1 to tokens.
+
+    Returns
+    -------
+    Indices of the tokens that stay, ascending, ``(..., keep)``.
+
+    Raises
+    ------
+    ValueError : when there are not as many tokens.
+    """
+    check_keep(features, keep)
+    return largest(features.float().norm(dim=-1), keep)
+
+
+def largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Indices of the ``keep`` largest of ``(..., tokens)``, ascending, ``(..., keep)``.
+
+    Of equal scores the first ones: ``topk`` would take any, and not the same ones in a batch.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :keep].sort(dim=-1).values
+
+
+def check_keep(features: torch.Tensor, keep: int) -> None:
+    """Raise ValueError unless 1 to all of the tokens ``(..., tokens, dim)`` are to stay."""
+    if not 1 <= keep <= features.shape[-2]:
+        raise ValueError(
+            f"1 to {features.shape[-2]} tokens can be kept of features of shape "
+            f"{tuple(features.shape)}; got keep={keep}; round it into this range"
+        )
+
+
+def left_over(kept: torch.Tensor, count: int) -> torch.Tensor:
+    """Ascending indices of the ``count`` tokens that are not in ``kept``, ``(count - keep,)``."""
+    gone = torch.ones(count, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    return gone.nonzero()[:, 0]
+
+
+def drop_adjacent_newlines(indices: torch.Tensor, newline_indices: torch.Tensor) -> torch.Tensor:
+    """Leave out each newline that follows a newline: an emptied row costs nothing.
+
+    Parameters
+    ----------
+    indices : of the tokens that stay, newlines and separators among them, ascending, ``(kept,)``.
+    newline_indices : which tokens are newlines, ``(newlines,)``.
+
+    Returns
+    -------
+    What is left of ``indices``: of neighbouring newlines the first, ``(kept - dropped,)``.
+    """
+    newline = torch.isin(indices, newline_indices)
+    follows = torch.zeros_like(newline)
+    follows[1:] = newline[:-1]
+    return indices[~(newline & follows)]

@@ -1,0 +1,132 @@
+"""What becomes of the pruned tokens: the second reading of RTPrune (arXiv 2605.00392).
+
+They are moved onto the kept ones by entropic optimal transport with a dustbin, as in SuperGlue
+(Sarlin et al., CVPR 2020, arXiv 1911.11763). On the CPU, POT solves it (Flamary et al., "POT:
+Python Optimal Transport", JMLR 2021); on a GPU, ``compress.kernels.sinkhorn``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from ot.bregman import sinkhorn_log
+
+DUSTBIN = 0.2
+ITERATIONS = 100
+
+
+def similarity(kept: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """Cosines of ``(..., kept, dim)`` and ``(..., pruned, dim)``, float32, ``(..., kept, pruned)``."""
+    left, right = F.normalize(kept.float(), dim=-1), F.normalize(pruned.float(), dim=-1)
+    return left @ right.transpose(-1, -2)
+
+
+def transport_plan(
+    scores: torch.Tensor, dustbin: float = DUSTBIN, iterations: int = ITERATIONS
+) -> torch.Tensor:
+    """How much of each pruned token goes to each kept one.
+
+    With M kept and P pruned tokens, a row and a column of score ``dustbin`` are added. The plan
+    maximises ``<T, scores> + entropy(T)`` under the marginals 1/(M+P) for every token, P/(M+P) for
+    the row and M/(M+P) for the column that were added; it is multiplied by M+P and the two are
+    dropped. Scores are taken as given: nothing is differentiated.
+
+    Parameters
+    ----------
+    scores : similarities, larger for more alike, ``(..., kept, pruned)``.
+    dustbin : score of going nowhere; the larger, the less is moved.
+    iterations : of Sinkhorn's algorithm, in the log domain, in float32.
+
+    Returns
+    -------
+    ``(..., kept, pruned)``, in the dtype of the scores; every column sums to at most 1.
+
+    Raises
+    ------
+    ValueError : when no token is kept or none is pruned.
+    """
+    if scores.ndim < 2 or 0 in scores.shape[-2:]:
+        raise ValueError(
+            "scores of at least one kept and one pruned token are expected, (..., kept, pruned); "
+            f"got shape {tuple(scores.shape)}; leave a page alone where there is nothing to move"
+        )
+    pages = scores.detach().reshape(-1, *scores.shape[-2:])
+    plans = transport_plans(list(pages), dustbin, iterations)
+    return torch.stack(plans).reshape(scores.shape)
+
+
+def transport_plans(
+    scores: Sequence[torch.Tensor], dustbin: float = DUSTBIN, iterations: int = ITERATIONS
+) -> list[torch.Tensor]:
+    """:func:`transport_plan` for pages of any sizes, ``(kept, pruned)`` each, all at once."""
+    if scores[0].is_cuda:
+        return _by_kernel(scores, dustbin, iterations)
+    return [_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
+
+
+def _by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
+    rows, columns = scores.shape
+    cost = -F.pad(scores, (0, 1, 0, 1), value=dustbin)
+    source, target = scores.new_ones(rows + 1), scores.new_ones(columns + 1)
+    source[-1], target[-1] = columns, rows
+    total = rows + columns
+    plan = sinkhorn_log(
+        source / total, target / total, cost, 1.0, numItermax=iterations, stopThr=0, warn=False
+    )
+    return plan[:-1, :-1] * total
+
+
+def _by_kernel(
+    scores: Sequence[torch.Tensor], dustbin: float, iterations: int
+) -> list[torch.Tensor]:
+    try:
+        from compress.kernels.sinkhorn import sinkhorn
+    except ImportError as error:
+        raise ImportError(
+            f"RTPrune's optimal transport on a GPU needs Triton, which does not import: {error}; "
+            "install triton, or run the model on the CPU"
+        ) from error
+    sizes = torch.tensor([page.shape for page in scores], device=scores[0].device)
+    rows, columns = (max(page.shape[side] for page in scores) for side in (0, 1))
+    padded = torch.stack(
+        [F.pad(s.float(), (0, columns - s.shape[1], 0, rows - s.shape[0])) for s in scores]
+    )
+    plans = sinkhorn(padded, sizes[:, 0], sizes[:, 1], dustbin, iterations)
+    return [
+        plan[: page.shape[0], : page.shape[1]].to(page.dtype)
+        for plan, page in zip(plans, scores, strict=True)
+    ]
+
+
+def nearest_plan(scores: torch.Tensor) -> torch.Tensor:
+    """All of each pruned token to the kept one that it is most like; for comparison.
+
+    Parameters
+    ----------
+    scores : similarities, ``(..., kept, pruned)``.
+
+    Returns
+    -------
+    One 1 in every column, ``(..., kept, pruned)``.
+    """
+    nearest = scores.argmax(dim=-2, keepdim=True)
+    return torch.zeros_like(scores).scatter(-2, nearest, 1.0)
+
+
+def merge(
+    kept: torch.Tensor, pruned: torch.Tensor, plan: torch.Tensor, strength: float = 0.1
+) -> torch.Tensor:
+    """Kept tokens with what is moved onto them: ``kept + strength plan @ pruned``.
+
+    Parameters
+    ----------
+    kept : ``(..., kept, dim)``.
+    pruned : ``(..., pruned, dim)``.
+    plan : ``(..., kept, pruned)``.
+    strength : weight of what is moved; 0 leaves the kept tokens as they are.
+
+    Returns
+    -------
+    ``(..., kept, dim)``, in the dtype of ``kept``; the sum is taken in float32.
+    """
+    return (kept.float() + strength * (plan.float() @ pruned.float())).to(kept.dtype)

@@ -1,0 +1,132 @@
+"""The Sinkhorn kernel: interpreted on the CPU, compiled for GPUs without one, run on one."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from ot.bregman import sinkhorn_log
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+SIZES = [(1, 1), (3, 7), (19, 5), (1, 9)]
+
+INTERPRET = """
+import sys
+from safetensors.torch import load_file, save_file
+from compress.kernels import sinkhorn as module
+
+module.LARGEST = 256  # two tiles for 19 rows
+given = load_file(sys.argv[1])
+plan = module.sinkhorn(given["scores"], given["rows"], given["columns"], 0.2, 100)
+save_file({"plan": plan}, sys.argv[2])
+"""
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from compress.kernels.sinkhorn import WARPS, _sinkhorn_kernel
+
+for capability, rows, columns in ((80, 128, 64), (90, 128, 64), (90, 4, 2048)):
+    source = ASTSource(
+        _sinkhorn_kernel,
+        signature={
+            "scores_ptr": "*fp32", "rows_ptr": "*i32", "columns_ptr": "*i32", "plan_ptr": "*fp32",
+            "n_rows": "i32", "n_columns": "i32", "dustbin": "fp32", "iterations": "i32",
+            "BLOCK_ROWS": "constexpr", "BLOCK_COLUMNS": "constexpr",
+        },
+        constexprs={"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options={"num_warps": WARPS})
+    print(capability, len(made.asm["cubin"]))
+"""
+
+
+def _problems(sizes):
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.tensor(sizes).unbind(1)
+    scores = torch.rand(len(sizes), rows.max(), columns.max(), generator=generator) * 2 - 1
+    for page, (m, p) in zip(scores, sizes, strict=True):
+        page[m:] = page[:, p:] = torch.nan  # what a problem does not use must not be read
+    return scores, rows, columns
+
+
+def _python(code, *arguments, **variables):
+    environment = {**os.environ, **variables}
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def _by_pot(scores, rows, columns, dustbin=0.2, iterations=100):
+    """Of each problem on its own, in float64."""
+    plans = []
+    for page, m, p in zip(scores.double(), rows.tolist(), columns.tolist(), strict=True):
+        cost = torch.full((m + 1, p + 1), -dustbin, dtype=torch.double)
+        cost[:m, :p] = -page[:m, :p]
+        a, b = torch.ones(m + 1).double(), torch.ones(p + 1).double()
+        a[m], b[p] = p, m
+        a, b = a / (m + p), b / (m + p)
+        plan = sinkhorn_log(a, b, cost, 1.0, numItermax=iterations, stopThr=0, warn=False)
+        plans.append(plan[:m, :p] * (m + p))
+    return plans
+
+
+def _check(plan, expected, rows, columns):
+    for got, wanted, m, p in zip(plan, expected, rows, columns, strict=True):
+        torch.testing.assert_close(got[:m, :p].double(), wanted, rtol=1e-4, atol=0)
+        assert got[m:].eq(0).all() and got[:, p:].eq(0).all()
+
+
+def test_the_reference_is_pot():
+    from compress.kernels.sinkhorn import sinkhorn_reference
+
+    scores, rows, columns = _problems(SIZES)
+    plan = sinkhorn_reference(scores, rows, columns, 0.2, 100)
+    _check(plan, _by_pot(scores, rows, columns), rows, columns)
+
+
+def test_interpreted_it_is_pot(tmp_path):
+    scores, rows, columns = _problems(SIZES)
+    given, made = tmp_path / "given", tmp_path / "made"
+    save_file({"scores": scores, "rows": rows.clone(), "columns": columns.clone()}, given)
+    _python(INTERPRET, str(given), str(made), TRITON_INTERPRET="1")
+    plan = load_file(made)["plan"]
+    _check(plan, _by_pot(scores, rows, columns), rows, columns)
+
+
+def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
+    printed = _python(COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    made = [line.split() for line in printed.splitlines()]
+    assert [capability for capability, _ in made] == ["80", "90", "90"]
+    assert all(int(size) > 0 for _, size in made)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [SIZES, [(340, 60)] * 16, [(1000, 156), (57, 1099)]])
+def test_on_a_gpu_it_is_pot(sizes):
+    from compress.kernels.sinkhorn import sinkhorn
+
+    scores, rows, columns = _problems(sizes)
+    plan = sinkhorn(scores.cuda(), rows.cuda(), columns.cuda(), 0.2, 100).cpu()
+    _check(plan, _by_pot(scores, rows, columns), rows, columns)
+
+
+def test_it_says_what_it_expects():
+    from compress.kernels.sinkhorn import LARGEST, sinkhorn
+
+    scores, rows, columns = _problems([(3, 2), (2, 2)])
+    with pytest.raises(ValueError, match=r"float32 scores.*float16 \(2, 3, 2\)"):
+        sinkhorn(scores.half(), rows, columns, 0.2, 100)
+    with pytest.raises(ValueError, match="iterations=0"):
+        sinkhorn(scores, rows, columns, 0.2, 0)
+    with pytest.raises(ValueError, match=r"2 problems; got \(1,\) and \(2,\)"):
+        sinkhorn(scores, rows[:1], columns, 0.2, 100)
+    with pytest.raises(ValueError, match=f"at most {LARGEST} columns"):
+        sinkhorn(torch.zeros(1, 1, LARGEST + 1), rows[:1], columns[:1], 0.2, 100)
