@@ -19,6 +19,10 @@ Inputs = Mapping[str, Any]
 Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor]]
 Prompt = Callable[[Any, Sequence[Image.Image], Sequence[str]], Mapping[str, Any]]
 
+# The keyword of the text model under which the layouts of the prompt that it reads travel. A method
+# that shortens the prompt hands on the layouts of what remains; one that reads them takes these.
+VISUAL_LAYOUTS = "visual_layouts"
+
 
 @dataclass(frozen=True)
 class VisualLayout:
@@ -41,6 +45,17 @@ class VisualLayout:
     def on_page(self) -> torch.Tensor:
         """Which tokens look at a place: neither newline nor separator, ``(tokens,)``."""
         return self.grid[:, 2] >= 0
+
+    def of_kept(self, kept: torch.Tensor) -> "VisualLayout":
+        """The layout of the sequence that has only some positions of this one.
+
+        Parameters
+        ----------
+        kept : position in this sequence of each one in the new sequence, -1 for new padding,
+            ``(length,)``.
+        """
+        places, tokens = (kept[:, None] == self.positions).nonzero().unbind(1)
+        return VisualLayout(places, self.grid[tokens], self.image_of[tokens])
 
 
 @dataclass(frozen=True)
