@@ -1,0 +1,122 @@
+"""Attention of one decode step, and the function that transformers calls for it.
+
+Two pure functions do the work, and are where a kernel replaces plain torch: :func:`sparse_decode`
+reads some rows of the cache, :func:`focal_decode` reads all and says how attention lies on them.
+
+Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
+the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
+added to the logits.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "compress_fastocr"  # of the attention function, in transformers' registry
+REQUEST = "fastocr_request"  # the keyword under which a decode step brings its request
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one query to some rows of the cache.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    rows : which rows of the cache are read, in any order, ``(batch, read)``.
+    mask : of these rows, ``(batch, read)``; None attends to all of them.
+    scaling : of the dot products.
+
+    Returns
+    -------
+    ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
+    """
+    batch, kv_heads, length, _ = key.shape
+    # whole rows of one long table: index_select copies them as blocks, gather by elements
+    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
+    table = (starts + rows[:, None]).flatten()
+    picked_key = key.reshape(-1, key.shape[-1]).index_select(0, table)
+    picked_value = value.reshape(-1, value.shape[-1]).index_select(0, table)
+    output = scaled_dot_product_attention(
+        _packed(query, kv_heads),
+        picked_key.view(batch, kv_heads, -1, key.shape[-1]),
+        picked_value.view(batch, kv_heads, -1, value.shape[-1]),
+        attn_mask=None if mask is None else mask[:, None, None],
+        scale=scaling,
+    )
+    return output.reshape(batch, query.shape[1], 1, -1)
+
+
+def focal_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query to the whole cache, and how it lies there, in one pass over the keys.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    mask : ``(batch, 1, 1, length)``; None attends to all.
+    scaling : of the dot products.
+
+    Returns
+    -------
+    The output ``(batch, heads, 1, dim)``, and the attention's mean over the heads ``(batch,
+    length)`` in float32.
+    """
+    logits = (_packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask
+    weights = logits.softmax(-1)
+    output = weights.to(value.dtype) @ value
+    return output.reshape(*query.shape[:3], -1), weights.mean((1, 2))
+
+
+def _packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """The query heads that share a key head, side by side: (batch, kv_heads, group, dim)."""
+    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: all but a decode step of a request is SDPA's."""
+    request = others.pop(REQUEST, None)
+    if request is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = request.attend(module.layer_idx, query, key, value, attention_mask, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Tell transformers the function's name, and that its masks are SDPA's.
+
+    An unregistered mask name would leave it without any, and a padded batch would attend to
+    its padding. The names stay: they hold no state, which comes with each call.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

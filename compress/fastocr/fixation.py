@@ -1,0 +1,161 @@
+"""Where the eye rests: pure functions from attention to the visual tokens that are read.
+
+``batch`` sequences have at most ``visual`` visual tokens and at most ``kept`` of them in the
+fixation; shorter ones are padded and a mask says what is real. Scores are float32.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Fixation:
+    """The visual tokens that a layer reads.
+
+    Parameters
+    ----------
+    index : which of a sequence's visual tokens, ``(batch, kept)``.
+    valid : False where ``index`` is padding, ``(batch, kept)``.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+
+    def to(self, device: torch.device) -> "Fixation":
+        """The same on a device."""
+        return Fixation(self.index.to(device), self.valid.to(device))
+
+
+def budget(keep: float, tokens: int) -> int:
+    """How many of the visual tokens a fixation has: the smallest integer not below keep * tokens.
+
+    >>> budget(0.05, 300), budget(0.05, 301), budget(0.07, 100)
+    (15, 16, 7)
+    """
+    return math.ceil(keep * tokens - 1e-9)  # 0.07 * 100 is a little more than 7
+
+
+def same_mean_budget(keep: float, tokens: int, layers: int, dense: int) -> int:
+    """Tokens per layer of a method without dense layers that attends to as many on average.
+
+    Parameters
+    ----------
+    keep, tokens : as in :func:`budget`, of the layers that are not dense.
+    layers, dense : of the text model; how many of them attend to all tokens.
+    """
+    return math.ceil((dense * tokens + (layers - dense) * budget(keep, tokens)) / layers)
+
+
+def visual_scores(weights: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Attention over the visual tokens, renormalised on them.
+
+    Parameters
+    ----------
+    weights : head-mean attention over the cache, ``(batch, length)``.
+    rows : where the visual tokens are in the cache, ``(batch, visual)``.
+    valid : which of them are real, ``(batch, visual)``.
+
+    Returns
+    -------
+    ``(batch, visual)``; rows sum to 1, or are 0 where no visual token has any weight.
+    """
+    scores = weights.gather(1, rows) * valid
+    return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def top_k(
+    scores: torch.Tensor, budgets: torch.Tensor, width: int, near: torch.Tensor | None = None
+) -> Fixation:
+    """The tokens with the highest scores.
+
+    Parameters
+    ----------
+    scores : ``(batch, visual)``, not negative; 0 for padding.
+    budgets : how many to choose in each sequence, no more than it has, ``(batch,)``.
+    width : the largest of the budgets.
+    near : neighbours of each token on its page, itself included, ``(batch, visual, around)``. A
+        token then ranks by the best score around it, and among equals by its own: the
+        neighbours of the best tokens take the place of the last ones, the number is the same.
+    """
+    if near is None:
+        index = scores.topk(width, dim=1).indices
+    else:
+        own = scores.argsort(dim=1, descending=True, stable=True)
+        around = scores.gather(1, near.flatten(1)).view(near.shape).amax(2)
+        order = around.gather(1, own).argsort(dim=1, descending=True, stable=True)
+        index = own.gather(1, order)[:, :width]
+    return Fixation(index, torch.arange(width, device=scores.device) < budgets[:, None])
+
+
+def kept_mass(scores: torch.Tensor, fixation: Fixation) -> torch.Tensor:
+    """Share of the attention over visual tokens that a fixation keeps, ``(batch,)``."""
+    return (scores.gather(1, fixation.index) * fixation.valid).sum(1)
+
+
+def opened(fixation: Fixation, everything: torch.Tensor, valid: torch.Tensor) -> Fixation:
+    """A fixation that has all visual tokens of some sequences.
+
+    Parameters
+    ----------
+    everything : which sequences, ``(batch,)``.
+    valid : which visual tokens are real, ``(batch, visual)``.
+    """
+    tokens = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    missing = valid.shape[1] - fixation.index.shape[1]
+    index = torch.nn.functional.pad(fixation.index, (0, missing))
+    chosen = torch.nn.functional.pad(fixation.valid, (0, missing))
+    return Fixation(
+        torch.where(everything[:, None], tokens, index),
+        torch.where(everything[:, None], valid, chosen),
+    )
+
+
+def neighbours(grid: torch.Tensor, image_of: torch.Tensor, radius: int) -> torch.Tensor:
+    """The tokens at most ``radius`` rows and columns away in the same view of the same image.
+
+    Parameters
+    ----------
+    grid, image_of : of :class:`compress.models.visual.VisualLayout`. Tokens that look at no
+        place (column -1) have no neighbours.
+
+    Returns
+    -------
+    ``(tokens, (2 radius + 1)²)``; where there is no neighbour, the token itself.
+    """
+    tokens = torch.arange(len(grid), device=grid.device)
+    # a margin on all sides keeps the end of a row apart from the beginning of the next one
+    sizes = torch.cat([grid, grid.new_zeros(1, 3)]).amax(0) + 1 + 2 * radius
+    place = torch.stack([image_of, *grid.T]) + grid.new_tensor([0, 0, radius, radius])[:, None]
+    keys = ((place[0] * sizes[0] + place[1]) * sizes[1] + place[2]) * sizes[2] + place[3]
+    keys = torch.where(grid[:, 2] >= 0, keys, -1 - tokens)  # apart from all others
+    ordered, order = keys.sort()
+    found = []
+    for down in range(-radius, radius + 1):
+        for right in range(-radius, radius + 1):
+            wanted = keys + down * sizes[2] + right
+            slot = torch.searchsorted(ordered, wanted).clamp(max=len(grid) - 1)
+            there = (ordered[slot] == wanted) & (keys >= 0)
+            found.append(torch.where(there, order[slot], tokens))
+    return torch.stack(found, 1)
+
+
+def random_fixation(counts: Sequence[int], budgets: Sequence[int], seed: int) -> Fixation:
+    """Tokens drawn without replacement; a sequence's do not depend on the others in its batch."""
+    width = max(budgets, default=0)
+    index = torch.zeros(len(counts), width, dtype=torch.long)
+    for row, (count, kept) in enumerate(zip(counts, budgets, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        index[row, :kept] = torch.randperm(count, generator=generator)[:kept]
+    return Fixation(index, torch.arange(width) < torch.tensor(budgets)[:, None])
+
+
+def last_fixation(counts: Sequence[int], budgets: Sequence[int]) -> Fixation:
+    """The last tokens in reading order: what a sliding window over the prompt keeps."""
+    width = max(budgets, default=0)
+    kept = torch.tensor(budgets)[:, None]
+    index = torch.tensor(counts)[:, None] - kept + torch.arange(width)
+    valid = torch.arange(width) < kept
+    return Fixation(index.where(valid, 0), valid)

@@ -1,0 +1,184 @@
+"""What is known about one prompt while its answer is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from compress.fastocr.attention import focal_decode, sparse_decode
+from compress.fastocr.fixation import Fixation, visual_scores
+from compress.models.visual import VisualLayout
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the visual tokens of a batch of prompts are in its cache.
+
+    Parameters
+    ----------
+    layouts : one per sequence, of the prompt as the text model read it.
+    length : of the prompt, padding included.
+    counts : visual tokens of each sequence.
+    rows, valid : their rows in the cache, and which are not padding, ``(batch, visual)``.
+    text, text_valid : the same of all other rows of the prompt, ``(batch, others)``.
+    """
+
+    layouts: Sequence[VisualLayout]
+    length: int
+    counts: list[int]
+    rows: torch.Tensor
+    valid: torch.Tensor
+    text: torch.Tensor
+    text_valid: torch.Tensor
+
+    @classmethod
+    def of(cls, layouts: Sequence[VisualLayout], length: int, device: torch.device) -> "Pages":
+        """The pages of a prompt of that length; see the class."""
+        counts = [len(layout.positions) for layout in layouts]
+        rows = torch.nn.utils.rnn.pad_sequence(
+            [layout.positions.to(device) for layout in layouts], batch_first=True
+        )
+        size = torch.tensor(counts, device=device)[:, None]
+        valid = torch.arange(max(counts), device=device) < size
+        visual = torch.zeros(len(counts), length, dtype=torch.bool, device=device)
+        for row, layout in zip(visual, layouts, strict=True):
+            row[layout.positions.to(device)] = True
+        # False sorts first, and stably: the others in their order
+        text = visual.int().argsort(dim=1, stable=True)[:, : length - min(counts)]
+        text_valid = torch.arange(text.shape[1], device=device) < length - size
+        return cls(layouts, length, counts, rows, valid, text, text_valid)
+
+
+class Gaze(Protocol):
+    """Decides what each layer reads, and learns from what it saw."""
+
+    def start_step(self) -> None:
+        """A decode step begins."""
+
+    def fixation(self, layer: int) -> Fixation | None:
+        """What the layer reads of the visual tokens; None is all."""
+
+    def wants_scores(self, layer: int) -> bool:
+        """Whether a layer that reads all should say how the attention lies."""
+
+    def see(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
+        """Take a layer's scores ``(batch, visual)``; how many sequences jumped just now."""
+
+
+class Counts:
+    """What the attention function did, over all requests since the last reset.
+
+    Attributes
+    ----------
+    steps : decode steps, summed over the sequences.
+    offered : visual tokens in the cache, summed over these.
+    attended : per layer, visual tokens attended to, summed over these.
+    saccades : of these steps, those in which the guard opened the fixation.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.steps = 0
+        self.offered = 0
+        # sums stay tensors until somebody asks: reading one would stop the device at every layer
+        self.attended: list[int | torch.Tensor] = [0] * self.layers
+        self.saccades: int | torch.Tensor = 0
+
+    def facts(self) -> dict[str, Any]:
+        """The counts as JSON; shares are None before the first decode step."""
+        shares = [int(tokens) / self.offered for tokens in self.attended] if self.offered else None
+        return {
+            "steps": self.steps,
+            "visual_tokens": self.offered / self.steps if self.steps else None,
+            "attended_by_layer": shares,
+            "attended": sum(shares) / len(shares) if shares else None,
+            "saccades": int(self.saccades) / self.steps if self.steps else None,
+        }
+
+
+class Request:
+    """One batch of prompts from its prefill to its last token.
+
+    Parameters
+    ----------
+    pages : where its visual tokens are.
+    gaze : decides what each layer reads.
+    counts : where this request's reads are added.
+    """
+
+    def __init__(self, pages: Pages, gaze: Gaze, counts: Counts) -> None:
+        self.pages = pages
+        self.gaze = gaze
+        self.counts = counts
+        self.length = pages.length  # of the sequences in the cache
+        self._last: tuple[Any, ...] = ()
+
+    def start_step(self) -> None:
+        """Begin to read one token of each sequence, in a prompt with images."""
+        self.counts.steps += len(self.pages.counts)
+        self.counts.offered += sum(self.pages.counts)
+        self.gaze.start_step()
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention of a decode step; shapes as in :mod:`compress.fastocr.attention`."""
+        fixation = self.gaze.fixation(layer)
+        if fixation is not None:
+            rows, allowed, attended = self._read(fixation, key.shape[2], mask)
+            self.counts.attended[layer] += attended
+            return sparse_decode(query, key, value, rows, allowed, scaling)
+        allowed = _allowed(self.pages.rows, self.pages.valid, mask)
+        self.counts.attended[layer] += _number(allowed)
+        # a dense layer is computed in the same way whether or not somebody wants its scores
+        output, weights = focal_decode(query, key, value, mask, scaling)
+        if self.gaze.wants_scores(layer):
+            scores = visual_scores(weights, self.pages.rows, self.pages.valid)
+            self.counts.saccades += self.gaze.see(layer, scores)
+        return output
+
+    def _read(
+        self, fixation: Fixation, stored: int, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows to read, their mask, and how many visual tokens these are; one for many layers."""
+        key = id(fixation), id(mask), stored, self.length
+        if self._last and self._last[0] == key:
+            return self._last[1]
+        pages = self.pages
+        # a static cache has more rows than tokens, a sliding one fewer
+        written = torch.arange(
+            pages.length, min(stored, self.length), device=pages.rows.device
+        ).expand(len(pages.counts), -1)
+        rows = torch.cat([pages.rows.gather(1, fixation.index), pages.text, written], 1)
+        valid = torch.cat(
+            [fixation.valid, pages.text_valid, torch.ones_like(written, dtype=torch.bool)], 1
+        )
+        allowed = _allowed(rows, valid, mask)
+        read = rows, allowed, _number(allowed[:, : fixation.index.shape[1]])
+        self._last = key, read, fixation, mask  # both are held so that nothing takes their ids
+        return read
+
+
+def _allowed(rows: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mask of some rows, ``(batch, read)``, from that of the cache, (batch, 1, 1, length)."""
+    if mask is None:
+        return valid
+    picked = mask[:, 0, 0].expand(len(rows), -1).gather(1, rows)
+    return picked & valid if mask.dtype == torch.bool else picked.masked_fill(~valid, -torch.inf)
+
+
+def _number(allowed: torch.Tensor) -> torch.Tensor:
+    if allowed.dtype == torch.bool:
+        return allowed.sum()
+    return (allowed > torch.finfo(allowed.dtype).min / 2).sum()
