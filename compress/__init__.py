@@ -1,23 +1,40 @@
-"""Make diffusion models smaller and faster: one recipe, one command, one checkpoint."""
+"""Make diffusion models and OCR models smaller and faster: one recipe, command, checkpoint."""
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.checkpoint import load
+    from compress.applying import apply
+    from compress.checkpoint import load, load_processor
+    from compress.fastocr import FastOCR
     from compress.gradflow import GradFlow, OneShot, Training
-    from compress.pipeline import apply, run
+    from compress.pipeline import run
+    from compress.rtprune import RTPrune
 
 __version__ = version("compress-models")
-__all__ = ["GradFlow", "OneShot", "Training", "__version__", "apply", "load", "run"]
+__all__ = [
+    "FastOCR",
+    "GradFlow",
+    "OneShot",
+    "RTPrune",
+    "Training",
+    "__version__",
+    "apply",
+    "load",
+    "load_processor",
+    "run",
+]
 
 _HOMES = {
+    "FastOCR": "compress.fastocr",
     "GradFlow": "compress.gradflow",
     "OneShot": "compress.gradflow",
     "Training": "compress.gradflow",
-    "apply": "compress.pipeline",
+    "RTPrune": "compress.rtprune",
+    "apply": "compress.applying",
     "load": "compress.checkpoint",
+    "load_processor": "compress.checkpoint",
     "run": "compress.pipeline",
 }
 

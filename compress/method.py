@@ -42,6 +42,15 @@ class Compressed:
         return save_slim(self.model, Path(folder), self.report)
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, what metrics.json holds, and the checkpoint."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    checkpoint: Path
+
+
 class WeightMethod(Protocol):
     """A method whose result is new weights (saved as a slim checkpoint).
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 
+from compress.applied import Applied
 from compress.data.ocr_pages import OcrData, load_pages
 from compress.environment import choose_device, device_name, versions_of
 from compress.eval import ocr
@@ -18,7 +20,7 @@ from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 from compress.models.vlm import load_vlm, model_folder
 from compress.ocr_report import write_ocr_report
-from compress.output_folder import check_target, claim
+from compress.output_folder import check_same_settings, check_target, claim
 
 SETTINGS = "evaluation.yaml"
 PREDICTIONS = "predictions.jsonl"
@@ -91,15 +93,11 @@ def evaluate_events(
     folder = model_folder(settings.model)
     facts = asdict(settings) | {"model_hash": folder_hash(folder)}
     if resume:
-        _check_same(output, facts)
+        check_same_settings(output / SETTINGS, facts)
     model, processor = load_vlm(settings.model, DTYPES[settings.dtype])
     model.to(where)
 
-    def read(names: Any, images: Any) -> list[ocr.Prediction]:
-        readings = read_pages(model, processor, images, settings.prompt, settings.max_new_tokens)
-        pairs = zip(names, readings, strict=True)
-        return [ocr.Prediction(page=name, **asdict(reading)) for name, reading in pairs]
-
+    read = page_reader(model, processor, settings.prompt, settings.max_new_tokens)
     with claim(output, resume=resume, overwrite=overwrite):
         write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         for count in ocr.predict(data, read, settings.batch, output / PREDICTIONS):
@@ -109,6 +107,34 @@ def evaluate_events(
         write_ocr_report(output, data, ocr.read_predictions(output / PREDICTIONS), metrics)
     yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
     return metrics
+
+
+def page_reader(
+    model: Any,
+    processor: Any,
+    prompt: str | None,
+    max_new_tokens: int | None,
+    applied: Applied | None = None,
+) -> ocr.Read:
+    """What :func:`compress.eval.ocr.predict` reads with.
+
+    Parameters
+    ----------
+    model, processor, prompt, max_new_tokens : as in :func:`compress.models.reading.read_pages`.
+    applied : the methods on the model, whose counts each batch's first prediction carries.
+    """
+
+    def read(names: Sequence[str], images: Sequence[Image.Image]) -> list[ocr.Prediction]:
+        if applied is not None:
+            applied.reset()
+        readings = read_pages(model, processor, images, prompt, max_new_tokens)
+        facts = None if applied is None else applied.facts()
+        return [
+            ocr.Prediction(name, facts=None if place else facts, **asdict(reading))
+            for place, (name, reading) in enumerate(zip(names, readings, strict=True))
+        ]
+
+    return read
 
 
 def read_files(
@@ -157,18 +183,3 @@ def _score(data: OcrData, output: Path, settings: OcrSettings, device: str) -> d
             "versions": versions_of(PACKAGES),
         },
     }
-
-
-def _check_same(output: Path, facts: dict[str, Any]) -> None:
-    """Half an evaluation with each of two settings is one with neither: refuse to resume it."""
-    path = output / SETTINGS
-    if not path.is_file():
-        return
-    found = yaml.safe_load(path.read_text(encoding="utf8"))
-    found = found if isinstance(found, dict) else {}
-    changed = sorted(key for key in {*found, *facts} if found.get(key) != facts.get(key))
-    if changed:
-        raise ValueError(
-            f"the evaluation in {output} has other settings: {', '.join(changed)} changed; resume "
-            "it with its own, or start again with --overwrite"
-        )

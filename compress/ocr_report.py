@@ -44,7 +44,7 @@ def write_ocr_report(
     body = [
         OCR_CSS,
         _table(metrics["metrics"]),
-        _pages(data, predictions),
+        pages_section(data, predictions),
         f"<section><h2>The evaluation</h2>{facts_table(facts)}</section>",
     ]
     path = folder / "report.html"
@@ -68,7 +68,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _pages(data: OcrData, predictions: Sequence[Prediction]) -> str:
+def pages_section(data: OcrData, predictions: Sequence[Prediction]) -> str:
     """Three pages next to what was read on them; those without a text are shown without marks."""
     by_page = {prediction.page: prediction.text for prediction in predictions}
 

@@ -3,13 +3,16 @@
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 # what a folder of ours holds: the settings of the run, or of the evaluation
 SETTINGS = ("recipe.yaml", "evaluation.yaml")
 # what makes an unfinished one worth keeping
-PROGRESS = ("state/state.safetensors", "predictions.jsonl")
+PROGRESS = ("state/state.safetensors", "predictions.jsonl", "predictions/dense.jsonl")
 
 
 def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -48,6 +51,34 @@ def _is_leftover(entry: Path) -> bool:
     """Whether an entry is our lock, or a file or folder that a killed run had not yet renamed."""
     known = (*SETTINGS, "log.jsonl", "checkpoint", "metrics.json", "report.html", "samples")
     return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}" for name in known))
+
+
+def check_same_settings(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Half a run with each of two settings is a run with neither: refuse to resume other ones.
+
+    Parameters
+    ----------
+    path : YAML file of the settings that the folder was begun with; nothing is checked without it.
+    wanted : those of now. ``output`` may differ: a folder may be moved.
+
+    Raises
+    ------
+    ValueError : naming what changed.
+    """
+    if not path.is_file():
+        return
+    found = yaml.safe_load(path.read_text(encoding="utf8"))
+    if not isinstance(found, dict):
+        return
+    changed = sorted(
+        key for key in {*found, *wanted} - {"output"} if found.get(key) != wanted.get(key)
+    )
+    if changed:
+        what = "recipe" if path.name == "recipe.yaml" else "settings"
+        raise ValueError(
+            f"what was begun in {path.parent} has another {what}: {', '.join(changed)} changed; "
+            f"resume it with its own {what}, or start again with --overwrite"
+        )
 
 
 @contextlib.contextmanager

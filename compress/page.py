@@ -5,7 +5,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from compress.results import number_text
+from compress.results import arrow, metric_name, number_text
 
 
 def document(name: str, line: str, body: list[str]) -> str:
@@ -35,6 +35,15 @@ def picture(png: bytes, caption: str, kind: str = "") -> str:
     )
 
 
+def animation(gif: bytes, caption: str) -> str:
+    """A figure with its GIF inside."""
+    data = base64.b64encode(gif).decode()
+    return (
+        f"<figure><figcaption>{escape(caption)}</figcaption>"
+        f'<img src="data:image/gif;base64,{data}" alt="{escape(caption)}"></figure>'
+    )
+
+
 def value_cell(side: Mapping[str, Any] | None, unit: str) -> str:
     """A value with its 95% confidence interval below it."""
     if not side:
@@ -46,6 +55,55 @@ def value_cell(side: Mapping[str, Any] | None, unit: str) -> str:
         else ""
     )
     return f"<b>{number_text(side['value'], unit)}</b>{inside}"
+
+
+def side_by_side_table(metrics: Mapping[str, Any], floor: Mapping[str, float]) -> str:
+    """The section with every metric of the dense and the compressed model.
+
+    Parameters
+    ----------
+    metrics : as metrics.json has them.
+    floor : value of a metric that a perfect model would have, where that is known.
+    """
+    rows = []
+    for name, entry in metrics.items():
+        unit = entry.get("unit", "")
+        mark = arrow(entry.get("better", ""))
+        under = ""
+        if name in floor:
+            under = f'<small class="floor">floor {number_text(floor[name], unit)}</small>'
+        cells = [
+            f'<th scope="row">{escape(metric_name(name))} <span class="better" '
+            f'title="{escape(entry.get("better", ""))} is better">{mark}</span>'
+            f"<small>{escape(unit)}</small></th>"
+        ]
+        for side in ("dense", "compressed"):
+            cells.append(
+                f'<td data-label="{side}" class="{side}"><span>'
+                f"{value_cell(entry.get(side), unit)}{under if side == 'dense' else ''}</span></td>"
+            )
+        count = (entry.get("compressed") or {}).get("n")
+        cells.append(f'<td data-label="ratio">{_ratio(entry.get("ratio"))}</td>')
+        cells.append(f'<td data-label="n">{"–" if count is None else f"{count:,}"}</td>')
+        cells.append(f'<td data-label="how" class="how">{escape(entry.get("how", ""))}</td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = "".join(
+        f'<th scope="col">{head}</th>'
+        for head in ("Metric", "Dense", "Compressed", "Ratio", "n", "How it was measured")
+    )
+    note = "Arrows show which direction is better; brackets are 95% intervals."
+    if floor:
+        note += " The floor is what one half of the real images scores against the other half."
+    return (
+        f'<section><h2>Metrics</h2><table class="metrics"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table><p class='note'>{note}</p></section>"
+    )
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}×" if 0.01 <= value < 1 else f"{value:.3g}×"
 
 
 def facts_table(facts: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ from compress.applied import Applied
 from compress.checkpoint import FACTS, FORMAT, file_hashes, verify
 from compress.files import atomic_folder, folder_hash, write_json, write_text
 from compress.method import RuntimeMethod
+from compress.methods import AnyRuntimeMethod
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, save_processor
 from compress.models.vlm import load_vlm, model_folder
-from compress.methods import AnyRuntimeMethod
 
 
 def save_patched(

@@ -29,10 +29,10 @@ from compress.gradflow.groups import dense_widths
 from compress.gradflow.surgery import slim_config
 from compress.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.journal import Journal
-from compress.method import Compressed, Event
+from compress.method import Compressed, Event, RunResult
 from compress.models import load_pipeline, model_hash
-from compress.output_folder import check_target, claim
-from compress.recipe import Recipe, dump, load_recipe
+from compress.output_folder import check_same_settings, check_target, claim
+from compress.recipe import ReaderRecipe, Recipe, dump, load_recipe
 from compress.report import write_report
 
 # more real images than this change a distance's third digit, and cost time and memory
@@ -50,15 +50,6 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """A finished run: its folder, what metrics.json holds, and the checkpoint."""
-
-    folder: Path
-    metrics: dict[str, Any]
-    checkpoint: Path
-
-
-@dataclass(frozen=True)
 class _Job:
     """A recipe with everything it names opened."""
 
@@ -71,7 +62,7 @@ class _Job:
 
 
 def run(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | ReaderRecipe,
     *,
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
@@ -112,7 +103,7 @@ def run(
 
 
 def run_events(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | ReaderRecipe,
     *,
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
@@ -121,12 +112,23 @@ def run_events(
     device: str | None = None,
 ) -> Generator[Event, None, RunResult]:
     """:func:`run` as a generator of events: the caller owns the loop."""
-    job = _open(recipe, overrides, output, device)
+    if not isinstance(recipe, Recipe | ReaderRecipe):
+        recipe = load_recipe(recipe, overrides)
+    if isinstance(recipe, ReaderRecipe):
+        from compress.reader_run import reader_events
+
+        folder = Path(output or recipe.output or "")
+        return (
+            yield from reader_events(
+                recipe, folder, resume=resume, overwrite=overwrite, device=device
+            )
+        )
+    job = _open(recipe, output, device)
     recipe = job.recipe
     # everything that a user can have got wrong is checked before the folder is touched
     check_target(job.folder, resume=resume, overwrite=overwrite)
     if resume:
-        _check_same_recipe(job)
+        check_same_settings(job.folder / "recipe.yaml", yaml.safe_load(_resolved(job)))
     _check_space(job)
     pruning = _pruning_run(job, Journal(job.folder), resume=resume)
     yield Event("prepare", 1, 1, message=_plan(job, pruning))
@@ -200,16 +202,25 @@ def apply(
     return Compressed(_with_unet(pipeline, pruned.unet), report)
 
 
-def dry_run(recipe: str | Path | Recipe, *, device: str | None = None) -> dict[str, Any]:
+def dry_run(
+    recipe: str | Path | Recipe | ReaderRecipe, *, device: str | None = None
+) -> dict[str, Any]:
     """Predict what a recipe would make, without training or writing anything.
 
     Returns
     -------
     ``params``, ``macs``, ``keep_macs`` (achieved), ``widths``, ``optimiser_steps``, ``memory_mb``
-    (weights, gradients and Adam's moments; activations come on top) and ``problems``.
+    (weights, gradients and Adam's moments; activations come on top) and ``problems``; for readers
+    see :func:`compress.reader_run.dry_run`.
     """
+    if not isinstance(recipe, Recipe | ReaderRecipe):
+        recipe = load_recipe(recipe)
+    if isinstance(recipe, ReaderRecipe):
+        from compress.reader_run import dry_run as dry_run_of_reader
+
+        return dry_run_of_reader(recipe, device=device)
     try:
-        job = _open(recipe, (), None, device)
+        job = _open(recipe, None, device)
         pruning = _pruning_run(job, Journal())
     except (ValueError, FileNotFoundError) as error:
         return {"problems": [str(error)]}
@@ -282,31 +293,7 @@ def evaluate_model(
     }
 
 
-def _check_same_recipe(job: _Job) -> None:
-    """Half a run of each of two recipes is a run of neither: refuse to resume another one."""
-    path = job.folder / "recipe.yaml"
-    if not path.exists():
-        return
-    found, wanted = yaml.safe_load(path.read_text(encoding="utf8")), yaml.safe_load(_resolved(job))
-    if not isinstance(found, dict):
-        return
-    changed = sorted(
-        key for key in {*found, *wanted} - {"output"} if found.get(key) != wanted.get(key)
-    )
-    if changed:
-        raise ValueError(
-            f"the run in {job.folder} has another recipe: {', '.join(changed)} changed; resume it "
-            "with its own recipe, or start again with --overwrite"
-        )
-
-
-def _open(
-    recipe: str | Path | Recipe,
-    overrides: Sequence[str],
-    output: str | Path | None,
-    device: str | None,
-) -> _Job:
-    typed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
     pipeline = load_pipeline(typed.model)
     unet = _unet_of(pipeline, typed.model)
     data = load_images(typed.data, unet.config.sample_size, unet.config.in_channels)

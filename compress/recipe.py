@@ -6,14 +6,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compress.gradflow import GradFlow, OneShot
+from compress.methods import (
+    RUNTIME_METHODS,
+    WEIGHT_METHODS,
+    AnyRuntimeMethod,
+    AnyWeightMethod,
+)
 
-METHODS: dict[str, type] = {"gradflow": GradFlow, "oneshot": OneShot}
+METHODS = WEIGHT_METHODS | RUNTIME_METHODS
 
 
 class RecipeError(ValueError):
@@ -86,6 +91,68 @@ class Evaluate(_Section):
     inception_weights: str | None = Field(None, min_length=1)
 
 
+class ReadPages(_Section):
+    """What a reader is measured on, dense and compressed alike.
+
+    Parameters
+    ----------
+    suite : the set of metrics.
+    samples : rendered pages of each kind; a folder is read as a whole.
+    batch : pages that are read together.
+    prompt : the family's own for plain text when null.
+    max_new_tokens : of a page; what the checkpoint says when null.
+    dtype : of the weights.
+    against : the reference of every ratio.
+    """
+
+    suite: Literal["ocr"] = "ocr"
+    samples: int = Field(64, ge=1)
+    batch: int = Field(8, ge=1)
+    prompt: str | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    against: Literal["dense"] = "dense"
+
+
+class Calibrate(_Section):
+    """How focal layers are found, where a method asks for it.
+
+    Parameters
+    ----------
+    pages : that are written densely; rendered validation pages, or the first of a folder.
+    max_new_tokens : of a page.
+    """
+
+    pages: int = Field(16, ge=1)
+    max_new_tokens: int = Field(128, ge=2)
+
+
+class ReaderRecipe(_Section):
+    """One run of `compress` on a reader of pages: run-time methods, and how they are checked.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a hub id, or a local folder.
+    data : ``builtin:pages``, ``builtin:square-pages``, or a folder of pages.
+    method : one method, or a list of those that work together, the first one applied first.
+    compare : further methods, each measured alone on the same pages.
+    calibrate, evaluate : see the classes.
+    weights : whether the checkpoint holds a copy of the model's weights or a reference to them.
+    seed : of every random draw in the run.
+    output : the run's folder; ``load_recipe`` fills in ``runs/NAME-OF-THE-RECIPE``.
+    """
+
+    model: str = Field(min_length=1)
+    data: str = Field(min_length=1)
+    method: list[AnyRuntimeMethod] = Field(min_length=1)
+    compare: list[AnyRuntimeMethod] = []
+    calibrate: Calibrate = Calibrate()
+    evaluate: ReadPages = ReadPages()
+    weights: Literal["copy", "reference"] = "copy"
+    seed: int = Field(0, ge=0, lt=2**63)
+    output: str | None = Field(None, min_length=1)
+
+
 class Recipe(_Section):
     """One run of `compress`: what to compress, with what, and how to check the result.
 
@@ -101,7 +168,7 @@ class Recipe(_Section):
 
     model: str = Field(min_length=1)
     data: str = Field(min_length=1)
-    method: Annotated[GradFlow | OneShot, Field(discriminator="name")]
+    method: AnyWeightMethod
     recover: Recover = Recover()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -109,8 +176,8 @@ class Recipe(_Section):
     output: str | None = Field(None, min_length=1)
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | ReaderRecipe:
+    """Read, override and validate a recipe; its method says of which kind it is.
 
     Parameters
     ----------
@@ -127,13 +194,20 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problem = _override(data, override, lines)
         if problem:
             problems.append(problem)
+    method = data.get("method")
+    kind: type[Recipe] | type[ReaderRecipe] = Recipe
+    if isinstance(method, list) or _name(method) in RUNTIME_METHODS:
+        kind = ReaderRecipe
+        # a list of one, whose place in the file is that of the mapping
+        data = data | {"method": method if isinstance(method, list) else [method]}
     try:
         # as JSON, because strict validation of Python objects would refuse plain mappings
-        recipe = Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
+        recipe = kind.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        method = data.get("method")
-        known = list(_known_paths(method.get("name") if isinstance(method, dict) else None))
-        problems += [_describe(e, known, lines) for e in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        if not isinstance(method, list):
+            errors = [e | {"loc": _without_index(e["loc"])} for e in errors]
+        problems += [_describe(e, list(_known_paths(kind, data)), lines) for e in errors]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         in_order = sorted(problems, key=_line_number)
@@ -152,7 +226,7 @@ def list_recipes() -> list[tuple[str, str]]:
     return recipes
 
 
-def dump(recipe: Recipe, header: Sequence[str] = ()) -> str:
+def dump(recipe: Recipe | ReaderRecipe, header: Sequence[str] = ()) -> str:
     """Write a recipe as YAML that ``load_recipe`` reads back to an equal object.
 
     Parameters
@@ -291,20 +365,37 @@ def _fields(kind: Any) -> Mapping[str, Any]:
     return getattr(kind, "__pydantic_fields__", {})
 
 
-def _known_paths(method: Any) -> Iterator[str]:
-    """Dotted path of every key that a recipe with this method (perhaps no known one) may have."""
-    for name, field in Recipe.model_fields.items():
+def _name(method: Any) -> str:
+    return str(method.get("name")) if isinstance(method, dict) else ""
+
+
+def _without_index(path: Path_) -> Path_:
+    return (path[0], *path[2:]) if path[:2] == ("method", 0) else path
+
+
+def _known_paths(
+    recipe: type[Recipe] | type[ReaderRecipe], data: Mapping[str, Any]
+) -> Iterator[str]:
+    """Dotted path of every key that a recipe with these methods (perhaps unknown) may have."""
+    for name, field in recipe.model_fields.items():
         yield name
-        kind = METHODS.get(str(method)) if name == "method" else field.annotation
-        for key in _fields(kind) or (("name",) if name == "method" else ()):
-            yield f"{name}.{key}"
+        if name not in ("method", "compare"):
+            yield from (f"{name}.{key}" for key in _fields(field.annotation))
+            continue
+        given = data.get(name)
+        for place, method in enumerate(given if isinstance(given, list) else [given]):
+            keys = _fields(METHODS.get(_name(method))) or ("name",)
+            yield from (f"{name}.{key}" for key in keys)
+            yield from (f"{name}[{place}].{key}" for key in keys)
 
 
 def _describe(error: Any, known: Sequence[str], lines: Lines) -> str:
     """One line for one of pydantic's errors: where, what was expected, what came."""
     path: Path_ = error["loc"]
-    if path[0] == "method" and len(path) > 1:
-        path = (path[0], *path[2:])  # the second part is the tag of the union, not a key
+    if path[0] in ("method", "compare"):
+        # behind the method's place in the list, if there is one, comes the tag of the union: no key
+        tag = 2 if len(path) > 1 and isinstance(path[1], int) else 1
+        path = (*path[:tag], *path[tag + 1 :])
     context = error.get("ctx", {})
     got = f"got {_show(error['input'])}"
     choices = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
@@ -314,9 +405,11 @@ def _describe(error: Any, known: Sequence[str], lines: Lines) -> str:
         case "missing" | "missing_argument":
             return f"{_place(path, lines)}: expected a value (the key is required); got nothing"
         case "union_tag_not_found":
+            choices = _methods_at(path)
             path = (*path, "name")
-            return f"{_place(path, lines)}: expected one of {', '.join(METHODS)}; got nothing"
+            return f"{_place(path, lines)}: expected one of {', '.join(choices)}; got nothing"
         case "union_tag_invalid":
+            choices = _methods_at(path)
             path = (*path, "name")
             got = f"got {_show(context['tag'])}"
             expected = f"one of {', '.join(choices)}"
@@ -333,6 +426,11 @@ def _describe(error: Any, known: Sequence[str], lines: Lines) -> str:
     nearest = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"{_place(path, lines)}: expected {expected}; {got}{hint}"
+
+
+def _methods_at(path: Path_) -> list[str]:
+    """Methods that may stand at a place: a lone one decides of which kind the recipe is."""
+    return list(METHODS if path == ("method",) else RUNTIME_METHODS)
 
 
 def _unknown_key(path: Path_, known: Sequence[str]) -> str:

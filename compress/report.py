@@ -8,8 +8,8 @@ import numpy as np
 
 from compress.figures import draw_figures
 from compress.files import write_bytes, write_text
-from compress.page import document, escape, facts_table, picture, value_cell
-from compress.results import Run, arrow, metric_name, number_text, read_run
+from compress.page import document, escape, facts_table, picture, side_by_side_table
+from compress.results import Run, metric_name, number_text, read_run
 
 CRITERION_SHARE_AIM = 0.15
 
@@ -62,7 +62,7 @@ def render(run: Run, images: Mapping[str, bytes]) -> str:
     sections = [
         _warnings_section(run),
         _headline_section(run, method),
-        _table_section(run),
+        side_by_side_table(run.metrics["metrics"], run.metrics.get("floor") or {}),
         _samples_section(images),
         _flow_section(run, images),
         _training_section(run, images),
@@ -108,43 +108,6 @@ def _headline_section(run: Run, method: Mapping[str, Any]) -> str:
 
 def _names_like(metrics: Mapping[str, Any], stem: str) -> list[str]:
     return [name for name in (stem, f"{stem}_digits") if name in metrics]
-
-
-def _table_section(run: Run) -> str:
-    floor = run.metrics.get("floor") or {}
-    rows = []
-    for name, entry in run.metrics["metrics"].items():
-        unit = entry.get("unit", "")
-        mark = arrow(entry.get("better", ""))
-        under = ""
-        if name in floor:
-            under = f'<small class="floor">floor {number_text(floor[name], unit)}</small>'
-        cells = [
-            f'<th scope="row">{escape(metric_name(name))} <span class="better" '
-            f'title="{escape(entry.get("better", ""))} is better">{mark}</span>'
-            f"<small>{escape(unit)}</small></th>"
-        ]
-        for side in ("dense", "compressed"):
-            cells.append(
-                f'<td data-label="{side}" class="{side}"><span>'
-                f"{value_cell(entry.get(side), unit)}{under if side == 'dense' else ''}</span></td>"
-            )
-        count = (entry.get("compressed") or {}).get("n")
-        cells.append(f'<td data-label="ratio">{_ratio(entry.get("ratio"))}</td>')
-        cells.append(f'<td data-label="n">{"–" if count is None else f"{count:,}"}</td>')
-        cells.append(f'<td data-label="how" class="how">{escape(entry.get("how", ""))}</td>')
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = "".join(
-        f'<th scope="col">{head}</th>'
-        for head in ("Metric", "Dense", "Compressed", "Ratio", "n", "How it was measured")
-    )
-    note = "Arrows show which direction is better; brackets are 95% intervals."
-    if floor:
-        note += " The floor is what one half of the real images scores against the other half."
-    return (
-        f'<section><h2>Metrics</h2><table class="metrics"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table><p class='note'>{note}</p></section>"
-    )
 
 
 def _samples_section(images: Mapping[str, bytes]) -> str:
@@ -237,9 +200,3 @@ def _facts_section(run: Run) -> str:
 
 def _figure(images: Mapping[str, bytes], name: str, caption: str, kind: str = "") -> str:
     return picture(images[name], caption, kind) if name in images else ""
-
-
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}×" if 0.01 <= value < 1 else f"{value:.3g}×"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,6 +45,8 @@ class Prediction:
     text : what was read.
     new_tokens, visual_tokens : generated, and of the page in the prompt.
     ended : whether the model ended by itself, rather than at the length limit.
+    facts : what run-time methods counted while the page's batch was read, by method; on the first
+        page of a batch only.
     """
 
     page: str
@@ -51,6 +54,7 @@ class Prediction:
     new_tokens: int
     visual_tokens: int
     ended: bool
+    facts: dict[str, Any] | None = None
 
 
 # images, with their names, to what a model reads on them

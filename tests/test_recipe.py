@@ -7,10 +7,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from compress.fastocr import FastOCR
 from compress.gradflow import GradFlow, OneShot
 from compress.recipe import (
     METHODS,
+    WEIGHT_METHODS,
     Evaluate,
+    ReaderRecipe,
     Recipe,
     RecipeError,
     Recover,
@@ -19,6 +22,7 @@ from compress.recipe import (
     list_recipes,
     load_recipe,
 )
+from compress.rtprune import RTPrune
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.y*ml"))
 MINIMAL = "model: builtin:ddpm-digits\ndata: builtin:digits\nmethod: {name: gradflow}\n"
@@ -86,7 +90,44 @@ def test_defaults_are_those_of_the_classes(write):
 def test_methods_are_told_apart_by_name(write):
     for name, kind in METHODS.items():
         recipe = load_recipe(write(MINIMAL), [f"method={{name: {name}}}"])
-        assert type(recipe.method) is kind and recipe.method.name == name
+        [method] = recipe.method if isinstance(recipe, ReaderRecipe) else [recipe.method]
+        assert type(method) is kind and method.name == name
+
+
+def test_run_time_methods_stand_alone_or_in_a_list(write):
+    base = "model: builtin:reader-qwen\ndata: builtin:pages\n"
+    alone = load_recipe(write(base + "method: {name: fastocr, focal_layers: [1, 3]}\n"))
+    assert alone.method == [FastOCR(focal_layers=(1, 3))]
+    both = load_recipe(
+        write(base + "method: [{name: rtprune}, {name: fastocr, keep_visual: 0.1}]\n"),
+        ["compare=[{name: rtprune, select: random}]"],
+    )
+    assert both.method == [RTPrune(), FastOCR(keep_visual=0.1)]
+    assert both.compare == [RTPrune(select="random")]
+    assert load_recipe(write(dump(both))) == both
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("method: {name: fastocr, keep_visual: 2}", "method.keep_visual: expected a number less"),
+        ("method: {name: fastocr, keep: 1}", "nearest known key: method.keep_visual"),
+        ("method: [{name: rtprune, mergee: 1}]", "nearest known key: method[0].merge)"),
+        ("method: [{name: gradflow}]", "method[0].name: expected one of rtprune, fastocr; got"),
+        ("method: [{keep_tokens: 1}]", "method[0].name: expected one of rtprune, fastocr; got not"),
+        ("method: []", "method: expected"),
+        ("method: {name: rtprune}\ncompare: [{name: oneshot}]", "compare[0].name: expected one of"),
+        ("method: {name: rtprune}\nrecover: {steps: 1}", "expected one of the keys model, data"),
+        (
+            "method: {name: fastocr, fixation: static, dilate: 1}",
+            "dilate, min_mass and reuse belong to the dynamic fixation",
+        ),
+        ("method: {name: rtprune}\nevaluate: {suite: diffusion}", "evaluate.suite: expected"),
+    ],
+)
+def test_a_mistake_in_a_recipe_of_a_reader_is_named_with_its_place(text, part, write):
+    [problem] = problems(write("model: builtin:reader-qwen\ndata: builtin:pages\n" + text + "\n"))
+    assert part in problem
 
 
 def test_numbers_are_read_as_yaml_1_2_and_words_stay_words(write):
@@ -189,9 +230,9 @@ def test_every_key_is_named_when_it_is_misspelt(section, write):
     ("method", "part"),
     [
         ("{name: gradflo}", "did you mean 'gradflow'?"),
-        ("{name: [1]}", "expected one of gradflow, oneshot"),
-        ("{name: null}", "expected one of gradflow, oneshot"),
-        ("{keep_macs: 0.5}", "expected one of gradflow, oneshot; got nothing"),
+        ("{name: [1]}", "expected one of gradflow, oneshot, rtprune, fastocr"),
+        ("{name: null}", "expected one of gradflow, oneshot, rtprune, fastocr"),
+        ("{keep_macs: 0.5}", "expected one of gradflow, oneshot, rtprune, fastocr; got nothing"),
         ("gradflow", "expected a mapping"),
         ("null", "expected a mapping"),
     ],
@@ -202,7 +243,7 @@ def test_a_method_that_does_not_exist_lists_those_that_do(method, part, write):
 
 
 @pytest.mark.parametrize("keep", ["-0.1", "0", "1.01", ".nan", ".inf", "'0.5'", "null", "[0.5]"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_keep_macs_is_a_fraction(name, keep, write):
     [problem] = problems(write(MINIMAL), f"method={{name: {name}, keep_macs: {keep}}}")
     assert problem.startswith("--set method.keep_macs: expected a")

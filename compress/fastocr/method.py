@@ -88,9 +88,10 @@ class FastOCR:
                 f"focal_layers should be among the model's {layers}, counted from 0; got "
                 f"{list(self.focal_layers)}; calibrate on this model"
             )
-        return attached(model, self._open_gaze)
+        return attached(model, self.open_gaze)
 
-    def _open_gaze(self, pages: Pages, layers: int) -> Gaze:
+    def open_gaze(self, pages: Pages, layers: int) -> Gaze:
+        """The gaze of a new request, on a model of so many layers."""
         focal = None if self.focal_layers == "auto" else sorted(set(self.focal_layers))
         if self.fixation == "dynamic":
             return MovingGaze(

@@ -1,0 +1,67 @@
+"""Where the eye rested while a page was written: for pictures, not for speed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from compress.fastocr.fixation import Fixation
+from compress.fastocr.method import FastOCR
+from compress.fastocr.patch import attached
+from compress.fastocr.state import Gaze, Pages
+
+
+class _Watched:
+    """A gaze that notes what the last layer reads in each step."""
+
+    def __init__(self, gaze: Gaze, layers: int) -> None:
+        self.gaze = gaze
+        self.last = layers - 1
+        self.seen: list[torch.Tensor | None] = []
+
+    def start_step(self) -> None:
+        """Begin a step."""
+        self.gaze.start_step()
+
+    def fixation(self, layer: int) -> Fixation | None:
+        """What the layer reads."""
+        found = self.gaze.fixation(layer)
+        if layer == self.last:
+            self.seen.append(None if found is None else found.index[0, found.valid[0]].cpu())
+        return found
+
+    def wants_scores(self, layer: int) -> bool:
+        """As the gaze."""
+        return self.gaze.wants_scores(layer)
+
+    def see(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
+        """As the gaze."""
+        return self.gaze.see(layer, scores)
+
+
+def trace(
+    method: FastOCR, model: Any, inputs: Mapping[str, Any], max_new_tokens: int
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Write one page, and say what was read of it.
+
+    Parameters
+    ----------
+    method, model : the model must not have the method applied.
+    inputs : of one sequence, of :func:`compress.models.visual.build_prompt`.
+    max_new_tokens : to write.
+
+    Returns
+    -------
+    Ids of the answer ``(tokens,)``; and for each of its tokens but the first, which the prompt
+    gives, the visual tokens that the last layer attended to when it wrote it, ``(kept,)``, as
+    places in the layout of the prompt that the decoder read; None where it attended to all.
+    """
+    opened: list[_Watched] = []
+
+    def open_gaze(pages: Pages, layers: int) -> Gaze:
+        opened.append(_Watched(method.open_gaze(pages, layers), layers))
+        return opened[-1]
+
+    with attached(model, open_gaze):
+        whole = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return whole[0, inputs["input_ids"].shape[1] :], opened[0].seen

@@ -1,0 +1,174 @@
+"""The report of a run on a reader: one self-contained page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.applied import Applied
+from compress.data.ocr_pages import OcrData, OcrPage
+from compress.eval.ocr import read_predictions
+from compress.fastocr import FastOCR
+from compress.fastocr.trace import trace
+from compress.files import write_bytes, write_text
+from compress.models.reading import read_pages
+from compress.models.visual import adapter_for, build_prompt, visual_layouts
+from compress.ocr_report import OCR_CSS, pages_section
+from compress.page import (
+    animation,
+    document,
+    escape,
+    facts_table,
+    picture,
+    side_by_side_table,
+    value_cell,
+)
+from compress.reader_figures import (
+    comparison_figure,
+    fixation_film,
+    png,
+    ratio_figure,
+    recall_figure,
+    tokens_on_page,
+    used_share,
+)
+from compress.rtprune import RTPrune
+
+FILM_TOKENS = 200
+
+
+def write_reader_report(
+    folder: Path,
+    data: OcrData,
+    variants: Sequence[Any],
+    metrics: Mapping[str, Any],
+    model: Any,
+    processor: Any,
+) -> Path:
+    """Write ``report.html`` and its figures as PNG files.
+
+    Parameters
+    ----------
+    folder : of the run.
+    data : the pages.
+    variants : dense, compressed, and those to compare.
+    metrics : what metrics.json holds.
+    model, processor : without methods; they are run on one page for the pictures.
+    """
+    methods = variants[1].methods
+    figures: dict[str, bytes] = {}
+    shown = data.pages[0]
+    for method in methods:
+        if isinstance(method, RTPrune):
+            figures |= _pruned(method, shown, model, processor)
+        if isinstance(method, FastOCR):
+            figures |= _film(method, shown, model, processor)
+    if metrics["calibration"]:
+        figures["recall"] = recall_figure(metrics["calibration"])
+    figures["comparison"] = comparison_figure(metrics["comparison"])
+    ratios = [
+        page
+        for prediction in read_predictions(folder / variants[1].file)
+        for page in (prediction.facts or {}).get("rtprune", {}).get("pages", [])
+    ]
+    if ratios and (drawn := ratio_figure(ratios)):
+        figures["ratio"] = drawn
+    for name, content in figures.items():
+        if name != "film":
+            write_bytes(folder / f"{name}.png", content)
+    facts = metrics["run"]
+    line = " · ".join(
+        [
+            f"model {facts['model']}",
+            f"data {facts['data']}",
+            f"method {' + '.join(facts['method'])}",
+        ]
+    )
+    body = [
+        OCR_CSS,
+        _headline(metrics),
+        side_by_side_table(metrics["metrics"], {}),
+        _comparison(metrics["comparison"], figures),
+        _pictures(figures),
+        pages_section(data, read_predictions(folder / variants[1].file)),
+        f"<section><h2>The run</h2>{facts_table(facts)}</section>",
+    ]
+    path = folder / "report.html"
+    write_text(path, document(folder.resolve().name, line, body))
+    return path
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    row = metrics["comparison"][1]
+    cards = []
+    if "accuracy_retention" in row:
+        kept = row["accuracy_retention"]
+        cards.append(("Accuracy retention", f"{kept['value']:.2%}", "1 - CER, over dense"))
+    if "tokens_kept" in row:
+        cards.append(("Tokens kept", f"{row['tokens_kept']:.2%}", "of the page, newlines included"))
+    if "attended" in row:
+        cards.append(("Attended", f"{row['attended']:.2%}", "mean over layers and steps"))
+        cards.append(("Saccades", f"{row['saccades']:.2%}", "steps that the guard opened"))
+    inside = "".join(
+        f'<div class="card"><h3>{escape(h)}</h3><p>{escape(v)}</p><span>{escape(n)}</span></div>'
+        for h, v, n in cards
+    )
+    return f'<section class="headline"><div class="cards">{inside}</div></section>'
+
+
+def _comparison(rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
+    lines = []
+    for row in rows:
+        used = used_share(row)
+        lines.append(
+            f'<tr><th scope="row">{escape(row["variant"])}</th>'
+            f"<td>{'–' if used is None else f'{used:.2%}'}</td>"
+            f"<td>{value_cell(row.get('accuracy_retention'), '')}</td>"
+            f"<td>{value_cell(row['metrics'].get('cer_corpus'), '')}</td></tr>"
+        )
+    return (
+        "<section><h2>Every variant, on the same pages</h2><table><thead><tr><th>variant</th>"
+        "<th>visual tokens used</th><th>accuracy retention</th><th>CER</th></tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table>"
+        f"{picture(figures['comparison'], 'Accuracy against visual tokens used')}</section>"
+    )
+
+
+def _pictures(figures: Mapping[str, bytes]) -> str:
+    parts = [
+        picture(figures[name], caption, kind)
+        for name, caption, kind in (
+            ("kept", "Visual tokens that stay (shaded), on the first page", ""),
+            ("ratio", "Ratio of each page against its textual density", ""),
+            ("strip", "The fixation while the page is written", "wide"),
+            ("recall", "Calibration: who chooses well for whom", "wide"),
+        )
+        if figures.get(name)
+    ]
+    if figures.get("film"):
+        parts.append(animation(figures["film"], "The same, moving"))
+    if not parts:
+        return ""
+    inside = "".join(parts)
+    return f'<section><h2>What the methods did</h2><div class="figures">{inside}</div></section>'
+
+
+def _pruned(method: RTPrune, page: OcrPage, model: Any, processor: Any) -> dict[str, bytes]:
+    """The first page with what stays of it."""
+    with Applied(model, [method]) as applied:
+        read_pages(model, processor, [page.open()], max_new_tokens=1)
+        [kept] = applied.handles["rtprune"].pages  # type: ignore[attr-defined]
+    return {"kept": png(tokens_on_page(page.open(), kept.grid, kept.kept_indices))}
+
+
+def _film(method: FastOCR, page: OcrPage, model: Any, processor: Any) -> dict[str, bytes]:
+    """The fixation on the first page, without other methods."""
+    prompt = adapter_for(model.config).read_prompt
+    inputs = build_prompt(model, processor, [page.open()], [prompt])
+    inputs = {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
+    [layout] = visual_layouts(model, inputs)
+    ids, seen = trace(method, model, inputs, FILM_TOKENS)
+    letters = [processor.batch_decode(i, skip_special_tokens=True)[0] for i in ids[1:, None, None]]
+    film, strip = fixation_film(page.open(), layout, seen, letters)
+    return {"film": film, "strip": strip}

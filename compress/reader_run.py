@@ -1,0 +1,304 @@
+"""``compress run`` on a reader: apply run-time methods, read pages, compare, export, report."""
+
+import datetime
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compress.applied import Applied
+from compress.data.ocr_pages import RENDERED, OcrData, OcrPage, load_pages
+from compress.data.pages import page
+from compress.environment import choose_device, device_name, versions_of
+from compress.eval import ocr
+from compress.eval.values import Value
+from compress.fastocr import Calibration, FastOCR, calibrate
+from compress.files import folder_hash, read_json, write_json, write_text
+from compress.method import Event, RunResult, RuntimeMethod
+from compress.models.page_images import open_image
+from compress.models.visual import adapter_for, build_prompt
+from compress.models.vlm import load_vlm, model_folder
+from compress.ocr_evaluation import DTYPES, PACKAGES, page_reader
+from compress.output_folder import check_same_settings, check_target, claim
+from compress.patched import save_patched
+from compress.reader_report import write_reader_report
+from compress.recipe import ReaderRecipe, dump
+
+CALIBRATION = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to read the pages: the dense model, the recipe's methods, or one to compare."""
+
+    name: str
+    methods: tuple[RuntimeMethod, ...]
+
+    @property
+    def file(self) -> str:
+        """Where its predictions go, below the run's folder."""
+        return f"predictions/{self.name}.jsonl"
+
+
+def variants(recipe: ReaderRecipe) -> list[Variant]:
+    """What a recipe asks to be read, dense first; names are unique."""
+    found = [Variant("dense", ()), Variant("compressed", tuple(recipe.method))]
+    for method in recipe.compare:
+        name = variant_name(method)
+        same = sum(v.name == name or v.name.startswith(f"{name} #") for v in found)
+        found.append(Variant(f"{name} #{same + 1}" if same else name, (method,)))
+    return found
+
+
+def variant_name(method: RuntimeMethod) -> str:
+    """A method and the settings that are not its defaults, as one name."""
+    defaults = asdict(type(method)())  # type: ignore[call-overload]
+    changed = {k: v for k, v in asdict(method).items() if v != defaults[k]}  # type: ignore[call-overload]
+    return " ".join([method.name, *(f"{key}={value}" for key, value in changed.items())])
+
+
+def reader_events(
+    recipe: ReaderRecipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> Generator[Event, None, RunResult]:
+    """Do what a recipe says, as a generator of events: the caller owns the loop.
+
+    Raises
+    ------
+    ValueError : for a model, data or methods that cannot be used, or to resume another recipe.
+    FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
+    """
+    asked, where = recipe.evaluate, choose_device(device)
+    check_target(folder, resume=resume, overwrite=overwrite)
+    if resume:
+        check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
+    data = load_pages(recipe.data, open_image, asked.samples)
+    base = model_folder(recipe.model)
+    model, processor = load_vlm(base, DTYPES[asked.dtype])
+    model.to(where)
+    for variant in variants(recipe)[1:]:
+        Applied(model, variant.methods).remove()  # a method that cannot serve the model says so now
+    yield Event("prepare", 1, 1, message=f"{recipe.model}: {len(data.pages)} pages")
+    with claim(folder, resume=resume, overwrite=overwrite):
+        write_text(folder / "recipe.yaml", dump(recipe, _header()))
+        calibration = yield from _calibration(recipe, model, processor, folder)
+        found = [_calibrated(v, calibration) for v in variants(recipe)]
+        (folder / "predictions").mkdir(exist_ok=True)
+        for variant in found:
+            applied = Applied(model, variant.methods) if variant.methods else None
+            read = page_reader(model, processor, asked.prompt, asked.max_new_tokens, applied)
+            try:
+                for count in ocr.predict(data, read, asked.batch, folder / variant.file):
+                    yield Event(variant.name, count, len(data.pages))
+            finally:
+                if applied is not None:
+                    applied.remove()
+        yield Event("report", 0, 2)
+        metrics = {
+            **_measured(recipe, data, found, folder),
+            "calibration": None if calibration is None else calibration.facts(),
+            "run": _facts(recipe, where, len(data.pages)),
+        }
+        facts = {
+            "base_model": recipe.model,
+            "base_hash": folder_hash(base),
+            "recipe": recipe.model_dump(mode="json"),
+            "calibration": metrics["calibration"],
+            "metrics": metrics["metrics"],
+        }
+        checkpoint = save_patched(
+            model,
+            processor,
+            found[1].methods,
+            folder / "checkpoint",
+            facts,
+            recipe.model if recipe.weights == "reference" else None,
+        )
+        write_json(folder / "metrics.json", metrics)
+        yield Event("report", 1, 2)
+        write_reader_report(folder, data, found, metrics, model, processor)
+    yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
+    return RunResult(folder, metrics, checkpoint)
+
+
+def dry_run(recipe: ReaderRecipe, *, device: str | None = None) -> dict[str, Any]:
+    """Predict what a recipe would do, without reading a page or writing anything.
+
+    Returns
+    -------
+    ``model``, its ``parameters``, ``pages``, ``variants`` and ``problems``.
+    """
+    folder = Path(recipe.output or "")
+    problems: list[str] = []
+    facts: dict[str, Any] = {"model": recipe.model, "data": recipe.data}
+    try:
+        choose_device(device)
+        data = load_pages(recipe.data, open_image, recipe.evaluate.samples)
+        facts |= {"pages": len(data.pages), "readings": len(data.pages) * len(variants(recipe))}
+        model, _ = load_vlm(recipe.model)
+        facts["family"] = adapter_for(model.config).name
+        facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        for variant in variants(recipe)[1:]:
+            Applied(model, variant.methods).remove()
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
+    try:
+        check_target(folder, resume=False, overwrite=False)
+    except FileExistsError as error:
+        problems.append(str(error))
+    names = [variant.name for variant in variants(recipe)]
+    return {**facts, "variants": names, "output": str(folder), "problems": problems}
+
+
+# ---- calibration -----------------------------------------------------------------------------
+
+
+def _calibration(
+    recipe: ReaderRecipe, model: Any, processor: Any, folder: Path
+) -> Generator[Event, None, Calibration | None]:
+    """Find focal layers where a method leaves them open; kept for a resumed run."""
+    methods = [*recipe.method, *recipe.compare]
+    open_ones = [m for m in methods if isinstance(m, FastOCR) and m.focal_layers == "auto"]
+    if not open_ones:
+        return None
+    path = folder / CALIBRATION
+    if path.is_file():
+        return Calibration(**read_json(path))
+    yield Event("calibrate", 0, 1)
+    asked = recipe.calibrate
+    pages = calibration_pages(recipe.data, asked.pages)
+    text = recipe.evaluate.prompt
+    prompt = adapter_for(model.config).read_prompt if text is None else text
+    batches = []
+    for first in range(0, len(pages), recipe.evaluate.batch):
+        images = [p.open() for p in pages[first : first + recipe.evaluate.batch]]
+        inputs = build_prompt(model, processor, images, [prompt] * len(images))
+        batches.append(
+            {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
+        )
+    found = calibrate(model, batches, open_ones[0].keep_visual, max_new_tokens=asked.max_new_tokens)
+    write_json(path, found.facts())
+    yield Event("calibrate", 1, 1, message=f"focal layers {list(found.focal_layers)}")
+    return found
+
+
+def calibration_pages(source: str, count: int) -> list[OcrPage]:
+    """Pages to calibrate on: rendered ones of the validation split, or the first of a folder."""
+    name = source.partition(":")[2]
+    if source.startswith("builtin:") and name in RENDERED:
+        made = [page(0, index, RENDERED[name], "validation") for index in range(count)]
+        return [OcrPage(str(i), lambda p=p: p.image, p.text) for i, p in enumerate(made)]  # type: ignore[misc]
+    return list(load_pages(source, open_image).pages[:count])
+
+
+def _calibrated(variant: Variant, calibration: Calibration | None) -> Variant:
+    """The variant with the focal layers that were found."""
+    methods = tuple(
+        replace(m, focal_layers=tuple(calibration.focal_layers))
+        if calibration is not None and isinstance(m, FastOCR) and m.focal_layers == "auto"
+        else m
+        for m in variant.methods
+    )
+    return replace(variant, methods=methods)
+
+
+# ---- measurement -----------------------------------------------------------------------------
+
+
+def _measured(
+    recipe: ReaderRecipe, data: OcrData, found: Sequence[Variant], folder: Path
+) -> dict[str, Any]:
+    """Metrics of the dense and the compressed reader side by side, and a row of every variant."""
+    read = {v.name: ocr.read_predictions(folder / v.file) for v in found}
+    scored = {v.name: ocr.score(data, read[v.name], recipe.seed) for v in found}
+    dense, compressed = scored["dense"], scored["compressed"]
+    metrics = {name: _side_by_side(name, dense[name], compressed[name]) for name in dense}
+    pages = [p for p in data.pages if p.text is not None and not p.unseen_font]
+    rows = []
+    for variant in found:
+        row: dict[str, Any] = {
+            "variant": variant.name,
+            "methods": [asdict(m) for m in variant.methods],  # type: ignore[call-overload]
+            **counted(read[variant.name]),
+            "metrics": {n: asdict(v) for n, v in scored[variant.name].items()},
+        }
+        if pages:
+            kept = ocr.accuracy_retention(pages, read[variant.name], read["dense"], recipe.seed)
+            row["accuracy_retention"] = asdict(kept)
+        rows.append(row)
+    if pages:
+        one = Value(1.0, "by definition", len(pages))
+        kept = Value(**rows[1]["accuracy_retention"])
+        metrics = {"accuracy_retention": _side_by_side("accuracy_retention", one, kept)} | metrics
+    return {"metrics": metrics, "comparison": rows, "warnings": []}
+
+
+def _side_by_side(name: str, dense: Value, compressed: Value) -> dict[str, Any]:
+    return {
+        "dense": {"value": dense.value, "ci95": dense.ci95, "n": dense.n},
+        "compressed": {"value": compressed.value, "ci95": compressed.ci95, "n": compressed.n},
+        "ratio": compressed.value / dense.value if dense.value else None,
+        "better": "higher" if name == "accuracy_retention" else ocr.better(name),
+        "unit": "",
+        "how": compressed.how,
+    }
+
+
+def counted(predictions: Sequence[ocr.Prediction]) -> dict[str, Any]:
+    """What the methods counted over all pages.
+
+    Returns
+    -------
+    ``tokens_kept``, of RTPrune: share of the visual tokens, newlines included, that reach the
+    decoder; ``attended``, of FastOCR: share of the visual tokens that a layer attends to in a
+    decode step, mean over layers and steps, and ``attended_by_layer``; ``saccades``: share of the
+    steps that the guard opened.
+    """
+    facts = [p.facts for p in predictions if p.facts]
+    found: dict[str, Any] = {}
+    totals = [f["rtprune"]["total"] for f in facts if "rtprune" in f]
+    if totals:
+        given, kept = (sum(t[key] for t in totals) for key in ("visual_tokens", "visual_kept"))
+        found["tokens_kept"] = kept / given
+    counts = [f["fastocr"] for f in facts if "fastocr" in f and f["fastocr"]["steps"]]
+    if counts:
+        offered = [c["steps"] * c["visual_tokens"] for c in counts]
+        found["attended_by_layer"] = [
+            sum(share * weight for share, weight in zip(layer, offered, strict=True)) / sum(offered)
+            for layer in zip(*(c["attended_by_layer"] for c in counts), strict=True)
+        ]
+        layers = found["attended_by_layer"]
+        found["attended"] = sum(layers) / len(layers)
+        steps = [c["steps"] for c in counts]
+        found["saccades"] = sum(
+            c["saccades"] * n for c, n in zip(counts, steps, strict=True)
+        ) / sum(steps)
+    return found
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+def _facts(recipe: ReaderRecipe, device: str, pages: int) -> dict[str, Any]:
+    return {
+        "method": [m.name for m in recipe.method],
+        "model": recipe.model,
+        "data": recipe.data,
+        "pages": pages,
+        "seed": recipe.seed,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions_of(PACKAGES),
+    }
+
+
+def _header() -> list[str]:
+    return [f"{name} {version}" for name, version in versions_of(PACKAGES).items()]
