@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    UnlimitedOcrConfig,
+    UnlimitedOcrForConditionalGeneration,
+    UnlimitedOcrProcessor,
+)
 
 from compress.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
@@ -16,6 +22,8 @@ from compress.models.loading import BUILTIN
 from compress.models.transformers_folder import read_model, stored_shapes
 from compress.models.visual import ADAPTERS
 
+# what the first revision of `baidu/Unlimited-OCR` calls itself; transformers knows unlimited_ocr
+UNLIMITED_OCR = "unlimited-ocr"
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no code, nothing pickled
 
 
@@ -40,6 +48,12 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     if ARCHITECTURE in architectures:
         return load_deepseek_ocr(folder, dtype)
+    if kind == UNLIMITED_OCR:
+        settings = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
+        network = read_model(
+            UnlimitedOcrForConditionalGeneration, folder, dtype, UnlimitedOcrConfig(**settings)
+        )
+        return network, load_processor_of(folder)
     if kind not in ADAPTERS:
         raise ValueError(
             f"{folder / 'config.json'} has an unknown architecture (model_type={kind!r}, "
@@ -64,8 +78,9 @@ def load_processor_of(model: str | Path) -> Any:
         config.get("model_type") == "unlimited_ocr" and full_attention
     ):
         return load_processor(folder)
+    found = UnlimitedOcrProcessor if config.get("model_type") == UNLIMITED_OCR else AutoProcessor
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        return found.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} should have the tokenizer and the image processor of "
