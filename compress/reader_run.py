@@ -79,7 +79,7 @@ def reader_events(
     check_target(folder, resume=resume, overwrite=overwrite)
     if resume:
         check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
-    data = load_pages(recipe.data, open_image, asked.samples)
+    data = load_pages(recipe.data, open_image, asked.samples, asked.unseen_font)
     base = model_folder(recipe.model)
     model, processor = load_vlm(base, DTYPES[asked.dtype])
     model.to(where)
@@ -140,7 +140,8 @@ def dry_run(recipe: ReaderRecipe, *, device: str | None = None) -> dict[str, Any
     facts: dict[str, Any] = {"model": recipe.model, "data": recipe.data}
     try:
         choose_device(device)
-        data = load_pages(recipe.data, open_image, recipe.evaluate.samples)
+        asked = recipe.evaluate
+        data = load_pages(recipe.data, open_image, asked.samples, asked.unseen_font)
         facts |= {"pages": len(data.pages), "readings": len(data.pages) * len(variants(recipe))}
         model, _ = load_vlm(recipe.model)
         facts["family"] = adapter_for(model.config).name

@@ -98,6 +98,7 @@ class ReadPages(_Section):
     ----------
     suite : the set of metrics.
     samples : rendered pages of each kind; a folder is read as a whole.
+    unseen_font : whether rendered pages come in the font that no training page has, too.
     batch : pages that are read together.
     prompt : the family's own for plain text when null.
     max_new_tokens : of a page; what the checkpoint says when null.
@@ -107,6 +108,7 @@ class ReadPages(_Section):
 
     suite: Literal["ocr"] = "ocr"
     samples: int = Field(64, ge=1)
+    unseen_font: bool = False
     batch: int = Field(8, ge=1)
     prompt: str | None = None
     max_new_tokens: int | None = Field(None, ge=1)

@@ -73,6 +73,8 @@ def test_rendered_pages_come_in_the_fonts_of_training_and_in_the_unseen_one():
     data = load_pages("builtin:pages", open_image, samples=3)
     assert [p.unseen_font for p in data.pages] == [False] * 3 + [True] * 3
     assert len({p.name for p in data.pages}) == 6
+    seen = load_pages("builtin:pages", open_image, samples=3, unseen_font=False)
+    assert [p.name for p in seen.pages] == [p.name for p in data.pages[:3]]
     other = replace(PAGE, fonts=(UNSEEN_FONT,))
     for index, found in enumerate(data.pages):
         wanted = page(0, index % 3, other if index >= 3 else PAGE, "test")

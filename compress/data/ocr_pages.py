@@ -52,7 +52,10 @@ class OcrData:
 
 
 def load_pages(
-    source: str, open_image: Callable[[Path], Image.Image], samples: int = 64
+    source: str,
+    open_image: Callable[[Path], Image.Image],
+    samples: int = 64,
+    unseen_font: bool = True,
 ) -> OcrData:
     """Find the pages that a source names.
 
@@ -63,6 +66,7 @@ def load_pages(
         with a ``.txt`` or ``.md`` of the same name beside each.
     open_image : reads an image file.
     samples : rendered pages of each kind; a folder is read as a whole.
+    unseen_font : whether rendered pages come in the unseen font, too.
 
     Raises
     ------
@@ -74,7 +78,8 @@ def load_pages(
         if name not in RENDERED:
             known = ", ".join(f"builtin:{n}" for n in RENDERED)
             raise ValueError(f"built-in pages are {known}; got {source!r}; name one of them")
-        return OcrData(source, tuple(_rendered(RENDERED[name], samples)))
+        pages = _rendered(RENDERED[name], samples)
+        return OcrData(source, tuple(p for p in pages if unseen_font or not p.unseen_font))
     folder = Path(source.removeprefix("folder:")).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
