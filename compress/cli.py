@@ -184,6 +184,7 @@ def evaluate(
     prompt: Annotated[str | None, typer.Option(help="ocr: what is asked of the model.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="ocr: of a page.")] = None,
     dtype: Annotated[str, typer.Option(help="ocr: float32, bfloat16 or float16.")] = "float32",
+    mode: Annotated[str | None, typer.Option(help="ocr: DeepSeek-OCR's resolution.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="ocr: folder of predictions and report.")
     ] = None,
@@ -208,6 +209,7 @@ def evaluate(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             dtype=dtype,
+            mode=mode,
         )
         name = model.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
         folder = output or Path("runs") / f"eval_{name}"
@@ -246,6 +248,7 @@ def read(
     prompt: Annotated[str | None, typer.Option(help="What is asked of the model.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a page.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    mode: Annotated[str | None, typer.Option(help="DeepSeek-OCR's resolution.")] = None,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
@@ -260,6 +263,7 @@ def read(
         prompt=prompt,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
+        mode=mode,
         device=device,
     )
     rows = [{"page": str(p), "text": t} for p, t in zip(pages, readings, strict=True)]
@@ -270,7 +274,7 @@ def read(
 def tables(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[main|ablation|attempts]...", help="Default: all."),
+        typer.Argument(metavar="[NAME]...", help="main, ablation, attempts, fastocr, rtprune."),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
         "eval/results/ddpm_digits.jsonl"
@@ -283,15 +287,21 @@ def tables(
     """Run what the comparison tables lack, one run at a time, and print them. Resumable."""
     _check_versions()
     _quieten()
-    from compress import experiments
+    from compress import experiments, reader_experiments
     from compress.eval.tables import fill_file
 
-    chosen = experiments.choose(names or [])
+    readers = [n for n in names or reader_experiments.RECIPES if n in reader_experiments.RECIPES]
+    others = [name for name in names or [] if name not in readers]
+    chosen = experiments.choose(others) if others or not names else []
     if not only_render:
         part = experiments.parse_shard(shard)
         for line in experiments.run_missing(chosen, results, seeds=range(seeds), shard=part):
             _say(line)
+        for name in readers:
+            for line in reader_experiments.run_missing(name, results, Path("runs")):
+                _say(line)
     made = {name: experiments.render_table(name, results, range(seeds)) for name in chosen}
+    made |= {name: reader_experiments.render_table(name, results) for name in readers}
     if update is not None:
         fill_file(update, made)
     typer.echo("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))

@@ -225,7 +225,7 @@ def _run_one(experiment: Experiment, key: str) -> dict[str, Any]:
         "recipe": RECIPE,
         "overrides": list(experiment.overrides),
         "seed": experiment.seed,
-        "commit": _commit(),
+        "commit": commit(),
         "date": started.isoformat(timespec="seconds"),
         "device": facts["device"],
         "threads": facts["threads"],
@@ -241,7 +241,7 @@ def _run_one(experiment: Experiment, key: str) -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, or "unknown" outside one."""
     here = Path(__file__).parent
     asked = subprocess.run(

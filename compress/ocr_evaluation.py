@@ -16,6 +16,7 @@ from compress.environment import choose_device, device_name, versions_of
 from compress.eval import ocr
 from compress.files import folder_hash, write_json, write_text
 from compress.method import Event
+from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 from compress.models.vlm import load_vlm, model_folder
@@ -42,6 +43,7 @@ class OcrSettings:
     prompt : the family's own for plain text when None.
     max_new_tokens : of a page; what the checkpoint says when None.
     dtype : of the weights: float32, bfloat16 or float16.
+    mode : DeepSeek-OCR's resolution; the checkpoint's own when None.
     seed : of the bootstrap.
     """
 
@@ -52,6 +54,7 @@ class OcrSettings:
     prompt: str | None = None
     max_new_tokens: int | None = None
     dtype: str = "float32"
+    mode: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,7 +99,7 @@ def evaluate_events(
         check_same_settings(output / SETTINGS, facts)
     model, processor = load_vlm(settings.model, DTYPES[settings.dtype])
     model.to(where)
-
+    processor = with_mode(processor, settings.mode)
     read = page_reader(model, processor, settings.prompt, settings.max_new_tokens)
     with claim(output, resume=resume, overwrite=overwrite):
         write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
@@ -144,6 +147,7 @@ def read_files(
     prompt: str | None = None,
     max_new_tokens: int | None = None,
     dtype: str = "float32",
+    mode: str | None = None,
     device: str | None = None,
 ) -> list[str]:
     """Read image files one by one; the same as ``compress read``.
@@ -152,7 +156,7 @@ def read_files(
     ----------
     model : ``builtin:NAME``, a folder or a hub id.
     pages : image files.
-    prompt, max_new_tokens, dtype : as in `OcrSettings`.
+    prompt, max_new_tokens, dtype, mode : as in `OcrSettings`.
     device : CUDA where there is any when None.
 
     Raises
@@ -163,6 +167,7 @@ def read_files(
     images = [open_image(path) for path in pages]
     network, processor = load_vlm(model, DTYPES[settings.dtype])
     network.to(choose_device(device))
+    processor = with_mode(processor, mode)
     return [
         read_pages(network, processor, [image], prompt, max_new_tokens)[0].text for image in images
     ]

@@ -18,6 +18,7 @@ from compress.eval.values import Value
 from compress.fastocr import Calibration, FastOCR, calibrate
 from compress.files import folder_hash, read_json, write_json, write_text
 from compress.method import Event, RunResult, RuntimeMethod
+from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.visual import adapter_for, build_prompt
 from compress.models.vlm import load_vlm, model_folder
@@ -82,6 +83,7 @@ def reader_events(
     data = load_pages(recipe.data, open_image, asked.samples, asked.unseen_font)
     base = model_folder(recipe.model)
     model, processor = load_vlm(base, DTYPES[asked.dtype])
+    processor = with_mode(processor, asked.mode)
     model.to(where)
     for variant in variants(recipe)[1:]:
         Applied(model, variant.methods).remove()  # a method that cannot serve the model says so now
@@ -143,7 +145,8 @@ def dry_run(recipe: ReaderRecipe, *, device: str | None = None) -> dict[str, Any
         asked = recipe.evaluate
         data = load_pages(recipe.data, open_image, asked.samples, asked.unseen_font)
         facts |= {"pages": len(data.pages), "readings": len(data.pages) * len(variants(recipe))}
-        model, _ = load_vlm(recipe.model)
+        model, processor = load_vlm(recipe.model)
+        with_mode(processor, asked.mode)
         facts["family"] = adapter_for(model.config).name
         facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         for variant in variants(recipe)[1:]:

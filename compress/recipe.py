@@ -103,6 +103,7 @@ class ReadPages(_Section):
     prompt : the family's own for plain text when null.
     max_new_tokens : of a page; what the checkpoint says when null.
     dtype : of the weights.
+    mode : DeepSeek-OCR's resolution; the checkpoint's own when null.
     against : the reference of every ratio.
     """
 
@@ -113,6 +114,7 @@ class ReadPages(_Section):
     prompt: str | None = None
     max_new_tokens: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
     against: Literal["dense"] = "dense"
 
 

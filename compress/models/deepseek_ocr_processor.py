@@ -1,7 +1,7 @@
 """Pages and prompts to what DeepSeek-OCR reads, in the checkpoint's own format."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,23 @@ class DeepseekOcrProcessor:
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool = True) -> list[str]:
         """Texts of generated ids ``(pages, length)``."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def with_mode(processor: Any, mode: str | None) -> Any:
+    """The processor in another resolution mode; itself for None.
+
+    Raises
+    ------
+    ValueError : for an unknown mode, or a processor that has none.
+    """
+    if mode is None:
+        return processor
+    if not isinstance(processor, DeepseekOcrProcessor) or mode not in MODES:
+        raise ValueError(
+            f"modes are those of DeepSeek-OCR: {', '.join(MODES)}; got {mode!r} for a "
+            f"{type(processor).__name__}; correct or leave it out"
+        )
+    return replace(processor, mode=MODES[mode])
 
 
 def load_processor(folder: Path) -> DeepseekOcrProcessor:

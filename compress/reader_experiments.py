@@ -1,0 +1,107 @@
+"""The tables of readers: one run of a shipped recipe each, kept as one row per variant."""
+
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.eval import tables
+from compress.experiments import commit
+from compress.files import write_text
+from compress.pipeline import run_events
+from compress.reader_figures import series_name, used_share
+
+# table -> the recipe whose variants it has
+RECIPES = {"fastocr": "reader_fastocr_full", "rtprune": "reader_rtprune_full"}
+NOTES = {
+    "fastocr": "`used` is the mean share of the visual tokens that a layer attends to in a decode "
+    "step, counted in the attention function: focal layers and the first step are dense, and "
+    "static baselines get the same mean share.",
+    "rtprune": "`used` is the share of the visual tokens, newlines and separator included, that "
+    "reach the decoder.",
+}
+
+
+def results_file(results: Path, name: str) -> Path:
+    """Where the rows of a table are kept, beside those of the other tables."""
+    return results.with_name(f"reader_{name}.jsonl")
+
+
+def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
+    """Run a table's recipe unless its rows are there; yields lines to show.
+
+    Parameters
+    ----------
+    name : of the table.
+    results : rows of another table; these go beside it.
+    runs : where the run is, from which an interrupted one goes on.
+    """
+    path = results_file(results, name)
+    if tables.read_rows(path):
+        return
+    folder = runs / f"table_{name}"
+    events = run_events(RECIPES[name], output=folder, resume=folder.exists())
+    stage = ""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            write_rows(path, name, stop.value.metrics)
+            return
+        if event.stage != stage:
+            stage = event.stage
+            yield f"{name}: {stage}"
+
+
+def write_rows(path: Path, name: str, metrics: dict[str, Any]) -> None:
+    """Write the variants of a finished run, one JSON line each."""
+    facts = {
+        "command": f"compress tables {name}",
+        "recipe": RECIPES[name],
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **metrics["run"],
+    }
+    rows = [{**row, "calibration": None, **facts} for row in metrics["comparison"]]
+    if metrics["calibration"]:
+        rows[0]["calibration"] = metrics["calibration"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def render_table(name: str, results: Path) -> str:
+    """A table in Markdown from its rows."""
+    rows = tables.read_rows(results_file(results, name))
+    if not rows:
+        return f"*No rows yet: run `compress tables {name}`.*"
+    dense, others = rows[0], rows[1:]
+    lines = ["| method | keep | used | accuracy retention | CER |", "|---|---|---|---|---|"]
+    for row in sorted(others, key=lambda r: (series_name(r), -(used_share(r) or 0))):
+        lines.append(
+            f"| {series_name(row)} | {_keep(row['methods'])} | {used_share(row):.2%} | "
+            f"{_percent(row['accuracy_retention'])} | {_percent(row['metrics']['cer_corpus'])} |"
+        )
+    facts = [
+        f"{dense['model']}, {dense['pages']} held-out pages, dense CER "
+        f"{_percent(dense['metrics']['cer_corpus'])}. Accuracy is 1 - CER; 95% intervals from a",
+        "bootstrap over pages, paired with the dense model's.",
+        NOTES[name],
+        f"Made by `compress tables {name} --update README.md`; rows in "
+        f"`eval/results/{results_file(results, name).name}`.",
+    ]
+    return "\n".join(lines) + "\n\n" + " ".join(facts)
+
+
+def _keep(methods: Sequence[dict[str, Any]]) -> str:
+    kept = []
+    for method in methods:
+        value = method["keep_visual"] if method["name"] == "fastocr" else method["keep_tokens"]
+        kept.append(value if isinstance(value, str) else f"{value:.2%}".replace(".00%", "%"))
+    return " + ".join(kept)
+
+
+def _percent(value: dict[str, Any]) -> str:
+    interval = value["ci95"]
+    inside = f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else ""
+    return f"{value['value']:.2%}{inside}"
