@@ -57,12 +57,23 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("COMPRESS_CACHE", str(base))
 
 
-@pytest.fixture(scope="session")
-def models():
-    """The builders in tests/gradflow_models.py; a plain import would need tests/ on the path."""
+def _builders(name: str):
+    """A module of tests/; a plain import would need tests/ on the path."""
     from importlib.util import module_from_spec, spec_from_file_location
 
-    spec = spec_from_file_location("gradflow_models", Path(__file__).parent / "gradflow_models.py")
+    spec = spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def models():
+    """The builders in tests/gradflow_models.py."""
+    return _builders("gradflow_models")
+
+
+@pytest.fixture(scope="session")
+def ocr_models():
+    """The builders in tests/ocr_models.py."""
+    return _builders("ocr_models")

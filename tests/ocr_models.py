@@ -60,7 +60,7 @@ def _sam(side):
         "num_attention_heads": 2,
         "image_size": side,
         "window_size": 4,
-        "global_attn_indexes": [0],
+        "global_attn_indexes": [],
         "output_channels": 8,
         "downsample_channels": [8, 16],
         "mlp_dim": 24,

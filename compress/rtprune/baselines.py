@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from compress.rtprune.selection import check_keep, largest, left_over
 
 CONTEXTUAL_SHARE = 10 / 64  # VisionZip's setting: 54 dominant and 10 contextual tokens of 64
-EXHAUSTED = 1e-6  # share of a token that the chosen ones do not span, below which it counts as 0
+EXHAUSTED = 1e-5  # share of a token that the chosen ones do not span, below which it counts as 0
 
 
 def random_tokens(features: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
@@ -51,11 +51,11 @@ def cdpruner(features: torch.Tensor, keep: int, instruction: torch.Tensor) -> to
     Pruning in MLLMs" (NeurIPS 2025, arXiv 2506.10967): greedy MAP inference of a determinantal
     point process whose kernel is ``r_i cos(x_i, x_j) r_j``, with relevance ``r`` scaled to (0, 1].
 
-    With LLaVA, relevance comes from CLIP's text encoder (with a minus, since CLIP's patches resemble
-    least the text that they show). DeepSeek-OCR has no text encoder: as for other models without
-    one, it is the mean cosine between a token and the decoder's embeddings of the instruction,
-    without the minus. Where the determinant is exhausted (more tokens than dimensions) or all tokens
-    are equally relevant, the most relevant and then the first ones follow.
+    With LLaVA, relevance comes from CLIP's text encoder (with a minus, since CLIP's patches
+    resemble least the text that they show). DeepSeek-OCR has no text encoder: as for other models
+    without one, it is the mean cosine between a token and the decoder's embeddings of the
+    instruction, without the minus. Where the determinant is exhausted (more tokens than dimensions)
+    the most relevant and then the first tokens follow.
 
     Parameters
     ----------
@@ -106,10 +106,10 @@ def visionzip(
     the others, evenly spaced ones become contextual: each takes the mean of those whose keys are
     most like its own.
 
-    Published for one image through CLIP. Here views are pooled, with attention in units of its mean
-    in the view; see :mod:`compress.rtprune.encoder_attention` for where it comes from. The published
-    sum is taken in front of the projector. DeepSeek-OCR's is linear: behind it, the sum of two
-    tokens has its bias twice, hence ``bias``.
+    Published for one image through CLIP. Here views are pooled, with attention in units of its
+    mean in the view; see :mod:`compress.rtprune.encoder_attention` for where it comes from. The
+    published sum is taken in front of the projector. DeepSeek-OCR's is linear: behind it, the sum
+    of two tokens has its bias twice, hence ``bias``.
 
     Parameters
     ----------

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+# attention (views, tokens), in units of its mean in the view, and keys (views, tokens, dim)
+Heard = tuple[torch.Tensor, torch.Tensor]
+
 
 class EncoderAttention:
-    """Listens to the last layer of a vision encoder; restores nothing as it changes nothing.
+    """Listens to the last layer of a vision encoder.
 
     Attributes
     ----------
-    heard : (attention ``(views, tokens)`` in units of its mean in the view, keys ``(views, tokens,
-        dim)``) of each call of the encoder, oldest first.
+    heard : in each call of the encoder, oldest first.
     """
 
     def __init__(self) -> None:
-        self.heard: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.heard: list[Heard] = []
 
     @contextmanager
     def attached(self, encoder: Any) -> Iterator[None]:
@@ -58,15 +60,13 @@ class EncoderAttention:
             stack.enter_context(_removed(encoder.register_forward_hook(finish, with_kwargs=True)))
             yield
 
-    def _of_class_token(self, seen: Any, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of_class_token(self, seen: Any, heads: int, dim: int) -> Heard:
         query, key = (seen[name].float().unflatten(-1, (heads, dim)) for name in "qk")
         scores = torch.einsum("bhd,bnhd->bhn", query[:, 0], key) * dim**-0.5
         attention = scores.softmax(-1).sum(1)[:, 1:]
         return attention / attention.mean(1, keepdim=True), key[:, 1:].mean(2)
 
-    def _received(
-        self, seen: Any, heads: int, dim: int, patches: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _received(self, seen: Any, heads: int, dim: int, patches: int) -> Heard:
         query, key = (seen[name].float().unflatten(-1, (-1, dim)).transpose(1, 2) for name in "qk")
         metric = key[:, :, patches:].mean(1)
         cos, sin = (part.float()[:, None] for part in seen["rope"])

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
-    from compress.rtprune.patch import Handle
+    from compress.rtprune.pages import Handle
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -27,8 +27,8 @@ class RTPrune:
 
     Parameters
     ----------
-    keep_tokens : fraction of a page's prunable tokens to keep, in (0, 1]; "dynamic" decides for each
-        page, more for a fuller one.
+    keep_tokens : fraction of a page's prunable tokens to keep, in (0, 1]; "dynamic" decides for
+        each page, more for a fuller one.
     merge : strength of what is moved onto the kept tokens; 0 drops it.
     select : "rtprune", or a peer: "norm" (no merging), "random", "visionzip", "divprune" or
         "cdpruner"; see :mod:`compress.rtprune.baselines`. ``merge`` and ``transport`` are

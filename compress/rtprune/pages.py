@@ -1,6 +1,5 @@
 """One page from its visual tokens to those that stay: the choice of :class:`RTPrune`, applied."""
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +64,29 @@ class PrunedPage:
             "density": self.density,
             "distinctness": self.distinctness,
         }
+
+
+class Handle:
+    """What was pruned since the start or the last :meth:`reset`.
+
+    Attributes
+    ----------
+    pages : one for each page of each prompt, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.pages: list[PrunedPage] = []
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and ratios of each page, and the counts of all together, for JSON."""
+        pages = [page.facts() for page in self.pages]
+        counts = ("visual_tokens", "visual_kept", "prunable", "kept", "newlines_dropped")
+        total = {name: sum(page[name] for page in pages) for name in counts}
+        return {"pages": pages, "total": total}
+
+    def reset(self) -> None:
+        """Forget the pages."""
+        self.pages.clear()
 
 
 def prune_pages(
@@ -190,8 +212,3 @@ def _pruned(
     indices = drop_adjacent_newlines(everything[stays], newlines)
     features = features.index_copy(0, plan.on_page[kept], values)
     return PrunedPage(page.grid, indices, *measured), features[indices]
-
-
-def fingerprint(pixel_values: torch.Tensor) -> int:
-    """32 bits that say which page it is, whatever batch it is in; pixels ``(3, height, width)``."""
-    return zlib.crc32(pixel_values.detach().cpu().float().numpy().tobytes())

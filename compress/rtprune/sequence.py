@@ -1,8 +1,11 @@
-"""Shorten the sequences of a batch: what is left stands at the right, padding at the left."""
+"""Where the pages of a batch stand, and how the batch gets shorter: padding stays at the left."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from compress.models.visual import VisualLayout
 
 
 def attended_tokens(mask: Any, batch: int, length: int, device: torch.device | str) -> torch.Tensor:
@@ -19,33 +22,70 @@ def attended_tokens(mask: Any, batch: int, length: int, device: torch.device | s
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
-    if mask.ndim == 4:  # what the last token sees
+    if mask.ndim == 4:  # what the last token sees; added to the scores unless it is boolean
         mask = mask[:, 0, -1, :length]
         mask = mask if mask.dtype == torch.bool else mask == 0
     return mask.to(device).bool()
 
 
-def check_padding(attended: torch.Tensor) -> None:
-    """Raise ValueError unless padding stands at the left only, in ``(batch, length)``."""
-    if bool((attended[:, :-1] & ~attended[:, 1:]).any()):
+def page_layouts(places: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
+    """The visual tokens of each sequence of a batch.
+
+    Parameters
+    ----------
+    places : which tokens are visual, ``(batch, length)`` bool.
+    grids : (view, row, column) of the tokens of each page, in their order through the batch,
+        ``(tokens, 3)``.
+
+    Raises
+    ------
+    ValueError : when the pages have not as many tokens as their sequences have places.
+    """
+    layouts = []
+    left = list(grids)
+    for row in places:
+        positions = row.nonzero()[:, 0]
+        mine = [positions.new_empty(0, 3)]
+        while left and sum(map(len, mine)) < len(positions):
+            mine.append(left.pop(0))
+        grid = torch.cat(mine)
+        if len(grid) != len(positions):
+            break
+        counts = torch.tensor([len(page) for page in mine[1:]], dtype=torch.long)
+        image_of = torch.arange(len(counts)).repeat_interleave(counts).to(positions.device)
+        layouts.append(VisualLayout(positions, grid, image_of))
+    if left or len(layouts) != len(places):
         raise ValueError(
-            "padding on the left is expected, as a pruned prompt is padded there; got an "
-            "attention_mask with padding behind tokens; pad on the left"
+            f"the sequences have places for {places.sum(1).tolist()} visual tokens; got pages of "
+            f"{', '.join(str(len(grid)) for grid in grids)}, which do not fill them one by one; "
+            "build both with one call of the processor"
         )
+    return layouts
 
 
-def shortened(stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def shortened(stays: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """What to gather so that the tokens that stay stand at the right, in their order.
 
     Parameters
     ----------
     stays : ``(batch, length)`` bool.
+    attended : which tokens were no padding, ``(batch, length)`` bool.
 
     Returns
     -------
-    Indices ``(batch, shorter)``, as many as the longest sequence needs, and which of them are
-    tokens ``(batch, shorter)``; the others are padding.
+    Position of each token of the new sequence in the old one, -1 for padding, ``(batch, shorter)``:
+    as long as the longest sequence needs.
+
+    Raises
+    ------
+    ValueError : when the padding is not at the left.
     """
+    if bool((attended[:, :-1] & ~attended[:, 1:]).any()):
+        raise ValueError(
+            "padding on the left is expected, as a pruned prompt is padded there; got an "
+            "attention_mask with padding behind tokens; pad on the left"
+        )
     longest = int(stays.sum(1).max())
-    indices = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
-    return indices, stays.gather(1, indices)
+    # False sorts first, and stably
+    source = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
+    return source.masked_fill(~stays.gather(1, source), -1)

@@ -16,7 +16,7 @@ ITERATIONS = 100
 
 
 def similarity(kept: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
-    """Cosines of ``(..., kept, dim)`` and ``(..., pruned, dim)``, float32, ``(..., kept, pruned)``."""
+    """Cosines of ``(..., kept, dim)`` and ``(..., pruned, dim)`` in float32, kept first."""
     left, right = F.normalize(kept.float(), dim=-1), F.normalize(pruned.float(), dim=-1)
     return left @ right.transpose(-1, -2)
 

@@ -1,0 +1,95 @@
+"""What is known of each page when the vision encoder has read it, whatever batch it was read in."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compress.models.visual import visual_layouts
+from compress.rtprune.encoder_attention import Heard, token_values
+from compress.rtprune.method import RTPrune
+from compress.rtprune.pages import Page
+from compress.rtprune.ratio import textual_density
+
+
+def read_pages(
+    method: RTPrune,
+    model: Any,
+    features: Sequence[torch.Tensor],
+    given: Mapping[str, Any],
+    heard: Sequence[Heard],
+) -> list[Page]:
+    """The pages that one call of ``get_image_features`` reads.
+
+    Parameters
+    ----------
+    method : what it will need to know.
+    model : whose encoder it is.
+    features : what it made of each page, ``(visual tokens, dim)``.
+    given : the arguments of the call.
+    heard : from its attention, for VisionZip: of the whole pages, then of the crops if there are.
+    """
+    crops = [int(n) for n in given.get("num_local_patches") or [0] * len(features)]
+    grids = given.get("patches_grid")
+    cells = [
+        _cells(model, given, len(page), crops[number], grids and grids[number])
+        for number, page in enumerate(features)
+    ]
+    cells = [grid.to(page.device) for grid, page in zip(cells, features, strict=True)]
+    pixels = given["pixel_values"]
+    density: Sequence[torch.Tensor | None] = [None] * len(features)
+    if method.keep_tokens == "dynamic":
+        rows, columns = (cells[0][cells[0][:, 0] == 0, 1:].amax(0) + 1).tolist()
+        density = list(textual_density(pixels.float(), (rows, columns)))
+    pages = []
+    for number, grid in enumerate(cells):
+        attention = None
+        if method.select == "visionzip":
+            first = sum(crops[:number])
+            columns = None if grids is None else int(grids[number][0])
+            attention = _attention(heard, number, first, crops[number], grid, columns)
+        mark = fingerprint(pixels[number]) if method.select == "random" else 0
+        pages.append(Page(grid, density[number], mark, attention))
+    return pages
+
+
+def _cells(
+    model: Any, given: Mapping[str, Any], tokens: int, crops: int, grid: Any
+) -> torch.Tensor:
+    """(view, row, column) of the tokens of one page, as if it were alone."""
+    inputs = {
+        "input_ids": torch.full((1, tokens), model.config.image_token_id),
+        "pixel_values": given["pixel_values"],
+        "pixel_values_local": given.get("pixel_values_local"),
+        "num_local_patches": [crops],
+        "patches_grid": [grid or (1, 1)],
+    }
+    return visual_layouts(model, inputs)[0].grid
+
+
+def _attention(
+    heard: Sequence[Heard],
+    number: int,
+    first: int,
+    crops: int,
+    grid: torch.Tensor,
+    columns: int | None,
+) -> Heard:
+    """Attention and keys of the prunable tokens of page ``number``, whose crops begin at first."""
+    on_page = grid[grid[:, 2] >= 0]
+    attention, keys = (
+        token_values(
+            heard[0][which][number],
+            heard[1][which][first : first + crops] if crops else None,
+            on_page,
+            columns,
+        )
+        for which in (0, 1)
+    )
+    return attention, keys
+
+
+def fingerprint(pixel_values: torch.Tensor) -> int:
+    """32 bits that say which page it is; pixels ``(3, height, width)``."""
+    return zlib.crc32(pixel_values.detach().cpu().float().numpy().tobytes())
