@@ -1,0 +1,819 @@
+"""FastOCR on a tiny real model of every family, against an oracle that knows no batch."""
+
+import gc
+import json
+import threading
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.masking_utils import sdpa_mask
+
+import compress.fastocr.state
+from compress.fastocr import FastOCR, calibrate, preflight
+from compress.fastocr.attention import NAME
+from compress.fastocr.fixation import budget, random_fixation, same_mean_budget
+from compress.models.visual import (
+    VISUAL_LAYOUTS,
+    attention_modules,
+    build_prompt,
+    text_model,
+    visual_layouts,
+)
+
+# transformers' GLM processor hands tensors to numpy.array
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def _builders():
+    """The tiny models of tests/test_visual.py; a plain import would need tests/ on the path."""
+    path = Path(__file__).parent / "test_visual.py"
+    spec = spec_from_file_location("fastocr_builders", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BUILD = _builders()
+PAGES = [*BUILD.PAGES, BUILD._page(200, 300, 2)]
+TEXTS = [*BUILD.TEXTS, "OCR: "]
+
+
+def _model(family, layers=2):
+    torch.manual_seed(0)
+    BUILD.TEXT["num_hidden_layers"] = layers
+    try:
+        model, processor = BUILD.FAMILIES[family]()
+    finally:
+        BUILD.TEXT["num_hidden_layers"] = 2
+    return _filled(model), processor
+
+
+def _filled(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.01)
+            else:  # queries and keys large, so that attention is far from even
+                parameter.normal_(0, 0.25 if "q_proj" in name or "k_proj" in name else 0.1)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=BUILD.FAMILIES)
+def family(request):
+    model, processor = _model(request.param)
+    return request.param, model, processor, build_prompt(model, processor, PAGES, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def intern():
+    """With plain position ids, for loops of one's own: Qwen's are generate's business."""
+    model, processor = _model("internvl", layers=4)
+    return model, processor, build_prompt(model, processor, PAGES, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    model, processor = _model("qwen2_5_vl", layers=4)
+    return model, processor, build_prompt(model, processor, PAGES, TEXTS)
+
+
+def _write(model, inputs, steps=4, **settings):
+    """Greedy answer: the new tokens (batch, steps + 1), and logits of the decode steps."""
+    output = model.generate(
+        **inputs,
+        max_new_tokens=steps + 1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    logits = torch.stack(output.logits[1:], 1)  # (batch, steps, vocabulary)
+    return output.sequences[:, inputs["input_ids"].shape[1] :], logits
+
+
+# ---- the oracle: one sequence, plain lists, dense attention with minus infinity ---------------
+
+
+class Oracle:
+    """The method written once more, for one sequence without padding."""
+
+    def __init__(self, positions, keep, focal=(), reuse=True, min_mass=0.0, fixed=None):
+        self.positions, self.focal = positions, focal
+        self.kept = budget(keep, len(positions))
+        self.reuse, self.min_mass, self.fixed = reuse, min_mass, fixed
+        self.step, self.last, self.open = -1, None, False
+        self.own = {}
+        self.jumps = 0
+        self.attended = []  # (step, layer) in order
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **others):
+        layer = module.layer_idx
+        group = query.shape[1] // key.shape[1]
+        logits = (query @ key.repeat_interleave(group, 1).transpose(2, 3)) * scaling
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask, -torch.inf)
+        elif query.shape[2] > 1:
+            logits = logits + torch.full(logits.shape[2:], -torch.inf).triu(1)
+        if query.shape[2] == 1:
+            if layer == 0:
+                self.step, self.open = self.step + 1, False
+            seen = self.seen(layer, logits.softmax(-1)[0, :, 0].mean(0)[self.positions])
+            hidden = [p for i, p in enumerate(self.positions) if i not in seen]
+            logits[..., hidden] = -torch.inf
+            self.attended.append(len(self.positions) - len(hidden))
+        output = logits.softmax(-1) @ value.repeat_interleave(group, 1)
+        return output.transpose(1, 2), None
+
+    def seen(self, layer, weights):
+        everything = set(range(len(self.positions)))
+        share = (weights / weights.sum()).tolist()
+        best = sorted(everything, key=lambda i: -share[i])
+        if self.fixed:
+            if self.step == 0:
+                self.own[layer] = self.fixed(layer, best)
+                return everything
+            return self.own[layer]
+        if layer in self.focal:
+            if self.step and sum(share[i] for i in self.last) < self.min_mass:
+                self.jumps += not self.open
+                self.open = True
+            self.last = set(best[: self.kept])
+            return everything
+        if self.step == 0 or self.open or (layer < min(self.focal) and not self.reuse):
+            return everything
+        return self.last
+
+
+@contextmanager
+def _through(model, function):
+    """The decoder's attention through ``function``."""
+    AttentionInterface.register("fastocr_oracle", function)
+    AttentionMaskInterface.register("fastocr_oracle", sdpa_mask)
+    config = text_model(model).config
+    before = config._attn_implementation
+    config._attn_implementation = "fastocr_oracle"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _check(model, rows, found, atol=1e-5, **settings):
+    """Each sequence's logits against the oracle's, which writes the same tokens.
+
+    Parameters
+    ----------
+    rows : inputs of one sequence each.
+    found : (tokens, logits) of the batch.
+    settings : of the oracle; ``fixed`` is given the visual tokens first.
+    """
+    oracles = []
+    for inputs, tokens, logits in zip(rows, *found, strict=True):
+        positions = visual_layouts(model, inputs)[0].positions.tolist()
+        mine = dict(settings)
+        if "fixed" in mine:
+            mine["fixed"] = mine["fixed"](len(positions))
+        oracle = Oracle(positions, **mine)
+        length = inputs["input_ids"].shape[1]
+        forced = tokens.tolist()
+
+        def allowed(_, ids, forced=forced, length=length):
+            return [forced[len(ids) - length]]
+
+        with _through(model, oracle):
+            _, wanted = _write(model, inputs, len(forced) - 1, prefix_allowed_tokens_fn=allowed)
+        torch.testing.assert_close(logits, wanted[0], atol=atol, rtol=0)
+        oracles.append(oracle)
+    return oracles
+
+
+def _alone(model, processor):
+    return [
+        build_prompt(model, processor, [page], [text])
+        for page, text in zip(PAGES, TEXTS, strict=True)
+    ]
+
+
+# ---- every family ----------------------------------------------------------------------------
+
+
+def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, monkeypatch):
+    name, model, _, inputs = family
+    tokens, logits = _write(model, inputs)
+    gathered = []
+    sparse = compress.fastocr.state.sparse_decode
+
+    def spy(query, key, value, rows, mask, scaling):
+        gathered.append(rows.shape[1])
+        return sparse(query, key, value, rows, mask, scaling)
+
+    monkeypatch.setattr(compress.fastocr.state, "sparse_decode", spy)
+    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
+        found_tokens, found_logits = _write(model, inputs)
+        facts = handle.facts()
+    assert torch.equal(found_tokens, tokens)
+    torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=0)
+    assert len(gathered) == 3  # layer 0 in every step but the first
+    assert facts["attended_by_layer"] == [1.0, 1.0] and facts["steps"] == 4 * len(PAGES)
+    # and the context left nothing behind
+    again_tokens, again_logits = _write(model, inputs)
+    assert torch.equal(again_tokens, tokens) and torch.equal(again_logits, logits)
+    assert len(gathered) == 3
+
+
+@pytest.mark.parametrize("focal", [[0], [1]], ids=["focal above", "reuse"])
+def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
+    name, model, processor, inputs = family
+    steps = 4
+    with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
+        found = _write(model, inputs, steps)
+        facts = handle.facts()
+    oracles = _check(model, _alone(model, processor), found, keep=0.05, focal=focal)
+    offered = sum(len(oracle.positions) for oracle in oracles) * steps
+    attended = [sum(sum(oracle.attended[layer::2]) for oracle in oracles) for layer in (0, 1)]
+    assert facts["attended_by_layer"] == [number / offered for number in attended]
+    assert attended[focal[0]] == offered and attended[1 - focal[0]] < 0.5 * offered
+
+
+@pytest.mark.parametrize("focal", [[0], [1]], ids=["focal above", "reuse"])
+def test_the_window_over_the_answer_slides(focal):
+    # without padding: transformers' dense logits of a padded batch are off once the window slides
+    model, processor = _model("unlimited_ocr")
+    inputs = _alone(model, processor)[0]
+    with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model):
+        found = _write(model, inputs, 12)  # the window has 8
+    _check(model, [inputs], found, keep=0.05, focal=focal)
+
+
+def test_leaving_restores_everything_after_an_error_too(family):
+    _, model, _, inputs = family
+    base, text = model.base_model, text_model(model)
+
+    def state():
+        return (
+            [len(base._forward_pre_hooks), len(text._forward_pre_hooks), len(text._forward_hooks)],
+            [module.config._attn_implementation for module in attention_modules(model)],
+            model.config.get_text_config()._attn_implementation,
+            sorted(vars(model)),
+        )
+
+    before = state()
+    with pytest.raises(KeyError, match="mine"), FastOCR(focal_layers=[0]).attach(model):
+        assert all(new > old for new, old in zip(state()[0], before[0], strict=True))
+        assert set(state()[1]) == {NAME}
+        assert "fastocr" not in json.dumps(model.config.to_dict(), default=str)
+        raise KeyError("mine")
+    assert state() == before
+
+
+# ---- caches, batches, modes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "deepseek_ocr", "unlimited_ocr"])
+def test_static_cache_gives_what_the_dynamic_one_gives(name):
+    model, processor = _model(name)
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+        dynamic_tokens, dynamic = _write(model, inputs, 10)
+        static_tokens, static = _write(model, inputs, 10, cache_implementation="static")
+    assert torch.equal(static_tokens, dynamic_tokens)
+    torch.testing.assert_close(static, dynamic, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"focal_layers": [1]},
+        {"focal_layers": [3, 1], "reuse": False},
+        {"focal_layers": [2], "reuse": False},
+        {"focal_layers": [0, 2], "min_mass": 0.08},
+        {"focal_layers": [1], "min_mass": 0.99},
+    ],
+    ids=str,
+)
+def test_knobs_on_four_layers(qwen, knobs):
+    model, processor, inputs = qwen
+    with FastOCR(keep_visual=0.1, **knobs).attach(model) as handle:
+        found = _write(model, inputs, 6)
+        facts = handle.facts()
+    settings = {**knobs, "focal": knobs["focal_layers"]}
+    del settings["focal_layers"]
+    oracles = _check(model, _alone(model, processor), found, keep=0.1, **settings)
+    jumps = sum(oracle.jumps for oracle in oracles)
+    assert facts["saccades"] == jumps / facts["steps"]
+    if "min_mass" in knobs:
+        assert jumps
+    if knobs.get("min_mass") == 0.08:  # some jump while others of the batch do not
+        assert jumps < 5 * len(oracles)
+
+
+@pytest.mark.parametrize("fixation", ["static", "random", "window"])
+def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
+    model, processor, inputs = qwen
+    with FastOCR(keep_visual=0.05, focal_layers=[1]).attach(model) as handle:
+        _write(model, inputs, 6)
+        dynamic = handle.facts()
+    with FastOCR(keep_visual=0.05, focal_layers=[1], fixation=fixation, seed=5).attach(
+        model
+    ) as handle:
+        found = _write(model, inputs, 6)
+        facts = handle.facts()
+    # rounding up gives the fixed ones a part of a token more, in a page of 60 tokens and up
+    assert 0 <= facts["attended"] - dynamic["attended"] < 1 / 60
+    assert len(set(facts["attended_by_layer"])) == 1
+
+    def fixed(tokens):
+        kept = same_mean_budget(0.05, tokens, 4, 1)
+
+        def choose(layer, best):
+            if fixation == "static":
+                return set(best[:kept])
+            if fixation == "window":
+                return set(range(tokens - kept, tokens))
+            return set(random_fixation([tokens], [kept], 5 + layer).index[0].tolist())
+
+        return choose
+
+    _check(model, _alone(model, processor), found, keep=0.05, fixed=fixed)
+
+
+def test_several_images_in_a_prompt(qwen):
+    model, processor, _ = qwen
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def build(images, texts):
+        return processor(
+            images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
+        )
+
+    both, one = f"{image}and{image}", f"read {image}"
+    inputs = build([PAGES[0], PAGES[1], PAGES[2]], [both, one])
+    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+        found = _write(model, inputs)
+    rows = [build(PAGES[:2], [both]), build(PAGES[2:], [one])]
+    _check(model, rows, found, keep=0.1, focal=[1])
+
+
+def test_dilation_stays_inside_the_budget_and_chooses_otherwise(qwen):
+    model, _, inputs = qwen
+    seen = []
+    for dilate in (0, 1):
+        with FastOCR(keep_visual=0.1, focal_layers=[1], dilate=dilate).attach(model) as handle:
+            logits = _write(model, inputs)[1]
+            seen.append((handle.facts()["attended_by_layer"], logits))
+    assert seen[0][0] == seen[1][0]
+    assert not torch.allclose(seen[0][1], seen[1][1])
+
+
+def test_prompts_without_an_image(qwen):
+    model, processor, _ = qwen
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    for texts in (["abc", "defgh"], ["abc", f"read {image}"]):
+        images = PAGES[:1] if image in texts[1] else None
+        inputs = processor(
+            images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
+        )
+        tokens, logits = _write(model, inputs)
+        for focal in ([1], "auto"):
+            with FastOCR(keep_visual=0.1, focal_layers=focal, warmup=2).attach(model) as handle:
+                found = _write(model, inputs)
+                assert bool(handle.facts()["steps"]) is bool(images)
+            torch.testing.assert_close(found[1][:1], logits[:1], atol=1e-5, rtol=0)
+
+
+def test_sampling_and_several_answers_of_a_prompt(qwen):
+    model, processor, _ = qwen
+    inputs = build_prompt(model, processor, PAGES[:2], TEXTS[:2])
+
+    def sample():
+        torch.manual_seed(3)
+        return model.generate(
+            **inputs, max_new_tokens=5, do_sample=True, num_return_sequences=2, top_k=5
+        )
+
+    dense = sample()
+    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
+        assert torch.equal(sample(), dense)
+        assert handle.facts()["steps"] == 4 * 4
+
+
+def _read(model, inputs):
+    """The prompt's cache."""
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**inputs, position_ids=places, use_cache=True).past_key_values
+
+
+def _step(model, inputs, cache, tokens, step):
+    """Logits after the token of that step, ``(batch, vocabulary)``."""
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, step + 1), value=1)
+    with torch.no_grad():
+        return model(
+            input_ids=tokens[:, step : step + 1],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+        ).logits[:, -1]
+
+
+def test_a_loop_of_one_s_own_and_counts_of_single_steps(intern):
+    model, _, inputs = intern
+    tokens, logits = _write(model, inputs)
+    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
+        cache = _read(model, inputs)
+        for step in range(4):
+            found = _step(model, inputs, cache, tokens, step)
+            torch.testing.assert_close(found, logits[:, step], atol=1e-4, rtol=0)
+    sizes = [len(layout.positions) for layout in visual_layouts(model, inputs)]
+    kept = sum(budget(0.1, size) for size in sizes) / sum(sizes)
+    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
+        cache = _read(model, inputs)
+        assert handle.facts()["attended"] is None
+        for step in range(3):
+            handle.reset()
+            _step(model, inputs, cache, tokens, step)
+            share = kept if step else 1.0
+            wanted = [share, 1.0, share, share]
+            assert handle.facts()["attended_by_layer"] == pytest.approx(wanted)
+
+
+def test_requests_of_one_model_take_turns(intern):
+    model, _, inputs = intern
+    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+        tokens, logits = _write(model, inputs, 3)
+        caches = [_read(model, inputs), _read(model, inputs)]
+        for step in range(3):
+            for cache in caches:
+                found = _step(model, inputs, cache, tokens, step)
+                torch.testing.assert_close(found, logits[:, step], atol=1e-5, rtol=0)
+
+
+def test_a_request_ends_with_its_cache(qwen):
+    model, _, inputs = qwen
+    with FastOCR(focal_layers=[1]).attach(model) as handle, torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        assert len(handle.requests) == 1
+        model(**inputs, use_cache=False)  # scoring leaves no request behind
+        del out
+        gc.collect()
+        assert len(handle.requests) == 0
+
+
+def test_half_precision(qwen):
+    _, processor, inputs = qwen
+    model, _ = _model("qwen2_5_vl", layers=4)
+    model = model.to(torch.bfloat16)
+    tokens, logits = _write(model, inputs, 1)
+    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
+        _, found = _write(model, inputs, 1)
+    torch.testing.assert_close(found, logits, atol=3e-2 * logits.abs().max().item(), rtol=0)
+
+
+# ---- focal layers that the method finds itself ---------------------------------------------------
+
+
+def test_auto_finds_the_layers_that_calibration_finds(qwen):
+    model, processor, inputs = qwen
+    calibration = calibrate(model, [inputs], keep_visual=0.1, max_new_tokens=4)  # 3 steps
+    with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
+        held = DynamicCache(config=text_model(model).config)
+        found = _write(model, inputs, 6, past_key_values=held)
+        [request] = handle.requests.values()
+        assert tuple(request.gaze.focal) == calibration.focal_layers
+        facts = handle.facts()
+    dense = _write(model, inputs, 6)
+    torch.testing.assert_close(found[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
+    assert not torch.allclose(found[1][:, 3], dense[1][:, 3], atol=1e-4)
+    assert facts["attended"] < 0.9
+
+
+def test_calibration_on_a_model(qwen):
+    model, processor, inputs = qwen
+    once = calibrate(model, [inputs], keep_visual=0.1, count=2, max_new_tokens=5)
+    assert once.steps == 4 * len(PAGES) and len(once.focal_layers) == 2
+    recall = torch.tensor(once.recall)
+    # nobody knows better than a layer itself where it looks
+    assert (recall.diagonal() >= recall - 1e-6).all()
+    assert list(once.curve) == sorted(once.curve) and once.curve[-1] == pytest.approx(1)
+    # page by page is the same mean
+    apart = calibrate(model, _alone(model, processor), 0.1, count=2, max_new_tokens=5)
+    torch.testing.assert_close(torch.tensor(apart.recall), recall, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(apart.previous), torch.tensor(once.previous), atol=1e-5, rtol=0
+    )
+    everything = calibrate(model, [inputs], keep_visual=1.0, max_new_tokens=3)
+    torch.testing.assert_close(torch.tensor(everything.recall), torch.ones(4, 4))
+    json.dumps(once.facts())
+    FastOCR(focal_layers=once.focal_layers)
+
+
+def test_calibration_stops_counting_at_the_end_of_an_answer(qwen):
+    model, _, inputs = qwen
+    answers = _write(model, inputs, 5)[0]
+    end = int(answers[0, 3])
+    wanted = sum(row.index(end) if end in row else len(row) - 1 for row in answers[:, :6].tolist())
+    model.generation_config.eos_token_id = [end]
+    try:
+        assert calibrate(model, [inputs], max_new_tokens=6).steps <= wanted
+        counted = calibrate(model, [inputs], max_new_tokens=6).steps
+    finally:
+        model.generation_config.eos_token_id = None
+    assert counted == wanted
+
+
+# ---- side by side --------------------------------------------------------------------------------
+
+
+def test_two_threads_with_two_models_give_each_its_own_output():
+    jobs = []
+    for family, knobs in (
+        ("qwen2_5_vl", {"keep_visual": 0.05, "focal_layers": [1]}),
+        ("qwen2_5_vl", {"keep_visual": 0.4, "focal_layers": [0], "min_mass": 0.3}),
+        ("glm_ocr", {"keep_visual": 0.1, "focal_layers": [0]}),
+    ):
+        model, processor = _model(family)
+        jobs.append((model, build_prompt(model, processor, PAGES, TEXTS), FastOCR(**knobs)))
+
+    def run(model, inputs, method):
+        with method.attach(model) as handle:
+            return *_write(model, inputs, 8), handle.facts()
+
+    solo = [run(*job) for job in jobs]
+    together = [None] * len(jobs)
+    barrier = threading.Barrier(len(jobs))
+
+    def work(number):
+        barrier.wait()
+        together[number] = run(*jobs[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, alone in zip(together, solo, strict=True):
+        assert torch.equal(mine[0], alone[0]) and torch.equal(mine[1], alone[1])
+        assert mine[2] == alone[2]
+
+
+# ---- another method that shortens the prompt -----------------------------------------------------
+
+
+class Shortener:
+    """Drops every third visual token of each page: what a prompt-pruning method does."""
+
+    name = "shortener"
+
+    def __init__(self, announce=True):
+        self.announce = announce
+
+    @contextmanager
+    def attach(self, model):
+        state = {}
+
+        def note(module, args, kwargs):
+            if kwargs["input_ids"].shape[1] > 1:
+                state["ids"] = kwargs["input_ids"]
+
+        def shorten(module, args, kwargs):
+            embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
+            if embeds.shape[1] == 1:
+                seen = torch.ones(len(mask), mask.shape[1] - state["length"], dtype=mask.dtype)
+                kwargs["attention_mask"] = torch.cat([state["mask"], seen], 1)
+                return args, kwargs
+            kept = []
+            for ids in state["ids"] == model.config.image_token_id:
+                visual = ids.nonzero()[:, 0]
+                gone = set(visual[::3].tolist())
+                kept.append([i for i in range(len(ids)) if i not in gone])
+            longest = max(map(len, kept))
+            index = torch.tensor([[-1] * (longest - len(row)) + row for row in kept])
+            there, index_ = index >= 0, index.clamp(min=0)
+            state["length"], state["mask"] = mask.shape[1], mask.gather(1, index_) * there
+            kwargs["inputs_embeds"] = embeds.gather(
+                1, index_[..., None].expand(-1, -1, embeds.shape[2])
+            )
+            kwargs["attention_mask"] = state["mask"]
+            kwargs["position_ids"] = kwargs["position_ids"].expand(len(mask), -1).gather(1, index_)
+            if self.announce:
+                before = kwargs.get(VISUAL_LAYOUTS) or state["layouts"]
+                kwargs[VISUAL_LAYOUTS] = [
+                    layout.of_kept(row) for layout, row in zip(before, index, strict=True)
+                ]
+            return args, kwargs
+
+        state["layouts"] = self.layouts
+        hooks = [
+            model.base_model.register_forward_pre_hook(note, with_kwargs=True),
+            text_model(model).register_forward_pre_hook(shorten, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@pytest.mark.parametrize("order", ["shortener outside", "fastocr outside"])
+def test_stacks_with_a_method_that_shortens_the_prompt(order):
+    model, processor = _model("deepseek_ocr")
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    shortener = Shortener()
+    shortener.layouts = visual_layouts(model, inputs)
+    with shortener.attach(model):
+        tokens, logits = _write(model, inputs)
+    dense_tokens, dense = _write(model, inputs)
+    assert not torch.allclose(logits, dense, atol=1e-3)
+    for keep in (1.0, 0.1):
+        methods = [shortener, FastOCR(keep_visual=keep, focal_layers=[1])]
+        if order == "fastocr outside":
+            methods.reverse()
+        with methods[0].attach(model) as outer, methods[1].attach(model) as inner:
+            found_tokens, found = _write(model, inputs)
+            facts = (outer or inner).facts()
+        sizes = [len(x.positions) - -(-len(x.positions) // 3) for x in shortener.layouts]
+        assert facts["visual_tokens"] == sum(sizes) / len(sizes)
+        if keep == 1:
+            assert torch.equal(found_tokens, tokens)
+            torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+            assert facts["attended_by_layer"] == [1.0, 1.0]
+        else:
+            kept = sum(budget(0.1, size) for size in sizes) / sum(sizes)
+            assert facts["attended_by_layer"] == pytest.approx([(1 + 3 * kept) / 4, 1.0])
+
+
+def test_a_shortened_prompt_that_is_not_announced_is_refused():
+    model, processor = _model("deepseek_ocr")
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    shortener = Shortener(announce=False)
+    shortener.layouts = visual_layouts(model, inputs)
+    with shortener.attach(model), FastOCR(focal_layers=[1]).attach(model):
+        with pytest.raises(ValueError, match="positions, but the text model read .*visual_layouts"):
+            _write(model, inputs)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"num_beams": 2}, "got beam_search"),
+        ({"num_beams": 2, "do_sample": True}, "got beam_sample"),
+        ({"prompt_lookup_num_tokens": 2}, "got assisted_generation"),
+        ({"use_cache": False}, "got use_cache=False"),
+    ],
+    ids=["beams", "sampled beams", "assisted", "no cache"],
+)
+def test_modes_that_move_the_cache_are_refused(qwen, settings, words):
+    model, _, inputs = qwen
+    with FastOCR(focal_layers=[1]).attach(model), pytest.raises(ValueError, match=words):
+        model.generate(**inputs, max_new_tokens=2, **settings)
+
+
+def test_a_cache_that_did_not_grow_here_is_refused(qwen):
+    model, _, inputs = qwen
+    one = {"input_ids": torch.tensor([[20]] * 3)}
+    with torch.no_grad():
+        old = model(**inputs, use_cache=True).past_key_values
+        with FastOCR(focal_layers=[1]).attach(model):
+            with pytest.raises(RuntimeError, match="0 tokens that were read inside the context"):
+                model(**one, past_key_values=old)
+            cache = model(**inputs, use_cache=True).past_key_values
+            model(**one, past_key_values=cache)
+            with pytest.raises(RuntimeError, match=r"\(sequences, tokens\)=\(3, 2\)"):
+                model(input_ids=torch.tensor([[20, 21]] * 3), past_key_values=cache)
+            with pytest.raises(RuntimeError, match=r"\(sequences, tokens\)=\(1, 1\)"):
+                model(input_ids=torch.tensor([[20]]), past_key_values=cache)
+            cache.crop(-1)
+            with pytest.raises(RuntimeError, match="assisted decoding"):
+                model(**one, past_key_values=cache)
+            with pytest.raises(ValueError, match="input_ids"):
+                embeds = model.get_input_embeddings()(inputs["input_ids"])
+                model(inputs_embeds=embeds, use_cache=True)
+
+
+def test_the_same_method_twice_is_refused(qwen):
+    model, _, _ = qwen
+    with FastOCR(focal_layers=[1]).attach(model):
+        with pytest.raises(ValueError, match="already"), FastOCR().attach(model):
+            pass
+    with FastOCR(focal_layers=[1]).attach(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"keep_visual": 0}, "greater than 0"),
+        ({"keep_visual": 1.1}, "less than or equal to 1"),
+        ({"focal_layers": []}, "at least 1"),
+        ({"focal_layers": [-1]}, "greater than or equal to 0"),
+        ({"min_mass": 1}, "less than 1"),
+        ({"warmup": 1}, "greater than or equal to 2"),
+        ({"keep": 0.5}, "keep"),
+        ({"fixation": "static", "reuse": False}, "belong to the dynamic fixation"),
+    ],
+    ids=str,
+)
+def test_impossible_knobs(knobs, words):
+    with pytest.raises(ValueError, match=words):
+        FastOCR(**knobs)
+
+
+def test_a_focal_layer_that_the_model_does_not_have(qwen):
+    with pytest.raises(ValueError, match=r"model's 4, counted from 0; got \[1, 4\]"):
+        FastOCR(focal_layers=[1, 4]).attach(qwen[0])
+    with pytest.raises(ValueError, match="between 1 and the model's 4 layers; got 5"):
+        calibrate(qwen[0], [], count=5)
+    with pytest.raises(ValueError, match="at least two decode steps; got 0"):
+        calibrate(qwen[0], [])
+
+
+# ---- families that nobody tried ------------------------------------------------------------------
+
+
+def _qwen2_vl():
+    """A family without adapter; its processor is Qwen2.5-VL's."""
+    known, processor = _model("qwen2_5_vl")
+    config = known.config.to_dict()
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={**config["text_config"], "model_type": "qwen2_vl_text"},
+            vision_config={
+                "depth": 1,
+                "embed_dim": 16,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "patch_size": 8,
+            },
+            **{name: value for name, value in config.items() if name.endswith("token_id")},
+        )
+    )
+    return _filled(model), build_prompt(known, processor, PAGES, TEXTS)
+
+
+def test_preflight_passes_a_family_that_nobody_tried():
+    model, inputs = _qwen2_vl()
+    with pytest.raises(ValueError, match="no adapter"):
+        visual_layouts(model, inputs)
+    preflight(model, inputs)
+    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
+        _write(model, inputs)
+        assert handle.facts()["attended"] < 0.8
+
+
+def test_preflight_says_what_is_missing():
+    model, inputs = _qwen2_vl()
+    with pytest.raises(ValueError, match="input_ids has no image token"):
+        preflight(model, {"input_ids": torch.tensor([[20, 21, 22]])})
+    module = model.model.language_model.layers[1].self_attn
+    forward = type(module).forward
+
+    def deaf(self, hidden_states, **kwargs):
+        kwargs.pop("fastocr_request", None)
+        return forward(self, hidden_states, **kwargs)
+
+    module.forward = deaf.__get__(module)
+    with pytest.raises(ValueError, match="layers 1 do not call transformers' attention interface"):
+        preflight(model, inputs)
+
+    def odd(self, hidden_states, **kwargs):  # as if it scaled its logits behind the interface
+        self.scaling = 1.0 if "fastocr_request" in kwargs else 0.25
+        return forward(self, hidden_states, **kwargs)
+
+    module.forward = odd.__get__(module)
+    with pytest.raises(ValueError, match="logits differ from dense ones by"):
+        preflight(model, inputs)
+
+
+def test_models_that_cannot_be_served_are_refused_with_what_they_lack():
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=32,
+    )
+    llama = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="'llama' lacks an image_token_id"):
+        FastOCR().attach(llama)
+    model, _ = _qwen2_vl()
+    model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="keeps the prompt in all layers.*sliding_attention"):
+        FastOCR().attach(model)
