@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from compress.method import Handle, RuntimeMethod
 
+HOLDER = "_compress_applied"  # attribute of a model with methods on it
+
 
 class Applied:
     """A model with run-time methods on it, from construction until :meth:`remove`.
@@ -21,12 +23,18 @@ class Applied:
 
     Raises
     ------
-    ValueError : when a method cannot be applied; then none is.
+    ValueError : when a method cannot be applied, then none is; or when others are applied already.
     """
 
     def __init__(self, model: Any, methods: Sequence[RuntimeMethod]) -> None:
         if not methods:
             raise ValueError("at least one method expected; got none; give such as RTPrune()")
+        if hasattr(model, HOLDER):
+            present = ", ".join(method.name for method in getattr(model, HOLDER).methods)
+            raise ValueError(
+                f"this model has {present} on it already; call remove() on what applied them, and "
+                "give all methods together"
+            )
         names = [method.name for method in methods]
         if len(set(names)) < len(names):
             raise ValueError(
@@ -40,6 +48,8 @@ class Applied:
                 method.name: stack.enter_context(method.attach(model)) for method in methods
             }
             self._stack = stack.pop_all()
+        # contexts that nobody holds are left: the model holds what lasts as long as it does
+        setattr(model, HOLDER, self)
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What each method counted since the start or the last reset, by its name."""
@@ -53,6 +63,8 @@ class Applied:
     def remove(self) -> None:
         """Restore the model; a second call does nothing."""
         self._stack.close()
+        if vars(self.model).get(HOLDER) is self:
+            delattr(self.model, HOLDER)
 
     def save(self, folder: str | Path, processor: Any) -> Path:
         """Write a checkpoint that :func:`compress.load` gives back with the methods applied.
@@ -67,6 +79,12 @@ class Applied:
         from compress.patched import save_patched
 
         return save_patched(self.model, processor, self.methods, Path(folder))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        raise ValueError(
+            "a model with run-time methods on it cannot be copied; remove them first, or save it "
+            "and load it again"
+        )
 
     def __enter__(self) -> Self:
         return self

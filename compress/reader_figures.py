@@ -8,12 +8,14 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from PIL import Image, ImageDraw
 
-from compress.figures import COMPRESSED, DENSE, GREY, STYLE, to_png
+from compress.figures import COMPRESSED, DENSE, FOURTH, GREY, MARKERS, STYLE, THIRD, to_png
 from compress.models.visual import VisualLayout
 
 KEPT = (0, 158, 115)  # Okabe and Ito's green
+COLOURS = (COMPRESSED, DENSE, THIRD, FOURTH, "#E69F00", "#56B4E9", GREY)
 FRAMES, FRAME_MS = 48, 160
 STRIP = 6
 
@@ -116,43 +118,43 @@ def recall_figure(calibration: Mapping[str, Any]) -> bytes:
         return to_png(figure)
 
 
-def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
     """Accuracy retention of every variant against the share of visual tokens that it used."""
+    series: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for row in rows:
+        used = used_share(row)
+        if used is not None and "accuracy_retention" in row:
+            series.setdefault(series_name(row), []).append((used, row["accuracy_retention"]))
+    if not series:
+        return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 5), layout="constrained")
         axes = figure.subplots()
-        series: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-        for row in rows:
-            used = used_share(row)
-            if used is not None and "accuracy_retention" in row:
-                series.setdefault(series_name(row), []).append((used, row["accuracy_retention"]))
-        colours = [COMPRESSED, DENSE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", GREY]
         for place, (name, points) in enumerate(series.items()):
             points = sorted(points, key=lambda point: point[0])
-            used, values = [p[0] for p in points], [p[1]["value"] for p in points]
+            used_shares, values = [p[0] for p in points], [p[1]["value"] for p in points]
             ends = [p[1]["ci95"] or (p[1]["value"],) * 2 for p in points]
             errors = [
                 [max(0.0, v - e[0]) for v, e in zip(values, ends, strict=True)],
                 [max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)],
             ]
             axes.errorbar(
-                used,
+                used_shares,
                 values,
                 yerr=errors,
-                fmt="o-",
+                fmt=f"{MARKERS[place % len(MARKERS)]}-",
                 capsize=3,
-                color=colours[place % len(colours)],
+                color=COLOURS[place % len(COLOURS)],
                 label=name,
             )
         axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
         axes.set(
             title="Accuracy retention (1 - CER, over dense), 95% intervals",
             xlabel="visual tokens used",
-            ylabel="",
         )
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        axes.legend()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1))
+        axes.legend(ncols=2)
         return to_png(figure)
 
 

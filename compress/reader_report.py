@@ -66,7 +66,8 @@ def write_reader_report(
             figures |= _film(method, shown, model, processor)
     if metrics["calibration"]:
         figures["recall"] = recall_figure(metrics["calibration"])
-    figures["comparison"] = comparison_figure(metrics["comparison"])
+    if curve := comparison_figure(metrics["comparison"]):
+        figures["comparison"] = curve
     ratios = [
         page
         for prediction in read_predictions(folder / variants[1].file)
@@ -119,6 +120,9 @@ def _headline(metrics: Mapping[str, Any]) -> str:
 
 def _comparison(rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
     lines = []
+    curve = ""
+    if "comparison" in figures:
+        curve = picture(figures["comparison"], "Accuracy against visual tokens used")
     for row in rows:
         used = used_share(row)
         lines.append(
@@ -130,8 +134,7 @@ def _comparison(rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes])
     return (
         "<section><h2>Every variant, on the same pages</h2><table><thead><tr><th>variant</th>"
         "<th>visual tokens used</th><th>accuracy retention</th><th>CER</th></tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table>"
-        f"{picture(figures['comparison'], 'Accuracy against visual tokens used')}</section>"
+        f"<tbody>{''.join(lines)}</tbody></table>{curve}</section>"
     )
 
 

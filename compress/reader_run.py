@@ -225,6 +225,10 @@ def _measured(
     dense, compressed = scored["dense"], scored["compressed"]
     metrics = {name: _side_by_side(name, dense[name], compressed[name]) for name in dense}
     pages = [p for p in data.pages if p.text is not None and not p.unseen_font]
+    warnings = []
+    if pages and dense["cer_corpus"].value >= 1:
+        warnings.append("the dense model reads nothing right here: nothing can be retained")
+        pages = []
     rows = []
     for variant in found:
         row: dict[str, Any] = {
@@ -241,7 +245,7 @@ def _measured(
         one = Value(1.0, "by definition", len(pages))
         kept = Value(**rows[1]["accuracy_retention"])
         metrics = {"accuracy_retention": _side_by_side("accuracy_retention", one, kept)} | metrics
-    return {"metrics": metrics, "comparison": rows, "warnings": []}
+    return {"metrics": metrics, "comparison": rows, "warnings": warnings}
 
 
 def _side_by_side(name: str, dense: Value, compressed: Value) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Runs on a reader, from the recipe to the checkpoint, and methods applied in memory."""
 
+import copy
+import gc
 import json
 
 import pytest
@@ -178,6 +180,7 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path):
     row = result.metrics["comparison"][1]
     # half of 196 tokens, and at most 15 newlines and separators
     assert 98 / 211 <= row["tokens_kept"] <= (98 + 15) / 211
+    assert "accuracy_retention" not in row and "nothing right" in result.metrics["warnings"][0]
     assert result.metrics["calibration"] is None and 0 < row["attended"] < 0.5
     assert (result.folder / "kept.png").is_file()
     assert not list((result.folder / "checkpoint").glob("*.safetensors"))
@@ -222,6 +225,16 @@ def test_methods_that_cannot_be_applied_leave_the_model_as_it_was(qwen):
         assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
 
 
+def test_a_patched_model_is_patched_once_and_not_copied(qwen):
+    model, _ = load_vlm(qwen)
+    with compress.apply(model, FastOCR()):
+        with pytest.raises(ValueError, match="has fastocr on it already"):
+            compress.apply(model, FastOCR())
+        with pytest.raises(ValueError, match="cannot be copied"):
+            copy.deepcopy(model)
+    assert type(copy.deepcopy(model)) is type(model)
+
+
 def test_apply_says_what_a_method_has_no_use_for(qwen):
     model, _ = load_vlm(qwen)
     with pytest.raises(ValueError, match="got data, device; leave them out"):
@@ -246,6 +259,7 @@ def test_saved_and_loaded_a_model_is_patched_again(which, request, tmp_path):
         image = page(0, 0, SQUARE if which == "deepseek" else SMALL, "test").image
         expected = read_pages(model, processor, [image])
     loaded = compress.load(tmp_path / "patched")
+    gc.collect()  # nobody holds what was applied but the model
     again = compress.load_processor(tmp_path / "patched")
     assert read_pages(loaded, again, [image]) == expected
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "patched", dtype=torch.float32)

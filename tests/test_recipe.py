@@ -45,7 +45,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 
 
 def test_there_are_as_many_recipes_as_we_ship():
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 11
     assert [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
 
 
@@ -71,7 +71,7 @@ def test_dump_loads_back_to_the_same_recipe(path, write):
     assert text.startswith("# torch 2.6\n# seed 0\nmodel:")
     assert load_recipe(write(text)) == recipe
     # and any other YAML reader understands the same
-    assert Recipe.model_validate(yaml.safe_load(text)) == recipe
+    assert type(recipe).model_validate(yaml.safe_load(text)) == recipe
 
 
 @pytest.mark.parametrize("awkward", ["no", "5e-4", "1e5", "null", "012", "1:30", "~", "a: b", " x"])
@@ -111,7 +111,7 @@ def test_run_time_methods_stand_alone_or_in_a_list(write):
     ("text", "part"),
     [
         ("method: {name: fastocr, keep_visual: 2}", "method.keep_visual: expected a number less"),
-        ("method: {name: fastocr, keep: 1}", "nearest known key: method.keep_visual"),
+        ("method: {name: fastocr, keep_visul: 1}", "nearest known key: method.keep_visual"),
         ("method: [{name: rtprune, mergee: 1}]", "nearest known key: method[0].merge)"),
         ("method: [{name: gradflow}]", "method[0].name: expected one of rtprune, fastocr; got"),
         ("method: [{keep_tokens: 1}]", "method[0].name: expected one of rtprune, fastocr; got not"),
