@@ -274,7 +274,10 @@ def read(
 def tables(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="main, ablation, attempts, fastocr, rtprune."),
+        typer.Argument(
+            metavar="[NAME]...",
+            help="main, ablation, attempts, readers, fastocr or rtprune; default: all.",
+        ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
         "eval/results/ddpm_digits.jsonl"
@@ -290,7 +293,9 @@ def tables(
     from compress import experiments, reader_experiments
     from compress.eval.tables import fill_file
 
-    readers = [n for n in names or reader_experiments.RECIPES if n in reader_experiments.RECIPES]
+    readers = [
+        name for name in names or reader_experiments.NAMES if name in reader_experiments.NAMES
+    ]
     others = [name for name in names or [] if name not in readers]
     chosen = experiments.choose(others) if others or not names else []
     if not only_render:

@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.eval import tables
 from compress.pipeline import floor, run_events
-from compress.recipe import Recipe, load_recipe
+from compress.recipe import Recipe, load_pipeline_recipe
 
 RECIPE = "ddpm_gradflow_full"
 SEEDS = (0, 1, 2)
@@ -67,7 +67,7 @@ class Experiment:
 
     def recipe(self) -> Recipe:
         """The base recipe with this experiment's settings."""
-        return load_recipe(RECIPE, [*self.overrides, f"seed={self.seed}"])
+        return load_pipeline_recipe(RECIPE, [*self.overrides, f"seed={self.seed}"])
 
     def key(self) -> str:
         """Hash of everything in the recipe that decides the result."""
@@ -78,7 +78,7 @@ class Experiment:
 
 
 def _one_shot(criterion: str) -> tuple[str, ...]:
-    steps = load_recipe(RECIPE).method.steps
+    steps = load_pipeline_recipe(RECIPE).method.steps
     method = json.dumps({"name": "oneshot", "criterion": criterion, "steps": steps})
     return (f"method={method}",)
 
@@ -265,7 +265,7 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
         return f"*No rows yet: run `compress tables {name}`.*"
     body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name])
     dense = rows[0]["dense"]
-    recipe = load_recipe(RECIPE)
+    recipe = load_pipeline_recipe(RECIPE)
     asked, recover = recipe.evaluate, recipe.recover
     real = floor(recipe.data, asked.samples)
     facts = [

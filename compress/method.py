@@ -84,7 +84,10 @@ class RuntimeMethod(Protocol):
     It is saved as its settings, and applied again when a checkpoint is loaded.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The method's key in recipes and checkpoints."""
+        ...
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Patch ``model`` until the context is left, which restores everything."""

@@ -17,7 +17,7 @@ from compress.eval import ocr
 from compress.eval.values import Value
 from compress.fastocr import Calibration, FastOCR, calibrate
 from compress.files import folder_hash, read_json, write_json, write_text
-from compress.method import Event, RunResult, RuntimeMethod
+from compress.method import Event, RunResult
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.visual import adapter_for, build_prompt
@@ -27,6 +27,7 @@ from compress.output_folder import check_same_settings, check_target, claim
 from compress.patched import save_patched
 from compress.reader_report import write_reader_report
 from compress.recipe import ReaderRecipe, dump
+from compress.rtprune import RTPrune
 
 CALIBRATION = "calibration.json"
 
@@ -36,7 +37,7 @@ class Variant:
     """One way to read the pages: the dense model, the recipe's methods, or one to compare."""
 
     name: str
-    methods: tuple[RuntimeMethod, ...]
+    methods: tuple[RTPrune | FastOCR, ...]
 
     @property
     def file(self) -> str:
@@ -54,10 +55,10 @@ def variants(recipe: ReaderRecipe) -> list[Variant]:
     return found
 
 
-def variant_name(method: RuntimeMethod) -> str:
+def variant_name(method: RTPrune | FastOCR) -> str:
     """A method and the settings that are not its defaults, as one name."""
-    defaults = asdict(type(method)())  # type: ignore[call-overload]
-    changed = {k: v for k, v in asdict(method).items() if v != defaults[k]}  # type: ignore[call-overload]
+    defaults = asdict(type(method)())
+    changed = {k: v for k, v in asdict(method).items() if v != defaults[k]}
     return " ".join([method.name, *(f"{key}={value}" for key, value in changed.items())])
 
 
@@ -233,7 +234,7 @@ def _measured(
     for variant in found:
         row: dict[str, Any] = {
             "variant": variant.name,
-            "methods": [asdict(m) for m in variant.methods],  # type: ignore[call-overload]
+            "methods": [asdict(m) for m in variant.methods],
             **counted(read[variant.name]),
             "metrics": {n: asdict(v) for n, v in scored[variant.name].items()},
         }

@@ -221,6 +221,22 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | R
     return recipe
 
 
+def load_pipeline_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """:func:`load_recipe` for a recipe that is known to be one of a diffusion pipeline.
+
+    Raises
+    ------
+    RecipeError : when it is one of a reader.
+    """
+    recipe = load_recipe(source, overrides)
+    if isinstance(recipe, ReaderRecipe):
+        raise RecipeError(
+            f"recipe {source} should prune a diffusion pipeline; its methods are "
+            f"{', '.join(m.name for m in recipe.method)}; name another recipe"
+        )
+    return recipe
+
+
 def list_recipes() -> list[tuple[str, str]]:
     """Names of the shipped recipes, each with the first line of its comment."""
     recipes = []

@@ -211,7 +211,7 @@ class Trainer:
         """Append a row to the training log."""
         self.journal.log(event=event, step=self.progress.step, **facts)
 
-    def run(self, save_every: float, publish: Callable[[torch.nn.Module], None]) -> None:
+    def run(self, save_every: float, publish: Callable[[torch.nn.Module], object]) -> None:
         """Train to the end; ``publish`` gets what is stored when the last level reads better."""
         best, saved = 1.0, time.monotonic()
         for row in self.journal.rows:

@@ -138,7 +138,8 @@ def build_model(processor: DeepseekOcrProcessor) -> UnlimitedOcrForConditionalGe
     # random ones away
     sam, clip = model.model.vision_tower.sam_encoder, model.model.vision_tower.vision_encoder
     with torch.no_grad():
-        sam.pos_embed.copy_(0.3 * sines(*sam.pos_embed.shape[1:3], sam.pos_embed.shape[3]))
+        _, rows, columns, width = sam.pos_embed.shape
+        sam.pos_embed.copy_(0.3 * sines(rows, columns, width))
         positions = clip.embeddings.position_embedding.weight
         tokens = SIDE // (4 * PATCH)
         positions[1:] = sines(tokens, tokens, positions.shape[1]).flatten(0, 1)

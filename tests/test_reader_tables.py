@@ -1,0 +1,94 @@
+"""Tables of readers: rows in, Markdown out, and nothing run twice."""
+
+import json
+
+import pytest
+
+from compress import reader_experiments
+from compress.reader_experiments import render_table, results_file, run_missing, write_rows
+from compress.recipe import ReaderRecipe, load_recipe
+
+
+def value(mean, low=None, high=None, n=64):
+    return {"value": mean, "ci95": None if low is None else [low, high], "n": n, "how": ""}
+
+
+def fast(**changes):
+    settings = {
+        "name": "fastocr",
+        "keep_visual": 0.05,
+        "fixation": "dynamic",
+        "reuse": True,
+        "min_mass": 0.0,
+        "dilate": 0,
+    }
+    return settings | changes
+
+
+@pytest.fixture
+def metrics():
+    def row(variant, methods, retention, **counted):
+        return {
+            "variant": variant,
+            "methods": methods,
+            "metrics": {"cer_corpus": value(0.02, 0.01, 0.03)},
+            "accuracy_retention": value(retention, retention - 0.01, retention + 0.01),
+            **counted,
+        }
+
+    return {
+        "comparison": [
+            row("dense", [], 1.0),
+            row("compressed", [fast()], 0.98, attended=0.17),
+            row("other", [fast(fixation="static")], 0.71234, attended=0.18),
+        ],
+        "calibration": {"focal_layers": [2]},
+        "run": {"model": "builtin:reader-qwen", "pages": 64, "device": "cpu"},
+    }
+
+
+def test_rows_become_a_table(metrics, tmp_path):
+    results = tmp_path / "ddpm.jsonl"
+    assert "No rows yet" in render_table("fastocr", results)
+    write_rows(results_file(results, "fastocr"), "fastocr", metrics)
+    lines = (tmp_path / "reader_fastocr.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["variant"] for row in rows] == ["dense", "compressed", "other"]
+    assert rows[0]["calibration"] == {"focal_layers": [2]} and rows[1]["model"]
+    table = render_table("fastocr", results)
+    assert "| fastocr | 5% | 17.00% | 98.00% [97.00%, 99.00%] | 2.00% [1.00%, 3.00%] |" in table
+    assert "| static | 5% | 18.00% | 71.23% [70.23%, 72.23%] |" in table
+    assert "64 held-out pages" in table
+    # what is there is not run again
+    assert list(run_missing("fastocr", results, tmp_path)) == []
+
+
+def test_every_table_of_a_method_has_a_recipe_that_measures_64_pages():
+    for name, recipe in reader_experiments.RECIPES.items():
+        found = load_recipe(recipe)
+        assert isinstance(found, ReaderRecipe) and found.evaluate.samples >= 64
+        assert [m.name for m in found.method] == [name]
+        settings = {repr(m)
+                    for m in [*found.method, *found.compare]}  # fmt: skip
+        assert len(settings) == 1 + len(found.compare)
+
+
+def test_readers_are_evaluated_once(tmp_path, monkeypatch):
+    asked = []
+
+    def evaluate(settings, folder, resume):
+        asked.append(settings.model)
+        names = reader_experiments.COLUMNS
+        found = {name: value(0.5, 0.4, 0.6) for name in names} | {"cer": value(0.5)}
+        yield None
+        return {"metrics": found, "run": {"model": settings.model, "data": settings.data}}
+
+    monkeypatch.setattr(reader_experiments, "evaluate_events", evaluate)
+    monkeypatch.setattr(reader_experiments, "builtin_readers", lambda: ["reader-qwen"])
+    results = tmp_path / "ddpm.jsonl"
+    assert list(run_missing("readers", results, tmp_path)) == ["readers: builtin:reader-qwen"]
+    assert list(run_missing("readers", results, tmp_path)) == []
+    assert asked == ["builtin:reader-qwen"]
+    table = render_table("readers", results)
+    assert "| `builtin:reader-qwen` | 50.00% [40.00%, 60.00%] |" in table
+    assert "64 held-out pages of `builtin:pages`" in table
