@@ -271,6 +271,44 @@ def read(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A folder, builtin:NAME or a hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")],
+    data: Annotated[str, typer.Option(help="builtin:pages, or a folder.")] = "builtin:pages",
+    pages: Annotated[int, typer.Option(min=1, help="That are written densely.")] = 16,
+    keep_visual: Annotated[float, typer.Option(help="Fraction of the visual tokens.")] = 0.05,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Of a page.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Find the focal layers of a reader for FastOCR, and write a checkpoint with them."""
+    _check_versions()
+    _quieten()
+    from compress.reader_run import calibrated_checkpoint
+
+    found = calibrated_checkpoint(
+        model,
+        output,
+        data=data,
+        pages=pages,
+        keep_visual=keep_visual,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    curve = [(str(n), f"{v:.4f}", "") for n, v in enumerate(found.curve, start=1)]
+    lines = [
+        _table([("focal layers", "mean recall", ""), *curve]),
+        "",
+        f"order        {', '.join(map(str, found.order))}",
+        f"chosen       {', '.join(map(str, found.focal_layers))}",
+        f"checkpoint   {output}",
+    ]
+    _print(found.facts(), as_json, "\n".join(lines))
+
+
+@app.command()
 def tables(
     names: Annotated[
         list[str] | None,

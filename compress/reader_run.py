@@ -177,20 +177,105 @@ def _calibration(
     if path.is_file():
         return Calibration(**read_json(path))
     yield Event("calibrate", 0, 1)
-    asked = recipe.calibrate
-    pages = calibration_pages(recipe.data, asked.pages)
-    text = recipe.evaluate.prompt
-    prompt = adapter_for(model.config).read_prompt if text is None else text
+    found = calibrate_on_pages(
+        model,
+        processor,
+        calibration_pages(recipe.data, recipe.calibrate.pages),
+        open_ones[0].keep_visual,
+        prompt=recipe.evaluate.prompt,
+        batch=recipe.evaluate.batch,
+        max_new_tokens=recipe.calibrate.max_new_tokens,
+    )
+    write_json(path, found.facts())
+    yield Event("calibrate", 1, 1, message=f"focal layers {list(found.focal_layers)}")
+    return found
+
+
+def calibrate_on_pages(
+    model: Any,
+    processor: Any,
+    pages: Sequence[OcrPage],
+    keep_visual: float,
+    *,
+    prompt: str | None = None,
+    batch: int = 8,
+    max_new_tokens: int = 128,
+) -> Calibration:
+    """Let a model write pages densely, and find its focal layers.
+
+    Parameters
+    ----------
+    model, processor : of :func:`compress.models.vlm.load_vlm`.
+    pages : to write.
+    keep_visual : fraction of the visual tokens that will be kept.
+    prompt : the family's own for plain text when None.
+    batch : pages that are written together.
+    max_new_tokens : of a page.
+    """
+    text = adapter_for(model.config).read_prompt if prompt is None else prompt
     batches = []
-    for first in range(0, len(pages), recipe.evaluate.batch):
-        images = [p.open() for p in pages[first : first + recipe.evaluate.batch]]
-        inputs = build_prompt(model, processor, images, [prompt] * len(images))
+    for first in range(0, len(pages), batch):
+        images = [p.open() for p in pages[first : first + batch]]
+        inputs = build_prompt(model, processor, images, [text] * len(images))
         batches.append(
             {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
         )
-    found = calibrate(model, batches, open_ones[0].keep_visual, max_new_tokens=asked.max_new_tokens)
-    write_json(path, found.facts())
-    yield Event("calibrate", 1, 1, message=f"focal layers {list(found.focal_layers)}")
+    return calibrate(model, batches, keep_visual, max_new_tokens=max_new_tokens)
+
+
+def calibrated_checkpoint(
+    model: str,
+    output: Path,
+    *,
+    data: str = "builtin:pages",
+    pages: int = 16,
+    keep_visual: float = 0.05,
+    max_new_tokens: int = 128,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> Calibration:
+    """Calibrate FastOCR and write a checkpoint with its settings; as ``compress calibrate``.
+
+    The checkpoint refers to the model's weights and holds no copy.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a folder or a hub id.
+    output : the checkpoint's folder.
+    data, pages : rendered validation pages, or the first of a folder.
+    keep_visual, max_new_tokens : as in :func:`calibrate_on_pages`.
+    dtype : of the weights.
+    device : CUDA where there is any when None.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : for a model or data that cannot be used.
+    FileExistsError : when the folder holds something.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} holds files; choose another --output")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}; choose one")
+    base = model_folder(model)
+    network, processor = load_vlm(base, DTYPES[dtype])
+    network.to(choose_device(device))
+    method = FastOCR(keep_visual=keep_visual)
+    found = calibrate_on_pages(
+        network,
+        processor,
+        calibration_pages(data, pages),
+        method.keep_visual,
+        max_new_tokens=max_new_tokens,
+    )
+    method = replace(method, focal_layers=tuple(found.focal_layers))
+    facts = {
+        "base_model": model,
+        "base_hash": folder_hash(base),
+        "calibration": found.facts(),
+        "calibrated_on": {"data": data, "pages": pages},
+        "versions": versions_of(PACKAGES),
+    }
+    save_patched(network, processor, [method], output, facts, reference=model)
     return found
 
 

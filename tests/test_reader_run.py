@@ -333,3 +333,20 @@ def test_a_dry_run_reads_nothing(qwen, pages, tmp_path):
     wrong = recipe_of(tmp_path, qwen, pages, {"name": "rtprune"})
     refused = CliRunner().invoke(app, ["run", str(wrong), "--dry-run", "--json"])
     assert refused.exit_code == 2 and "RTPrune prunes" in json.loads(refused.stdout)["problems"][0]
+
+
+def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, tmp_path):
+    def calibrate(*more):
+        arguments = ["calibrate", str(qwen), "--output", str(tmp_path / "c"), "--data", str(pages)]
+        return CliRunner().invoke(app, [*arguments, "--pages", "2", "--max-new-tokens", "4", *more])
+
+    found = calibrate("--keep-visual", "0.2", "--json")
+    assert found.exit_code == 0, found.output
+    facts = json.loads(found.stdout)
+    assert len(facts["curve"]) == 8 and facts["curve"] == sorted(facts["curve"])
+    _, _, applied = load_patched(tmp_path / "c")
+    assert applied.methods[0] == FastOCR(keep_visual=0.2, focal_layers=tuple(facts["focal_layers"]))
+    stored = json.loads((tmp_path / "c" / "compress.json").read_text())
+    assert stored["calibration"] == facts
+    again = calibrate()
+    assert again.exit_code == 2 and "holds files" in again.stderr

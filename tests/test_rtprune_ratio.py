@@ -42,7 +42,7 @@ def test_border_pixels_of_white_patches_count_as_edges():
 def test_density_grows_with_what_is_written():
     pages = torch.ones(4, 3, 64, 64)
     for lines, page in enumerate(pages):
-        page[:, 4 : 4 + 12 * lines : 2] = -1
+        page[:, 4 : 4 + 12 * lines : 4] = -1
     densities = textual_density(pages, (4, 4))
     assert densities.diff().gt(0).all() and densities.max() <= 1
 

@@ -9,7 +9,8 @@ what remains. Reading is dense and left alone. After it, a third hook looks at t
 text model was finally called with and at the cache that it filled: these make a :class:`Request`,
 kept as long as the cache lives. In a decode step the second hook finds the request by the cache and
 hands it down to the attention function as one more keyword. So nothing is shared between requests,
-models or threads.
+models or threads; one model serves one thread at a time (Qwen's classes keep a request's position
+offsets on the model).
 """
 
 import copy
@@ -229,7 +230,7 @@ def _checked(model: Any, generate: Callable[..., Any], handle: Handle) -> Callab
     """``generate`` that notes its prompt and refuses what would move or cut the cache."""
     signature = inspect.signature(generate)
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def _generate(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         given = call.arguments
         settings = copy.deepcopy(model.generation_config)
@@ -258,4 +259,4 @@ def _checked(model: Any, generate: Callable[..., Any], handle: Handle) -> Callab
         with handle.generating(others if ids is None else {**others, "input_ids": ids}):
             return generate(*call.args, **call.kwargs)
 
-    return checked
+    return _generate

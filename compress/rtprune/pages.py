@@ -22,13 +22,13 @@ class Page:
     grid : (view, row, column) of its visual tokens, ``(tokens, 3)``; see
         :class:`compress.models.visual.VisualLayout`.
     density : of text, where the ratio is dynamic.
-    fingerprint : of its pixels, where tokens are random.
+    seed : where tokens are random.
     attention : that its prunable tokens got from the encoder, and their keys there, for VisionZip.
     """
 
     grid: torch.Tensor
     density: torch.Tensor | None = None
-    fingerprint: int = 0
+    seed: int = 0
     attention: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -168,8 +168,7 @@ def _choose(
     elif method.select == "cdpruner":
         indices = cdpruner(prunable, plan.keep, words)
     elif method.select == "random":
-        seed = method.seed << 32 | page.fingerprint
-        indices = random_tokens(prunable, plan.keep, seed)
+        indices = random_tokens(prunable, plan.keep, page.seed)
     else:
         indices = select(prunable, plan.keep)
     return indices, prunable[indices]

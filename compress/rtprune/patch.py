@@ -176,7 +176,7 @@ class _Patch:
         if call is not None and call.encoded is not None:
             return args, self._prompt(call, filled, kwargs)
         if filled and cache in self.requests:
-            return args, self._step(self.requests[cache], filled, kwargs)
+            return args, self._step(cache, filled, kwargs)
         return None
 
     def _prompt(self, call: _Call, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +262,8 @@ class _Patch:
         made = dict(zip(first, pruned, strict=True))
         return [made[id(features)] for features in encoded]
 
-    def _step(self, request: _Request, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _step(self, cache: Any, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        request = self.requests[cache]
         new = kwargs["inputs_embeds"].shape[1]
         answered = filled - request.mask.shape[1]
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -282,10 +283,12 @@ class _Patch:
             answer = mask[:, mask.shape[1] - answered - new :].bool()
         if ids is None:
             ids = torch.arange(new, device=answer.device)[None] + filled + request.dropped
-        return kwargs | {
-            "attention_mask": torch.cat([request.mask, answer], 1).long(),
-            "position_ids": ids,
-        }
+        # where all layers slide over the answer, masks count places from where the window begins,
+        # those of the prompt too: put them there (unpruned, transformers 5.23 looks beside them)
+        layers = range(len(cache.layers))
+        slid = min(int(cache.get_mask_sizes(new, layer)[1]) for layer in layers)
+        mask = torch.cat([answer[:, :slid], request.mask, answer[:, slid:]], 1)
+        return kwargs | {"attention_mask": mask.long(), "position_ids": ids}
 
 
 def _pages_in(layouts: Sequence[VisualLayout]) -> list[tuple[int, torch.Tensor]]:

@@ -30,13 +30,12 @@ def read_pages(
     given : the arguments of the call.
     heard : from its attention, for VisionZip: of the whole pages, then of the crops if there are.
     """
-    crops = [int(n) for n in given.get("num_local_patches") or [0] * len(features)]
-    grids = given.get("patches_grid")
+    counts, grids = given.get("num_local_patches"), given.get("patches_grid")
+    crops = [0] * len(features) if counts is None else [int(count) for count in counts]
     cells = [
-        _cells(model, given, len(page), crops[number], grids and grids[number])
+        _cells(model, given, page, crops[number], (1, 1) if grids is None else grids[number])
         for number, page in enumerate(features)
     ]
-    cells = [grid.to(page.device) for grid, page in zip(cells, features, strict=True)]
     pixels = given["pixel_values"]
     density: Sequence[torch.Tensor | None] = [None] * len(features)
     if method.keep_tokens == "dynamic":
@@ -49,23 +48,23 @@ def read_pages(
             first = sum(crops[:number])
             columns = None if grids is None else int(grids[number][0])
             attention = _attention(heard, number, first, crops[number], grid, columns)
-        mark = fingerprint(pixels[number]) if method.select == "random" else 0
-        pages.append(Page(grid, density[number], mark, attention))
+        seed = page_seed(method.seed, pixels[number]) if method.select == "random" else 0
+        pages.append(Page(grid, density[number], seed, attention))
     return pages
 
 
 def _cells(
-    model: Any, given: Mapping[str, Any], tokens: int, crops: int, grid: Any
+    model: Any, given: Mapping[str, Any], features: torch.Tensor, crops: int, grid: Any
 ) -> torch.Tensor:
     """(view, row, column) of the tokens of one page, as if it were alone."""
     inputs = {
-        "input_ids": torch.full((1, tokens), model.config.image_token_id),
+        "input_ids": torch.full((1, len(features)), model.config.image_token_id),
         "pixel_values": given["pixel_values"],
         "pixel_values_local": given.get("pixel_values_local"),
         "num_local_patches": [crops],
-        "patches_grid": [grid or (1, 1)],
+        "patches_grid": [grid],
     }
-    return visual_layouts(model, inputs)[0].grid
+    return visual_layouts(model, inputs)[0].grid.to(features.device)
 
 
 def _attention(
@@ -90,6 +89,9 @@ def _attention(
     return attention, keys
 
 
-def fingerprint(pixel_values: torch.Tensor) -> int:
-    """32 bits that say which page it is; pixels ``(3, height, width)``."""
-    return zlib.crc32(pixel_values.detach().cpu().float().numpy().tobytes())
+def page_seed(seed: int, pixel_values: torch.Tensor) -> int:
+    """A seed for each page, of pixels ``(3, height, width)``: its own whatever batch it is in.
+
+    It has 32 bits, as many as torch's generator looks at.
+    """
+    return zlib.crc32(pixel_values.detach().cpu().float().numpy().tobytes(), seed)

@@ -1,0 +1,467 @@
+"""RTPrune on running models, against a slow oracle: page by page, no cache, explicit masks."""
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import DynamicCache, Qwen2_5_VLConfig, StaticCache
+
+from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
+from compress.rtprune import (
+    RTPrune,
+    distinctness,
+    keep_fraction,
+    merge,
+    textual_density,
+    transport_plan,
+)
+from compress.rtprune.encoder_attention import EncoderAttention
+from compress.rtprune.transport import similarity
+
+STEPS = 7
+SELECTIONS = inspect.get_annotations(RTPrune)["select"].__args__
+NO_STOP = {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
+LOGITS = {"return_dict_in_generate": True, "output_logits": True, **NO_STOP}
+
+
+@pytest.fixture(scope="module")
+def deepseek(ocr_models):
+    return ocr_models.deepseek_ocr()
+
+
+@pytest.fixture(scope="module")
+def prompt(ocr_models):
+    """Two pages, one with crops; padded on the left."""
+    pages = [ocr_models.page(300, 200, 0, 0.6), ocr_models.page(128, 128, 1, 0.3)]
+    return ocr_models.deepseek_prompt(pages, ["read all of it", "a"])
+
+
+@pytest.fixture(scope="module")
+def second(ocr_models):
+    return ocr_models.deepseek_ocr2()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def _first(prompt):
+    """Its first page alone, to which all the crops belong."""
+    return {k: v if k == "pixel_values_local" else v[:1] for k, v in prompt.items()}
+
+
+# ---- the oracle --------------------------------------------------------------------------------
+
+
+def _embeddings(model, inputs):
+    """What the decoder would be given, ``(batch, length, dim)``."""
+    seen = []
+    hook = text_model(model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    return seen[0]
+
+
+def _shortened(model, inputs, keep_tokens, density):
+    """Embeddings and position ids of each prompt after RTPrune, token by token."""
+    prompts = []
+    rows = zip(_embeddings(model, inputs), visual_layouts(model, inputs), strict=True)
+    for row, (embeds, layout) in enumerate(rows):
+        embeds = embeds.clone()
+        padding = int((inputs["attention_mask"][row] == 0).sum())
+        gone = set(range(padding))
+        for image in set(layout.image_of.tolist()):
+            tokens = [t for t, i in enumerate(layout.image_of.tolist()) if i == image]
+            grid = [t for t in tokens if layout.grid[t, 2] >= 0]
+            where = layout.positions[grid]
+            x = embeds[where]
+            fraction = keep_tokens
+            if keep_tokens == "dynamic":
+                fraction = keep_fraction(density.pop(0), distinctness(x)).item()
+            keep = max(1, int(len(grid) * fraction))
+            norms = x.norm(dim=1).tolist()
+            best = sorted(sorted(range(len(grid)), key=lambda i: (-norms[i], i))[:keep])
+            rest = [i for i in range(len(grid)) if i not in best]
+            if rest:
+                plan = transport_plan(similarity(x[best], x[rest]))
+                embeds[where[best]] = merge(x[best], x[rest], plan)
+            gone |= {int(where[i]) for i in rest}
+            after_newline = False
+            for t in tokens:
+                position = int(layout.positions[t])
+                newline = layout.grid[t, 2] < 0 and layout.grid[t, 1] >= 0
+                if position not in gone:
+                    if newline and after_newline:
+                        gone.add(position)
+                    after_newline = newline
+        left = [position for position in range(len(embeds)) if position not in gone]
+        prompts.append((embeds[left], torch.tensor(left) - padding))
+    return prompts
+
+
+def _logits(model, prompt, answer, window=None):
+    """Of the tokens of ``answer``, read without a cache behind a prompt that is all attended."""
+    decoder = text_model(model)
+    embeds, positions = prompt
+    behind = positions[-1] + 1 + torch.arange(len(answer) - 1)
+    embeds = torch.cat([embeds, decoder.embed_tokens(answer[:-1])])[None]
+    length, start = embeds.shape[1], len(positions)
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    mask = key <= query
+    if window is not None:
+        mask &= (key < start) | (query - key < window)
+    hidden = decoder(
+        inputs_embeds=embeds,
+        attention_mask=mask[None, None],
+        position_ids=torch.cat([positions, behind])[None],
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(hidden[0, start - 1 :])
+
+
+def _check_against_oracle(model, inputs, keep_tokens, window=None, **settings):
+    density = [textual_density(page[None], (4, 4))[0] for page in inputs["pixel_values"]]
+    prompts = _shortened(model, inputs, keep_tokens, density)
+    with RTPrune(keep_tokens=keep_tokens).attach(model):
+        made = model.generate(**inputs, **LOGITS, do_sample=False, **settings)
+    answers = made.sequences[:, inputs["input_ids"].shape[1] :]
+    assert answers.shape[1] == STEPS
+    logits = torch.stack(made.logits, 1)
+    for row, prompt in enumerate(prompts):
+        assert len(prompt[1]) < inputs["attention_mask"][row].sum()
+        expected = _logits(model, prompt, answers[row], window)
+        torch.testing.assert_close(logits[row], expected, atol=2e-4, rtol=1e-4)
+
+
+# ---- generation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_tokens", [0.5, "dynamic"])
+def test_deepseek_ocr_generates_as_the_oracle(deepseek, prompt, keep_tokens):
+    _check_against_oracle(deepseek, prompt, keep_tokens)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_unlimited_ocr_slides_over_the_answer_only(ocr_models, prompt, cache):
+    model = ocr_models.unlimited_ocr(window=3)
+    assert STEPS > 3
+    _check_against_oracle(model, prompt, 0.5, window=3, cache_implementation=cache)
+
+
+def test_deepseek_ocr2_generates_as_the_oracle(second, ocr_models):
+    _check_against_oracle(second, ocr_models.deepseek2_prompt(["read", "a"]), 0.3)
+
+
+def test_several_pages_of_a_prompt_are_pruned_one_by_one(deepseek, prompt):
+    ids = prompt["input_ids"]
+    first, other = (
+        row[mask.bool()] for row, mask in zip(ids, prompt["attention_mask"], strict=True)
+    )
+    both = {**prompt, "input_ids": torch.cat([first, other])[None]}
+    both["attention_mask"] = torch.ones_like(both["input_ids"])
+    _check_against_oracle(deepseek, both, 0.5)
+
+
+def test_a_static_cache_is_as_good(deepseek, prompt):
+    _check_against_oracle(deepseek, prompt, 0.5, cache_implementation="static")
+
+
+def test_without_a_cache_it_prunes_at_every_step(deepseek, prompt):
+    _check_against_oracle(deepseek, prompt, 0.5, use_cache=False)
+
+
+def test_beams_share_what_is_left_of_a_page(deepseek, prompt):
+    prompts = _shortened(deepseek, prompt, 0.5, [])
+    with RTPrune(keep_tokens=0.5).attach(deepseek) as handle:
+        made = deepseek.generate(
+            **prompt, **NO_STOP, num_beams=3, do_sample=False, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        assert len(handle.pages) == 2
+    answers = made.sequences[:, prompt["input_ids"].shape[1] :]
+    for score, answer, left in zip(made.sequences_scores, answers, prompts, strict=True):
+        logits = _logits(deepseek, left, answer)
+        chosen = logits.log_softmax(-1).gather(1, answer[:, None])
+        torch.testing.assert_close(score, chosen.sum() / STEPS, atol=1e-4, rtol=1e-4)
+
+
+def test_several_answers_are_sampled_from_one_page(deepseek, prompt):
+    prompts = _shortened(deepseek, prompt, 0.5, [])
+    with RTPrune(keep_tokens=0.5).attach(deepseek):
+        made = deepseek.generate(**prompt, **LOGITS, do_sample=True, num_return_sequences=2)
+    answers = made.sequences[:, prompt["input_ids"].shape[1] :]
+    for row, answer in enumerate(answers):
+        expected = _logits(deepseek, prompts[row // 2], answer)
+        logits = torch.stack(made.logits, 1)[row]
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_loop_of_calls_goes_on_from_the_cache(deepseek, prompt):
+    """Without mask and position ids, as one may write it for one page."""
+    alone = {
+        "input_ids": prompt["input_ids"][1:, prompt["attention_mask"][1] == 1],
+        "pixel_values": prompt["pixel_values"][1:],
+        "num_local_patches": [0],
+        "patches_grid": [[1, 1]],
+    }
+    mask = torch.ones_like(alone["input_ids"])
+    [left] = _shortened(deepseek, {**alone, "attention_mask": mask}, 0.5, [])
+    answer = torch.tensor([5, 9, 7, 11])
+    with RTPrune(keep_tokens=0.5).attach(deepseek):
+        read = deepseek(**alone)
+        assert read.logits.shape[1] == len(left[1]) == read.past_key_values.get_seq_length()
+        said = deepseek(input_ids=answer[None, :1], past_key_values=read.past_key_values)
+        more = deepseek(input_ids=answer[None, 1:3], past_key_values=read.past_key_values)
+    got = torch.cat([read.logits[0, -1:], said.logits[0], more.logits[0]])
+    torch.testing.assert_close(got, _logits(deepseek, left, answer), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep_tokens", [0.6, "dynamic"])
+def test_a_batch_of_different_pages_is_one_by_one(deepseek, ocr_models, keep_tokens):
+    texts = ["a", "all of it", "bc", "read"]
+    pages = [ocr_models.page(100, 90 + 40 * i, i, 0.2 + 0.25 * i) for i in range(4)]
+    with RTPrune(keep_tokens=keep_tokens).attach(deepseek) as handle:
+        together = deepseek(**ocr_models.deepseek_prompt(pages, texts)).logits[:, -1]
+        batch, handle.pages = handle.pages, []
+        for row, (page, text) in enumerate(zip(pages, texts, strict=True)):
+            alone = deepseek(**ocr_models.deepseek_prompt([page], [text])).logits[0, -1]
+            torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
+            assert torch.equal(batch[row].kept_indices, handle.pages[row].kept_indices)
+    if keep_tokens == "dynamic":
+        assert len({page.facts()["kept"] for page in batch}) > 1
+
+
+# ---- laws --------------------------------------------------------------------------------------
+
+
+def _traces(model):
+    """What a method could leave behind."""
+    hooks = [
+        (name, len(module._forward_pre_hooks), len(module._forward_hooks), sorted(vars(module)))
+        for name, module in model.named_modules()
+    ]
+    return hooks, copy.deepcopy(model.generation_config.to_dict()), model.config.to_dict()
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_all_of_a_page_is_the_dense_model_bit_by_bit(deepseek, prompt, select):
+    before = _traces(deepseek)
+    dense = deepseek(**prompt).logits
+    said = deepseek.generate(**prompt, **NO_STOP, do_sample=False)
+    with RTPrune(keep_tokens=1.0, select=select).attach(deepseek) as handle:
+        assert _traces(deepseek) != before
+        assert torch.equal(deepseek(**prompt).logits, dense)
+        assert torch.equal(deepseek.generate(**prompt, **NO_STOP, do_sample=False), said)
+        assert [page["kept"] for page in handle.facts()["pages"]] == [40, 16] * 2
+    assert _traces(deepseek) == before
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_two_runs_are_identical_and_leaving_restores(deepseek, prompt, select):
+    before, dense = _traces(deepseek), deepseek(**prompt).logits
+    method = RTPrune(keep_tokens=0.5, select=select)
+    runs = []
+    for _ in range(2):
+        with method.attach(deepseek) as handle:
+            runs.append(deepseek(**prompt).logits)
+            assert [page["kept"] for page in handle.facts()["pages"]] == [20, 8]
+    assert torch.equal(*runs) and runs[0].shape[1] < dense.shape[1]
+    with pytest.raises(KeyError, match="inside"), method.attach(deepseek):
+        raise KeyError("inside")
+    assert _traces(deepseek) == before
+    assert torch.equal(deepseek(**prompt).logits, dense)
+
+
+def _last(model, inputs, **knobs):
+    with RTPrune(keep_tokens=0.5, **knobs).attach(model):
+        return model(**inputs).logits[:, -1]
+
+
+def test_the_knobs_do_what_they_say(deepseek, prompt):
+    plain = _last(deepseek, prompt)
+    bare = _last(deepseek, prompt, merge=0.0)
+    assert torch.equal(bare, _last(deepseek, prompt, select="norm"))
+    others = [
+        bare,
+        _last(deepseek, prompt, merge=0.3),
+        _last(deepseek, prompt, transport="nearest"),
+        *[_last(deepseek, prompt, select=s) for s in ("visionzip", "divprune", "cdpruner")],
+        _last(deepseek, prompt, select="random"),
+        _last(deepseek, prompt, select="random", seed=1),
+    ]
+    for number, other in enumerate(others):
+        assert not any(torch.equal(other, one) for one in [plain, *others[:number]])
+    assert torch.equal(others[-1], _last(deepseek, prompt, select="random", seed=1, merge=0.3))
+
+
+def test_random_tokens_are_the_page_s_whatever_its_batch(deepseek, ocr_models):
+    pages = [ocr_models.page(100, 100, seed) for seed in range(3)]
+    with RTPrune(keep_tokens=0.5, select="random").attach(deepseek) as handle:
+        deepseek(**ocr_models.deepseek_prompt(pages, ["a"] * 3))
+        deepseek(**ocr_models.deepseek_prompt(pages[::-1], ["b"] * 3))
+    kept = [page.kept_indices.tolist() for page in handle.pages]
+    assert kept[:3] == kept[:2:-1] and kept[0] != kept[1]
+
+
+def test_facts_count_what_is_left(deepseek, prompt):
+    with RTPrune().attach(deepseek) as handle:
+        deepseek(**prompt)
+        facts = handle.facts()
+        for page, numbers in zip(handle.pages, facts["pages"], strict=True):
+            kept = page.grid[page.kept_indices]
+            assert numbers["visual_tokens"] == len(page.grid)
+            assert numbers["visual_kept"] == len(kept)
+            assert numbers["kept"] == int((kept[:, 2] >= 0).sum())
+            assert numbers["kept"] == int(numbers["prunable"] * numbers["keep_fraction"])
+            d, s = numbers["density"], numbers["distinctness"]
+            assert numbers["keep_fraction"] == pytest.approx(d + s - d * s)
+            dropped = numbers["visual_tokens"] - numbers["prunable"] - (len(kept) - numbers["kept"])
+            assert numbers["newlines_dropped"] == dropped
+        assert facts["total"]["kept"] == sum(page["kept"] for page in facts["pages"])
+        handle.reset()
+        assert handle.facts() == {"pages": [], "total": dict.fromkeys(facts["total"], 0)}
+
+
+def test_a_text_without_a_page_is_left_alone(deepseek):
+    ids = torch.tensor([[1, 7, 8, 9]])
+    dense = deepseek.generate(ids, **NO_STOP, do_sample=False)
+    with RTPrune(keep_tokens=0.5).attach(deepseek) as handle:
+        assert torch.equal(deepseek.generate(ids, **NO_STOP, do_sample=False), dense)
+    assert handle.pages == []
+
+
+def test_other_methods_see_where_the_rest_stands(deepseek, prompt):
+    """Also those that came first, whose hooks run behind."""
+    seen = []
+    decoder = text_model(deepseek)
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    whole = visual_layouts(deepseek, prompt)
+    dense = _embeddings(deepseek, prompt)
+    seen.clear()
+    with RTPrune(keep_tokens=0.5, select="norm").attach(deepseek) as handle:
+        deepseek(**prompt)
+    hook.remove()
+    embeds, layouts = seen[0]["inputs_embeds"], seen[0][VISUAL_LAYOUTS]
+    for row, (layout, page) in enumerate(zip(layouts, handle.pages, strict=True)):
+        assert torch.equal(layout.grid, page.grid[page.kept_indices])
+        places = whole[row].positions[page.kept_indices]
+        assert torch.equal(embeds[row, layout.positions], dense[row, places])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_what_it_is(ocr_models, prompt, dtype):
+    model = ocr_models.deepseek_ocr().to(dtype)
+    inputs = {k: v.to(dtype) if k.startswith("pixel") else v for k, v in prompt.items()}
+    with RTPrune().attach(model) as handle:
+        made = model.generate(**inputs, **LOGITS, do_sample=False)
+    assert all(logits.isfinite().all() for logits in made.logits)
+    assert all(0 < page.facts()["kept"] < len(page.grid) for page in handle.pages)
+
+
+# ---- what VisionZip needs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["deepseek", "second"])
+def test_the_encoder_s_attention_is_what_it_says(request, family, ocr_models):
+    model = request.getfixturevalue(family)
+    tower = copy.deepcopy(model.model.vision_tower)
+    tower.set_attn_implementation("eager")
+    side = 256 if family == "deepseek" else 768
+    pixels = torch.rand(2, 3, side, side) * 2 - 1
+    listener = EncoderAttention()
+    with listener.attached(tower.vision_encoder):
+        weights = tower(pixels, output_attentions=True).attentions[-1]
+    [(attention, keys)] = listener.heard
+    if family == "deepseek":
+        expected = weights[:, :, 0, 1:].sum(1)
+        assert keys.shape == (2, 16, 8)
+    else:  # 144 queries behind 144 patches, each seen by itself and those behind it
+        weights = weights[:, :, 144:, 144:].mean(1)
+        expected = torch.stack([weights[:, i:, i].mean(1) for i in range(144)], 1)
+        assert keys.shape == (2, 144, 8)
+    expected = expected / expected.mean(1, keepdim=True)
+    torch.testing.assert_close(attention, expected, atol=1e-4, rtol=1e-4)
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def test_only_the_three_families_are_pruned():
+    stranger = SimpleNamespace(config=Qwen2_5_VLConfig())
+    with pytest.raises(ValueError, match=r"got Qwen2.5-VL \(model_type='qwen2_5_vl'\)"):
+        RTPrune().attach(stranger).__enter__()
+
+
+def test_a_model_is_pruned_once(deepseek, prompt):
+    with RTPrune(keep_tokens=0.5).attach(deepseek):
+        expected = deepseek(**prompt).logits
+        with pytest.raises(ValueError, match="being pruned already; leave the first"):
+            RTPrune(keep_tokens=0.2).attach(deepseek).__enter__()
+        assert torch.equal(deepseek(**prompt).logits, expected)
+
+
+def _refused(model, message, call):
+    with RTPrune(keep_tokens=0.5).attach(model), pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_cannot_be_is_refused(deepseek, prompt):
+    _refused(deepseek, "got labels", lambda: deepseek(**prompt, labels=prompt["input_ids"]))
+    places = torch.tensor([3])
+    _refused(deepseek, "got a tensor", lambda: deepseek(**prompt, logits_to_keep=places))
+    lookup = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 3}
+    alone = _first(prompt)
+    _refused(deepseek, "assisted generation", lambda: deepseek.generate(**alone, **lookup))
+    chunks = {"prefill_chunk_size": 8, "max_new_tokens": 3}
+    _refused(deepseek, "prefill_chunk_size=8", lambda: deepseek.generate(**prompt, **chunks))
+    turned = {**prompt, "attention_mask": prompt["attention_mask"].flip(1)}
+    _refused(deepseek, "padding on the left", lambda: deepseek(**turned))
+    cache = DynamicCache(config=deepseek.config.text_config)
+    deepseek(input_ids=torch.tensor([[1, 5]] * 2), past_key_values=cache)
+    _refused(deepseek, "a cache of 2 tokens", lambda: deepseek(**prompt, past_key_values=cache))
+    encoding = {k: v for k, v in prompt.items() if k not in ("input_ids", "attention_mask")}
+    outside = {"image": deepseek.model.get_image_features(**encoding, return_dict=True)}
+    ids = {k: prompt[k] for k in ("input_ids", "attention_mask")}
+    _refused(deepseek, "made outside", lambda: deepseek(**ids, mm_encoder_outputs=outside))
+
+
+def test_generate_cannot_go_on_from_a_pruned_cache(deepseek, prompt):
+    with RTPrune(keep_tokens=0.5).attach(deepseek):
+        made = deepseek.generate(**prompt, **LOGITS, do_sample=False)
+        ids = torch.cat([made.sequences, torch.full((2, 2), 9)], 1)
+        mask = torch.nn.functional.pad(prompt["attention_mask"], (0, STEPS + 2), value=1)
+        with pytest.raises(ValueError, match="do not give generate a pruned cache"):
+            deepseek.generate(
+                ids, attention_mask=mask, past_key_values=made.past_key_values, max_new_tokens=2
+            )
+
+
+def test_a_cache_that_was_reset_takes_another_prompt(deepseek, prompt):
+    cache = StaticCache(config=deepseek.config.text_config, max_cache_len=80)
+    ids = torch.tensor([[1, 7, 8, 9]])
+    dense = deepseek.generate(ids, **NO_STOP, do_sample=False)
+    with RTPrune(keep_tokens=0.5).attach(deepseek):
+        deepseek(**_first(prompt), past_key_values=cache)
+        cache.reset()
+        made = deepseek.generate(ids, **NO_STOP, do_sample=False, past_key_values=cache)
+    assert torch.equal(made, dense)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"keep_tokens": 0}, {"keep_tokens": 1.1}, {"keep_tokens": "most"}, {"merge": -0.1},
+     {"select": "topk"}, {"seed": -1}, {"keep": 0.5}],
+    ids=str,
+)  # fmt: skip
+def test_impossible_knobs_are_refused(knobs):
+    with pytest.raises(ValidationError):
+        RTPrune(**knobs)
