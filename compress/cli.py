@@ -309,6 +309,55 @@ def calibrate(
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="fastocr: the attention of a decode step.")],
+    tokens: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = (
+        "2048,8192,32768"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=6, help="Timed steps of each way.")] = 15,
+    results: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Time a method against the best dense way, in one run."""
+    if what != "fastocr":
+        raise ValueError(f"expected fastocr; got {what}; there is no other benchmark yet")
+    if not all(part.strip().isdigit() for part in tokens.split(",")):
+        raise ValueError(f"--tokens should be numbers such as 2048,8192; got {tokens!r}")
+    _check_versions()
+    from compress.bench import bench_fastocr
+
+    rows = []
+    for row in bench_fastocr(
+        [int(part) for part in tokens.split(",")],
+        batch=batch,
+        dtype=dtype,
+        repeats=repeats,
+        results=results,
+        device=device,
+    ):
+        rows.append(row)
+        _say(f"{row['shape']['visual']} visual tokens: {row['speedup']:.2f}x")
+    header = ("visual tokens", "sdpa ms", "matmul ms", "fastocr ms", "speed-up", "of the bound")
+    cells = [
+        (
+            str(row["shape"]["visual"]),
+            *(
+                f"{row['ms'][way]['median']:.2f} [{row['ms'][way]['p20']:.2f}, "
+                f"{row['ms'][way]['p80']:.2f}]"
+                for way in ("sdpa", "matmul", "fastocr")
+            ),
+            f"{row['speedup']:.2f}x",
+            f"{row['share_of_bound']:.0%} of {row['byte_bound']:.2f}x",
+        )
+        for row in rows
+    ]
+    _print(rows, as_json, _table([header, *cells]))
+
+
+@app.command()
 def tables(
     names: Annotated[
         list[str] | None,

@@ -159,19 +159,12 @@ def test_arrows_between_packages():
     """Methods know neither recipe, pipeline nor cli; kernels know torch and nothing else."""
     above = {"recipe", "pipeline", "cli", "report", "comparison", "eval"}
     forbidden = {
-<<<<<<< .merge_file_fsxhfm
-        "compress/gradflow": above | {"doctor", "rtprune"},
-        "compress/rtprune": above | {"doctor", "gradflow", "data"},
-        "compress/models": above | {"gradflow", "rtprune"},
-        "compress/data": above | {"gradflow", "rtprune"},
-        "kernels": above | {"gradflow", "rtprune", "models", "data"},
-=======
         "compress/gradflow": above | {"doctor", "fastocr", "rtprune"},
-        "compress/fastocr": above | {"doctor", "gradflow", "rtprune"},
-        "compress/models": above | {"fastocr", "gradflow"},
-        "compress/data": above | {"fastocr", "gradflow"},
-        "kernels": above | {"fastocr", "gradflow", "models", "data"},
->>>>>>> .merge_file_G7AOB9
+        "compress/rtprune": above | {"doctor", "fastocr", "gradflow", "data"},
+        "compress/fastocr": above | {"doctor", "gradflow", "rtprune", "data"},
+        "compress/models": above | {"fastocr", "gradflow", "rtprune"},
+        "compress/data": above | {"fastocr", "gradflow", "rtprune"},
+        "kernels": above | {"fastocr", "gradflow", "rtprune", "models", "data"},
     }
     found = []
     for path in SHIPPED:
@@ -193,7 +186,7 @@ def readme_blocks() -> list[str]:
 
 def test_readme_has_python_and_every_name_in_it_exists():
     blocks = readme_blocks()
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         tree = ast.parse(block)
         imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
