@@ -317,6 +317,17 @@ def test_the_learning_rate_warms_up_and_falls_on_the_last_level_only():
     assert plan.learning_rate(Progress(step=500, level=0, level_steps=90)) == 1
 
 
+def test_the_script_leaves_a_model_with_its_log(tmp_path, monkeypatch):
+    run, output = tmp_path / "run", tmp_path / "reader"
+    arguments = ["train.py", "--run", str(run), "--output", str(output), "--final", "2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, model: 0.5)
+    reader_training.train("", train_reader_qwen.build, TINY[:1], output)
+    log = (output / "train.jsonl").read_text()
+    assert log == (run / "log.jsonl").read_text() and '"cer": 0.5' in log
+    assert (output / "model.safetensors").is_file()
+
+
 def test_the_script_refuses_to_write_into_an_old_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train_reader_qwen.py", "--run", str(tmp_path)])
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import random
 import re
 import time
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
+from compress.files import write_text
 from compress.journal import Journal
 
 TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
@@ -332,4 +334,15 @@ def train(
     )
     if args.resume:
         trainer.resume()
-    trainer.run(300, publish=lambda model: reader.save(model, args.output))
+
+    def publish(model: torch.nn.Module) -> None:
+        reader.save(model, args.output)
+        keep_log()
+
+    def keep_log() -> None:
+        rows = [json.dumps(row) + "\n" for row in trainer.journal.rows]
+        write_text(args.output / "train.jsonl", "".join(rows))
+
+    trainer.run(300, publish)
+    if args.output.is_dir():  # its last rows, where the last weights were not the best
+        keep_log()
