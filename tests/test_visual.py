@@ -45,6 +45,8 @@ from transformers import (
     UnlimitedOcrProcessor,
 )
 
+from compress.models.deepseek_ocr_layout import QWEN_FIXED, SAM_FIXED, SAM_SIZES
+from compress.models.deepseek_ocr_layout import TEXT as TEXT_SETTINGS
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor
 from compress.models.deepseek_ocr_views import Mode
 from compress.models.reading import read_pages
@@ -585,6 +587,35 @@ def test_a_saved_folder_of_every_family_loads_and_reads_the_same(family, tmp_pat
     with torch.no_grad():
         expected = model(**inputs).logits
         assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-5)
+    if name == "deepseek_ocr2":  # the published checkpoint's own config.json
+        text, vision = model.config.text_config, model.config.vision_config
+        language = {name: getattr(text, name) for name in TEXT_SETTINGS}
+        encoder = {n: getattr(vision.encoder_config, n) for n in QWEN_FIXED}
+        sam = {n: getattr(vision.sam_config, ours) for n, (ours, _) in SAM_SIZES.items()}
+        sam |= {n: getattr(vision.sam_config, n) for n in SAM_FIXED}
+        config = {
+            "architectures": ["DeepseekOCR2ForCausalLM"],
+            "model_type": "deepseek_vl_v2",
+            "language_config": {**language, "first_k_dense_replace": 1, "use_mla": False},
+            "projector_config": {"projector_type": "linear"},
+            "vision_config": {
+                "image_size": 1024,
+                "width": {
+                    "sam_vit_b": sam,
+                    "qwen2-0-5b": {"dim": vision.encoder_config.hidden_size, **encoder},
+                },
+            },
+        }
+        model.config.vision_config.encoder_config.rope_parameters["rope_theta"] = 1e6
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        theirs, processor_2 = load_vlm(tmp_path)
+        again_2 = build_prompt(theirs, processor_2, PAGES[:1], TEXTS[:1])
+        assert torch.equal(again_2["input_ids"], inputs["input_ids"])
+        same = type(model)(model.config).eval()  # with the published encoder's angles
+        same.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            expected = same(**inputs).logits
+            assert torch.allclose(theirs(**inputs).logits, expected, atol=1e-5)
     if name == "unlimited_ocr":  # the first revision of the published checkpoint
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unlimited-ocr"}))

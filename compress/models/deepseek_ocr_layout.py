@@ -12,10 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import UnlimitedOcrConfig, UnlimitedOcrForConditionalGeneration
+from transformers import (
+    DeepseekOcr2Config,
+    UnlimitedOcrConfig,
+    UnlimitedOcrForConditionalGeneration,
+)
 
 ARCHITECTURE = "DeepseekOCRForCausalLM"
-SAM, CLIP = "sam_vit_b", "clip-l-14-224"
+ARCHITECTURE_2 = "DeepseekOCR2ForCausalLM"
+SAM, CLIP, QWEN = "sam_vit_b", "clip-l-14-224", "qwen2-0-5b"
 
 # config.json -> transformers; a name that is absent from config.json has the value of the original
 TEXT = {
@@ -55,6 +60,13 @@ CLIP_SIZES = {
     "patch_size": ("patch_size", 14),
 }
 CLIP_FIXED = {"intermediate_size": 4096}
+QWEN_SIZES = {"dim": ("hidden_size", 896)}
+QWEN_FIXED = {
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+}
 # what the native classes compute, and therefore all that config.json may say
 REQUIRED = {
     "use_mla": False,
@@ -97,6 +109,65 @@ def native_config(original: Mapping[str, Any]) -> UnlimitedOcrConfig:
     ------
     ValueError : listing every setting that the native classes do not compute.
     """
+    sizes, dense, tied = text_settings(original)
+    vision = original.get("vision_config", {})
+    width = vision.get("width", {})
+    return UnlimitedOcrConfig(
+        text_config={
+            **sizes,
+            "first_k_dense_replace": dense,
+            "layer_types": ["full_attention"] * sizes["num_hidden_layers"],
+        },
+        vision_config={
+            "sam_config": {
+                "image_size": vision.get("image_size", 1024),
+                **_sizes(width.get(SAM, {}), SAM_SIZES, SAM_FIXED),
+            },
+            "encoder_config": _sizes(width.get(CLIP, {}), CLIP_SIZES, CLIP_FIXED),
+        },
+        tie_word_embeddings=tied,
+    )
+
+
+def native_config_2(original: Mapping[str, Any]) -> DeepseekOcr2Config:
+    """Translate the ``config.json`` of `deepseek-ai/DeepSeek-OCR-2` (arXiv 2601.20552).
+
+    Its tensor names are known to transformers.
+
+    Raises
+    ------
+    ValueError : listing every setting that the native classes do not compute.
+    """
+    sizes, dense, tied = text_settings(original)
+    vision = original.get("vision_config", {})
+    width = vision.get("width", {})
+    sparse = sizes["num_hidden_layers"] - dense
+    sam = {**SAM_SIZES, "downsample_channels": ("downsample_channels", [512, 896])}
+    return DeepseekOcr2Config(
+        text_config={**sizes, "mlp_layer_types": ["dense"] * dense + ["sparse"] * sparse},
+        vision_config={
+            "sam_config": {
+                "image_size": vision.get("image_size", 1024),
+                **_sizes(width.get(SAM, {}), sam, SAM_FIXED),
+            },
+            "encoder_config": {
+                "vocab_size": 1,
+                "rms_norm_eps": 1e-6,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                **_sizes(width.get(QWEN, {}), QWEN_SIZES, QWEN_FIXED),
+            },
+        },
+        tie_word_embeddings=tied,
+    )
+
+
+def text_settings(original: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:
+    """The text model's settings, its dense layers, and whether its embeddings are tied.
+
+    Raises
+    ------
+    ValueError : listing every setting that the native classes do not compute.
+    """
     # the checkpoint's code reads the top level; `language_config` says the same once more
     text = {**original.get("language_config", {}), **original}
     wrong = [
@@ -113,27 +184,11 @@ def native_config(original: Mapping[str, Any]) -> UnlimitedOcrConfig:
         )
     sizes = {name: text.get(name, value) for name, value in TEXT.items()}
     tied = sizes.pop("tie_word_embeddings")
-    vision = original.get("vision_config", {})
-    width = vision.get("width", {})
-    return UnlimitedOcrConfig(
-        text_config={
-            **sizes,
-            "first_k_dense_replace": text.get("first_k_dense_replace", 1),
-            "layer_types": ["full_attention"] * sizes["num_hidden_layers"],
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": text.get("rope_theta", 10000.0),
-            },
-        },
-        vision_config={
-            "sam_config": {
-                "image_size": vision.get("image_size", 1024),
-                **_sizes(width.get(SAM, {}), SAM_SIZES, SAM_FIXED),
-            },
-            "encoder_config": _sizes(width.get(CLIP, {}), CLIP_SIZES, CLIP_FIXED),
-        },
-        tie_word_embeddings=tied,
-    )
+    sizes["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": text.get("rope_theta", 10000.0),
+    }
+    return sizes, text.get("first_k_dense_replace", 1), tied
 
 
 def _sizes(

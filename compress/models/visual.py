@@ -245,6 +245,19 @@ def _chat_prompt(
     )
 
 
+def _plain_prompt(
+    processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
+) -> Mapping[str, Any]:
+    """DeepSeek-OCR-2: the image, a newline, the text; its checkpoint has no template."""
+    return processor(
+        images=list(images),
+        text=[f"{processor.image_token}\n{text}" for text in texts],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+
+
 def _got_prompt(
     processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
@@ -268,7 +281,7 @@ _TRANSCRIBE = "Transcribe all text of this page, in reading order. Answer with t
 ADAPTERS = {
     "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt, "Free OCR."),
     "unlimited_ocr": Adapter("Unlimited-OCR", _mosaic_cells, _chat_prompt, "document parsing."),
-    "deepseek_ocr2": Adapter("DeepSeek-OCR-2", _query_cells, _chat_prompt, "Free OCR."),
+    "deepseek_ocr2": Adapter("DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR."),
     "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE),
     "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE),
     "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt, _TRANSCRIBE),

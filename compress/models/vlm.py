@@ -9,6 +9,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    DeepseekOcr2ForConditionalGeneration,
+    DeepseekOcr2ImageProcessor,
+    DeepseekOcr2Processor,
+    PreTrainedTokenizerFast,
     UnlimitedOcrConfig,
     UnlimitedOcrForConditionalGeneration,
     UnlimitedOcrProcessor,
@@ -16,7 +20,7 @@ from transformers import (
 
 from compress.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
-from compress.models.deepseek_ocr_layout import ARCHITECTURE
+from compress.models.deepseek_ocr_layout import ARCHITECTURE, ARCHITECTURE_2, native_config_2
 from compress.models.deepseek_ocr_processor import load_processor
 from compress.models.loading import BUILTIN
 from compress.models.transformers_folder import read_model, stored_shapes
@@ -48,6 +52,14 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     if ARCHITECTURE in architectures:
         return load_deepseek_ocr(folder, dtype)
+    if ARCHITECTURE_2 in architectures and "language_config" in config:
+        processor = load_processor_of(folder)
+        translated = native_config_2(config)
+        translated.image_token_id = processor.image_token_id
+        translated.text_config.pad_token_id = processor.tokenizer.pad_token_id
+        return read_model(
+            DeepseekOcr2ForConditionalGeneration, folder, dtype, translated
+        ), processor
     if kind == UNLIMITED_OCR:
         settings = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
         network = read_model(
@@ -58,7 +70,8 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
         raise ValueError(
             f"{folder / 'config.json'} has an unknown architecture (model_type={kind!r}, "
             f"architectures={architectures}); known are {', '.join(ADAPTERS)}, and "
-            f"{ARCHITECTURE} in the layout of its checkpoint; choose a model of these"
+            f"{ARCHITECTURE} and {ARCHITECTURE_2} in their checkpoints' layout; choose a model of "
+            "these"
         )
     return read_model(AutoModelForImageTextToText, folder, dtype), load_processor_of(folder)
 
@@ -80,6 +93,9 @@ def load_processor_of(model: str | Path) -> Any:
         return load_processor(folder)
     found = UnlimitedOcrProcessor if config.get("model_type") == UNLIMITED_OCR else AutoProcessor
     try:
+        if ARCHITECTURE_2 in (config.get("architectures") or []) and "language_config" in config:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            return DeepseekOcr2Processor(DeepseekOcr2ImageProcessor(), tokenizer)
         return found.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
