@@ -401,10 +401,17 @@ def test_prompts_without_an_image(qwen):
                 found = _write(model, inputs)
                 assert bool(handle.facts()["steps"]) is bool(images)
             torch.testing.assert_close(found[1][:1], logits[:1], atol=1e-5, rtol=0)
-    only_text = processor(text=["abc"], return_tensors="pt")
-    with FastOCR(focal_layers=[1]).attach(model), torch.no_grad():  # and may go on as it likes
-        cache = model(**only_text, use_cache=True).past_key_values
-        model(input_ids=torch.tensor([[20, 21]]), past_key_values=cache)
+
+
+def test_a_conversation_without_an_image_goes_on_as_it_likes(intern):
+    model = intern[0]
+    first, second = torch.tensor([[20, 21, 22]]), torch.tensor([[23, 24]])
+    with FastOCR(focal_layers=[1]).attach(model), torch.no_grad():
+        cache = model(input_ids=first, use_cache=True).past_key_values
+        found = model(input_ids=second, past_key_values=cache).logits
+    with torch.no_grad():
+        wanted = model(input_ids=torch.cat([first, second], 1)).logits[:, -2:]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_sampling_and_several_answers_of_a_prompt(qwen):
