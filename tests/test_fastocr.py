@@ -207,12 +207,8 @@ def _alone(model, processor):
     ]
 
 
-# ---- every family ----------------------------------------------------------------------------
-
-
-def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, monkeypatch):
-    name, model, _, inputs = family
-    tokens, logits = _write(model, inputs)
+def _spied(monkeypatch):
+    """Rows that each sparse layer reads from now on."""
     gathered = []
     sparse = compress.fastocr.state.sparse_decode
 
@@ -221,6 +217,16 @@ def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, monkeyp
         return sparse(query, key, value, rows, mask, scaling)
 
     monkeypatch.setattr(compress.fastocr.state, "sparse_decode", spy)
+    return gathered
+
+
+# ---- every family ----------------------------------------------------------------------------
+
+
+def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, monkeypatch):
+    name, model, _, inputs = family
+    tokens, logits = _write(model, inputs)
+    gathered = _spied(monkeypatch)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
         found_tokens, found_logits = _write(model, inputs)
         facts = handle.facts()
@@ -283,12 +289,15 @@ def test_leaving_restores_everything_after_an_error_too(family):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "deepseek_ocr", "unlimited_ocr"])
-def test_static_cache_gives_what_the_dynamic_one_gives(name):
+def test_static_cache_gives_what_the_dynamic_one_gives(name, monkeypatch):
     model, processor = _model(name)
     inputs = build_prompt(model, processor, PAGES, TEXTS)
+    gathered = _spied(monkeypatch)
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-        dynamic_tokens, dynamic = _write(model, inputs, 10)
-        static_tokens, static = _write(model, inputs, 10, cache_implementation="static")
+        dynamic_tokens, dynamic = _write(model, inputs, 5)
+        of_dynamic = [*gathered]
+        static_tokens, static = _write(model, inputs, 5, cache_implementation="static")
+    assert gathered == of_dynamic * 2  # rows that are not written yet are not read either
     assert torch.equal(static_tokens, dynamic_tokens)
     torch.testing.assert_close(static, dynamic, atol=1e-5, rtol=0)
 
@@ -392,6 +401,17 @@ def test_prompts_without_an_image(qwen):
                 found = _write(model, inputs)
                 assert bool(handle.facts()["steps"]) is bool(images)
             torch.testing.assert_close(found[1][:1], logits[:1], atol=1e-5, rtol=0)
+
+
+def test_a_conversation_without_an_image_goes_on_as_it_likes(intern):
+    model = intern[0]
+    first, second = torch.tensor([[20, 21, 22]]), torch.tensor([[23, 24]])
+    with FastOCR(focal_layers=[1]).attach(model), torch.no_grad():
+        cache = model(input_ids=first, use_cache=True).past_key_values
+        found = model(input_ids=second, past_key_values=cache).logits
+    with torch.no_grad():
+        wanted = model(input_ids=torch.cat([first, second], 1)).logits[:, -2:]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_sampling_and_several_answers_of_a_prompt(qwen):

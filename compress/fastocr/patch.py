@@ -124,14 +124,17 @@ class Handle:
         cache = kwargs.get("past_key_values")
         batch, new = kwargs.get("inputs_embeds", kwargs.get("input_ids")).shape[:2]
         if _length(cache) == 0:
-            own = self._prompt or _prompt(self.model, inputs)
-            if VISUAL_LAYOUTS not in kwargs and own:
+            if VISUAL_LAYOUTS in kwargs:
+                return args, kwargs
+            if own := self._prompt or _prompt(self.model, inputs):
                 # several answers to a prompt are several sequences
                 layouts = [layout for layout in own[0] for _ in range(batch // len(own[0]))]
                 self._own = layouts, own[1]
                 kwargs[VISUAL_LAYOUTS] = layouts
             return args, kwargs
         request = self.requests.get(cache)
+        if request and not any(request.pages.counts):  # no image: nothing to choose from
+            return args, kwargs
         if request is None or request.length != _length(cache):
             raise RuntimeError(
                 f"a cache with the {request.length if request else 0} tokens that were read inside "
@@ -144,10 +147,8 @@ class Handle:
                 f"token of each; got (sequences, tokens)={batch, new}; read the prompt in one "
                 "call, and use greedy search or sampling"
             )
-        request.length += 1
-        if any(request.pages.counts):
-            request.start_step()
-            kwargs[REQUEST] = request
+        request.start_step()
+        kwargs[REQUEST] = request
         return args, kwargs
 
     def after_text(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

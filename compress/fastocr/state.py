@@ -119,7 +119,8 @@ class Request:
         self._last: tuple[Any, ...] = ()
 
     def start_step(self) -> None:
-        """Begin to read one token of each sequence, in a prompt with images."""
+        """One token of each sequence is about to be read."""
+        self.length += 1
         self.counts.steps += len(self.pages.counts)
         self.counts.offered += sum(self.pages.counts)
         self.gaze.start_step()
