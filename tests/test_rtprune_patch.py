@@ -357,6 +357,18 @@ def test_other_methods_see_where_the_rest_stands(deepseek, prompt):
         assert torch.equal(embeds[row, layout.positions], dense[row, places])
 
 
+def test_where_nothing_is_pruned_nothing_is_touched(deepseek, prompt):
+    seen = []
+    hook = text_model(deepseek).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    with RTPrune(keep_tokens=1.0).attach(deepseek):
+        deepseek(**prompt)
+    hook.remove()
+    assert seen[0]["attention_mask"] is prompt["attention_mask"]
+    assert seen[0]["position_ids"] is None and VISUAL_LAYOUTS not in seen[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_what_it_is(ocr_models, prompt, dtype):
     model = ocr_models.deepseek_ocr().to(dtype)

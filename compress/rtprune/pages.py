@@ -1,4 +1,7 @@
-"""One page from its visual tokens to those that stay: the choice of :class:`RTPrune`, applied."""
+"""One page from its visual tokens to those that stay: the choice of :class:`RTPrune`, applied.
+
+Which token stands where is counted on the CPU: a GPU would be waited for at every step.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ class Page:
     Parameters
     ----------
     grid : (view, row, column) of its visual tokens, ``(tokens, 3)``; see
-        :class:`compress.models.visual.VisualLayout`.
+        :class:`compress.models.visual.VisualLayout`. On the CPU.
     density : of text, where the ratio is dynamic.
     seed : where tokens are random.
     attention : that its prunable tokens got from the encoder, and their keys there, for VisionZip.
@@ -40,6 +43,7 @@ class PrunedPage:
     ----------
     grid : (view, row, column) of all its visual tokens, ``(visual tokens, 3)``.
     kept_indices : which of them stay, newlines and separator among them, ascending, ``(kept,)``.
+        Both on the CPU.
     keep_fraction : that was aimed at, of the prunable tokens.
     density, distinctness : where the ratio is dynamic.
     """
@@ -162,7 +166,8 @@ def _choose(
 ) -> Choice:
     prunable = features[plan.on_page]
     if method.select == "visionzip":
-        return visionzip(prunable, plan.keep, *page.attention, bias)
+        indices, values = visionzip(prunable, plan.keep, *page.attention, bias)
+        return indices.cpu(), values
     if method.select == "divprune":
         indices = divprune(prunable, plan.keep)
     elif method.select == "cdpruner":
@@ -171,7 +176,7 @@ def _choose(
         indices = random_tokens(prunable, plan.keep, page.seed)
     else:
         indices = select(prunable, plan.keep)
-    return indices, prunable[indices]
+    return indices.cpu(), prunable[indices]
 
 
 def _merged(
@@ -182,10 +187,10 @@ def _merged(
 ) -> list[Choice | None]:
     merged = list(chosen)
     which = [number for number, choice in enumerate(chosen) if choice is not None]
-    left = [features[n][plans[n].on_page[left_over(chosen[n][0], plans[n].count)]] for n in which]
-    scores = [similarity(chosen[n][1], pruned) for n, pruned in zip(which, left, strict=True)]
     if not which:
         return merged
+    left = [features[n][plans[n].on_page[left_over(chosen[n][0], plans[n].count)]] for n in which]
+    scores = [similarity(chosen[n][1], pruned) for n, pruned in zip(which, left, strict=True)]
     if method.transport == "optimal":
         moves = transport_plans(scores)
     else:
@@ -199,15 +204,16 @@ def _merged(
 def _pruned(
     plan: _Plan, page: Page, features: torch.Tensor, choice: Choice | None
 ) -> tuple[PrunedPage, torch.Tensor | None]:
-    everything = torch.arange(len(page.grid), device=features.device)
+    everything = torch.arange(len(page.grid))
     measured = plan.fraction, plan.density, plan.distinctness
     if choice is None:
         return PrunedPage(page.grid, everything, *measured), None
     kept, values = choice
-    stays = torch.ones(len(page.grid), dtype=torch.bool, device=features.device)
+    stays = torch.ones(len(page.grid), dtype=torch.bool)
     stays[plan.on_page] = False
     stays[plan.on_page[kept]] = True
     newlines = ((page.grid[:, 2] < 0) & (page.grid[:, 1] >= 0)).nonzero()[:, 0]
     indices = drop_adjacent_newlines(everything[stays], newlines)
-    features = features.index_copy(0, plan.on_page[kept], values)
+    features = features.clone()
+    features[plan.on_page[kept]] = values
     return PrunedPage(page.grid, indices, *measured), features[indices]

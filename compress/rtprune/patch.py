@@ -25,7 +25,8 @@ from compress.rtprune.encoder_attention import EncoderAttention
 from compress.rtprune.method import RTPrune
 from compress.rtprune.pages import Handle, PrunedPage, prune_pages
 from compress.rtprune.reading import read_pages
-from compress.rtprune.sequence import attended_tokens, page_layouts, shortened
+from compress.rtprune.request import Request
+from compress.rtprune.sequence import attended_tokens, page_layouts, pages_in, shortened
 
 FAMILIES = ("unlimited_ocr", "deepseek_ocr2")  # DeepSeek-OCR is an unlimited_ocr
 
@@ -50,7 +51,7 @@ def attached(method: RTPrune, model: Any) -> Iterator[Handle]:
         if method.select == "visionzip":
             encoder = model.model.vision_tower.vision_encoder
             stack.enter_context(patch.listener.attached(encoder))
-        stack.enter_context(_replaced(model.model, "get_image_features", patch.encode))
+        stack.enter_context(_replaced(model.model, "get_image_features", patch._encode))
         stack.enter_context(_replaced(model, "_validate_generation_mode", patch.check_generation))
         for module, hook in (
             (model, patch.check_call),
@@ -86,22 +87,6 @@ class _Call:
     encoded: Any
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A shortened prompt in a cache.
-
-    Parameters
-    ----------
-    mask : which of its places are attended, ``(batch, length)`` bool.
-    dropped : by how many places it is shorter than it was.
-    next_position : position id behind it, ``(batch, 1)``.
-    """
-
-    mask: torch.Tensor
-    dropped: int
-    next_position: torch.Tensor
-
-
 class _Patch:
     """The state of one attached method, and its hooks."""
 
@@ -112,7 +97,7 @@ class _Patch:
         self.listener = EncoderAttention()
         self.call: _Call | None = None
         self.pages: Any = WeakTensorKeyDictionary()  # what the encoder made of it -> Page
-        self.requests: WeakKeyDictionary[Any, _Request] = WeakKeyDictionary()  # by their cache
+        self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()  # by their cache
 
     # ---- around the model ------------------------------------------------------------------------
 
@@ -144,7 +129,7 @@ class _Patch:
         config.disable_compile = True  # the steps of a static cache: hooks cannot be compiled
         return before(mode, config, own)
 
-    def encode(self, before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encode(self, before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Note the pages that the encoder reads."""
         self.listener.heard.clear()
         output = before(*args, **kwargs)
@@ -176,7 +161,7 @@ class _Patch:
         if call is not None and call.encoded is not None:
             return args, self._prompt(call, filled, kwargs)
         if filled and cache in self.requests:
-            return args, self._step(cache, filled, kwargs)
+            return args, self.requests[cache].step(filled, kwargs)
         return None
 
     def _prompt(self, call: _Call, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -188,8 +173,8 @@ class _Patch:
             )
         embeds = kwargs["inputs_embeds"]
         batch, length, dim = embeds.shape
-        attended = attended_tokens(kwargs.get("attention_mask"), batch, length, embeds.device)
-        places = (call.input_ids == self.model.config.image_token_id).to(embeds.device)
+        attended = attended_tokens(kwargs.get("attention_mask"), batch, length)
+        places = (call.input_ids == self.model.config.image_token_id).cpu()
         encoded = call.encoded.pooler_output
         if any(features not in self.pages for features in encoded):
             raise ValueError(
@@ -197,7 +182,7 @@ class _Patch:
                 "were made outside of its context; make them inside, or give pixel_values"
             )
         layouts = page_layouts(places, [self.pages[features].grid for features in encoded])
-        where = _pages_in(layouts)
+        where = pages_in(layouts)
         pruned = self._pruned(encoded, where, embeds, attended & ~places)
         cache = kwargs.get("past_key_values")
         if all(values is None for _, values in pruned):
@@ -209,6 +194,8 @@ class _Patch:
                 stays[row, positions[page.kept_indices]] = True
                 embeds[row, positions[page.kept_indices]] = values
         source = shortened(stays, attended)
+        layouts = [layout.of_kept(row) for layout, row in zip(layouts, source, strict=True)]
+        source = source.to(embeds.device)
         mask, source = source >= 0, source.clamp(min=0)
         ids = kwargs.get("position_ids")
         ids = torch.arange(length, device=embeds.device)[None] if ids is None else ids
@@ -218,19 +205,21 @@ class _Patch:
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)  # as the decoder would
         if cache is not None:
-            self.requests[cache] = _Request(mask, length - mask.shape[1], ids[:, -1:] + 1)
+            self.requests[cache] = Request(mask, length - mask.shape[1], ids[:, -1:] + 1)
             for layer in cache.layers:
                 # Unlimited-OCR: generate declares how long the prompt is; let it be what comes
                 if getattr(layer, "prefill_length", None) is not None:
                     layer.prefill_length = None
-        kept = source.masked_fill(~mask, -1)
         return kwargs | {
             "inputs_embeds": embeds.gather(1, source[..., None].expand(-1, -1, dim)),
             "attention_mask": mask.long(),
             "position_ids": ids.gather(1, source),
             "past_key_values": cache,
             VISUAL_LAYOUTS: [
-                layout.of_kept(row) for layout, row in zip(layouts, kept, strict=True)
+                VisualLayout(
+                    *(part.to(ids.device) for part in (at.positions, at.grid, at.image_of))
+                )
+                for at in layouts
             ],
         }
 
@@ -248,9 +237,8 @@ class _Patch:
         numbers = list(first.values())
         instructions = []
         for row, positions in (where[number] for number in numbers):
-            behind = words[row].clone()
-            behind[: int(positions[-1])] = False
-            instructions.append(embeds[row, behind])
+            behind = words[row].nonzero()[:, 0]
+            instructions.append(embeds[row, behind[behind > positions[-1]]])
         pruned = prune_pages(
             self.method,
             [self.pages[encoded[number]] for number in numbers],
@@ -261,40 +249,3 @@ class _Patch:
         self.handle.pages += [page for page, _ in pruned]
         made = dict(zip(first, pruned, strict=True))
         return [made[id(features)] for features in encoded]
-
-    def _step(self, cache: Any, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        request = self.requests[cache]
-        new = kwargs["inputs_embeds"].shape[1]
-        answered = filled - request.mask.shape[1]
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        flat = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        expected = filled + request.dropped + new
-        # looking at the position ids waits for the GPU, and those of a single token cannot be wrong
-        first = request.next_position + answered
-        jumped = new > 1 and ids is not None and not torch.equal(ids[:, :1].expand_as(first), first)
-        if jumped or (flat and mask.shape[1] != expected):
-            raise ValueError(
-                f"the prompt in this cache was pruned, and {new} more tokens make {expected} with "
-                "those that were dropped; got a mask or position ids of another number; do not "
-                "give generate a pruned cache: call the model, or start a new prompt"
-            )
-        answer = request.mask.new_ones(len(request.mask), answered + new)
-        if flat:
-            answer = mask[:, mask.shape[1] - answered - new :].bool()
-        if ids is None:
-            ids = torch.arange(new, device=answer.device)[None] + filled + request.dropped
-        # where all layers slide over the answer, masks count places from where the window begins,
-        # those of the prompt too: put them there (unpruned, transformers 5.23 looks beside them)
-        layers = range(len(cache.layers))
-        slid = min(int(cache.get_mask_sizes(new, layer)[1]) for layer in layers)
-        mask = torch.cat([answer[:, :slid], request.mask, answer[:, slid:]], 1)
-        return kwargs | {"attention_mask": mask.long(), "position_ids": ids}
-
-
-def _pages_in(layouts: Sequence[VisualLayout]) -> list[tuple[int, torch.Tensor]]:
-    """Sequence and positions of each page of a batch."""
-    return [
-        (row, layout.positions[layout.image_of == number])
-        for row, layout in enumerate(layouts)
-        for number in layout.image_of.unique()
-    ]

@@ -64,7 +64,7 @@ def _cells(
         "num_local_patches": [crops],
         "patches_grid": [grid],
     }
-    return visual_layouts(model, inputs)[0].grid.to(features.device)
+    return visual_layouts(model, inputs)[0].grid
 
 
 def _attention(

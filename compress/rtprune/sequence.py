@@ -1,4 +1,7 @@
-"""Where the pages of a batch stand, and how the batch gets shorter: padding stays at the left."""
+"""Where the pages of a batch stand, and how the batch gets shorter: padding stays at the left.
+
+All on the CPU, as it is counting.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,24 +11,23 @@ import torch
 from compress.models.visual import VisualLayout
 
 
-def attended_tokens(mask: Any, batch: int, length: int, device: torch.device | str) -> torch.Tensor:
-    """Which tokens of a prompt are no padding, ``(batch, length)`` bool.
+def attended_tokens(mask: Any, batch: int, length: int) -> torch.Tensor:
+    """Which tokens of a prompt are no padding, ``(batch, length)`` bool, on the CPU.
 
     Parameters
     ----------
     mask : as a decoder is given it: None, ``(batch, length)``, or what ``generate`` makes of it for
         a static cache, ``(batch, 1, length, cache)``, in a dict by layer type.
     batch, length : of the prompt.
-    device : of the result.
     """
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
+        return torch.ones(batch, length, dtype=torch.bool)
     if mask.ndim == 4:  # what the last token sees; added to the scores unless it is boolean
         mask = mask[:, 0, -1, :length]
         mask = mask if mask.dtype == torch.bool else mask == 0
-    return mask.to(device).bool()
+    return mask.bool().cpu()
 
 
 def page_layouts(places: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
@@ -52,7 +54,7 @@ def page_layouts(places: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[Vi
         if len(grid) != len(positions):
             break
         counts = torch.tensor([len(page) for page in mine[1:]], dtype=torch.long)
-        image_of = torch.arange(len(counts)).repeat_interleave(counts).to(positions.device)
+        image_of = torch.arange(len(counts)).repeat_interleave(counts)
         layouts.append(VisualLayout(positions, grid, image_of))
     if left or len(layouts) != len(places):
         raise ValueError(
@@ -61,6 +63,15 @@ def page_layouts(places: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[Vi
             "build both with one call of the processor"
         )
     return layouts
+
+
+def pages_in(layouts: Sequence[VisualLayout]) -> list[tuple[int, torch.Tensor]]:
+    """Sequence and positions of each page of a batch."""
+    return [
+        (row, layout.positions[layout.image_of == number])
+        for row, layout in enumerate(layouts)
+        for number in layout.image_of.unique()
+    ]
 
 
 def shortened(stays: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

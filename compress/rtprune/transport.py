@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from ot.bregman import sinkhorn_log
 
 DUSTBIN = 0.2
 ITERATIONS = 100
@@ -65,6 +64,8 @@ def transport_plans(
 
 
 def _by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
+    from ot.bregman import sinkhorn_log  # slow to import: recipes are read without it
+
     rows, columns = scores.shape
     cost = -F.pad(scores, (0, 1, 0, 1), value=dustbin)
     source, target = scores.new_ones(rows + 1), scores.new_ones(columns + 1)
