@@ -164,8 +164,8 @@ class Recorder:
             for length, count in zip(lengths, self.counts, strict=True)
         ]
         zero = torch.zeros(self.layers, self.layers)
-        recall = sum((_first(self.recall, row, n) for row, n in enumerate(used)), zero)
-        previous = sum((_first(self.previous, row, n - 1) for row, n in enumerate(used)), zero)
+        recall: Any = sum((_first(self.recall, row, n) for row, n in enumerate(used)), zero)
+        previous: Any = sum((_first(self.previous, row, n - 1) for row, n in enumerate(used)), zero)
         return recall, previous, sum(used), sum(max(n - 1, 0) for n in used)
 
 

@@ -122,7 +122,8 @@ class Handle:
         """Add the layouts to a prompt, the request to a decode step."""
         inputs, self._inputs, self._own = self._inputs, {}, None
         cache = kwargs.get("past_key_values")
-        batch, new = kwargs.get("inputs_embeds", kwargs.get("input_ids")).shape[:2]
+        given: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
+        batch, new = given.shape[:2]
         if _length(cache) == 0:
             if VISUAL_LAYOUTS in kwargs:
                 return args, kwargs

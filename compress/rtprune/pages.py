@@ -5,7 +5,7 @@ Which token stands where is counted on the CPU: a GPU would be waited for at eve
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -146,8 +146,9 @@ Choice = tuple[torch.Tensor, torch.Tensor]  # indices among the prunable tokens,
 
 def _plan(method: RTPrune, page: Page, features: torch.Tensor) -> _Plan:
     on_page = (page.grid[:, 2] >= 0).nonzero()[:, 0]
+    measured: list[float | None] = [None, None]
     if page.density is None:
-        fraction, measured = float(method.keep_tokens), (None, None)
+        fraction = float(method.keep_tokens)
     else:
         s = distinctness(features[on_page].float())
         ratio = torch.stack([keep_fraction(page.density, s), page.density, s]).tolist()
@@ -166,7 +167,8 @@ def _choose(
 ) -> Choice:
     prunable = features[plan.on_page]
     if method.select == "visionzip":
-        indices, values = visionzip(prunable, plan.keep, *page.attention, bias)
+        attention, keys = cast(tuple[torch.Tensor, torch.Tensor], page.attention)
+        indices, values = visionzip(prunable, plan.keep, attention, keys, bias)
         return indices.cpu(), values
     if method.select == "divprune":
         indices = divprune(prunable, plan.keep)
@@ -186,17 +188,21 @@ def _merged(
     chosen: Sequence[Choice | None],
 ) -> list[Choice | None]:
     merged = list(chosen)
-    which = [number for number, choice in enumerate(chosen) if choice is not None]
-    if not which:
+    made = {number: choice for number, choice in enumerate(chosen) if choice is not None}
+    if not made:
         return merged
-    left = [features[n][plans[n].on_page[left_over(chosen[n][0], plans[n].count)]] for n in which]
-    scores = [similarity(chosen[n][1], pruned) for n, pruned in zip(which, left, strict=True)]
+    left = [
+        features[n][plans[n].on_page[left_over(indices, plans[n].count)]]
+        for n, (indices, _) in made.items()
+    ]
+    scores = [
+        similarity(kept, pruned) for (_, kept), pruned in zip(made.values(), left, strict=True)
+    ]
     if method.transport == "optimal":
         moves = transport_plans(scores)
     else:
         moves = [nearest_plan(page) for page in scores]
-    for number, pruned, move in zip(which, left, moves, strict=True):
-        indices, kept = chosen[number]
+    for (number, (indices, kept)), pruned, move in zip(made.items(), left, moves, strict=True):
         merged[number] = indices, merge(kept, pruned, move, method.merge)
     return merged
 

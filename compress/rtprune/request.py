@@ -39,7 +39,8 @@ class Request:
         """
         new = kwargs["inputs_embeds"].shape[1]
         answered = filled - self.mask.shape[1]
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask: Any = kwargs.get("attention_mask")
+        ids: Any = kwargs.get("position_ids")
         flat = isinstance(mask, torch.Tensor) and mask.ndim == 2
         expected = filled + self.dropped + new
         # looking at the position ids waits for the GPU, and those of a single token cannot be wrong
