@@ -12,6 +12,7 @@ from compress.models.vlm import builtin_readers
 from compress.ocr_evaluation import OcrSettings, evaluate_events
 from compress.pipeline import run_events
 from compress.reader_figures import series_name, used_share
+from compress.recipe import load_recipe
 
 # table -> the recipe whose variants it has
 RECIPES = {"fastocr": "reader_fastocr_full", "rtprune": "reader_rtprune_full"}
@@ -55,6 +56,10 @@ def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
         yield from _evaluate_missing(path, runs)
         return
     if tables.read_rows(path):
+        return
+    model = load_recipe(RECIPES[name]).model
+    if model.removeprefix("builtin:") not in builtin_readers():
+        yield f"{name}: {model} does not ship yet; nothing is run"
         return
     folder = runs / f"table_{name}"
     events = run_events(RECIPES[name], output=folder, resume=folder.exists())

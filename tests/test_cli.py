@@ -259,8 +259,8 @@ def test_eval_hands_its_settings_on(invoke, library):
     [call] = library.calls
     assert (call["model"], call["samples"], call["sampler"]) == ("some/model", 64, "ddpm")
     assert "1.5 [1.4, 1.6]" in invoke("eval", "some/model").stdout
-    other = invoke("eval", "some/model", "--suite", "ocr")
-    assert other.exit_code == 2 and "got ocr" in other.stderr
+    other = invoke("eval", "some/model", "--suite", "audio")
+    assert other.exit_code == 2 and "got audio" in other.stderr
 
 
 def test_tables_prints_what_the_rows_say_and_fills_a_document(invoke, tmp_path):

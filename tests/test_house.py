@@ -209,13 +209,15 @@ def test_no_module_hides_a_public_name():
         assert not isinstance(getattr(compress, name), types.ModuleType), name
 
 
-def test_readme_recipe_is_a_valid_one(tmp_path):
+def test_readme_recipes_are_valid(tmp_path):
     from compress.recipe import load_recipe
 
-    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    path = tmp_path / "readme.yaml"
-    path.write_text(block)
-    load_recipe(path)
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        path = tmp_path / "readme.yaml"
+        path.write_text(block)
+        load_recipe(path)
 
 
 def test_readme_names_commands_and_recipes_that_exist():
@@ -229,7 +231,7 @@ def test_readme_names_commands_and_recipes_that_exist():
     assert used == verbs
     for recipe in re.findall(r"recipes/(\w+\.yaml)", text):
         assert (ROOT / "recipes" / recipe).is_file()
-    for table in ("main", "ablation"):
+    for table in ("main", "ablation", "attempts", "readers", "fastocr", "rtprune"):
         assert text.count(f"<!-- table:{table} -->") == text.count(f"<!-- /table:{table} -->") == 1
 
 

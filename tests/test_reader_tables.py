@@ -92,3 +92,10 @@ def test_readers_are_evaluated_once(tmp_path, monkeypatch):
     table = render_table("readers", results)
     assert "| `builtin:reader-qwen` | 50.00% [40.00%, 60.00%] |" in table
     assert "64 held-out pages of `builtin:pages`" in table
+
+
+def test_a_table_of_a_reader_that_does_not_ship_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader_experiments, "builtin_readers", lambda: ["reader-qwen"])
+    [line] = run_missing("rtprune", tmp_path / "ddpm.jsonl", tmp_path)
+    assert "builtin:reader-deepseek does not ship yet" in line
+    assert "No rows yet" in render_table("rtprune", tmp_path / "ddpm.jsonl")
