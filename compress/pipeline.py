@@ -213,13 +213,13 @@ def dry_run(
     (weights, gradients and Adam's moments; activations come on top) and ``problems``; for readers
     see :func:`compress.reader_run.dry_run`.
     """
-    if not isinstance(recipe, Recipe | ReaderRecipe):
-        recipe = load_recipe(recipe)
-    if isinstance(recipe, ReaderRecipe):
-        from compress.reader_run import dry_run as dry_run_of_reader
-
-        return dry_run_of_reader(recipe, device=device)
     try:
+        if not isinstance(recipe, Recipe | ReaderRecipe):
+            recipe = load_recipe(recipe)
+        if isinstance(recipe, ReaderRecipe):
+            from compress.reader_run import dry_run as dry_run_of_reader
+
+            return dry_run_of_reader(recipe, device=device)
         job = _open(recipe, None, device)
         pruning = _pruning_run(job, Journal())
     except (ValueError, FileNotFoundError) as error:
