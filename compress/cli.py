@@ -363,7 +363,7 @@ def tables(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="main, ablation, attempts, readers, fastocr or rtprune; default: all.",
+            help="main, ablation, attempts, readers, fastocr, rtprune or bench.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
