@@ -34,7 +34,9 @@ def share_interval(hits: int, n: int) -> tuple[float, float]:
     share, scale = hits / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # at the ends exactly, where rounding would leave 3e-18
+    low = 0.0 if hits == 0 else max(0.0, middle - half)
+    return low, 1.0 if hits == n else min(1.0, middle + half)
 
 
 def resampled_sums(rows: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
