@@ -20,6 +20,7 @@ from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
 from compress.files import write_text
 from compress.journal import Journal
+from compress.models.vlm import load_vlm
 
 TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
 RAISE_BELOW = 0.35  # running loss at which the next level begins: glyphs are learned faster where
@@ -30,6 +31,7 @@ STACKS = 0.25  # learning rate of weights with more than two dimensions, over th
 MOST_PAGES = 1024  # page indices set aside for a step
 Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
 Read = Callable[[torch.nn.Module, list[Page]], list[str]]
+Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
@@ -136,16 +138,22 @@ class Plan:
         return level, [page(self.seed, i, chosen.difficulty, "train") for i in numbers]
 
 
+def cross_entropy(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss that transformers' models compute themselves."""
+    return model(**inputs).loss
+
+
 @dataclass
 class Trainer:
     """A reader in training.
 
     Parameters
     ----------
-    model : takes what ``encode`` returns, and returns an object with a ``loss``.
+    model : takes what ``encode`` returns.
     encode : pages to the model's inputs, labels among them.
     read : model and pages to texts, greedily.
     plan, journal : how to train, and where log and state go.
+    loss : of the model and what ``encode`` returned.
     """
 
     model: torch.nn.Module
@@ -153,6 +161,7 @@ class Trainer:
     read: Read
     plan: Plan
     journal: Journal
+    loss: Loss = cross_entropy
 
     def __post_init__(self) -> None:
         self.progress = Progress()
@@ -187,7 +196,7 @@ class Trainer:
                 group["lr"] = self.plan.learning_rate(progress) * group.get("share", 1.0)
         inputs = {name: t.to(self.device) for name, t in self.encode(pages).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.bf16):
-            loss = self.model(**inputs).loss
+            loss = self.loss(self.model, inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -277,6 +286,20 @@ class Trainer:
         saved.facts.pop("log_rows")
         self.progress = Progress(**saved.facts)
 
+    def polish(self, stored: Path) -> None:
+        """Begin the last level anew, with the weights and the log of a stored reader.
+
+        The optimisers begin without moments: a model folder has none.
+        """
+        model, _ = load_vlm(stored)
+        self.model.load_state_dict(model.state_dict())
+        lines = (stored / "train.jsonl").read_text(encoding="utf8").splitlines()
+        self.journal.rows = [json.loads(line) for line in lines]
+        step = self.journal.rows[-1]["step"]
+        self.progress = Progress(step=step, level=len(self.plan.levels) - 1)
+        self.journal.begin()
+        self._log("polish", level=self.progress.level, final=self.plan.final, lr=self.plan.lr)
+
 
 @torch.no_grad()
 def as_stored(model: Model) -> Model:
@@ -295,6 +318,7 @@ class Reader:
     encode: Encode
     read: Read
     save: Callable[[torch.nn.Module, Path], object]
+    loss: Loss = cross_entropy
 
 
 def train(
@@ -312,6 +336,9 @@ def train(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run", type=Path, required=True, help="folder of log and state")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --run")
+    parser.add_argument(
+        "--polish", type=Path, help="model folder from whose weights the last level begins anew"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products")
     parser.add_argument("--lr", type=float, default=Plan.lr)
@@ -331,9 +358,12 @@ def train(
         read=reader.read,
         plan=Plan(seed=args.seed, lr=args.lr, final=args.final, bf16=args.bf16, levels=levels),
         journal=Journal(args.run),
+        loss=reader.loss,
     )
     if args.resume:
         trainer.resume()
+    elif args.polish:
+        trainer.polish(args.polish)
 
     def publish(model: torch.nn.Module) -> None:
         reader.save(model, args.output)
