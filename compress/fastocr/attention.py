@@ -1,7 +1,8 @@
 """Attention of one decode step, and the function that transformers calls for it.
 
-Two pure functions do the work, and are where a kernel replaces plain torch: :func:`sparse_decode`
-reads some rows of the cache, :func:`focal_decode` reads all and says how attention lies on them.
+Pure functions do the work. Two are where a kernel replaces plain torch: :func:`sparse_decode` reads
+some rows of the cache, :func:`focal_decode` reads all and says how attention lies on them.
+:func:`peripheral_decode` reads summaries of the other rows besides.
 
 Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
 the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
@@ -15,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from compress.fastocr.fixation import Fixation
+from compress.fastocr.periphery import Periphery
 
 NAME = "compress_fastocr"  # of the attention function, in transformers' registry
 REQUEST = "fastocr_request"  # the keyword under which a decode step brings its request
@@ -41,20 +45,74 @@ def sparse_decode(
     -------
     ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
     """
+    picked_key, picked_value = _picked(key, value, rows)
+    output = scaled_dot_product_attention(
+        _packed(query, key.shape[1]),
+        picked_key,
+        picked_value,
+        attn_mask=None if mask is None else mask[:, None, None],
+        scale=scaling,
+    )
+    return output.reshape(len(query), query.shape[1], 1, -1)
+
+
+def peripheral_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    periphery: Periphery,
+    fixation: Fixation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query to some rows of the cache, and to summaries of the visual rest.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    rows, mask, scaling : as :func:`sparse_decode`; the fixation's rows come first.
+    periphery : of the layer.
+    fixation : the visual tokens that ``rows`` begin with.
+
+    Returns
+    -------
+    ``(batch, heads, 1, dim)``, equal to attention over the whole cache in which each visual token
+    outside the fixation has the mean key and value of those of its group that are outside too; and
+    how many summaries were read, summed over the sequences.
+    """
+    picked_key, picked_value = _picked(key, value, rows)
+    fixated = fixation.index.shape[1]
+    outside = periphery.outside(fixation, picked_key[:, :, :fixated], picked_value[:, :, :fixated])
+    added = torch.zeros_like(mask, dtype=query.dtype)
+    added = added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+    sizes = outside.log_sizes.to(query.dtype)
+    read = added[:, None].expand(-1, sizes.shape[1], -1)
+    output = scaled_dot_product_attention(
+        _packed(query, key.shape[1]),
+        torch.cat([picked_key, outside.keys.to(key.dtype)], 2),
+        torch.cat([picked_value, outside.values.to(value.dtype)], 2),
+        attn_mask=torch.cat([read, sizes], 2)[:, :, None],
+        scale=scaling,
+    )
+    return output.reshape(len(query), query.shape[1], 1, -1), outside.read()
+
+
+def _picked(
+    key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the cache, ``(batch, kv_heads, read, dim)`` each."""
     batch, kv_heads, length, _ = key.shape
     # whole rows of one long table: index_select copies them as blocks, gather by elements
     starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
     table = (starts + rows[:, None]).flatten()
-    picked_key = key.reshape(-1, key.shape[-1]).index_select(0, table)
-    picked_value = value.reshape(-1, value.shape[-1]).index_select(0, table)
-    output = scaled_dot_product_attention(
-        _packed(query, kv_heads),
-        picked_key.view(batch, kv_heads, -1, key.shape[-1]),
-        picked_value.view(batch, kv_heads, -1, value.shape[-1]),
-        attn_mask=None if mask is None else mask[:, None, None],
-        scale=scaling,
+    picked_key, picked_value = (
+        part.reshape(-1, part.shape[-1])
+        .index_select(0, table)
+        .view(batch, kv_heads, -1, part.shape[-1])
+        for part in (key, value)
     )
-    return output.reshape(batch, query.shape[1], 1, -1)
+    return picked_key, picked_value
 
 
 def focal_decode(

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from compress.fastocr.attention import focal_decode, sparse_decode
+from compress.fastocr.attention import focal_decode, peripheral_decode, sparse_decode
 from compress.fastocr.fixation import Fixation, visual_scores
+from compress.fastocr.periphery import Periphery
 from compress.models.visual import VisualLayout
 
 
@@ -51,7 +52,14 @@ class Pages:
 
 
 class Gaze(Protocol):
-    """Decides what each layer reads, and learns from what it saw."""
+    """Decides what each layer reads, and learns from what it saw.
+
+    Attributes
+    ----------
+    periphery : summaries per key head of what a layer does not read; 0 is none.
+    """
+
+    periphery: int
 
     def start_step(self) -> None:
         """A decode step begins."""
@@ -73,7 +81,7 @@ class Counts:
     ----------
     steps : decode steps, summed over the sequences.
     offered : visual tokens in the cache, summed over these.
-    attended : per layer, visual tokens attended to, summed over these.
+    attended : per layer, visual tokens and summaries attended to, summed over these.
     saccades : of these steps, those in which the guard opened the fixation.
     """
 
@@ -117,6 +125,7 @@ class Request:
         self.counts = counts
         self.length = pages.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()
+        self._around: dict[int, Periphery] = {}  # by layer, from its first sparse step
 
     def start_step(self) -> None:
         """One token of each sequence is about to be read."""
@@ -139,7 +148,15 @@ class Request:
         if fixation is not None:
             rows, allowed, attended = self._read(fixation, key.shape[2], mask)
             self.counts.attended[layer] += attended
-            return sparse_decode(query, key, value, rows, allowed, scaling)
+            if not self.gaze.periphery:
+                return sparse_decode(query, key, value, rows, allowed, scaling)
+            if layer not in self._around:
+                self._around[layer] = self._grouped(key, value)
+            output, summaries = peripheral_decode(
+                query, key, value, rows, allowed, scaling, self._around[layer], fixation
+            )
+            self.counts.attended[layer] += summaries
+            return output
         allowed = _allowed(self.pages.rows, self.pages.valid, mask)
         self.counts.attended[layer] += _number(allowed)
         # a dense layer is computed in the same way whether or not somebody wants its scores
@@ -148,6 +165,15 @@ class Request:
             scores = visual_scores(weights, self.pages.rows, self.pages.valid)
             self.counts.saccades += self.gaze.see(layer, scores)
         return output
+
+    def _grouped(self, key: torch.Tensor, value: torch.Tensor) -> Periphery:
+        """The visual tokens of a layer in groups that are alike."""
+        rows = self.pages.rows[:, None, :, None]
+        keys, values = (
+            part.gather(2, rows.expand(-1, part.shape[1], -1, part.shape[3]))
+            for part in (key, value)
+        )
+        return Periphery.of(keys, values, self.pages.valid, self.gaze.periphery)
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
