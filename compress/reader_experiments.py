@@ -19,6 +19,7 @@ from compress.recipe import load_recipe
 RECIPES = {
     "fastocr": "reader_fastocr_full",
     "fastocr_periphery": "reader_fastocr_periphery_full",
+    "fastocr_deepseek": "reader_deepseek_fastocr_full",
     "rtprune": "reader_rtprune_full",
 }
 ATTENDED = (
@@ -29,6 +30,7 @@ ATTENDED = (
 NOTES = {
     "fastocr": ATTENDED,
     "fastocr_periphery": f"{ATTENDED} A summary counts as a token.",
+    "fastocr_deepseek": f"{ATTENDED} A summary counts as a token.",
     "rtprune": "`used` is the share of the visual tokens, newlines and separator included, that "
     "reach the decoder.",
 }
