@@ -3,15 +3,20 @@
 Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
 """
 
+import contextlib
 import json
 import os
+import signal
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from compress import launch
 
 if TYPE_CHECKING:
     from compress.doctor import Check
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
+# so long the main process has to say what went wrong, before another one does
+YIELD_SECONDS = 3
 
 
 class _Verbs(TyperGroup):
@@ -51,6 +58,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:1. Default: CUDA if there is any.")
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="On this machine; more than one share the work.")
 ]
 
 
@@ -87,17 +97,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict; write nothing.")] = False,
     as_json: Json = False,
     device: Device = None,
-    processes: Annotated[int, typer.Option(min=1, help="Only 1 is supported yet.")] = 1,
+    processes: Processes = 1,
 ) -> None:
     """Compress, recover, export, evaluate and report, as a recipe says."""
-    if processes > 1:
-        raise ValueError(
-            f"expected --processes 1; got {processes}; training on several processes is not "
-            "supported yet"
-        )
     if resume and overwrite:
         raise ValueError("expected --resume or --overwrite; got both; choose one")
-    from compress.recipe import load_recipe
+    from compress.recipe import ReaderRecipe, load_recipe
 
     typed = load_recipe(recipe, overrides or ())
     _check_versions()
@@ -110,18 +115,46 @@ def run(
         if prediction["problems"]:
             raise typer.Exit(USAGE)
         return
-    from compress.pipeline import run_events
-
     folder = Path(output or typed.output or "")
-    events = run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device)
+    options = [f"--set={override}" for override in overrides or ()]
+    options += [f"--output={folder}"] + [f"--device={device}"] * bool(device)
+    command = ["run", recipe, *options] + [f"--processes={processes}"] * (processes > 1)
+    with _hint(folder, f"compress {' '.join(command)} --resume"):
+        if launch.wanted(processes):
+            if isinstance(typed, ReaderRecipe):
+                raise ValueError(f"readers run on one process; got --processes {processes}")
+            flags = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
+            launch.launch(processes, [*command, *(flag for flag, on in flags.items() if on)])
+            return
+        from compress.pipeline import run_events
+
+        _follow(run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device))
+    if not launch.rank():
+        _print_run(folder, as_json)
+
+
+@contextlib.contextmanager
+def _hint(folder: Path, again: str) -> Iterator[None]:
+    """Say how to go on after Ctrl-C, SIGTERM, or the end of one of several processes."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise launch.Stopped(f"stopped by {signal.Signals(number).name}", FAILURE)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        _follow(events)
+        yield
     except KeyboardInterrupt:
-        again = f"compress run {recipe} --output {folder} --resume"
         saved = (folder / "state").exists()
-        _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
+        if launch.speaks():
+            _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    _print_run(folder, as_json)
+    except launch.Stopped as error:
+        saved = (folder / "state").exists()
+        if launch.speaks():
+            _say(f"error: {error}; go on with: {again}" if saved else f"error: {error}")
+        raise typer.Exit(error.code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -426,11 +459,14 @@ def _say(text: str) -> None:
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("COMPRESS_DEBUG"):
         raise error
+    if launch.rank() or (isinstance(error, ConnectionError) and not launch.speaks()):
+        # what went wrong everywhere the main process says, and then the launcher ends this one
+        time.sleep(YIELD_SECONDS)
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         # without the number that OSError puts first
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    _say(f"error: {text}")
+    _say(f"error: process {launch.rank()}: {text}" if launch.rank() else f"error: {text}")
     raise typer.Exit(code) from None
 
 
@@ -458,6 +494,10 @@ def _quieten() -> None:
 
 def _follow(events: Iterable["Event"]) -> None:
     """Show progress on stderr: bars on a terminal, a line now and then elsewhere."""
+    if launch.rank():
+        for _ in events:
+            pass
+        return
     from rich.console import Console
 
     console = Console(stderr=True)
