@@ -138,7 +138,7 @@ def _hint(folder: Path, again: str) -> Iterator[None]:
     """Say how to go on after Ctrl-C, SIGTERM, or the end of one of several processes."""
 
     def stop(number: int, _frame: Any) -> None:
-        raise launch.Stopped(f"stopped by {signal.Signals(number).name}", FAILURE)
+        raise launch.Stopped(f"stopped by {signal.Signals(number).name}", launch.TERMINATED)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

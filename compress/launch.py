@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 # how long the others get to end by themselves after one has died
 GRACE_SECONDS = 10
+# exit code after SIGTERM, as a shell gives it
+TERMINATED = 128 + signal.SIGTERM
 # marks processes that `launch` started
 OURS = "COMPRESS_LAUNCHED"
 
@@ -122,7 +124,8 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
-        raise Stopped(f"stopped by {signal.Signals(error.sigval).name}", 1) from error
+        name = signal.Signals(error.sigval).name
+        raise Stopped(f"stopped by {name}", 128 + error.sigval) from error
 
 
 def _stopped(codes: Mapping[int, int], processes: int) -> Stopped:
@@ -132,11 +135,13 @@ def _stopped(codes: Mapping[int, int], processes: int) -> Stopped:
     ----------
     codes : exit codes by process, of those that had ended when the first failure was noticed.
     """
-    killed = {index: -code for index, code in codes.items() if code < 0}
-    if not killed:
-        index, code = min(codes.items())
-        return Stopped(f"process {index} of {processes} failed, see above; all have ended", code)
-    index, number = min(killed.items())
-    name = signal.Signals(number).name
-    hint = " (perhaps for lack of memory)" if number == signal.SIGKILL else ""
+    # the launcher ends the survivors with SIGTERM: no cause where there is another one
+    ended = (-signal.SIGTERM, TERMINATED)
+    order = {i: 2 if code in ended else int(code > 0) for i, code in codes.items()}
+    index = min(codes, key=lambda i: (order[i], i))
+    code = codes[index]
+    if code > 0:
+        return Stopped(f"process {index} of {processes} failed; all have ended", code)
+    name = signal.Signals(-code).name
+    hint = " (perhaps for lack of memory)" if code == -signal.SIGKILL else ""
     return Stopped(f"process {index} of {processes} was killed by {name}{hint}; all have ended", 1)

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import UNet2DModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -121,8 +120,6 @@ class PruningRun:
             log_with=list(training.trackers) or None,
             project_dir=journal.folder,
             cpu=device == "cpu",
-            # buffers are the mask: it must agree by itself, and is checked
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         parts = self.accelerator.num_processes * training.gradient_accumulation
         if training.batch % parts:
