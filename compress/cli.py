@@ -41,6 +41,9 @@ class _Verbs(TyperGroup):
             _fail(error, USAGE)
         except OSError as error:
             _fail(error, FAILURE)
+        except launch.Stopped as error:
+            _say(f"error: {error}")
+            raise typer.Exit(error.code) from None
         except KeyboardInterrupt:
             _say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -225,10 +228,27 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="ocr: start again.")] = False,
     as_json: Json = False,
     device: Device = None,
+    processes: Processes = 1,
 ) -> None:
     """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
     if suite not in ("diffusion", "ocr"):
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
+    if launch.wanted(processes):
+        if suite == "ocr":
+            raise ValueError(f"readers run on one process; got --processes {processes}")
+        chosen = {
+            "data": data,
+            "samples": samples,
+            "steps": steps,
+            "sampler": sampler,
+            "sampling-seeds": sampling_seeds,
+            "inception-weights": inception_weights,
+            "device": device,
+            "processes": processes,
+        }
+        options = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+        launch.launch(processes, ["eval", model, *options, *["--json"] * as_json])
+        return
     _check_versions()
     _quieten()
     if suite == "ocr":
@@ -268,6 +288,8 @@ def evaluate(
             inception_weights=inception_weights,
             device=device,
         )
+    if launch.rank():
+        return
     rows = [(name, _interval(entry), str(entry["n"]), "") for name, entry in metrics.items()]
     _print(metrics, as_json, _table([("metric", "value", "n", ""), *rows]))
 
@@ -490,6 +512,9 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     # torch.utils.data warns about pinned memory wherever there is no GPU
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+    if launch.rank():
+        # the main process says it
+        warnings.simplefilter("ignore")
 
 
 def _follow(events: Iterable["Event"]) -> None:

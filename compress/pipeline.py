@@ -277,6 +277,7 @@ def dry_run(
     }
 
 
+@distributed.explained()
 def evaluate_model(
     model: str,
     *,
