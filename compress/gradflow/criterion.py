@@ -70,8 +70,8 @@ def mean_gradient(
         for sum_, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 sum_ += gradient / len(batches)
-    gradient = distributed.mean(dict(zip(names, total, strict=True)))
-    return gradient, distributed.mean_value(value, leaves[0].device)
+    averaged = distributed.mean(dict(zip(names, total, strict=True)))
+    return averaged, distributed.mean_value(value, leaves[0].device)
 
 
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:
