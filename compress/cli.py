@@ -6,6 +6,7 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 import contextlib
 import json
 import os
+import shlex
 import signal
 import time
 import warnings
@@ -119,10 +120,13 @@ def run(
             raise typer.Exit(USAGE)
         return
     folder = Path(output or typed.output or "")
-    options = [f"--set={override}" for override in overrides or ()]
-    options += [f"--output={folder}"] + [f"--device={device}"] * bool(device)
-    command = ["run", recipe, *options] + [f"--processes={processes}"] * (processes > 1)
-    with _hint(folder, f"compress {' '.join(command)} --resume"):
+    command = ["run", recipe]
+    for override in overrides or ():
+        command += ["--set", override]
+    command += ["--device", device] if device else []
+    command += ["--processes", str(processes)] if processes > 1 else []
+    command += ["--output", str(folder)]
+    with _hint(folder, f"compress {shlex.join(command)} --resume"):
         if launch.wanted(processes):
             if isinstance(typed, ReaderRecipe):
                 raise ValueError(f"readers run on one process; got --processes {processes}")

@@ -167,17 +167,6 @@ codes = {count: group(count) for count in (1, 2)}
 (root / "codes.json").write_text(json.dumps(codes))
 """
 
-UNET = {
-    "sample_size": 16,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
 SOFT = {
     "name": "gradflow",
     "keep_macs": 0.29,
@@ -205,9 +194,9 @@ SLOW_RUNS = {
 }
 
 
-def drive(folder, runs):
+def drive(folder, unet, runs):
     (folder / "driver.py").write_text(DRIVER)
-    job = {"folder": str(folder), "unet": UNET, "runs": runs, "stop": STOP}
+    job = {"folder": str(folder), "unet": unet, "runs": runs, "stop": STOP}
     (folder / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
         [sys.executable, "-P", str(folder / "driver.py"), str(folder / "job.json")],
@@ -223,13 +212,15 @@ def drive(folder, runs):
 
 
 @pytest.fixture(scope="module")
-def driven(tmp_path_factory):
-    return drive(tmp_path_factory.mktemp("processes"), RUNS)
+def driven(tmp_path_factory, models):
+    unet = models.TWO_LEVELS | {"sample_size": 16}
+    return drive(tmp_path_factory.mktemp("processes"), unet, RUNS)
 
 
 @pytest.fixture(scope="module")
-def slowly_driven(tmp_path_factory):
-    return drive(tmp_path_factory.mktemp("processes"), SLOW_RUNS)
+def slowly_driven(tmp_path_factory, models):
+    unet = models.TWO_LEVELS | {"sample_size": 16}
+    return drive(tmp_path_factory.mktemp("processes"), unet, SLOW_RUNS)
 
 
 def pair(folder, name, other=None):
