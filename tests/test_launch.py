@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,21 +107,21 @@ def child_of(launcher: int, rank: int) -> int:
 def test_a_killed_process_ends_the_job_which_goes_on(place, alone, stage, at, rank, again):
     name = f"killed in {stage}".replace(" ", "-")
     command = [*COMMAND, "run", "short.yaml", "--output", name, "--processes", "2"]
-    process = subprocess.Popen(
+    said, killed = [], False
+    with subprocess.Popen(
         command,
         cwd=place,
         env=environment(place, name),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    said, killed = [], None
-    for line in process.stderr:
-        said.append(line)
-        if killed is None and line.startswith(f"{stage}  {at}"):
-            os.kill(child_of(process.pid, rank), signal.SIGKILL)
-            killed = time.monotonic()
-    assert process.wait(timeout=60) == 1 and killed is not None, said
+    ) as process:
+        for line in process.stderr:
+            said.append(line)
+            if not killed and line.startswith(f"{stage}  {at}"):
+                os.kill(child_of(process.pid, rank), signal.SIGKILL)
+                killed = True
+    assert process.returncode == 1 and killed, said
     assert f"error: process {rank} of 2 was killed by SIGKILL" in said[-1]
     again_with = f"compress run short.yaml --processes 2 --output {name} --resume"
     assert f"go on with: {again_with}" in said[-1]
