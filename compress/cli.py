@@ -3,15 +3,21 @@
 Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
 """
 
+import contextlib
 import json
 import os
+import shlex
+import signal
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from compress import launch
 
 if TYPE_CHECKING:
     from compress.doctor import Check
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
+# so long the main process has to say what went wrong, before another one does
+YIELD_SECONDS = 3
 
 
 class _Verbs(TyperGroup):
@@ -34,6 +42,9 @@ class _Verbs(TyperGroup):
             _fail(error, USAGE)
         except OSError as error:
             _fail(error, FAILURE)
+        except launch.Stopped as error:
+            _say(f"error: {error}")
+            raise typer.Exit(error.code) from None
         except KeyboardInterrupt:
             _say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -51,6 +62,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:1. Default: CUDA if there is any.")
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="On this machine; more than one share the work.")
 ]
 
 
@@ -87,17 +101,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict; write nothing.")] = False,
     as_json: Json = False,
     device: Device = None,
-    processes: Annotated[int, typer.Option(min=1, help="Only 1 is supported yet.")] = 1,
+    processes: Processes = 1,
 ) -> None:
     """Compress, recover, export, evaluate and report, as a recipe says."""
-    if processes > 1:
-        raise ValueError(
-            f"expected --processes 1; got {processes}; training on several processes is not "
-            "supported yet"
-        )
     if resume and overwrite:
         raise ValueError("expected --resume or --overwrite; got both; choose one")
-    from compress.recipe import load_recipe
+    from compress.recipe import ReaderRecipe, load_recipe
 
     typed = load_recipe(recipe, overrides or ())
     _check_versions()
@@ -110,18 +119,49 @@ def run(
         if prediction["problems"]:
             raise typer.Exit(USAGE)
         return
-    from compress.pipeline import run_events
-
     folder = Path(output or typed.output or "")
-    events = run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device)
+    command = ["run", recipe]
+    for override in overrides or ():
+        command += ["--set", override]
+    command += ["--device", device] if device else []
+    command += ["--processes", str(processes)] if processes > 1 else []
+    command += ["--output", str(folder)]
+    with _hint(folder, f"compress {shlex.join(command)} --resume"):
+        if launch.wanted(processes):
+            if isinstance(typed, ReaderRecipe):
+                raise ValueError(f"readers run on one process; got --processes {processes}")
+            flags = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
+            launch.launch(processes, [*command, *(flag for flag, on in flags.items() if on)])
+            return
+        from compress.pipeline import run_events
+
+        _follow(run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device))
+    if not launch.rank():
+        _print_run(folder, as_json)
+
+
+@contextlib.contextmanager
+def _hint(folder: Path, again: str) -> Iterator[None]:
+    """Say how to go on after Ctrl-C, SIGTERM, or the end of one of several processes."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise launch.Stopped(f"stopped by {signal.Signals(number).name}", launch.TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        _follow(events)
+        yield
     except KeyboardInterrupt:
-        again = f"compress run {recipe} --output {folder} --resume"
         saved = (folder / "state").exists()
-        _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
+        if launch.speaks():
+            _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    _print_run(folder, as_json)
+    except launch.Stopped as error:
+        saved = (folder / "state").exists()
+        if launch.speaks():
+            _say(f"error: {error}; go on with: {again}" if saved else f"error: {error}")
+        raise typer.Exit(error.code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -192,10 +232,27 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="ocr: start again.")] = False,
     as_json: Json = False,
     device: Device = None,
+    processes: Processes = 1,
 ) -> None:
     """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
     if suite not in ("diffusion", "ocr"):
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
+    if launch.wanted(processes):
+        if suite == "ocr":
+            raise ValueError(f"readers run on one process; got --processes {processes}")
+        chosen = {
+            "data": data,
+            "samples": samples,
+            "steps": steps,
+            "sampler": sampler,
+            "sampling-seeds": sampling_seeds,
+            "inception-weights": inception_weights,
+            "device": device,
+            "processes": processes,
+        }
+        options = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+        launch.launch(processes, ["eval", model, *options, *["--json"] * as_json])
+        return
     _check_versions()
     _quieten()
     if suite == "ocr":
@@ -235,6 +292,8 @@ def evaluate(
             inception_weights=inception_weights,
             device=device,
         )
+    if launch.rank():
+        return
     rows = [(name, _interval(entry), str(entry["n"]), "") for name, entry in metrics.items()]
     _print(metrics, as_json, _table([("metric", "value", "n", ""), *rows]))
 
@@ -426,11 +485,14 @@ def _say(text: str) -> None:
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("COMPRESS_DEBUG"):
         raise error
+    if launch.rank() or (isinstance(error, ConnectionError) and not launch.speaks()):
+        # what went wrong everywhere the main process says, and then the launcher ends this one
+        time.sleep(YIELD_SECONDS)
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         # without the number that OSError puts first
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    _say(f"error: {text}")
+    _say(f"error: process {launch.rank()}: {text}" if launch.rank() else f"error: {text}")
     raise typer.Exit(code) from None
 
 
@@ -454,10 +516,17 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     # torch.utils.data warns about pinned memory wherever there is no GPU
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+    if launch.rank():
+        # the main process says it
+        warnings.simplefilter("ignore")
 
 
 def _follow(events: Iterable["Event"]) -> None:
     """Show progress on stderr: bars on a terminal, a line now and then elsewhere."""
+    if launch.rank():
+        for _ in events:
+            pass
+        return
     from rich.console import Console
 
     console = Console(stderr=True)

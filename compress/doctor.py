@@ -12,7 +12,6 @@ from packaging.requirements import Requirement
 
 DISTRIBUTION = "compress-models"
 OPTIONAL = {
-    "datasets": "data: hub:NAME",
     "tensorboard": "train.trackers: [tensorboard]",
     "triton": "GPU kernels",
     "wandb": "train.trackers: [wandb]",

@@ -23,6 +23,8 @@ SEEDS = (0, 1, 2)
 KEEPS = ("0.5", "0.3")
 ONE_SHOT = ("random", "magnitude", "taylor", "diff_pruning")
 CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
+# keys of `train` that change how a run is executed, not what comes out
+UNDECIDING = ("save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch")
 PROCESSES = ("soft flow", "hard iterative", "one-shot")
 
 NOTES = {
@@ -73,7 +75,11 @@ class Experiment:
         """Hash of everything in the recipe that decides the result."""
         content = self.recipe().model_dump(mode="json")
         content.pop("output")
-        content["train"].pop("save_every")
+        for name in UNDECIDING:
+            content["train"].pop(name)
+        # rows from before the key existed have no flips
+        if not content["train"]["flip"]:
+            content["train"].pop("flip")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,12 @@ import yaml
 # what a folder of ours holds: the settings of the run, or of the evaluation
 SETTINGS = ("recipe.yaml", "evaluation.yaml")
 # what makes an unfinished one worth keeping
-PROGRESS = ("state/state.safetensors", "predictions.jsonl", "predictions/dense.jsonl")
+PROGRESS = (
+    "state/state.safetensors",
+    "state/state-1.safetensors",
+    "predictions.jsonl",
+    "predictions/dense.jsonl",
+)
 
 
 def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:

@@ -6,11 +6,13 @@ so a binary mask gives exactly the network that surgery exports.
 """
 
 import copy
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from compress.gradflow.layout import Layout
 
@@ -127,6 +129,10 @@ class SoftUNet(nn.Module):
             changed[f"{name}.mask"] = extended[index.to(mask.device)]
         return changed
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.unet.enable_gradient_checkpointing(_checkpoint_masked)
+
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -157,3 +163,17 @@ class SoftUNet(nn.Module):
             changed += bool((member != norm.member).any())
             norm.member.copy_(member)
         return changed
+
+
+def _checkpoint_masked(module: nn.Module, *inputs: Any) -> Any:
+    """Checkpoint a block together with the masked weights that it has now.
+
+    In the backward pass :meth:`SoftUNet.forward` is over and the module has its own weights again:
+    plain checkpointing would compute other activations, of the same shapes, without a word.
+    """
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+
+    def again(*inputs: Any) -> Any:
+        return functional_call(module, held, inputs)
+
+    return checkpoint(again, *inputs, use_reentrant=False)

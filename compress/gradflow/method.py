@@ -108,8 +108,11 @@ class Training:
     distill : weight of the squared distance to the dense model's prediction.
     distill_features : weight of the relative squared distance to its block outputs.
     mixed_precision, gradient_accumulation, trackers : handed to accelerate.
-    save_every : optimiser steps between saved states.
-    seed : of batches, noise, timesteps and the random criterion.
+    save_every, keep_states : optimiser steps between saved states, and how many are kept.
+    gradient_checkpointing : compute activations again in the backward pass, to save memory.
+    flip : mirror half of the training images, chosen by (seed, step, sample).
+    workers, prefetch : processes that read images, and batches that each reads ahead.
+    seed : of batches, noise, timesteps, flips and the random criterion.
     """
 
     recover_steps: Annotated[int, Field(ge=0)] = 400
@@ -122,4 +125,9 @@ class Training:
     gradient_accumulation: Count = 1
     trackers: tuple[str, ...] = ()
     save_every: Count = 100
+    keep_states: Count = 2
+    gradient_checkpointing: bool = False
+    flip: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    prefetch: Count = 2
     seed: int = 0

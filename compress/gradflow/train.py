@@ -13,7 +13,8 @@ from diffusers import UNet2DModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from compress.data import Batch, ImageData, StepSampler, noise_and_timesteps
+from compress import distributed
+from compress.data import Batch, ImageData, StepSampler, flipped, noise_and_timesteps
 from compress.gradflow import criterion as scoring
 from compress.gradflow import surgery
 from compress.gradflow.distill import Teacher
@@ -75,7 +76,13 @@ def _sample(output: Any) -> torch.Tensor:
 
 
 class PruningRun:
-    """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`.
+    """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`, on one process or several.
+
+    All processes hold the same weights, masks and scores, and each has its share of every batch;
+    gradients, those of the criterion too, are averaged. Batches, noise, timesteps and flips are
+    functions of (seed, step, sample), so the number of processes changes rounding only; dropout
+    draws by (seed, step, process). Checksums are compared whenever the mask moves, after surgery
+    and before each state.
 
     Parameters
     ----------
@@ -84,7 +91,8 @@ class PruningRun:
     data : training images and held-out images.
     method, training : the knobs.
     journal : where log and state go.
-    device : where to train; accelerate's choice when None.
+    device : where to train, a process's own where there are several; accelerate's choice when
+        None.
     resume : go on from the journal's state if it has one.
 
     Raises
@@ -141,7 +149,15 @@ class PruningRun:
         self.surgery_facts: dict[str, Any] = {}
         self.step = 0
         self.ema: Tensors = {}
-        self._enter(journal.load() if resume else None)
+        journal.keep = training.keep_states
+        journal.writes &= self.accelerator.is_main_process
+        saved = journal.load() if resume else None
+        distributed.check_same(
+            "recipe, model and saved state (the run's folder must be one that every process sees)",
+            dict(unet.named_parameters()) | (saved.tensors if saved else {}),
+            (method, training, self.widths, len(data.train), saved and saved.facts),
+        )
+        self._enter(saved)
 
     # ---- what happens, in order -------------------------------------------------------------
 
@@ -193,11 +209,16 @@ class PruningRun:
 
     def _optimise(self, images: torch.Tensor) -> float:
         """One optimiser step on this process's share of the global batch."""
-        torch.manual_seed(self.training.seed * 1_000_003 + self.step)  # dropout, if there is any
+        # dropout, if there is any
+        process = self.accelerator.process_index
+        torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        chunks = images.to(self.device).chunk(self.training.gradient_accumulation)
-        first = self.accelerator.process_index * len(images)
+        first = process * len(images)
+        images = images.to(self.device)
+        if self.training.flip:
+            images = flipped(images, self.training.seed, self.step, first)
+        chunks = images.chunk(self.training.gradient_accumulation)
         total = 0.0
         for chunk in chunks:
             with self.accelerator.accumulate(self.model):
@@ -223,7 +244,7 @@ class PruningRun:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += loss.item() / len(chunks)
-        return total
+        return distributed.mean_value(total, self.device)
 
     # ---- binarisation and surgery -----------------------------------------------------------
 
@@ -242,6 +263,7 @@ class PruningRun:
         row = self.mover.move(soft, self.step)
         if row is not None:
             self.journal.log(stage="mask", step=self.step, **row)
+            self._check_same("the mask moved", {"mask": soft.mask})
         if self.step == self.mover.binarised_at:
             self._binarise(soft)
 
@@ -280,6 +302,7 @@ class PruningRun:
             for key, tensors in self._moments().items()
         }
         self.kept = soft.mask.detach().clone()
+        self._check_same("surgery", {"kept": self.kept, **dict(slim.named_parameters())})
         self.accelerator.free_memory()
         self.stage = "recover"
         self._prepare(slim)
@@ -287,6 +310,10 @@ class PruningRun:
         self.ema = {name: p.detach().clone() for name, p in slim.named_parameters()}
 
     # ---- small pieces -----------------------------------------------------------------------
+
+    def _check_same(self, when: str, tensors: Tensors) -> None:
+        tensors = tensors | {"scores": self.mover.state.scores}
+        distributed.check_same(f"masks, scores and weights after {when}", tensors, self.step)
 
     def _rate(self, step: int) -> float:
         """Warm-up, constant until surgery, then a cosine to 0: one rule for every method."""
@@ -304,22 +331,41 @@ class PruningRun:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return iter(DataLoader(self._train_set(), batch_sampler=sampler))
+        return iter(self._loader(sampler))
+
+    def _loader(self, sampler: StepSampler) -> DataLoader:
+        workers = self.training.workers
+        return DataLoader(
+            self._train_set(),
+            batch_sampler=sampler,
+            num_workers=workers,
+            prefetch_factor=self.training.prefetch if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def _train_set(self) -> Dataset[torch.Tensor]:
         return cast(Dataset[torch.Tensor], self.data.train)
 
     def _criterion_batches(self, number: int) -> list[Batch]:
-        """Fresh minibatches for estimate ``number``, a function of (seed, number)."""
+        """Our share of the minibatches of estimate ``number``, a function of (seed, number)."""
         seed = self.training.seed + 7919
         count = self.method.criterion_batches
+        process, batch = self.accelerator.process_index, self.training.batch
         sampler = StepSampler(
-            len(self.data.train), self.training.batch, seed, number * count, (number + 1) * count
+            len(self.data.train),
+            batch,
+            seed,
+            number * count,
+            (number + 1) * count,
+            process,
+            self.accelerator.num_processes,
         )
         length = self.scheduler.config.num_train_timesteps
         return [
-            noise_and_timesteps(images.to(self.device), length, seed, number * count + k)
-            for k, images in enumerate(DataLoader(self._train_set(), batch_sampler=sampler))
+            noise_and_timesteps(
+                images.to(self.device), length, seed, step, process * len(images), batch
+            )
+            for step, images in enumerate(self._loader(sampler), start=number * count)
         ]
 
     def _held_out(self) -> torch.Tensor:
@@ -379,6 +425,8 @@ class PruningRun:
     def _prepare(self, model) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
         model.train()
+        if self.training.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _enter(self, saved: Saved | None) -> None:
@@ -401,6 +449,8 @@ class PruningRun:
         self.step, self.train_seconds = facts["step"], facts["train_seconds"]
         self._load_moments({key: saved.part(key) for key in MOMENTS})
         self.ema = {name: t.to(self.device) for name, t in saved.part("ema").items()}
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.surgery_facts = facts["surgery"]
         masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
         self.mover.state = MaskState.restored(masks, facts["masks"])
@@ -428,8 +478,7 @@ class PruningRun:
                 }
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        self._check_same("the step before a state", dict(self._unet().named_parameters()))
         tensors = {f"model/{n}": t for n, t in self._unet().named_parameters()}
         for key, moments in self._moments().items():
             tensors |= {f"{key}/{n}": t for n, t in moments.items()}
@@ -438,6 +487,7 @@ class PruningRun:
         if self.stage == "flow":
             masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
         tensors |= {f"masks/{n}": t for n, t in masks.items()}
+        scaler = self.accelerator.scaler
         self.journal.save(
             tensors,
             {
@@ -446,6 +496,7 @@ class PruningRun:
                 "train_seconds": self.train_seconds,
                 "surgery": self.surgery_facts,
                 "masks": self.mover.state.facts(),
+                "scaler": scaler and scaler.state_dict(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             },
