@@ -24,12 +24,22 @@ KEEPS = ("0.5", "0.3")
 ONE_SHOT = ("random", "magnitude", "taylor", "diff_pruning")
 CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
 PROCESSES = ("soft flow", "hard iterative", "one-shot")
+ALLOCATIONS = ("uniform", "global")
+GRANULARITIES = ("fine", "coarse")
+# knobs that are younger than the first rows: where they are not set, the rows' keys stay
+YOUNGER = {"allocation": "uniform", "granularity": "fine"}
+# tables whose times are compared: their runs are made in one sitting, in a file of their own
+TIMED = ("allocation",)
+COST = ("macs_share", "params_share", "latency_share", "train_seconds", "criterion_seconds")
 
 NOTES = {
     "main": "Widths and total optimiser steps are the same within a `keep_macs`.",
     "ablation": "`keep_macs` 0.3; same widths and total optimiser steps throughout.",
     "attempts": "`keep_macs` 0.3, the first seed; same widths and total optimiser steps throughout."
     " Unless the line says otherwise:",
+    "allocation": "`keep_macs` 0.3; the same level widths and total optimiser steps throughout."
+    " Latency is that of one forward pass, in turns with the dense model's; times are those of one"
+    " sitting.",
 }
 # what was tried -> what is set
 RIVAL = "one-shot diff_pruning"
@@ -74,6 +84,9 @@ class Experiment:
         content = self.recipe().model_dump(mode="json")
         content.pop("output")
         content["train"].pop("save_every")
+        for knob, old in YOUNGER.items():
+            if content["method"].get(knob) == old:
+                del content["method"][knob]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -132,11 +145,32 @@ def attempts_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
     ]
 
 
+def allocation_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
+    """Uniform against free inner widths, fine against coarse masks, at ``keep_macs`` 0.3."""
+    return [
+        Experiment(
+            (("allocation", allocation), ("granularity", granularity)),
+            (
+                f"method.allocation={allocation}",
+                f"method.granularity={granularity}",
+                "method.keep_macs=0.3",
+            ),
+            seed,
+        )
+        for seed, granularity, allocation in itertools.product(seeds, GRANULARITIES, ALLOCATIONS)
+    ]
+
+
 def _training_only(overrides: Sequence[str]) -> bool:
     return all(o.startswith("recover.") and not o.startswith("recover.steps") for o in overrides)
 
 
-TABLES = {"main": main_table, "ablation": ablation_table, "attempts": attempts_table}
+TABLES = {
+    "main": main_table,
+    "ablation": ablation_table,
+    "attempts": attempts_table,
+    "allocation": allocation_table,
+}
 LABELS: dict[str, dict[str, Sequence[str]]] = {
     "main": {
         "keep_macs": KEEPS,
@@ -144,11 +178,13 @@ LABELS: dict[str, dict[str, Sequence[str]]] = {
     },
     "ablation": {"process": PROCESSES, "criterion": CRITERIA},
     "attempts": {"tried": tuple(ATTEMPTS), "method": ("gradflow", RIVAL)},
+    "allocation": {"allocation": ALLOCATIONS, "granularity": GRANULARITIES},
 }
 COMPARE_WITHIN: dict[str, tuple[str, ...]] = {
     "main": ("keep_macs",),
     "ablation": (),
     "attempts": ("tried",),
+    "allocation": (),
 }
 
 
@@ -163,6 +199,13 @@ def choose(names: Sequence[str]) -> list[str]:
     if unknown:
         raise ValueError(f"tables are {', '.join(TABLES)}; got {', '.join(unknown)}; name one")
     return list(names) or list(TABLES)
+
+
+def results_of(name: str, results: Path) -> Path:
+    """The file of a table's rows: the given one, or one beside it for a table that is timed."""
+    if name not in TIMED:
+        return results
+    return results.with_name(f"{results.stem}_{name}{results.suffix}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -194,16 +237,18 @@ def run_missing(
     seeds : training seeds.
     shard : (k, n): only every n-th missing run, from the k-th, so that n shells can share work.
     """
-    wanted = {e.key(): e for name in names for e in TABLES[name](seeds)}
+    wanted = {
+        (results_of(name, results), e.key()): e for name in names for e in TABLES[name](seeds)
+    }
     mine = list(wanted.items())[shard[0] :: shard[1]]
-    for number, (key, experiment) in enumerate(mine, start=1):
-        if any(row["key"] == key for row in tables.read_rows(results)):
+    for number, ((file, key), experiment) in enumerate(mine, start=1):
+        if any(row["key"] == key for row in tables.read_rows(file)):
             continue
         title = ", ".join(f"{k} {v}" for k, v in experiment.labels)
         yield f"[{number}/{len(mine)}] {title}, seed {experiment.seed}"
         row = _run_one(experiment, key)
-        tables.append_row(results, row)
-        values = ", ".join(f"{c} {row['values'][c]:.5g}" for c in tables.COLUMNS)
+        tables.append_row(file, row)
+        values = ", ".join(f"{c} {row['values'][c]:.5g}" for c in tables.QUALITY)
         yield f"    {row['seconds']:.0f} s: {values}"
 
 
@@ -255,6 +300,7 @@ def commit() -> str:
 
 def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
     """One table in Markdown from the rows that are there, with what it is measured against."""
+    results = results_of(name, results)
     rows_by_key = {row["key"]: row for row in tables.read_rows(results)}
     rows = []
     for experiment in TABLES[name](seeds):
@@ -263,7 +309,11 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
             rows.append(row | {"labels": dict(experiment.labels)})
     if not rows:
         return f"*No rows yet: run `compress tables {name}`.*"
-    body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name])
+    columns = tables.QUALITY
+    if name in TIMED:
+        columns += COST
+        rows = [row | {"values": row["values"] | _costs(row)} for row in rows]
+    body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name], columns)
     dense = rows[0]["dense"]
     recipe = load_pipeline_recipe(RECIPE)
     asked, recover = recipe.evaluate, recipe.recover
@@ -283,3 +333,14 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
         f"Made by `compress tables {name} --update README.md` from `eval/results/{results.name}`.",
     ]
     return f"{body}\n\n{' '.join(facts)}"
+
+
+def _costs(row: dict[str, Any]) -> dict[str, float]:
+    """What a run's result costs beside the dense model, and what the run itself cost."""
+    shares = (("macs_share", "macs"), ("params_share", "params"), ("latency_share", "latency_ms"))
+    found = {name: row["values"][of] / row["dense"][of] for name, of in shares}
+    seconds = row["train_seconds"]
+    return found | {
+        "train_seconds": seconds,
+        "criterion_seconds": row["criterion_share"] * seconds,
+    }
