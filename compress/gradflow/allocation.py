@@ -82,8 +82,8 @@ def spend(
 ) -> tuple[list[int], float]:
     """Buy steps by gain per price until none fits; the rest of the budget is the second result.
 
-    With falling gains this is the best choice for what it spends, and raising all gains of one
-    layer never lowers its count: its steps only come earlier, and all cost the same.
+    What is gained is less than the gain of one step below the best choice. Raising gains of one
+    layer never lowers its count: its steps only come earlier, and all of them cost the same.
 
     Parameters
     ----------
