@@ -34,7 +34,8 @@ from diffusers import DDPMPipeline
 pipeline = DDPMPipeline.from_pretrained(sys.argv[1], local_files_only=True)
 pipeline.set_progress_bar_config(disable=True)
 with torch.no_grad():
-    output = pipeline.unet(torch.linspace(-1, 1, 128).view(2, 1, 8, 8), torch.tensor([3, 700])).sample
+    images = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
+    output = pipeline.unet(images, torch.tensor([3, 700])).sample
 np.save(sys.argv[2], output.numpy())
 images = pipeline(batch_size=1, num_inference_steps=2, output_type="np").images
 print(type(pipeline.unet).__name__, images.shape)

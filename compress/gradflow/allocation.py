@@ -134,9 +134,7 @@ class Allocator:
         self.least_macs = uniform.macs + sum(f.macs * more for f, more in least)
         self.least_params = uniform.params + sum(f.params * more for f, more in least)
         self.budget = keep_macs * total - self.least_macs
-        steps = [f.macs * f.step for f in self.free if f.most > f.least]
-        room = sum(f.macs * f.step * (f.most - f.least) for f in self.free)
-        lowest = self.least_macs + min(room, self.budget - max(steps, default=0.0))
+        lowest = self.macs_range()[0]
         if self.budget < 0 or lowest < (keep_macs - TOLERANCE) * total:
             raise ValueError(
                 f"inner widths must be able to come within {TOLERANCE * 100:.0f} points below "
@@ -168,7 +166,8 @@ class Allocator:
         """Bounds of the slim model's MACs, whatever the scores are."""
         steps = [f.macs * f.step for f in self.free if f.most > f.least]
         room = sum(f.macs * f.step * (f.most - f.least) for f in self.free)
-        low = min(room, max(0.0, self.budget - max(steps, default=0.0)))
+        # what is left when nothing fits any more is less than a step
+        low = room if room <= self.budget else max(0.0, self.budget - max(steps))
         high = min(room, self.budget)
         return math.floor(self.least_macs + low), math.ceil(self.least_macs + high)
 

@@ -8,10 +8,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+
+# diffusers asks the module of a class that is not its own for the base by which to load it
+__all__ = ["FreeWidthUNet2DModel", "ModelMixin", "inner_width"]
 
 
 class FreeWidthUNet2DModel(UNet2DModel):
@@ -54,7 +57,7 @@ class FreeWidthUNet2DModel(UNet2DModel):
         # what diffusers reads from a stored configuration: it asks signatures, and `**plain` in
         # ours stands for those of the plain class
         keys = set(inspect.signature(input_class.__init__).parameters)
-        return keys | set(inspect.signature(UNet2DModel.__init__).parameters) - {"plain"}
+        return keys - {"plain"} | set(inspect.signature(UNet2DModel.__init__).parameters)
 
 
 def inner_width(module: nn.Module) -> int:
