@@ -27,8 +27,8 @@ from compress.environment import choose_device, device_name, versions_of
 from compress.eval import diffusion, fidelity
 from compress.files import write_bytes, write_json, write_text
 from compress.gradflow import GradFlow, OneShot, Training
+from compress.gradflow.free_width import inner_width
 from compress.gradflow.groups import dense_widths
-from compress.gradflow.surgery import slim_config
 from compress.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.journal import Journal
 from compress.launch import launched
@@ -225,7 +225,7 @@ def apply(
     report = {
         **pruned.report,
         "method": asdict(method),
-        "widths": _widths(unet, pruned.widths),
+        "widths": _widths(unet, pruned),
     }
     return Compressed(_with_unet(pipeline, pruned.unet), report)
 
@@ -237,7 +237,8 @@ def dry_run(
 
     Returns
     -------
-    ``params``, ``macs``, ``keep_macs`` (achieved), ``widths``, ``optimiser_steps``, ``memory_mb``
+    ``params``, ``macs`` (bounds where the scores decide), ``keep_macs`` (achieved; at most, where
+    the scores decide), ``widths`` (of the levels), ``optimiser_steps``, ``memory_mb``
     (weights, gradients and Adam's moments; activations come on top) and ``problems``; for readers
     see :func:`compress.reader_run.dry_run`.
     """
@@ -258,16 +259,15 @@ def dry_run(
     except FileExistsError as error:
         problems.append(str(error))
     unet = job.pipeline.unet
-    with torch.device("meta"):
-        slim = UNet2DModel.from_config(slim_config(unet, pruning.layout))
-    before, after = unet_cost(unet), unet_cost(slim)
+    before = unet_cost(unet)
+    params, macs = pruning.slim_cost()
     # weights, gradients, two moments and a teacher of dense size
     memory = 5 * 4 * before.params / 2**20
     return {
         "model": job.recipe.model,
-        "params": [f"{before.params:,} -> {after.params:,}"],
-        "macs": [f"{before.macs:,} -> {after.macs:,}"],
-        "keep_macs": round(after.macs / before.macs, 4),
+        "params": [f"{before.params:,} -> {_span(params)}"],
+        "macs": [f"{before.macs:,} -> {_span(macs)}"],
+        "keep_macs": round(macs[1] / before.macs, 4),
         "widths": [f"{tuple(dense_widths(unet))} -> {tuple(pruning.widths)}"],
         "norms_that_switch_membership": len(pruning.layout.unaligned),
         "optimiser_steps": pruning.total_steps,
@@ -463,7 +463,7 @@ def _evaluate(
         write_bytes(job.folder / "samples.safetensors", save(shown))
     return {
         "run": _run_facts(job, pruned),
-        "widths": _widths(job.pipeline.unet, pruned.widths),
+        "widths": _widths(job.pipeline.unet, pruned),
         "metrics": table,
         "floor": floor(job.recipe.data, settings.samples),
         "warnings": diffusion.warnings_of(table),
@@ -503,11 +503,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _widths(unet: UNet2DModel, widths: Sequence[int]) -> list[dict[str, Any]]:
-    return [
+def _span(bounds: Sequence[int]) -> str:
+    """A predicted number, or its bounds where it depends on the scores."""
+    low, high = bounds
+    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _widths(unet: UNet2DModel, pruned: Pruned) -> list[dict[str, Any]]:
+    levels = [
         {"level": f"block_out_channels[{i}]", "dense": dense, "compressed": slim}
-        for i, (dense, slim) in enumerate(zip(dense_widths(unet), widths, strict=True))
+        for i, (dense, slim) in enumerate(zip(dense_widths(unet), pruned.widths, strict=True))
     ]
+    inner = [
+        {"level": name, "dense": inner_width(unet.get_submodule(name)), "compressed": slim}
+        for name, slim in pruned.inner_widths.items()
+    ]
+    return levels + inner
 
 
 def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -518,7 +529,7 @@ def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str,
         "base_hash": model_hash(job.recipe.model, job.pipeline),
         "base_licence": licence or "see the base model",
         "recipe": recipe,
-        "widths": _widths(job.pipeline.unet, pruned.widths),
+        "widths": _widths(job.pipeline.unet, pruned),
         "metrics": metrics,
         "versions": versions_of(PACKAGES),
     }

@@ -77,6 +77,11 @@ def check_supported(unet: nn.Module) -> None:
             f"gradflow prunes diffusers UNet2DModel; got {type(unet).__name__}; "
             "choose a pipeline whose unet is a UNet2DModel"
         )
+    if unet.config.get("inner_widths"):
+        raise ValueError(
+            "gradflow prunes models with one width per level; this one has inner widths of its "
+            "own; prune the model that it was made from"
+        )
     blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     unknown = sorted({type(b).__name__ for b in blocks if b is not None} - SUPPORTED_BLOCKS)
     if unknown:

@@ -1,7 +1,7 @@
 """The layout of a mask: which unit masks which channel of which module, and in which block."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class Layout:
     queries : index tensors of one-head ``to_q`` layers, whose outputs are masked.
     unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
     widths : the slim model's ``block_out_channels``.
-    frequencies : indices of the kept sinusoid frequencies, and the slim model's ``freq_shift``.
+    freq_shift : of the slim model's sinusoid, which has every r-th frequency.
+    inner : the slim model's inner widths where they are free, by resnet or attention module.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -44,6 +45,7 @@ class Layout:
     unaligned: tuple[str, ...]
     widths: tuple[int, ...]
     freq_shift: float
+    inner: dict[str, int] = field(default_factory=dict)
 
     def extend(self, mask: torch.Tensor, fade: torch.Tensor | float = 0.0) -> torch.Tensor:
         """``[mask, 1, fade]``, the vector that the index tensors point into.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from diffusers import UNet2DModel
 
+from compress.gradflow.free_width import FreeWidthUNet2DModel
 from compress.gradflow.layout import Layout
 
 
@@ -18,6 +19,14 @@ def slim_config(unet: UNet2DModel, layout: Layout) -> dict:
     shift = layout.freq_shift
     config["freq_shift"] = int(shift) if float(shift).is_integer() else shift
     return config
+
+
+def slim_unet(unet: UNet2DModel, layout: Layout) -> UNet2DModel:
+    """The slim UNet with weights of its own: a plain one unless its inner widths are free."""
+    config = slim_config(unet, layout)
+    if layout.inner:
+        return FreeWidthUNet2DModel(inner_widths=layout.inner, **config)
+    return UNet2DModel.from_config(config)
 
 
 def cut(
@@ -70,7 +79,7 @@ def perform(unet: UNet2DModel, layout: Layout, mask: torch.Tensor) -> UNet2DMode
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights:
                 weights[key] = weights[key] * math.sqrt(share)
-    slim = UNet2DModel.from_config(slim_config(unet, layout))
+    slim = slim_unet(unet, layout)
     slim.load_state_dict(weights, strict=True)
     return slim.to(next(unet.parameters()).device)
 

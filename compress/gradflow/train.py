@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,16 +14,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from compress import distributed
+from compress.cost import unet_cost
 from compress.data import Batch, ImageData, StepSampler, flipped, noise_and_timesteps
 from compress.gradflow import criterion as scoring
 from compress.gradflow import surgery
+from compress.gradflow.allocation import plan
 from compress.gradflow.distill import Teacher
 from compress.gradflow.groups import check_scheduler, find_groups
-from compress.gradflow.layout import Layout, build_layout
+from compress.gradflow.layout import Layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.method import GradFlow, OneShot, Training
 from compress.gradflow.mover import MaskMover, MaskState
-from compress.gradflow.widths import choose_widths
 from compress.journal import Journal, Saved, Tensors
 from compress.method import Event
 
@@ -40,6 +41,7 @@ class Pruned:
     widths: tuple[int, ...]
     report: dict[str, Any]
     trace: Tensors
+    inner_widths: dict[str, int] = field(default_factory=dict)
 
 
 def validation_loss(
@@ -131,20 +133,21 @@ class PruningRun:
         self.dense = unet.to(self.device).eval()
         check_scheduler(scheduler)
         self.groups = find_groups(unet)
-        self.widths = choose_widths(unet, self.groups, method.keep_macs)
-        self.layout: Layout = build_layout(unet, self.groups, self.widths)
+        layout, allocator = plan(unet, self.groups, method)
+        self.widths = layout.widths
         self.mover = MaskMover(
             method,
-            self.layout,
+            layout,
             scheduler,
             self._criterion_batches,
             step_rate=training.lr,
             seed=training.seed,
             device=self.device,
+            allocator=allocator,
         )
         self.flow_steps = method.steps if isinstance(method, GradFlow) else 0
         self.total_steps = method.steps + training.recover_steps
-        self.teacher = Teacher(self.dense, training.distill, training.distill_features, self.layout)
+        self.teacher = Teacher(self.dense, training.distill, training.distill_features, layout)
         self.train_seconds = 0.0
         self.surgery_facts: dict[str, Any] = {}
         self.step = 0
@@ -158,6 +161,19 @@ class PruningRun:
             (method, training, self.widths, len(data.train), saved and saved.facts),
         )
         self._enter(saved)
+
+    @property
+    def layout(self) -> Layout:
+        """Which unit masks what, and how many units stay; quotas move where widths are free."""
+        return self.mover.layout
+
+    def slim_cost(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Bounds of the slim model's parameters and MACs; equal unless the scores decide them."""
+        if (allocator := self.mover.allocator) is not None:
+            return allocator.params_range(), allocator.macs_range()
+        with torch.device("meta"):
+            found = unet_cost(surgery.slim_unet(self.dense, self.layout))
+        return (found.params, found.params), (found.macs, found.macs)
 
     # ---- what happens, in order -------------------------------------------------------------
 
@@ -179,7 +195,9 @@ class PruningRun:
         yield from self._steps("recover", self.total_steps)
         if self.training.trackers:
             self.accelerator.end_training()
-        return Pruned(self._averaged(), self.widths, self._report(), self.mover.trace())
+        return Pruned(
+            self._averaged(), self.widths, self._report(), self.mover.trace(), self.layout.inner
+        )
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
         batches = self._batches(self.step, stop)
@@ -392,7 +410,7 @@ class PruningRun:
                 self.ema[name].lerp_(p, 1 - decay)
 
     def _averaged(self) -> UNet2DModel:
-        slim = UNet2DModel.from_config(surgery.slim_config(self.dense, self.layout))
+        slim = surgery.slim_unet(self.dense, self.layout)
         slim.load_state_dict({name: t.cpu() for name, t in self.ema.items()})
         return slim.eval()
 
@@ -433,10 +451,13 @@ class PruningRun:
         """Start at the beginning, or at a saved state."""
         self.kept = torch.zeros(0, device=self.device)
         self.stage = "flow" if saved is None else saved.facts["stage"]
+        if saved is not None:
+            masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
+            self.mover.state = MaskState.restored(masks, saved.facts["masks"])
         if self.stage == "flow":
             model: Any = SoftUNet(self.dense, self.layout)
         else:
-            model = UNet2DModel.from_config(surgery.slim_config(self.dense, self.layout))
+            model = surgery.slim_unet(self.dense, self.layout)
         self._prepare(model.to(self.device))
         if saved is None:
             return
@@ -452,8 +473,6 @@ class PruningRun:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.surgery_facts = facts["surgery"]
-        masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
-        self.mover.state = MaskState.restored(masks, facts["masks"])
         self.kept = masks["kept"]
         if self.stage == "flow":
             soft = self._plain()

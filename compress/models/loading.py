@@ -1,5 +1,6 @@
 """Load a diffusers pipeline from a recipe's ``model``, with errors that name what is wrong."""
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from compress.files import folder_hash, read_json
 
 BUILTIN = Path(__file__).parent / "builtin"
+# diffusers finds a class that is not its own among the modules that are imported already
+OUR_CLASSES = "compress.gradflow.free_width"
 
 
 def builtin_names() -> list[str]:
@@ -31,6 +34,7 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     if folder is None:
         return _from_hub(model)
     check_folder(folder)
+    importlib.import_module(OUR_CLASSES)
     pipeline = DiffusionPipeline.from_pretrained(
         folder, use_safetensors=True, local_files_only=True
     )
