@@ -10,7 +10,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-
 # the length that every CLIP text encoder of Stable Diffusion pads a prompt to
 PROMPT_TOKENS = 77
 

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import save
 
 from compress.checkpoint import save_slim
-from compress.cost import unet_cost
+from compress.cost import unet_cost, unet_inputs
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
@@ -125,6 +125,7 @@ def run_events(
         )
     job = _open(recipe, output, device)
     recipe = job.recipe
+    check_trainable(job.pipeline)
     # everything that a user can have got wrong is checked before the folder is touched
     check_target(job.folder, resume=resume, overwrite=overwrite)
     if resume:
@@ -174,6 +175,7 @@ def apply(
     With ``model`` (a pipeline), ``report`` and ``save(folder)``.
     """
     unet = pipeline.unet
+    check_trainable(pipeline)
     if isinstance(data, str):
         data = load_images(data, unet.config.sample_size, unet.config.in_channels)
     elif not isinstance(data, ImageData):
@@ -226,12 +228,16 @@ def dry_run(
         return {"problems": [str(error)]}
     problems = []
     try:
+        check_trainable(job.pipeline)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
         check_target(job.folder, resume=False, overwrite=False)
     except FileExistsError as error:
         problems.append(str(error))
     unet = job.pipeline.unet
     with torch.device("meta"):
-        slim = UNet2DModel.from_config(slim_config(unet, pruning.layout))
+        slim = type(unet).from_config(slim_config(unet, pruning.layout))
     before, after = unet_cost(unet), unet_cost(slim)
     # weights, gradients, two moments and a teacher of dense size
     memory = 5 * 4 * before.params / 2**20
@@ -271,6 +277,7 @@ def evaluate_model(
     where = choose_device(device)
     pipeline = load(model)
     unet = _unet_of(pipeline, model)
+    check_trainable(pipeline)
     images = load_images(data, unet.config.sample_size, unet.config.in_channels)
     settings = diffusion.SamplingSettings(
         samples=samples, sampler=sampler, steps=steps, sampling_seeds=sampling_seeds
@@ -296,7 +303,7 @@ def evaluate_model(
 def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
     pipeline = load_pipeline(typed.model)
     unet = _unet_of(pipeline, typed.model)
-    data = load_images(typed.data, unet.config.sample_size, unet.config.in_channels)
+    data = load_images(typed.data, *_image_shape(pipeline))
     recover = typed.recover.model_dump()
     train = typed.train.model_dump()
     training = Training(
@@ -317,6 +324,35 @@ def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
             f"{sorted(pipeline.components)}; choose a DDPM-like pipeline"
         )
     return unet
+
+
+def _image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Side and channels of the images that a pipeline draws: its VAE's, where it has one."""
+    config = pipeline.unet.config
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if vae is None:
+        return config.sample_size, config.in_channels
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return config.sample_size * scale, vae.config.in_channels
+
+
+def check_trainable(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose UNet can be planned and cut, but not trained or sampled here.
+
+    Raises
+    ------
+    ValueError : for latents, prompts or labels, which no data source gives yet.
+    """
+    unet = pipeline.unet
+    needs = [name for name in ("vae", "vqvae") if getattr(pipeline, name, None) is not None]
+    inputs = unet_inputs(unet)
+    needs += [name for name in inputs if name not in ("sample", "timestep")]
+    if needs:
+        raise ValueError(
+            "compress trains and samples unconditional pipelines in pixel space; "
+            f"{type(pipeline).__name__} also needs {', '.join(needs)}; plan with --dry-run, and "
+            "cut with compress.gradflow.surgery"
+        )
 
 
 def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> PruningRun:

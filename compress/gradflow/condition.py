@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from torch import nn
 
@@ -62,12 +62,12 @@ def check_condition_unet(unet: UNet2DConditionModel) -> None:
                 f"{unet.config[option]!r}; choose a model with a supported value"
             )
     for name, module in unet.named_modules():
-        if hasattr(module, "to_q") and module.to_q.out_features != module.to_q.in_features:
+        if isinstance(module, Transformer2DModel) and module.inner_dim != module.in_channels:
             raise ValueError(
                 f"attention_head_dim={unet.config.attention_head_dim}, the number of heads in "
                 f"this class, should divide the width of every level with attention; {name} has "
-                f"{module.to_q.in_features} channels and {module.heads} heads; choose a model "
-                "whose heads fill its levels"
+                f"{module.in_channels} channels and {module.num_attention_heads} heads; choose a "
+                "model whose heads fill its levels"
             )
 
 

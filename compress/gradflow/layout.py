@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from compress.gradflow.groups import ChannelGroup, index_of, narrowed_queries
@@ -106,11 +106,8 @@ def build_layout(
         removed[kept] = False
         columns = torch.full((2 * half,), units)
         columns[removed.repeat(2)] = units + 1
-        readers = ["time_embedding"]
-        if unet.config.class_embed_type == "timestep":
-            readers.append("class_embedding")  # the class label goes through the same sinusoid
-        for reader in readers:
-            tables["in"][f"{reader}.linear_1"] = columns
+        for reader in sinusoid_readers(unet):
+            tables["in"][reader] = columns
     block, quota, unaligned = _blocks(unet, groups, offsets, units, widths)
     return Layout(
         groups=tuple(groups),
@@ -126,6 +123,13 @@ def build_layout(
         widths=tuple(widths),
         freq_shift=freq_shift,
     )
+
+
+def sinusoid_readers(unet: UNet2DModel | UNet2DConditionModel) -> tuple[str, ...]:
+    """The layers that read the sinusoid as wide as the first level."""
+    if unet.config.class_embed_type == "timestep":  # a label goes through the same sinusoid
+        return ("time_embedding.linear_1", "class_embedding.linear_1")
+    return ("time_embedding.linear_1",)
 
 
 def widths_half(width: int) -> int:

@@ -176,7 +176,9 @@ class SoftUNet(nn.Module):
         condition : further inputs of the UNet by name, such as ``encoder_hidden_states``.
         """
         mask = self.mask if mask is None else mask
-        output = functional_call(self.unet, self.effective(mask), (sample, timestep), dict(condition or {}))
+        output = functional_call(
+            self.unet, self.effective(mask), (sample, timestep), dict(condition or {})
+        )
         return output.sample
 
     def adopt_slim_membership(self) -> int:

@@ -10,7 +10,6 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from compress.gradflow.condition import heads_of_levels, whole_heads
 from compress.gradflow.layout import Layout
 
-
 UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
 
 

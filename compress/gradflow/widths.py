@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from compress.cost import layer_macs, unet_cost, unet_inputs
 from compress.gradflow.condition import heads_of_levels, whole_heads
 from compress.gradflow.groups import ChannelGroup, dense_widths
-from compress.gradflow.layout import kept_frequencies
+from compress.gradflow.layout import kept_frequencies, sinusoid_readers
 
 # widths that keep more than this below the asked share are refused (PyTorch users expect "half")
 TOLERANCE = 0.03
@@ -79,8 +79,9 @@ class MacModel:
             for slot in group.slots:
                 counts = sides.setdefault((slot.module, slot.side), np.zeros(levels))
                 counts[group.level] += len(slot.positions)
-        # the sinusoid that feeds the time embedding is as wide as the first level
-        sides["time_embedding.linear_1", "in"] = np.eye(levels)[0] * dense[0]
+        # the sinusoid that feeds the embeddings is as wide as the first level
+        for reader in sinusoid_readers(unet):
+            sides[reader, "in"] = np.eye(levels)[0] * dense[0]
         # every channel count is (dense channels per level) . (kept share per level) + a constant
         self._dense = np.array(dense, dtype=float)
         self._terms = []
