@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from compress import distributed
 from compress.checkpoint import save_slim
-from compress.cost import unet_cost
+from compress.cost import unet_cost, unet_inputs
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
@@ -137,6 +137,7 @@ def _run_events(
 ) -> Generator[Event, None, RunResult]:
     job = _open(recipe, output, device)
     main = distributed.is_main()
+    check_trainable(job.pipeline)
     # everything that a user can have got wrong is checked before the folder is touched
     if main:
         check_target(job.folder, resume=resume, overwrite=overwrite)
@@ -202,6 +203,7 @@ def apply(
     With ``model`` (a pipeline), ``report`` and ``save(folder)``.
     """
     unet = pipeline.unet
+    check_trainable(pipeline)
     if isinstance(data, str):
         data = load_images(data, unet.config.sample_size, unet.config.in_channels)
     elif not isinstance(data, ImageData):
@@ -255,6 +257,10 @@ def dry_run(
         return {"problems": [str(error)]}
     problems = []
     try:
+        check_trainable(job.pipeline)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
         check_target(job.folder, resume=False, overwrite=False)
     except FileExistsError as error:
         problems.append(str(error))
@@ -300,6 +306,7 @@ def evaluate_model(
     where = distributed.join(choose_device(device))
     pipeline = load(model)
     unet = _unet_of(pipeline, model)
+    check_trainable(pipeline)
     images = load_images(data, unet.config.sample_size, unet.config.in_channels)
     settings = diffusion.SamplingSettings(
         samples=samples, sampler=sampler, steps=steps, sampling_seeds=sampling_seeds
@@ -330,8 +337,8 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
     # what the hub has, one process downloads, and the others find it
     with distributed.main_first():
         pipeline = load_pipeline(typed.model)
-        unet = _unet_of(pipeline, typed.model)
-        data = load_images(typed.data, unet.config.sample_size, unet.config.in_channels)
+        _unet_of(pipeline, typed.model)
+        data = load_images(typed.data, *_image_shape(pipeline))
     recover = typed.recover.model_dump()
     train = typed.train.model_dump()
     training = Training(
@@ -352,6 +359,35 @@ def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
             f"{sorted(pipeline.components)}; choose a DDPM-like pipeline"
         )
     return unet
+
+
+def _image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Side and channels of the images that a pipeline draws: its VAE's, where it has one."""
+    config = pipeline.unet.config
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if vae is None:
+        return config.sample_size, config.in_channels
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return config.sample_size * scale, vae.config.in_channels
+
+
+def check_trainable(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose UNet can be planned and cut, but not trained or sampled here.
+
+    Raises
+    ------
+    ValueError : for latents, prompts or labels, which no data source gives yet.
+    """
+    unet = pipeline.unet
+    needs = [name for name in ("vae", "vqvae") if getattr(pipeline, name, None) is not None]
+    inputs = unet_inputs(unet)
+    needs += [name for name in inputs if name not in ("sample", "timestep")]
+    if needs:
+        raise ValueError(
+            "compress trains and samples unconditional pipelines in pixel space; "
+            f"{type(pipeline).__name__} also needs {', '.join(needs)}; plan with --dry-run, and "
+            "cut with compress.gradflow.surgery"
+        )
 
 
 def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> PruningRun:
