@@ -152,19 +152,6 @@ COMPARE_WITHIN: dict[str, tuple[str, ...]] = {
 }
 
 
-def choose(names: Sequence[str]) -> list[str]:
-    """Check table names; all tables when none is named.
-
-    Raises
-    ------
-    ValueError : for an unknown name.
-    """
-    unknown = sorted(set(names) - set(TABLES))
-    if unknown:
-        raise ValueError(f"tables are {', '.join(TABLES)}; got {', '.join(unknown)}; name one")
-    return list(names) or list(TABLES)
-
-
 def parse_shard(text: str) -> tuple[int, int]:
     """Read ``K/N``, with 0 <= K < N.
 

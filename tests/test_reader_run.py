@@ -21,7 +21,8 @@ from compress.models.reading import read_pages
 from compress.models.vlm import load_vlm
 from compress.patched import load_patched, save_patched
 from compress.pipeline import run_events
-from compress.reader_run import counted, variant_name, variants
+from compress.reader_counts import counted
+from compress.reader_run import variant_name, variants
 from compress.recipe import load_recipe
 
 SMALL = LEVELS[1].difficulty

@@ -76,7 +76,7 @@ def test_every_table_of_a_method_has_a_recipe_that_measures_64_pages():
 def test_readers_are_evaluated_once(tmp_path, monkeypatch):
     asked = []
 
-    def evaluate(settings, folder, resume):
+    def evaluate(settings, folder, resume, overwrite):
         asked.append(settings.model)
         names = reader_experiments.COLUMNS
         found = {name: value(0.5, 0.4, 0.6) for name in names} | {"cer": value(0.5)}
