@@ -389,9 +389,14 @@ def test_an_evaluation_resumes_only_with_its_own_settings(reader, lines, tmp_pat
     assert yaml.safe_load((output / "evaluation.yaml").read_text())["prompt"] == "Read."
 
 
-def test_each_built_in_reader_has_pages_of_its_own():
+def test_each_built_in_reader_has_pages_of_its_own(tmp_path):
     assert OcrSettings("builtin:reader-deepseek").data == "builtin:square-pages"
     assert OcrSettings("builtin:reader-qwen").data == "builtin:pages"
+    square = tmp_path / "patched"
+    square.mkdir()
+    facts = {"kind": "patched", "methods": [], "base_model": "builtin:reader-deepseek"}
+    (square / "compress.json").write_text(json.dumps(facts))
+    assert OcrSettings(str(square)).data == "builtin:square-pages"
     with pytest.raises(ValueError, match="float32, bfloat16, float16; got 'int8'"):
         OcrSettings("builtin:reader-qwen", dtype="int8")
 
