@@ -291,6 +291,9 @@ def test_a_reader_where_a_pipeline_is_wanted_is_told_the_right_call():
         with pytest.raises(ValueError, match="ddpm-digits") as said:
             compress.load(f"builtin:{name}")
         assert "--suite ocr" in str(said.value) and "reader-qwen" in str(said.value)
+        assert ("load it with compress.models.vlm.load_vlm" in str(said.value)) == (
+            name == "reader-qwen"
+        )
 
 
 def test_doctor_counts_what_is_stored_and_a_dry_run_what_runs():

@@ -121,7 +121,8 @@ def test_the_terminal_shows_every_variant_and_what_it_used(finished):
     [line] = [line for line in shown.splitlines() if line.startswith("compressed")]
     assert line.split()[:3] == ["compressed", "fastocr", "20%"]
     kept = rows[1]["accuracy_retention"]
-    assert f"{rows[1]['attended']:.2%} (attended" in line
+    share = f"{rows[1]['attended']:.2%}"
+    assert f"{share} (attended {share}, saccades {rows[1]['saccades']:.2%})" in line
     assert f"{kept['value']:.4g} [{kept['ci95'][0]:.4g}, {kept['ci95'][1]:.4g}]" in line
     assert f"{rows[1]['metrics']['cer_corpus']['value']:.4g}" in line
     assert "retention (1 - CER)" in shown and "random" in shown
@@ -195,6 +196,7 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     assert found["metrics"]["attended"]["value"] == row["attended"]
     assert found["counted"]["attended_by_layer"] == row["attended_by_layer"]
     assert found["methods"][0]["name"] == "fastocr"
+    assert "pages 3 · method fastocr" in (tmp_path / "out" / "report.html").read_text()
     stored = [p.text for p in read_predictions(tmp_path / "out" / "predictions.jsonl")]
     image = [pages / "2.png"]
     assert read_files(str(folder), image, max_new_tokens=24, device="cpu") == stored[2:]

@@ -29,7 +29,10 @@ from compress.models.visual import ADAPTERS
 # what the first revision of `baidu/Unlimited-OCR` calls itself; transformers knows unlimited_ocr
 UNLIMITED_OCR = "unlimited-ocr"
 # no code, nothing pickled
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+FILES = [
+    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"),
+    *("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
+]
 
 
 def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
