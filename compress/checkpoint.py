@@ -1,5 +1,6 @@
 """Slim checkpoints: a diffusers pipeline folder plus ``compress.json``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,20 @@ def _model_card(facts: dict[str, Any], *, free_widths: bool) -> str:
     ]
     widths = facts.get("widths", [])
     lines += [f"- {w['level']}: {w['dense']} -> {w['compressed']}" for w in widths]
-    table = facts.get("metrics", {})
-    if table:
-        lines += ["", "| metric | dense | compressed |", "|---|---|---|"]
-        for name, entry in table.items():
-            dense, slim = entry["dense"]["value"], entry["compressed"]["value"]
-            lines.append(f"| {name} | {dense:.5g} | {slim:.5g} |")
+    lines += metrics_table(facts.get("metrics", {}))
     return "\n".join([*lines, "", "Method, recipe and provenance: `compress.json`.", ""])
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
+    """Lines of a model card: what a run measured of both models; none for no metrics."""
+    if not metrics:
+        return []
+    return [
+        "",
+        "| metric | dense | compressed |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {entry['dense']['value']:.5g} | {entry['compressed']['value']:.5g} |"
+            for name, entry in metrics.items()
+        ),
+    ]

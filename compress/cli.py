@@ -166,16 +166,18 @@ def _hint(folder: Path, again: str) -> Iterator[None]:
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a finished run or evaluation.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Print the metrics of a finished run."""
+    """Print the metrics of a finished run, or of an evaluation of a reader."""
     _print_run(folder, as_json)
 
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw the comparison: a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -225,6 +227,9 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="ocr: of a page.")] = None,
     dtype: Annotated[str, typer.Option(help="ocr: float32, bfloat16 or float16.")] = "float32",
     mode: Annotated[str | None, typer.Option(help="ocr: DeepSeek-OCR's resolution.")] = None,
+    ocean_order: Annotated[
+        str, typer.Option(help="ocr: Ocean-OCR's metrics, correct or as published.")
+    ] = "correct",
     output: Annotated[
         Path | None, typer.Option(help="ocr: folder of predictions and report.")
     ] = None,
@@ -237,6 +242,8 @@ def evaluate(
     """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
     if suite not in ("diffusion", "ocr"):
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
+    if resume and overwrite:
+        raise ValueError("expected --resume or --overwrite; got both; choose one")
     if launch.wanted(processes):
         if suite == "ocr":
             raise ValueError(f"readers run on one process; got --processes {processes}")
@@ -267,6 +274,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             dtype=dtype,
             mode=mode,
+            ocean_order=ocean_order,
         )
         name = model.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
         folder = output or Path("runs") / f"eval_{name}"
@@ -294,8 +302,7 @@ def evaluate(
         )
     if launch.rank():
         return
-    rows = [(name, _interval(entry), str(entry["n"]), "") for name, entry in metrics.items()]
-    _print(metrics, as_json, _table([("metric", "value", "n", ""), *rows]))
+    _print(metrics, as_json, _metrics_table(metrics))
 
 
 @app.command()
@@ -422,7 +429,8 @@ def tables(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="main, ablation, attempts, readers, fastocr, rtprune or bench.",
+            help="All when none is named: diffusion's main, ablation and attempts; readers, bench, "
+            "rtprune, fastocr, and fastocr_periphery and fastocr_deepseek.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
@@ -439,11 +447,11 @@ def tables(
     from compress import experiments, reader_experiments
     from compress.eval.tables import fill_file
 
-    readers = [
-        name for name in names or reader_experiments.NAMES if name in reader_experiments.NAMES
-    ]
-    others = [name for name in names or [] if name not in readers]
-    chosen = experiments.choose(others) if others or not names else []
+    known = (*experiments.TABLES, *reader_experiments.NAMES)
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"tables are {', '.join(known)}; got {', '.join(unknown)}; name one")
+    chosen = [name for name in names or known if name in experiments.TABLES]
+    readers = [name for name in names or known if name in reader_experiments.NAMES]
     if not only_render:
         part = experiments.parse_shard(shard)
         for line in experiments.run_missing(chosen, results, seeds=range(seeds), shard=part):
@@ -590,6 +598,11 @@ def _print_run(folder: Path, as_json: bool) -> None:
     from compress.results import read_metrics
 
     found = read_metrics(folder)
+    if not any("compressed" in entry for entry in found["metrics"].values()):
+        report = f"report      {folder / 'report.html'}"
+        text = f"{_metrics_table(found['metrics'])}\n\n{report}"
+        _print({"folder": str(folder), **found}, as_json, text)
+        return
     header = ("metric", "dense", "compressed", "ratio", "better")
     rows = [
         (
@@ -602,6 +615,8 @@ def _print_run(folder: Path, as_json: bool) -> None:
         for name, entry in found["metrics"].items()
     ]
     lines = [_table([header, *rows]), ""]
+    if "comparison" in found:
+        lines += [_variants_table(found), ""]
     widths = [f"{w['level']}: {w['dense']} -> {w['compressed']}" for w in found.get("widths", [])]
     lines += [f"widths      {', '.join(widths)}"] if widths else []
     for name, value in found.get("floor", {}).items():
@@ -611,6 +626,34 @@ def _print_run(folder: Path, as_json: bool) -> None:
     lines.append(f"report      {folder / 'report.html'}")
     everything = {"folder": str(folder), "checkpoint": str(folder / "checkpoint"), **found}
     _print(everything, as_json, "\n".join(lines))
+
+
+def _metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The metrics of one model."""
+    rows = [(name, _interval(entry), str(entry["n"])) for name, entry in metrics.items()]
+    return _table([("metric", "value", "n"), *rows])
+
+
+def _variants_table(found: Mapping[str, Any]) -> str:
+    """What a run on a reader compared, a line for each variant."""
+    from compress.reader_rows import keep_text, measure, series_name, used_text
+
+    # runs of before it was named measured this
+    accuracy = found.get("accuracy", "1 - CER")
+    metric = measure(accuracy)
+    rows = [
+        (
+            row["variant"] if row["variant"] in ("dense", "compressed") else "",
+            series_name(row) or "none",
+            keep_text(row["methods"]) or "-",
+            used_text(row),
+            _interval(row.get("accuracy_retention")),
+            _interval(row["metrics"].get(metric)),
+        )
+        for row in found["comparison"]
+    ]
+    retention = f"retention ({accuracy})"
+    return _table([("variant", "method", "keep", "visual tokens used", retention, metric), *rows])
 
 
 def _interval(entry: Mapping[str, Any] | None) -> str:

@@ -197,19 +197,6 @@ COMPARE_WITHIN: dict[str, tuple[str, ...]] = {
 }
 
 
-def choose(names: Sequence[str]) -> list[str]:
-    """Check table names; all tables when none is named.
-
-    Raises
-    ------
-    ValueError : for an unknown name.
-    """
-    unknown = sorted(set(names) - set(TABLES))
-    if unknown:
-        raise ValueError(f"tables are {', '.join(TABLES)}; got {', '.join(unknown)}; name one")
-    return list(names) or list(TABLES)
-
-
 def results_of(name: str, results: Path) -> Path:
     """The file of a table's rows: the given one, or one beside it for a table that is timed."""
     if name not in TIMED:

@@ -54,7 +54,10 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _is_leftover(entry: Path) -> bool:
     """Whether an entry is our lock, or a file or folder that a killed run had not yet renamed."""
-    known = (*SETTINGS, "log.jsonl", "checkpoint", "metrics.json", "report.html", "samples")
+    known = (
+        *(*SETTINGS, "model.json", "calibration.json"),
+        *("log.jsonl", "checkpoint", "metrics.json", "report.html", "samples"),
+    )
     return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}" for name in known))
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from compress.figures import COMPRESSED, DENSE, FOURTH, GREY, MARKERS, STYLE, THIRD, to_png
 from compress.models.visual import VisualLayout
+from compress.reader_rows import series_name, used_share
 
 KEPT = (0, 158, 115)  # Okabe and Ito's green
 COLOURS = (COMPRESSED, DENSE, THIRD, FOURTH, "#E69F00", "#56B4E9", GREY)
@@ -118,8 +119,14 @@ def recall_figure(calibration: Mapping[str, Any]) -> bytes:
         return to_png(figure)
 
 
-def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Accuracy retention of every variant against the share of visual tokens that it used."""
+def comparison_figure(rows: Sequence[Mapping[str, Any]], accuracy: str) -> bytes | None:
+    """Accuracy retention of every variant against the share of visual tokens that it used.
+
+    Parameters
+    ----------
+    rows : the variants, as metrics.json has them.
+    accuracy : what is retained, such as ``1 - CER``.
+    """
     series: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for row in rows:
         used = used_share(row)
@@ -149,39 +156,13 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
             )
         axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
         axes.set(
-            title="Accuracy retention (1 - CER, over dense), 95% intervals",
+            title=f"Accuracy retention ({accuracy}, over dense), 95% intervals",
             xlabel="visual tokens used",
         )
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1))
         axes.legend(ncols=2)
         return to_png(figure)
-
-
-def used_share(row: Mapping[str, Any]) -> float | None:
-    """Share of the visual tokens that a variant used: kept, times attended of the kept."""
-    if "tokens_kept" not in row and "attended" not in row:
-        return None
-    return row.get("tokens_kept", 1.0) * row.get("attended", 1.0)
-
-
-def series_name(row: Mapping[str, Any]) -> str:
-    """The variants that differ in their budget only are one curve."""
-    parts = []
-    for method in row["methods"]:
-        if method["name"] == "fastocr":
-            part = "fastocr" if method["fixation"] == "dynamic" else method["fixation"]
-            part += "" if method["reuse"] else ", no reuse"
-            part += f", guard {method['min_mass']}" if method["min_mass"] else ""
-            part += f", dilate {method['dilate']}" if method["dilate"] else ""
-            # rows from before there was one have none
-            part += f", periphery {method['periphery']}" if method.get("periphery") else ""
-        else:
-            part = method["select"]
-            part += f", merge {method['merge']}" if method["merge"] != 0.1 else ""
-            part += ", nearest" if method["transport"] == "nearest" else ""
-        parts.append(part)
-    return " + ".join(parts)
 
 
 def ratio_figure(pages: Sequence[Mapping[str, Any]]) -> bytes | None:

@@ -31,8 +31,9 @@ from compress.reader_figures import (
     ratio_figure,
     recall_figure,
     tokens_on_page,
-    used_share,
 )
+from compress.reader_rows import measure, used_share
+from compress.results import metric_name
 from compress.rtprune import RTPrune
 
 FILM_TOKENS = 200
@@ -66,7 +67,7 @@ def write_reader_report(
             figures |= _film(method, shown, model, processor)
     if metrics["calibration"]:
         figures["recall"] = recall_figure(metrics["calibration"])
-    if curve := comparison_figure(metrics["comparison"]):
+    if curve := comparison_figure(metrics["comparison"], metrics["accuracy"]):
         figures["comparison"] = curve
     ratios = [
         page
@@ -90,7 +91,7 @@ def write_reader_report(
         OCR_CSS,
         _headline(metrics),
         side_by_side_table(metrics["metrics"], {}),
-        _comparison(metrics["comparison"], figures),
+        _comparison(metrics["comparison"], metrics["accuracy"], figures),
         _pictures(figures),
         pages_section(data, read_predictions(folder / variants[1].file)),
         f"<section><h2>The run</h2>{facts_table(facts)}</section>",
@@ -105,7 +106,9 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     cards = []
     if "accuracy_retention" in row:
         kept = row["accuracy_retention"]
-        cards.append(("Accuracy retention", f"{kept['value']:.2%}", "1 - CER, over dense"))
+        cards.append(
+            ("Accuracy retention", f"{kept['value']:.2%}", f"{metrics['accuracy']}, over dense")
+        )
     if "tokens_kept" in row:
         cards.append(("Tokens kept", f"{row['tokens_kept']:.2%}", "of the page, newlines included"))
     if "attended" in row:
@@ -118,24 +121,43 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return f'<section class="headline"><div class="cards">{inside}</div></section>'
 
 
-def _comparison(rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
+def _comparison(
+    rows: Sequence[Mapping[str, Any]], accuracy: str, figures: Mapping[str, bytes]
+) -> str:
     lines = []
     curve = ""
     if "comparison" in figures:
-        curve = picture(figures["comparison"], "Accuracy against visual tokens used")
+        curve = picture(figures["comparison"], f"Accuracy ({accuracy}) against visual tokens used")
+    metric = measure(accuracy)
     for row in rows:
-        used = used_share(row)
+        layers = ", ".join(f"{share:.0%}" for share in row.get("attended_by_layer", [])) or "–"
         lines.append(
             f'<tr><th scope="row">{escape(row["variant"])}</th>'
-            f"<td>{'–' if used is None else f'{used:.2%}'}</td>"
+            f"<td>{_share(used_share(row))}</td><td>{_share(row.get('tokens_kept'))}</td>"
+            f"<td>{_share(row.get('attended'))}</td><td>{escape(layers)}</td>"
+            f"<td>{_share(row.get('saccades'))}</td>"
             f"<td>{value_cell(row.get('accuracy_retention'), '')}</td>"
-            f"<td>{value_cell(row['metrics'].get('cer_corpus'), '')}</td></tr>"
+            f"<td>{value_cell(row['metrics'].get(metric), '')}</td></tr>"
         )
-    return (
-        "<section><h2>Every variant, on the same pages</h2><table><thead><tr><th>variant</th>"
-        "<th>visual tokens used</th><th>accuracy retention</th><th>CER</th></tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table>{curve}</section>"
+    heads = (
+        "variant",
+        "visual tokens used",
+        "kept",
+        "attended",
+        "by layer",
+        "saccade steps",
+        f"accuracy retention ({accuracy})",
+        metric_name(metric),
     )
+    inside = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    return (
+        "<section><h2>Every variant, on the same pages</h2><table><thead><tr>"
+        f"{inside}</tr></thead><tbody>{''.join(lines)}</tbody></table>{curve}</section>"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
 
 
 def _pictures(figures: Mapping[str, bytes]) -> str:

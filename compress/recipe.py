@@ -115,6 +115,8 @@ class ReadPages(_Section):
     max_new_tokens : of a page; what the checkpoint says when null.
     dtype : of the weights.
     mode : DeepSeek-OCR's resolution; the checkpoint's own when null.
+    ocean_order : whether Ocean-OCR's metrics get the model's text as prediction (``correct``) or,
+        as in their published script, the label.
     against : the reference of every ratio.
     """
 
@@ -126,6 +128,7 @@ class ReadPages(_Section):
     max_new_tokens: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
+    ocean_order: Literal["correct", "published"] = "correct"
     against: Literal["dense"] = "dense"
 
 

@@ -19,6 +19,11 @@ def builtin_names() -> list[str]:
     return sorted(p.parent.name for p in BUILTIN.glob("*/model_index.json"))
 
 
+def builtin_readers() -> list[str]:
+    """Names of the vision-language models that ship with compress."""
+    return sorted(path.parent.name for path in BUILTIN.glob("reader-*/config.json"))
+
+
 def load_pipeline(model: str) -> DiffusionPipeline:
     """Load ``builtin:NAME``, a local diffusers folder, or a hub id, in float32.
 
@@ -53,9 +58,17 @@ def local_folder(model: str) -> Path | None:
     """
     kind, _, name = model.partition(":")
     if kind == "builtin":
+        if name in builtin_readers():
+            raise ValueError(
+                f"a diffusion pipeline expected, built in are {', '.join(builtin_names())}; got "
+                f"{model!r}, a reader of pages; load it with compress.models.vlm.load_vlm, measure "
+                f"it with compress eval {model} --suite ocr"
+            )
         if name not in builtin_names():
             raise ValueError(
-                f"built-in models are {', '.join(builtin_names())}; got {model!r}; name one of them"
+                f"built-in models are {', '.join(builtin_names())}, and the readers of pages "
+                f"{', '.join(builtin_readers())}, which compress eval measures with --suite ocr; "
+                f"got {model!r}; name one of them"
             )
         return BUILTIN / name
     folder = Path(model).expanduser()
