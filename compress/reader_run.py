@@ -138,7 +138,7 @@ def reader_events(
         )
         write_json(folder / "metrics.json", metrics)
         yield Event("report", 1, 2)
-        write_reader_report(folder, data, found, metrics, model, processor)
+        write_reader_report(folder, data, found, metrics, model, processor, asked.prompt)
     yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
     return RunResult(folder, metrics, checkpoint)
 

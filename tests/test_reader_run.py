@@ -319,7 +319,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, qwen, pages, tmp_path):
     assert result.metrics["comparison"] == finished.metrics["comparison"]
 
 
-def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path):
+def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
     folder = tmp_path / "squares"
     folder.mkdir()
     for index in range(2):
@@ -328,8 +328,24 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path):
         (folder / f"{index}.txt").write_text(made.text)
     pruning = {"name": "rtprune", "keep_tokens": 0.5}
     both = [pruning, FAST | {"focal_layers": [2]}]
-    recipe = recipe_of(tmp_path, deepseek, folder, both, compare=[pruning], weights="reference")
+    evaluate = {"suite": "ocr", "batch": 2, "prompt": "all of it"}
+    recipe = recipe_of(
+        tmp_path, deepseek, folder, both, compare=[pruning], weights="reference", evaluate=evaluate
+    )
+    asked = []
+    for name, place in (("read_pages", 3), ("build_prompt", 3)):
+        made = getattr(compress.reader_report, name)
+
+        def spy(*args, made=made, place=place, **kwargs):
+            asked.append(args[place])
+            return made(*args, **kwargs)
+
+        monkeypatch.setattr(compress.reader_report, name, spy)
     result = finish(run_events(recipe, device="cpu"))
+    assert asked == ["all of it", ["all of it"]]  # of the two pictures
+    report = (result.folder / "report.html").read_text()
+    assert "on the tokens that rtprune left of it; on the first page" in report
+    assert "98 of 196 visual tokens stay (green), the others (orange) are merged" in report
     row = result.metrics["comparison"][1]
     # half of 196 tokens, and at most 15 newlines and separators
     assert 98 / 211 <= row["tokens_kept"] <= (98 + 15) / 211
