@@ -65,8 +65,8 @@ def cut(
 def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     """Build the slim UNet of a binary mask.
 
-    Attention with narrower heads divides by the root of its new head size, so the ratio is folded into the
-    query projection: ``(q sqrt(d'/d)) k / sqrt(d') = q k / sqrt(d)``.
+    Attention with narrower heads divides by the root of its new head size, so the ratio is folded
+    into the query projection: ``(q sqrt(d'/d)) k / sqrt(d') = q k / sqrt(d)``.
 
     Parameters
     ----------
