@@ -337,8 +337,8 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
     # what the hub has, one process downloads, and the others find it
     with distributed.main_first():
         pipeline = load_pipeline(typed.model)
-        _unet_of(pipeline, typed.model)
-        data = load_images(typed.data, *_image_shape(pipeline))
+        unet = _unet_of(pipeline, typed.model)
+        data = load_images(typed.data, *_image_shape(pipeline, unet))
     recover = typed.recover.model_dump()
     train = typed.train.model_dump()
     training = Training(
@@ -361,9 +361,9 @@ def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
     return unet
 
 
-def _image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
+def _image_shape(pipeline: DiffusionPipeline, unet: Any) -> tuple[int, int]:
     """Side and channels of the images that a pipeline draws: its VAE's, where it has one."""
-    config = pipeline.unet.config
+    config = unet.config
     vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     if vae is None:
         return config.sample_size, config.in_channels
