@@ -212,9 +212,9 @@ def _spied(monkeypatch):
     gathered = []
     sparse = compress.fastocr.state.sparse_decode
 
-    def spy(query, key, value, rows, mask, scaling):
-        gathered.append(rows.shape[1])
-        return sparse(query, key, value, rows, mask, scaling)
+    def spy(query, key, value, rows, rows_mask, dense, dense_mask, scaling):
+        gathered.append(rows.shape[1] + dense[1] - dense[0])
+        return sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
 
     monkeypatch.setattr(compress.fastocr.state, "sparse_decode", spy)
     return gathered

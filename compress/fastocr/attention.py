@@ -1,7 +1,8 @@
 """Attention of one decode step, and the function that transformers calls for it.
 
-Two pure functions do the work, and are where a kernel replaces plain torch: :func:`sparse_decode`
-reads some rows of the cache, :func:`focal_decode` reads all and says how attention lies on them.
+Two pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
+:func:`focal_decode` reads all and says how attention lies on them. On a GPU they are the kernels of
+:mod:`compress.kernels.sparse_decode`, elsewhere the plain torch beside them.
 
 Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
 the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
@@ -11,10 +12,12 @@ added to the logits.
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from compress.kernels import sparse_decode as kernels
+from compress.kernels.backend import takes_triton
 
 NAME = "compress_fastocr"  # of the attention function, in transformers' registry
 REQUEST = "fastocr_request"  # the keyword under which a decode step brings its request
@@ -25,7 +28,9 @@ def sparse_decode(
     key: torch.Tensor,
     value: torch.Tensor,
     rows: torch.Tensor,
-    mask: torch.Tensor | None,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     """Attention of one query to some rows of the cache.
@@ -33,28 +38,20 @@ def sparse_decode(
     Parameters
     ----------
     query, key, value : see the module.
-    rows : which rows of the cache are read, in any order, ``(batch, read)``.
-    mask : of these rows, ``(batch, read)``; None attends to all of them.
+    rows : which rows of the cache are read, in any order, ``(batch, picked)``.
+    rows_mask : of these rows, ``(batch, picked)``; None attends to all of them.
+    dense : first row of a range that is read as well, by all sequences, and the one after its last.
+    dense_mask : of the range, ``(batch, stop - start)``; None attends to all of it.
     scaling : of the dot products.
 
     Returns
     -------
     ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
     """
-    batch, kv_heads, length, _ = key.shape
-    # whole rows of one long table: index_select copies them as blocks, gather by elements
-    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
-    table = (starts + rows[:, None]).flatten()
-    picked_key = key.reshape(-1, key.shape[-1]).index_select(0, table)
-    picked_value = value.reshape(-1, value.shape[-1]).index_select(0, table)
-    output = scaled_dot_product_attention(
-        _packed(query, kv_heads),
-        picked_key.view(batch, kv_heads, -1, key.shape[-1]),
-        picked_value.view(batch, kv_heads, -1, value.shape[-1]),
-        attn_mask=None if mask is None else mask[:, None, None],
-        scale=scaling,
-    )
-    return output.reshape(batch, query.shape[1], 1, -1)
+    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
+    fast = takes_triton("sparse_decode", query.device, obstacle)
+    decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
+    return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
 
 
 def focal_decode(
@@ -77,19 +74,10 @@ def focal_decode(
     The output ``(batch, heads, 1, dim)``, and the attention's mean over the heads ``(batch,
     length)`` in float32.
     """
-    logits = (_packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        logits = logits + mask
-    weights = logits.softmax(-1)
-    output = weights.to(value.dtype) @ value
-    return output.reshape(*query.shape[:3], -1), weights.mean((1, 2))
-
-
-def _packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """The query heads that share a key head, side by side: (batch, kv_heads, group, dim)."""
-    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+    obstacle = kernels.obstacle(query, key, value, mask)
+    fast = takes_triton("focal_decode", query.device, obstacle)
+    decode = kernels.focal_decode if fast else kernels.focal_decode_reference
+    return decode(query, key, value, mask, scaling)
 
 
 def _attention(

@@ -137,9 +137,9 @@ class Request:
         """Attention of a decode step; shapes as in :mod:`compress.fastocr.attention`."""
         fixation = self.gaze.fixation(layer)
         if fixation is not None:
-            rows, allowed, attended = self._read(fixation, key.shape[2], mask)
+            rows, allowed, dense, dense_allowed, attended = self._read(fixation, key.shape[2], mask)
             self.counts.attended[layer] += attended
-            return sparse_decode(query, key, value, rows, allowed, scaling)
+            return sparse_decode(query, key, value, rows, allowed, dense, dense_allowed, scaling)
         allowed = _allowed(self.pages.rows, self.pages.valid, mask)
         self.counts.attended[layer] += _number(allowed)
         # a dense layer is computed in the same way whether or not somebody wants its scores
@@ -151,31 +151,40 @@ class Request:
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows to read, their mask, and how many visual tokens these are; one for many layers."""
+    ) -> tuple[
+        torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor | None, int | torch.Tensor
+    ]:
+        """What to read of the prompt and of what was written since, each with its mask.
+
+        The rows of the prompt, their mask, the range of what was written, its mask, and how many
+        visual tokens are read; the same for many layers.
+        """
         key = id(fixation), id(mask), stored, self.length
         if self._last and self._last[0] == key:
             return self._last[1]
         pages = self.pages
-        # a static cache has more rows than tokens, a sliding one fewer
-        written = torch.arange(
-            pages.length, min(stored, self.length), device=pages.rows.device
-        ).expand(len(pages.counts), -1)
-        rows = torch.cat([pages.rows.gather(1, fixation.index), pages.text, written], 1)
-        valid = torch.cat(
-            [fixation.valid, pages.text_valid, torch.ones_like(written, dtype=torch.bool)], 1
-        )
+        rows = torch.cat([pages.rows.gather(1, fixation.index), pages.text], 1)
+        valid = torch.cat([fixation.valid, pages.text_valid], 1)
         allowed = _allowed(rows, valid, mask)
-        read = rows, allowed, _number(allowed[:, : fixation.index.shape[1]])
+        # a static cache has more rows than tokens, a sliding one fewer
+        dense = pages.length, min(stored, self.length)
+        dense_allowed = None if mask is None else _row_mask(mask, len(rows))[:, slice(*dense)]
+        attended = _number(allowed[:, : fixation.index.shape[1]])
+        read = rows, allowed, dense, dense_allowed, attended
         self._last = key, read, fixation, mask  # both are held so that nothing takes their ids
         return read
+
+
+def _row_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """That of the cache's rows, ``(batch, length)``, from transformers' (batch, 1, 1, length)."""
+    return mask[:, 0, 0].expand(batch, -1)
 
 
 def _allowed(rows: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mask of some rows, ``(batch, read)``, from that of the cache, (batch, 1, 1, length)."""
     if mask is None:
         return valid
-    picked = mask[:, 0, 0].expand(len(rows), -1).gather(1, rows)
+    picked = _row_mask(mask, len(rows)).gather(1, rows)
     return picked & valid if mask.dtype == torch.bool else picked.masked_fill(~valid, -torch.inf)
 
 
