@@ -9,9 +9,9 @@ Sinkhorn's algorithm in the log domain alternates ``u = log a - logsumexp_j(S + 
 iteration: as soon as ``u`` of some rows is known, they are added to a running logsumexp of the
 columns. The dustbins are two scalars; nothing is padded in memory.
 
-**Bytes.** The scores are read once and the plan is written once (:func:`bytes_moved`): 8 an element.
-The later iterations find the scores in the L2 cache where they fit, and an exponential for each
-element and iteration, twice, is what they wait for.
+**Bytes.** The scores must be read and the plan written (:func:`bytes_moved`): 8 an element. Each
+iteration reads the scores again, from the L2 cache where they fit, and takes two exponentials an
+element; only few iterations are bounded by memory.
 """
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
@@ -135,7 +135,7 @@ def sinkhorn(
             f"{tuple(rows.shape)} and {tuple(columns.shape)}; give ({problems},) each"
         )
     if reason := obstacle(scores.shape[2]):
-        raise ValueError(f"{reason}; prune fewer tokens of a page")
+        raise ValueError(f"{reason}; got {scores.shape[2]}; prune fewer tokens of a page")
     block_columns = _next_power_of_2(scores.shape[2])
     block_rows = min(_next_power_of_2(scores.shape[1]), LARGEST // block_columns)
     scores = scores.contiguous()
@@ -159,7 +159,7 @@ def sinkhorn(
 
 def obstacle(columns: int) -> str | None:
     """Why the kernel cannot solve problems with so many columns, or None: it can."""
-    return f"at most {LARGEST} columns fit a tile; got {columns}" if columns > LARGEST else None
+    return f"at most {LARGEST} columns fit a tile" if columns > LARGEST else None
 
 
 def bytes_moved(rows: torch.Tensor, columns: torch.Tensor) -> int:

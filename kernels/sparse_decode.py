@@ -406,8 +406,7 @@ def _read(
     picked = 0 if rows is None else rows.shape[1]
     read = picked + dense[1] - dense[0]
     block_dim, block_value = _block(dim), _block(value_dim)
-    tile_rows = TILE_BYTES // ((block_dim + block_value) * key.element_size())
-    block_rows = max(16, min(MOST_ROWS, tile_rows))
+    block_rows = _tile_rows(block_dim, block_value, key.element_size())
     split_rows = _split_rows(read, block_rows, batch * kv_heads, query.device)
     splits = max(1, -(-read // split_rows))
     output = query.new_empty(batch, heads, 1, value_dim)
@@ -450,8 +449,7 @@ def _read(
             BLOCK_VALUE=block_value,
             BLOCK_ROWS=block_rows,
             num_warps=WARPS,
-            # the list runs as many tiles ahead of the rows as these of their use
-            num_stages=STAGES if rows is None else 2 * STAGES - 1,
+            num_stages=_stages(listed=rows is not None),
         )
         if splits > 1 or weights is not None:
             blocks = 0 if weights is None else -(-read // SCORES)
@@ -477,6 +475,17 @@ def _read(
 def _block(size: int) -> int:
     """Next power of two, for a side of a tile; 16 is the least that a dot product takes."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def _tile_rows(block_dim: int, block_value: int, itemsize: int) -> int:
+    """Rows of a tile, a power of two."""
+    fitting = TILE_BYTES // ((block_dim + block_value) * itemsize)
+    return max(16, min(MOST_ROWS, 1 << fitting.bit_length() >> 1))
+
+
+def _stages(listed: bool) -> int:
+    """For Triton: a list runs as many tiles ahead of its rows as these of their use."""
+    return 2 * STAGES - 1 if listed else STAGES
 
 
 def _split_rows(read: int, block_rows: int, problems: int, device: torch.device) -> int:

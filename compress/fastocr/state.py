@@ -10,6 +10,8 @@ from compress.fastocr.attention import focal_decode, sparse_decode
 from compress.fastocr.fixation import Fixation, visual_scores
 from compress.models.visual import VisualLayout
 
+SUMMED = 64  # steps whose counts wait to be summed
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -73,7 +75,7 @@ class Counts:
     ----------
     steps : decode steps, summed over the sequences.
     offered : visual tokens in the cache, summed over these.
-    attended : per layer, visual tokens attended to, summed over these.
+    attended : per layer, visual tokens attended to; their sum is over these.
     saccades : of these steps, those in which the guard opened the fixation.
     """
 
@@ -85,13 +87,25 @@ class Counts:
         """Forget everything."""
         self.steps = 0
         self.offered = 0
-        # sums stay tensors until somebody asks: reading one would stop the device at every layer
-        self.attended: list[int | torch.Tensor] = [0] * self.layers
+        self.attended: list[list[int | torch.Tensor]] = [[] for _ in range(self.layers)]
         self.saccades: int | torch.Tensor = 0
+
+    def attend(self, layer: int, tokens: int | torch.Tensor) -> None:
+        """Add what a layer reads in a step.
+
+        Numbers on the device stay there until somebody asks, since reading one would stop it, and
+        are summed some at a time, since a sum at every layer would cost as much as the layer.
+        """
+        numbers = self.attended[layer]
+        numbers.append(tokens)
+        if len(numbers) == SUMMED:
+            numbers[:] = [_sum(numbers)]
 
     def facts(self) -> dict[str, Any]:
         """The counts as JSON; shares are None before the first decode step."""
-        shares = [int(tokens) / self.offered for tokens in self.attended] if self.offered else None
+        shares = None
+        if self.offered:
+            shares = [int(_sum(numbers)) / self.offered for numbers in self.attended]
         return {
             "steps": self.steps,
             "visual_tokens": self.offered / self.steps if self.steps else None,
@@ -138,16 +152,21 @@ class Request:
         fixation = self.gaze.fixation(layer)
         if fixation is not None:
             rows, allowed, dense, dense_allowed, attended = self._read(fixation, key.shape[2], mask)
-            self.counts.attended[layer] += attended
+            self.counts.attend(layer, attended)
             return sparse_decode(query, key, value, rows, allowed, dense, dense_allowed, scaling)
-        allowed = _allowed(self.pages.rows, self.pages.valid, mask)
-        self.counts.attended[layer] += _number(allowed)
+        self.counts.attend(layer, self._all(mask))
         # a dense layer is computed in the same way whether or not somebody wants its scores
         output, weights = focal_decode(query, key, value, mask, scaling)
         if self.gaze.wants_scores(layer):
             scores = visual_scores(weights, self.pages.rows, self.pages.valid)
             self.counts.saccades += self.gaze.see(layer, scores)
         return output
+
+    def _all(self, mask: torch.Tensor | None) -> int | torch.Tensor:
+        """Visual tokens that a layer attends to when it reads all."""
+        if mask is None:
+            return sum(self.pages.counts)
+        return _number(_allowed(self.pages.rows, self.pages.valid, mask))
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
@@ -186,6 +205,13 @@ def _allowed(rows: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor | None)
         return valid
     picked = _row_mask(mask, len(rows)).gather(1, rows)
     return picked & valid if mask.dtype == torch.bool else picked.masked_fill(~valid, -torch.inf)
+
+
+def _sum(numbers: Sequence[int | torch.Tensor]) -> int | torch.Tensor:
+    """Of all, with one sum on the device."""
+    counted = [number for number in numbers if isinstance(number, torch.Tensor)]
+    known = sum(number for number in numbers if not isinstance(number, torch.Tensor))
+    return torch.stack(counted).sum() + known if counted else known
 
 
 def _number(allowed: torch.Tensor) -> torch.Tensor:
