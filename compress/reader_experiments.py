@@ -16,11 +16,19 @@ from compress.reader_figures import series_name, used_share
 from compress.recipe import load_recipe
 
 # table -> the recipe whose variants it has
-RECIPES = {"fastocr": "reader_fastocr_full", "rtprune": "reader_rtprune_full"}
+RECIPES = {
+    "fastocr": "reader_fastocr_full",
+    "fastocr_periphery": "reader_fastocr_periphery_full",
+    "rtprune": "reader_rtprune_full",
+}
+ATTENDED = (
+    "`used` is the mean share of the visual tokens that a layer attends to in a decode step, "
+    "counted in the attention function: focal layers and the first step are dense, and static "
+    "baselines get the same mean share."
+)
 NOTES = {
-    "fastocr": "`used` is the mean share of the visual tokens that a layer attends to in a decode "
-    "step, counted in the attention function: focal layers and the first step are dense, and "
-    "static baselines get the same mean share.",
+    "fastocr": ATTENDED,
+    "fastocr_periphery": f"{ATTENDED} A summary counts as a token.",
     "rtprune": "`used` is the share of the visual tokens, newlines and separator included, that "
     "reach the decoder.",
 }

@@ -174,6 +174,8 @@ def series_name(row: Mapping[str, Any]) -> str:
             part += "" if method["reuse"] else ", no reuse"
             part += f", guard {method['min_mass']}" if method["min_mass"] else ""
             part += f", dilate {method['dilate']}" if method["dilate"] else ""
+            # rows from before there was one have none
+            part += f", periphery {method['periphery']}" if method.get("periphery") else ""
         else:
             part = method["select"]
             part += f", merge {method['merge']}" if method["merge"] != 0.1 else ""

@@ -525,23 +525,16 @@ def sparse_decode_reference(
 
     Masks may also be added to the logits, both of them.
     """
-    batch, kv_heads, length, _ = key.shape
-    ranged = torch.arange(*dense, device=rows.device).expand(batch, -1)
-    mask = _joined(rows, rows_mask, ranged, dense_mask)
-    rows = torch.cat([rows, ranged], 1)
-    # whole rows of one long table: index_select copies them as blocks, gather by elements
-    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
-    table = (starts + rows[:, None]).flatten()
-    picked_key = key.reshape(-1, key.shape[-1]).index_select(0, table)
-    picked_value = value.reshape(-1, value.shape[-1]).index_select(0, table)
+    rows, mask = listed(rows, rows_mask, dense, dense_mask)
+    picked_key, picked_value = gathered(key, value, rows)
     output = scaled_dot_product_attention(
-        _packed(query, kv_heads),
-        picked_key.view(batch, kv_heads, -1, key.shape[-1]),
-        picked_value.view(batch, kv_heads, -1, value.shape[-1]),
+        packed(query, key.shape[1]),
+        picked_key,
+        picked_value,
         attn_mask=None if mask is None else mask[:, None, None],
         scale=scaling,
     )
-    return output.reshape(batch, query.shape[1], 1, -1)
+    return output.reshape(len(query), query.shape[1], 1, -1)
 
 
 def focal_decode_reference(
@@ -555,7 +548,7 @@ def focal_decode_reference(
 
     A mask may also be added to the logits.
     """
-    logits = (_packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
+    logits = (packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, -torch.inf)
     elif mask is not None:
@@ -565,22 +558,41 @@ def focal_decode_reference(
     return output.reshape(*query.shape[:3], -1), weights.mean((1, 2))
 
 
-def _packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """The query heads that share a key head, side by side: (batch, kv_heads, group, dim)."""
     return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
 
 
-def _joined(
+def listed(
     rows: torch.Tensor,
     rows_mask: torch.Tensor | None,
-    ranged: torch.Tensor,
+    dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The mask of listed and ranged rows, ``(batch, picked + range)``, None where all are seen."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of the list and of the range in one list, and its mask, None where all are seen."""
+    ranged = torch.arange(*dense, device=rows.device).expand(len(rows), -1)
+    everything = torch.cat([rows, ranged], 1)
     if rows_mask is None and dense_mask is None:
-        return None
+        return everything, None
     if rows_mask is None:
         rows_mask = torch.ones_like(rows, dtype=torch.bool)
     if dense_mask is None:
         dense_mask = torch.ones_like(ranged, dtype=torch.bool)
-    return torch.cat([rows_mask, dense_mask], 1)
+    return everything, torch.cat([rows_mask, dense_mask], 1)
+
+
+def gathered(
+    key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the cache, copied together, ``(batch, kv_heads, read, dim)`` each."""
+    batch, kv_heads, length, _ = key.shape
+    # whole rows of one long table: index_select copies them as blocks, gather by elements
+    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
+    table = (starts + rows[:, None]).flatten()
+    picked_key, picked_value = (
+        part.reshape(-1, part.shape[-1])
+        .index_select(0, table)
+        .view(batch, kv_heads, -1, part.shape[-1])
+        for part in (key, value)
+    )
+    return picked_key, picked_value

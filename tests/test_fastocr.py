@@ -359,6 +359,63 @@ def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
     _check(model, _alone(model, processor), found, keep=0.05, fixed=fixed)
 
 
+# ---- the periphery -------------------------------------------------------------------------------
+
+
+def test_with_all_tokens_in_the_fixation_the_periphery_is_empty(family):
+    name, model, processor, inputs = family
+    tokens, logits = _write(model, inputs)
+    method = FastOCR(keep_visual=1.0, focal_layers=[1], periphery=4)
+    with method.attach(model) as handle:
+        found_tokens, found_logits = _write(model, inputs)
+        assert handle.facts()["attended_by_layer"] == [1.0, 1.0]
+    assert torch.equal(found_tokens, tokens)
+    torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=0)
+
+
+def test_a_summary_for_every_token_is_dense_decoding(qwen):
+    model, processor, inputs = qwen
+    tokens, logits = _write(model, inputs)
+    most = max(len(layout.positions) for layout in visual_layouts(model, inputs))
+    with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=most).attach(model) as handle:
+        found_tokens, found_logits = _write(model, inputs)
+        attended = handle.facts()["attended_by_layer"]
+    assert torch.equal(found_tokens, tokens)
+    torch.testing.assert_close(found_logits, logits, atol=1e-3, rtol=0)
+    assert max(attended) <= 1.0 and attended[1] == 1.0
+
+
+def test_summaries_are_counted_and_bring_the_answer_nearer_to_dense(qwen):
+    model, processor, inputs = qwen
+    _, dense = _write(model, inputs)
+    sizes = [len(layout.positions) for layout in visual_layouts(model, inputs)]
+    kept = sum(budget(0.05, size) for size in sizes)
+    errors = {}
+    for summaries in (0, 8):
+        with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=summaries).attach(
+            model
+        ) as handle:
+            _, found = _write(model, inputs, 2)
+            facts = handle.facts()
+        errors[summaries] = (found - dense[:, :2]).abs().mean().item()
+        # half of the steps are each answer's first, which is dense
+        share = (1 + (kept + summaries * len(sizes)) / sum(sizes)) / 2
+        assert facts["attended_by_layer"][0] == pytest.approx(share)
+    assert errors[8] < errors[0]
+
+
+def test_fixed_fixations_see_as_much_around_them(qwen):
+    model, processor, inputs = qwen
+    shares = {}
+    for fixation in ("dynamic", "static"):
+        method = FastOCR(keep_visual=0.05, focal_layers=[1], periphery=8, fixation=fixation)
+        with method.attach(model) as handle:
+            _write(model, inputs, 6)
+            shares[fixation] = handle.facts()["attended"]
+    # a fixation may hold all of a group, whose summary is then not read
+    assert abs(shares["static"] - shares["dynamic"]) < 1 / 60
+
+
 def test_several_images_in_a_prompt(qwen):
     model, processor, _ = qwen
     image = "<|vision_start|><|image_pad|><|vision_end|>"

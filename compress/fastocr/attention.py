@@ -2,7 +2,8 @@
 
 Two pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
 :func:`focal_decode` reads all and says how attention lies on them. On a GPU they are the kernels of
-:mod:`compress.kernels.sparse_decode`, elsewhere the plain torch beside them.
+:mod:`compress.kernels.sparse_decode`, elsewhere the plain torch beside them. A third one,
+:func:`peripheral_decode`, reads summaries of the other rows besides, in plain torch everywhere.
 
 Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
 the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
@@ -12,10 +13,13 @@ added to the logits.
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.fastocr.fixation import Fixation
+from compress.fastocr.periphery import Periphery
 from compress.kernels import sparse_decode as kernels
 from compress.kernels.backend import takes_triton
 
@@ -52,6 +56,48 @@ def sparse_decode(
     fast = takes_triton("sparse_decode", query.device, obstacle)
     decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
     return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
+
+
+def peripheral_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    periphery: Periphery,
+    fixation: Fixation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query to some rows of the cache, and to summaries of the visual rest.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    rows, mask, scaling : as :func:`sparse_decode`; the fixation's rows come first.
+    periphery : of the layer.
+    fixation : the visual tokens that ``rows`` begin with.
+
+    Returns
+    -------
+    ``(batch, heads, 1, dim)``, equal to attention over the whole cache in which each visual token
+    outside the fixation has the mean key and value of those of its group that are outside too; and
+    how many summaries were read, summed over the sequences.
+    """
+    picked_key, picked_value = kernels.gathered(key, value, rows)
+    fixated = fixation.index.shape[1]
+    outside = periphery.outside(fixation, picked_key[:, :, :fixated], picked_value[:, :, :fixated])
+    added = torch.zeros_like(mask, dtype=query.dtype)
+    added = added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+    sizes = outside.log_sizes.to(query.dtype)
+    read = added[:, None].expand(-1, sizes.shape[1], -1)
+    output = scaled_dot_product_attention(
+        kernels.packed(query, key.shape[1]),
+        torch.cat([picked_key, outside.keys.to(key.dtype)], 2),
+        torch.cat([picked_value, outside.values.to(value.dtype)], 2),
+        attn_mask=torch.cat([read, sizes], 2)[:, :, None],
+        scale=scaling,
+    )
+    return output.reshape(len(query), query.shape[1], 1, -1), outside.read()
 
 
 def focal_decode(

@@ -112,6 +112,8 @@ class Recorder:
     keep : size of the choices that are compared, as a fraction of a sequence's visual tokens.
     """
 
+    periphery = 0
+
     def __init__(self, pages: Pages, layers: int, keep: float) -> None:
         self.layers = layers
         self.visual = pages.valid.shape[1]

@@ -38,15 +38,19 @@ def budget(keep: float, tokens: int) -> int:
     return math.ceil(keep * tokens - 1e-9)  # 0.07 * 100 is a little more than 7
 
 
-def same_mean_budget(keep: float, tokens: int, layers: int, dense: int) -> int:
+def same_mean_budget(keep: float, tokens: int, layers: int, dense: int, periphery: int = 0) -> int:
     """Tokens per layer of a method without dense layers that attends to as many on average.
 
     Parameters
     ----------
     keep, tokens : as in :func:`budget`, of the layers that are not dense.
     layers, dense : of the text model; how many of them attend to all tokens.
+    periphery : summaries that every layer which is not dense reads besides, in both methods.
     """
-    return math.ceil((dense * tokens + (layers - dense) * budget(keep, tokens)) / layers)
+    kept = budget(keep, tokens)
+    around = min(periphery, tokens - kept)
+    mean = math.ceil((dense * tokens + (layers - dense) * (kept + around)) / layers)
+    return max(mean - around, 1) if tokens else 0
 
 
 def visual_scores(weights: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class MovingGaze:
     dilate : rows and columns around the best tokens that take the place of the last ones.
     min_mass : the guard; below it the rest of a step reads everything.
     reuse : whether layers above the first focal one use the fixation of the step before.
+    periphery : summaries per key head of what a layer does not read.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class MovingGaze:
         dilate: int,
         min_mass: float,
         reuse: bool,
+        periphery: int,
     ) -> None:
         self.pages = pages
+        self.periphery = periphery
         self.focal = focal
         self.keep = keep
         self.warmup = warmup
@@ -119,9 +122,13 @@ class FixedGaze:
     ----------
     choose : a layer's fixation from its scores in the last dense step.
     dense_steps : first steps in which everything is read, as by the method.
+    periphery : summaries per key head of what a layer does not read.
     """
 
-    def __init__(self, choose: Callable[[int, torch.Tensor], Fixation], dense_steps: int) -> None:
+    def __init__(
+        self, choose: Callable[[int, torch.Tensor], Fixation], dense_steps: int, periphery: int
+    ) -> None:
+        self.periphery = periphery
         self.choose = choose
         self.dense_steps = dense_steps
         self.step = -1

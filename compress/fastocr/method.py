@@ -44,6 +44,9 @@ class FastOCR:
         fixation in force, the eye has jumped, and the rest of the step is dense. 0 is the paper.
     reuse : False lets layers above the first focal one attend to all, instead of to the fixation of
         the step before.
+    periphery : summary tokens per key head by which a layer sees what it does not attend to, each
+        the mean of visual tokens that are alike and weighted by their number; see
+        :mod:`compress.fastocr.periphery`. Counted as attended. Ours; 0 is the paper.
     warmup : dense first steps where ``focal_layers`` is "auto".
     fixation : "dynamic" is the method. The others fix what a layer attends to for the whole
         answer, at the same mean number of attended tokens, without focal layers: "static" is each
@@ -58,6 +61,7 @@ class FastOCR:
     dilate: Annotated[int, Field(ge=0)] = 0
     min_mass: Annotated[float, Field(ge=0, lt=1)] = 0.0
     reuse: bool = True
+    periphery: Annotated[int, Field(ge=0)] = 0
     warmup: Annotated[int, Field(ge=2)] = 8
     fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"
     seed: int = 0
@@ -103,10 +107,12 @@ class FastOCR:
                 dilate=self.dilate,
                 min_mass=self.min_mass,
                 reuse=self.reuse,
+                periphery=self.periphery,
             )
         dense = default_count(layers) if focal is None else len(focal)
         budgets = [
-            same_mean_budget(self.keep_visual, count, layers, dense) for count in pages.counts
+            same_mean_budget(self.keep_visual, count, layers, dense, self.periphery)
+            for count in pages.counts
         ]
         device = pages.rows.device
 
@@ -117,4 +123,4 @@ class FastOCR:
                 return random_fixation(pages.counts, budgets, self.seed + layer).to(device)
             return last_fixation(pages.counts, budgets).to(device)
 
-        return FixedGaze(choose, 1 if focal else self.warmup)
+        return FixedGaze(choose, 1 if focal else self.warmup, self.periphery)

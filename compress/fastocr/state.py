@@ -6,11 +6,13 @@ from typing import Any, Protocol
 
 import torch
 
-from compress.fastocr.attention import focal_decode, sparse_decode
+from compress.fastocr.attention import focal_decode, peripheral_decode, sparse_decode
 from compress.fastocr.fixation import Fixation, visual_scores
+from compress.fastocr.periphery import Periphery
+from compress.kernels.sparse_decode import listed
 from compress.models.visual import VisualLayout
 
-SUMMED = 64  # steps whose counts wait to be summed
+SUMMED = 64  # counts of a layer that wait to be summed
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,14 @@ class Pages:
 
 
 class Gaze(Protocol):
-    """Decides what each layer reads, and learns from what it saw."""
+    """Decides what each layer reads, and learns from what it saw.
+
+    Attributes
+    ----------
+    periphery : summaries per key head of what a layer does not read; 0 is none.
+    """
+
+    periphery: int
 
     def start_step(self) -> None:
         """A decode step begins."""
@@ -75,7 +84,7 @@ class Counts:
     ----------
     steps : decode steps, summed over the sequences.
     offered : visual tokens in the cache, summed over these.
-    attended : per layer, visual tokens attended to; their sum is over these.
+    attended : per layer, visual tokens and summaries attended to; their sum is over these.
     saccades : of these steps, those in which the guard opened the fixation.
     """
 
@@ -98,7 +107,7 @@ class Counts:
         """
         numbers = self.attended[layer]
         numbers.append(tokens)
-        if len(numbers) == SUMMED:
+        if len(numbers) >= SUMMED:
             numbers[:] = [_sum(numbers)]
 
     def facts(self) -> dict[str, Any]:
@@ -131,6 +140,7 @@ class Request:
         self.counts = counts
         self.length = pages.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()
+        self._around: dict[int, Periphery] = {}  # by layer, from its first sparse step
 
     def start_step(self) -> None:
         """One token of each sequence is about to be read."""
@@ -153,7 +163,18 @@ class Request:
         if fixation is not None:
             rows, allowed, dense, dense_allowed, attended = self._read(fixation, key.shape[2], mask)
             self.counts.attend(layer, attended)
-            return sparse_decode(query, key, value, rows, allowed, dense, dense_allowed, scaling)
+            if not self.gaze.periphery:
+                return sparse_decode(
+                    query, key, value, rows, allowed, dense, dense_allowed, scaling
+                )
+            if layer not in self._around:
+                self._around[layer] = self._grouped(key, value)
+            rows, allowed = listed(rows, allowed, dense, dense_allowed)
+            output, summaries = peripheral_decode(
+                query, key, value, rows, allowed, scaling, self._around[layer], fixation
+            )
+            self.counts.attend(layer, summaries)
+            return output
         self.counts.attend(layer, self._all(mask))
         # a dense layer is computed in the same way whether or not somebody wants its scores
         output, weights = focal_decode(query, key, value, mask, scaling)
@@ -167,6 +188,15 @@ class Request:
         if mask is None:
             return sum(self.pages.counts)
         return _number(_allowed(self.pages.rows, self.pages.valid, mask))
+
+    def _grouped(self, key: torch.Tensor, value: torch.Tensor) -> Periphery:
+        """The visual tokens of a layer in groups that are alike."""
+        rows = self.pages.rows[:, None, :, None]
+        keys, values = (
+            part.gather(2, rows.expand(-1, part.shape[1], -1, part.shape[3]))
+            for part in (key, value)
+        )
+        return Periphery.of(keys, values, self.pages.valid, self.gaze.periphery)
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None

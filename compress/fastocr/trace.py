@@ -16,6 +16,7 @@ class _Watched:
 
     def __init__(self, gaze: Gaze, layers: int) -> None:
         self.gaze = gaze
+        self.periphery = gaze.periphery
         self.last = layers - 1
         self.seen: list[torch.Tensor | None] = []
 
