@@ -359,6 +359,44 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
     _check(shape, dtype, sparse, focal, weights, KERNEL)
 
 
+@pytest.mark.gpu
+@TRITON
+@pytest.mark.parametrize("capture", [False, True], ids=["eager", "graph"])
+def test_a_decode_step_does_not_wait_for_the_gpu(capture):
+    from compress.fastocr.gaze import MovingGaze
+    from compress.fastocr.state import Counts, Pages, Request
+    from compress.models.visual import VisualLayout
+
+    layers, visual, length = 4, 500, 520
+    grid = torch.stack([torch.zeros(visual), *(torch.arange(visual) // n for n in (25, 1))], 1)
+    layout = VisualLayout(torch.arange(visual), grid.long(), torch.zeros(visual).long())
+    pages = Pages.of([layout] * 2, length, torch.device("cuda"))
+    gaze = MovingGaze(
+        pages, layers, keep=0.1, focal=[1], warmup=2, dilate=0, min_mass=0, reuse=True, periphery=0
+    )
+    request = Request(pages, gaze, Counts(layers))
+    query = torch.randn(2, 8, 1, 64, device="cuda")
+    cache = torch.randn(2, 2, length + 8, 64, device="cuda")
+
+    def step():
+        request.start_step()
+        return [request.attend(layer, query, cache, cache, None, 0.1) for layer in range(layers)]
+
+    with torch.no_grad():
+        for _ in range(2):  # the dense one, and one that compiles
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            if capture:
+                with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    step()
+            else:
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- the rest ------------------------------------------------------------------------------------
 
 
