@@ -152,6 +152,7 @@ def _ways(
         dilate=0,
         min_mass=0.0,
         reuse=True,
+        periphery=0,
     )
     request = Request(pages, gaze, Counts(shape.layers))
 

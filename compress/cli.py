@@ -5,12 +5,14 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +37,8 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _kernels_told():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
@@ -502,6 +505,27 @@ def _fail(error: Exception, code: int) -> None:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     _say(f"error: process {launch.rank()}: {text}" if launch.rank() else f"error: {text}")
     raise typer.Exit(code) from None
+
+
+class _OnStderr(logging.Handler):
+    """Logged lines as they are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
+
+
+@contextmanager
+def _kernels_told() -> Iterator[None]:
+    """Say on stderr which kernels do the work."""
+    logger, handler = logging.getLogger("compress.kernels"), _OnStderr()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _check_versions() -> None:

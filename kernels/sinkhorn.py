@@ -8,17 +8,23 @@ Sinkhorn's algorithm in the log domain alternates ``u = log a - logsumexp_j(S + 
 ``v = log b - logsumexp_i(S + u)``. One program solves one problem and reads the scores once an
 iteration: as soon as ``u`` of some rows is known, they are added to a running logsumexp of the
 columns. The dustbins are two scalars; nothing is padded in memory.
+
+**Bytes.** The scores must be read and the plan written (:func:`bytes_moved`): 8 an element. Each
+iteration reads the scores again, from the L2 cache where they fit, and takes two exponentials an
+element; only few iterations are bounded by memory.
 """
 
+from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
+
 import torch
-import triton
-import triton.language as tl
+
+from compress.kernels.backend import jit, tl
 
 LARGEST = 8192  # elements of a tile: with 8 warps, 32 in the registers of each thread
 WARPS = 8
 
 
-@triton.jit
+@jit()
 def _row_potentials(scores, v, v_bin, log_token, dustbin):
     z = scores + v[None, :]
     top = tl.maximum(tl.max(z, 1), dustbin + v_bin)
@@ -26,7 +32,7 @@ def _row_potentials(scores, v, v_bin, log_token, dustbin):
     return log_token - top - tl.log(mass)
 
 
-@triton.jit
+@jit()
 def _sinkhorn_kernel(
     scores_ptr,  # (problems, n_rows, n_columns) float32
     rows_ptr,  # (problems,) int32: rows in use
@@ -128,13 +134,10 @@ def sinkhorn(
             f"a number of rows and one of columns is expected for each of {problems} problems; got "
             f"{tuple(rows.shape)} and {tuple(columns.shape)}; give ({problems},) each"
         )
-    if scores.shape[2] > LARGEST:
-        raise ValueError(
-            f"at most {LARGEST} columns fit a tile; got {scores.shape[2]}; prune fewer tokens of a "
-            "page"
-        )
-    block_columns = triton.next_power_of_2(scores.shape[2])
-    block_rows = min(triton.next_power_of_2(scores.shape[1]), LARGEST // block_columns)
+    if reason := obstacle(scores.shape[2]):
+        raise ValueError(f"{reason}; got {scores.shape[2]}; prune fewer tokens of a page")
+    block_columns = _next_power_of_2(scores.shape[2])
+    block_rows = min(_next_power_of_2(scores.shape[1]), LARGEST // block_columns)
     scores = scores.contiguous()
     plan = torch.zeros_like(scores)
     with torch.cuda.device_of(scores):
@@ -152,6 +155,20 @@ def sinkhorn(
             num_warps=WARPS,
         )
     return plan
+
+
+def obstacle(columns: int) -> str | None:
+    """Why the kernel cannot solve problems with so many columns, or None: it can."""
+    return f"at most {LARGEST} columns fit a tile" if columns > LARGEST else None
+
+
+def bytes_moved(rows: torch.Tensor, columns: torch.Tensor) -> int:
+    """Bytes that solving problems of these sizes cannot do without: see the module."""
+    return 8 * int((rows.long() * columns.long()).sum())
+
+
+def _next_power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def sinkhorn_reference(

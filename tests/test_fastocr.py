@@ -213,9 +213,9 @@ def _spied(monkeypatch):
     gathered = []
     sparse = compress.fastocr.state.sparse_decode
 
-    def spy(query, key, value, rows, mask, scaling):
-        gathered.append(rows.shape[1])
-        return sparse(query, key, value, rows, mask, scaling)
+    def spy(query, key, value, rows, rows_mask, dense, dense_mask, scaling):
+        gathered.append(rows.shape[1] + dense[1] - dense[0])
+        return sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
 
     monkeypatch.setattr(compress.fastocr.state, "sparse_decode", spy)
     return gathered
@@ -301,6 +301,23 @@ def test_static_cache_gives_what_the_dynamic_one_gives(family, monkeypatch):
     )  # rows that are not written yet are not read either
     assert torch.equal(static_tokens, dynamic_tokens)
     torch.testing.assert_close(static, dynamic, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch):
+    _, model, _, inputs = family
+    found = {}
+    try:
+        model.cuda()
+        inputs = inputs.to("cuda")
+        for backend in ("torch", "triton"):
+            monkeypatch.setenv("COMPRESS_KERNELS", backend)
+            with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+                found[backend] = _write(model, inputs)
+    finally:
+        model.cpu()
+    assert torch.equal(found["triton"][0], found["torch"][0])
+    torch.testing.assert_close(found["triton"][1], found["torch"][1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The two functions that a kernel will replace, against loops over heads and positions."""
+"""The two functions of a decode step in plain torch, against loops over heads and positions."""
 
 import pytest
 import torch
@@ -45,24 +45,45 @@ def test_sparse_decode_is_attention_with_minus_infinity_elsewhere(shape, dtype, 
     rows = torch.stack([torch.randperm(length, generator=generator)[:5] for _ in range(batch)])
     mask = torch.ones_like(rows, dtype=torch.bool)
     mask[:, 3] = False
-    found = sparse_decode(query, key, value, rows, mask, 0.3)
+    found = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.3)
     seen = [row[keep].tolist() for row, keep in zip(rows, mask, strict=True)]
     wanted, _ = _plain(query, key, value, seen, 0.3)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), wanted, atol=atol, rtol=0)
     added = torch.zeros(rows.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(sparse_decode(query, key, value, rows, added, 0.3), found)
+    torch.testing.assert_close(
+        sparse_decode(query, key, value, rows, added, (0, 0), added[:, :0], 0.3), found
+    )
     everything, _ = _plain(query, key, value, rows.tolist(), 0.3)
-    found = sparse_decode(query, key, value, rows, None, 0.3)
+    found = sparse_decode(query, key, value, rows, None, (0, 0), None, 0.3)
     torch.testing.assert_close(found.double(), everything, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_range_is_read_as_its_rows_would_be(shape):
+    query, key, value = _case(shape)
+    rows = torch.tensor([[4, 0]]).expand(shape[0], -1)
+    listed = torch.cat([rows, torch.tensor([[2, 3]]).expand(shape[0], -1)], 1)
+    for mask in (None, torch.arange(4 * shape[0]).view(-1, 4) % 3 > 0):
+        left, right = (None, None) if mask is None else (mask[:, :2], mask[:, 2:])
+        for masks in [(left, right), (left, None), (None, right)]:
+            found = sparse_decode(query, key, value, rows, masks[0], (2, 4), masks[1], 0.3)
+            parts = [
+                torch.ones(shape[0], 2, dtype=torch.bool) if part is None else part
+                for part in masks
+            ]
+            whole = torch.cat(parts, 1)
+            wanted = sparse_decode(query, key, value, listed, whole, (0, 0), None, 0.3)
+            torch.testing.assert_close(found, wanted)
 
 
 def test_sparse_decode_reads_a_cache_that_is_a_view():
     query, key, value = _case(SHAPES[1])
     wide = torch.cat([key, key + 1], 2)[:, :, ::2], torch.cat([value, value], 2)[:, :, ::2]
     rows = torch.tensor([[4, 0], [1, 2], [3, 3]])
-    found = sparse_decode(query, *wide, rows, None, 0.5)
-    wanted = sparse_decode(query, *(part.contiguous() for part in wide), rows, None, 0.5)
+    found = sparse_decode(query, *wide, rows, None, (9, 11), None, 0.5)
+    packed = [part.contiguous() for part in wide]
+    wanted = sparse_decode(query, *packed, rows, None, (9, 11), None, 0.5)
     assert torch.equal(found, wanted)
 
 

@@ -80,7 +80,7 @@ def test_copies_are_summarised_without_loss():
     rows, mask, around = _read(key, value, fixation, valid, 5)
     found, read = peripheral_decode(query, key, value, rows, mask, 0.4, around, fixation)
     everything = torch.arange(TEXT + VISUAL).expand(BATCH, -1)
-    dense = sparse_decode(query, key, value, everything, None, 0.4)
+    dense = sparse_decode(query, key, value, everything, None, (0, 0), None, 0.4)
     torch.testing.assert_close(found, dense, atol=2e-6, rtol=0)
     assert int(read) == 5 * BATCH
 
@@ -90,7 +90,7 @@ def test_with_everything_in_the_fixation_nothing_is_summarised():
     fixation = Fixation(torch.arange(VISUAL).expand(BATCH, -1), valid)
     rows, mask, around = _read(key, value, fixation, valid, 4)
     found, read = peripheral_decode(query, key, value, rows, mask, 0.4, around, fixation)
-    dense = sparse_decode(query, key, value, rows, mask, 0.4)
+    dense = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
     torch.testing.assert_close(found, dense, atol=1e-6, rtol=0)
     assert int(read) == 0
 
@@ -134,5 +134,6 @@ def test_a_page_without_visual_tokens_has_nothing_around():
     fixation = Fixation(torch.zeros(BATCH, 1, dtype=torch.long), valid[:, :1])
     rows, mask, around = _read(key, value, fixation, valid, 4)
     found, read = peripheral_decode(query, key, value, rows, mask, 0.4, around, fixation)
-    torch.testing.assert_close(found, sparse_decode(query, key, value, rows, mask, 0.4))
+    plain = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
+    torch.testing.assert_close(found, plain)
     assert int(read) == 0

@@ -1,8 +1,9 @@
 """Attention of one decode step, and the function that transformers calls for it.
 
-Pure functions do the work. Two are where a kernel replaces plain torch: :func:`sparse_decode` reads
-some rows of the cache, :func:`focal_decode` reads all and says how attention lies on them.
-:func:`peripheral_decode` reads summaries of the other rows besides.
+Two pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
+:func:`focal_decode` reads all and says how attention lies on them. On a GPU they are the kernels of
+:mod:`compress.kernels.sparse_decode`, elsewhere the plain torch beside them. A third one,
+:func:`peripheral_decode`, reads summaries of the other rows besides, in plain torch everywhere.
 
 Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
 the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
@@ -19,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from compress.fastocr.fixation import Fixation
 from compress.fastocr.periphery import Periphery
+from compress.kernels import sparse_decode as kernels
+from compress.kernels.backend import takes_triton
 
 NAME = "compress_fastocr"  # of the attention function, in transformers' registry
 REQUEST = "fastocr_request"  # the keyword under which a decode step brings its request
@@ -29,7 +32,9 @@ def sparse_decode(
     key: torch.Tensor,
     value: torch.Tensor,
     rows: torch.Tensor,
-    mask: torch.Tensor | None,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     """Attention of one query to some rows of the cache.
@@ -37,23 +42,20 @@ def sparse_decode(
     Parameters
     ----------
     query, key, value : see the module.
-    rows : which rows of the cache are read, in any order, ``(batch, read)``.
-    mask : of these rows, ``(batch, read)``; None attends to all of them.
+    rows : which rows of the cache are read, in any order, ``(batch, picked)``.
+    rows_mask : of these rows, ``(batch, picked)``; None attends to all of them.
+    dense : first row of a range that is read as well, by all sequences, and the one after its last.
+    dense_mask : of the range, ``(batch, stop - start)``; None attends to all of it.
     scaling : of the dot products.
 
     Returns
     -------
     ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
     """
-    picked_key, picked_value = _picked(key, value, rows)
-    output = scaled_dot_product_attention(
-        _packed(query, key.shape[1]),
-        picked_key,
-        picked_value,
-        attn_mask=None if mask is None else mask[:, None, None],
-        scale=scaling,
-    )
-    return output.reshape(len(query), query.shape[1], 1, -1)
+    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
+    fast = takes_triton("sparse_decode", query.device, obstacle)
+    decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
+    return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
 
 
 def peripheral_decode(
@@ -81,7 +83,7 @@ def peripheral_decode(
     outside the fixation has the mean key and value of those of its group that are outside too; and
     how many summaries were read, summed over the sequences.
     """
-    picked_key, picked_value = _picked(key, value, rows)
+    picked_key, picked_value = kernels.gathered(key, value, rows)
     fixated = fixation.index.shape[1]
     outside = periphery.outside(fixation, picked_key[:, :, :fixated], picked_value[:, :, :fixated])
     added = torch.zeros_like(mask, dtype=query.dtype)
@@ -89,30 +91,13 @@ def peripheral_decode(
     sizes = outside.log_sizes.to(query.dtype)
     read = added[:, None].expand(-1, sizes.shape[1], -1)
     output = scaled_dot_product_attention(
-        _packed(query, key.shape[1]),
+        kernels.packed(query, key.shape[1]),
         torch.cat([picked_key, outside.keys.to(key.dtype)], 2),
         torch.cat([picked_value, outside.values.to(value.dtype)], 2),
         attn_mask=torch.cat([read, sizes], 2)[:, :, None],
         scale=scaling,
     )
     return output.reshape(len(query), query.shape[1], 1, -1), outside.read()
-
-
-def _picked(
-    key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the cache, ``(batch, kv_heads, read, dim)`` each."""
-    batch, kv_heads, length, _ = key.shape
-    # whole rows of one long table: index_select copies them as blocks, gather by elements
-    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
-    table = (starts + rows[:, None]).flatten()
-    picked_key, picked_value = (
-        part.reshape(-1, part.shape[-1])
-        .index_select(0, table)
-        .view(batch, kv_heads, -1, part.shape[-1])
-        for part in (key, value)
-    )
-    return picked_key, picked_value
 
 
 def focal_decode(
@@ -135,19 +120,10 @@ def focal_decode(
     The output ``(batch, heads, 1, dim)``, and the attention's mean over the heads ``(batch,
     length)`` in float32.
     """
-    logits = (_packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        logits = logits + mask
-    weights = logits.softmax(-1)
-    output = weights.to(value.dtype) @ value
-    return output.reshape(*query.shape[:3], -1), weights.mean((1, 2))
-
-
-def _packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """The query heads that share a key head, side by side: (batch, kv_heads, group, dim)."""
-    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+    obstacle = kernels.obstacle(query, key, value, mask)
+    fast = takes_triton("focal_decode", query.device, obstacle)
+    decode = kernels.focal_decode if fast else kernels.focal_decode_reference
+    return decode(query, key, value, mask, scaling)
 
 
 def _attention(

@@ -95,6 +95,8 @@ class MovingGaze:
             return 0
         jumps = (kept_mass(scores, before) < self.min_mass) & self.pages.valid.any(1) & ~self.jumped
         self.jumped = self.jumped | jumps
+        # Here a step waits for the device, and only under the guard: a fixation with room for every
+        # token, so that nobody need ask, would make every step go through a list of all.
         if self.jumped.any():
             self.shown = opened(self.current, self.jumped, self.pages.valid)
         return jumps.sum()

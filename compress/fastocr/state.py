@@ -9,7 +9,10 @@ import torch
 from compress.fastocr.attention import focal_decode, peripheral_decode, sparse_decode
 from compress.fastocr.fixation import Fixation, visual_scores
 from compress.fastocr.periphery import Periphery
+from compress.kernels.sparse_decode import listed
 from compress.models.visual import VisualLayout
+
+SUMMED = 64  # counts of a layer that wait to be summed
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Counts:
     ----------
     steps : decode steps, summed over the sequences.
     offered : visual tokens in the cache, summed over these.
-    attended : per layer, visual tokens and summaries attended to, summed over these.
+    attended : per layer, visual tokens and summaries attended to; their sum is over these.
     saccades : of these steps, those in which the guard opened the fixation.
     """
 
@@ -93,13 +96,25 @@ class Counts:
         """Forget everything."""
         self.steps = 0
         self.offered = 0
-        # sums stay tensors until somebody asks: reading one would stop the device at every layer
-        self.attended: list[int | torch.Tensor] = [0] * self.layers
+        self.attended: list[list[int | torch.Tensor]] = [[] for _ in range(self.layers)]
         self.saccades: int | torch.Tensor = 0
+
+    def attend(self, layer: int, tokens: int | torch.Tensor) -> None:
+        """Add what a layer reads in a step.
+
+        Numbers on the device stay there until somebody asks, since reading one would stop it, and
+        are summed some at a time, since a sum at every layer would cost as much as the layer.
+        """
+        numbers = self.attended[layer]
+        numbers.append(tokens)
+        if len(numbers) >= SUMMED:
+            numbers[:] = [_sum(numbers)]
 
     def facts(self) -> dict[str, Any]:
         """The counts as JSON; shares are None before the first decode step."""
-        shares = [int(tokens) / self.offered for tokens in self.attended] if self.offered else None
+        shares = None
+        if self.offered:
+            shares = [int(_sum(numbers)) / self.offered for numbers in self.attended]
         return {
             "steps": self.steps,
             "visual_tokens": self.offered / self.steps if self.steps else None,
@@ -146,25 +161,33 @@ class Request:
         """Attention of a decode step; shapes as in :mod:`compress.fastocr.attention`."""
         fixation = self.gaze.fixation(layer)
         if fixation is not None:
-            rows, allowed, attended = self._read(fixation, key.shape[2], mask)
-            self.counts.attended[layer] += attended
+            rows, allowed, dense, dense_allowed, attended = self._read(fixation, key.shape[2], mask)
+            self.counts.attend(layer, attended)
             if not self.gaze.periphery:
-                return sparse_decode(query, key, value, rows, allowed, scaling)
+                return sparse_decode(
+                    query, key, value, rows, allowed, dense, dense_allowed, scaling
+                )
             if layer not in self._around:
                 self._around[layer] = self._grouped(key, value)
+            rows, allowed = listed(rows, allowed, dense, dense_allowed)
             output, summaries = peripheral_decode(
                 query, key, value, rows, allowed, scaling, self._around[layer], fixation
             )
-            self.counts.attended[layer] += summaries
+            self.counts.attend(layer, summaries)
             return output
-        allowed = _allowed(self.pages.rows, self.pages.valid, mask)
-        self.counts.attended[layer] += _number(allowed)
+        self.counts.attend(layer, self._all(mask))
         # a dense layer is computed in the same way whether or not somebody wants its scores
         output, weights = focal_decode(query, key, value, mask, scaling)
         if self.gaze.wants_scores(layer):
             scores = visual_scores(weights, self.pages.rows, self.pages.valid)
             self.counts.saccades += self.gaze.see(layer, scores)
         return output
+
+    def _all(self, mask: torch.Tensor | None) -> int | torch.Tensor:
+        """Visual tokens that a layer attends to when it reads all."""
+        if mask is None:
+            return sum(self.pages.counts)
+        return _number(_allowed(self.pages.rows, self.pages.valid, mask))
 
     def _grouped(self, key: torch.Tensor, value: torch.Tensor) -> Periphery:
         """The visual tokens of a layer in groups that are alike."""
@@ -177,32 +200,48 @@ class Request:
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows to read, their mask, and how many visual tokens these are; one for many layers."""
+    ) -> tuple[
+        torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor | None, int | torch.Tensor
+    ]:
+        """What to read of the prompt and of what was written since, each with its mask.
+
+        The rows of the prompt, their mask, the range of what was written, its mask, and how many
+        visual tokens are read; the same for many layers.
+        """
         key = id(fixation), id(mask), stored, self.length
         if self._last and self._last[0] == key:
             return self._last[1]
         pages = self.pages
-        # a static cache has more rows than tokens, a sliding one fewer
-        written = torch.arange(
-            pages.length, min(stored, self.length), device=pages.rows.device
-        ).expand(len(pages.counts), -1)
-        rows = torch.cat([pages.rows.gather(1, fixation.index), pages.text, written], 1)
-        valid = torch.cat(
-            [fixation.valid, pages.text_valid, torch.ones_like(written, dtype=torch.bool)], 1
-        )
+        rows = torch.cat([pages.rows.gather(1, fixation.index), pages.text], 1)
+        valid = torch.cat([fixation.valid, pages.text_valid], 1)
         allowed = _allowed(rows, valid, mask)
-        read = rows, allowed, _number(allowed[:, : fixation.index.shape[1]])
+        # a static cache has more rows than tokens, a sliding one fewer
+        dense = pages.length, min(stored, self.length)
+        dense_allowed = None if mask is None else _row_mask(mask, len(rows))[:, slice(*dense)]
+        attended = _number(allowed[:, : fixation.index.shape[1]])
+        read = rows, allowed, dense, dense_allowed, attended
         self._last = key, read, fixation, mask  # both are held so that nothing takes their ids
         return read
+
+
+def _row_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """That of the cache's rows, ``(batch, length)``, from transformers' (batch, 1, 1, length)."""
+    return mask[:, 0, 0].expand(batch, -1)
 
 
 def _allowed(rows: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mask of some rows, ``(batch, read)``, from that of the cache, (batch, 1, 1, length)."""
     if mask is None:
         return valid
-    picked = mask[:, 0, 0].expand(len(rows), -1).gather(1, rows)
+    picked = _row_mask(mask, len(rows)).gather(1, rows)
     return picked & valid if mask.dtype == torch.bool else picked.masked_fill(~valid, -torch.inf)
+
+
+def _sum(numbers: Sequence[int | torch.Tensor]) -> int | torch.Tensor:
+    """Of all, with one sum on the device."""
+    counted = [number for number in numbers if isinstance(number, torch.Tensor)]
+    known = sum(number for number in numbers if not isinstance(number, torch.Tensor))
+    return torch.stack(counted).sum() + known if counted else known
 
 
 def _number(allowed: torch.Tensor) -> torch.Tensor:

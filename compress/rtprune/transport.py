@@ -2,13 +2,17 @@
 
 They are moved onto the kept ones by entropic optimal transport with a dustbin, as in SuperGlue
 (Sarlin et al., CVPR 2020, arXiv 1911.11763). On the CPU, POT solves it (Flamary et al., "POT:
-Python Optimal Transport", JMLR 2021); on a GPU, ``compress.kernels.sinkhorn``.
+Python Optimal Transport", JMLR 2021); on a GPU, ``compress.kernels.sinkhorn``: its kernel, or the
+plain torch beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from compress.kernels.backend import takes_triton
+from compress.kernels.sinkhorn import obstacle, sinkhorn, sinkhorn_reference
 
 DUSTBIN = 0.2
 ITERATIONS = 100
@@ -58,8 +62,11 @@ def transport_plans(
     scores: Sequence[torch.Tensor], dustbin: float = DUSTBIN, iterations: int = ITERATIONS
 ) -> list[torch.Tensor]:
     """:func:`transport_plan` for pages of any sizes, ``(kept, pruned)`` each, all at once."""
-    if scores[0].is_cuda:
-        return _by_kernel(scores, dustbin, iterations)
+    columns = max(page.shape[1] for page in scores)
+    if takes_triton("sinkhorn", scores[0].device, obstacle(columns)):
+        return _padded(sinkhorn, scores, dustbin, iterations)
+    if scores[0].is_cuda:  # POT would go from page to page
+        return _padded(sinkhorn_reference, scores, dustbin, iterations)
     return [_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
 
 
@@ -77,22 +84,19 @@ def _by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tens
     return plan[:-1, :-1] * total
 
 
-def _by_kernel(
-    scores: Sequence[torch.Tensor], dustbin: float, iterations: int
+def _padded(
+    solve: Callable[..., torch.Tensor],
+    scores: Sequence[torch.Tensor],
+    dustbin: float,
+    iterations: int,
 ) -> list[torch.Tensor]:
-    try:
-        from compress.kernels.sinkhorn import sinkhorn
-    except ImportError as error:
-        raise ImportError(
-            f"RTPrune's optimal transport on a GPU needs Triton, which does not import: {error}; "
-            "install triton, or run the model on the CPU"
-        ) from error
+    """All pages at once, by either function of ``compress.kernels.sinkhorn``."""
     sizes = torch.tensor([page.shape for page in scores], device=scores[0].device)
     rows, columns = (max(page.shape[side] for page in scores) for side in (0, 1))
     padded = torch.stack(
         [F.pad(s.float(), (0, columns - s.shape[1], 0, rows - s.shape[0])) for s in scores]
     )
-    plans = sinkhorn(padded, sizes[:, 0], sizes[:, 1], dustbin, iterations)
+    plans = solve(padded, sizes[:, 0], sizes[:, 1], dustbin, iterations)
     return [
         plan[: page.shape[0], : page.shape[1]].to(page.dtype)
         for plan, page in zip(plans, scores, strict=True)

@@ -1,0 +1,598 @@
+"""Attention of one new token to some rows of a cache, or to all with a look at where it lies.
+
+For each sequence and query head, with the rows ``R`` that are read of the cache of its key head:
+``o = sum_R p_r v_r``, ``p_r = exp(scaling q.k_r - lse)``, ``lse = logsumexp_R(scaling q.k_r)``.
+
+**Split-KV** (flash decoding, Dao et al. 2023). One token has too few heads to fill a GPU: the rows
+are cut into splits, and one program reads one split for one key head. Its query heads lie in one
+tile, so that every key and value is read once for all of them. It keeps a running maximum, the
+mass below it and the weighted sum in float32, in base 2. A second, small kernel adds up the splits
+by their lse: ``o = sum_s 2^(lse_s - lse) o_s``. Where one split is enough, the first writes the
+result.
+
+**Sparse** (:func:`sparse_decode`): the rows are a list, gathered where they lie and never copied
+together, and behind it a range, which needs no list. What a mask excludes is not loaded.
+
+**Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
+final lse, which nobody has while the keys pass: their logits are stored, and the second kernel
+turns them into weights. The keys are read once.
+
+**Bytes.** A row is used for two products of a few heads: memory bounds both functions. What must
+move (:func:`bytes_moved`) is a row's key and value, ``kv_heads (dim + value_dim) itemsize``; of a
+listed row also its index and mask, 9; in the focal variant its weight, 4; and query and output. On
+top of this bound come, written and read again, mostly in the L2 cache, ``4 (value_dim + 1)`` a head
+for each split where there are several, and, focal, ``4 heads`` a row for the logits.
+
+Sizes are chosen on paper for an H100 (132 multiprocessors, 228 KiB of shared memory each), and so
+that the tiles on their way fit the 99 KiB of smaller GPUs.
+"""
+
+from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
+
+from functools import cache
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from compress.kernels.backend import jit, tl
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_DIM = 256
+LARGEST_GROUP = 64  # query heads of a key head
+TILE_BYTES = 2**15  # of keys and values
+MOST_ROWS = 128  # of a tile
+LEAST_TILES = 2  # of a split, so that one is on its way while another is used
+MOST_SPLITS = 64
+PROGRAMS = 1  # splits that are wanted of a multiprocessor
+SCORES = 512  # rows whose weights one program computes
+WARPS = 4
+STAGES = 3
+LOG2_E = 1.4426950408889634
+
+
+@jit(do_not_specialize=("picked", "start", "read", "split_rows", "logits_row"))
+def _read_kernel(
+    query_ptr,  # (batch, heads, dim)
+    key_ptr,  # (batch, kv_heads, length, dim)
+    value_ptr,  # (batch, kv_heads, length, value_dim)
+    rows_ptr,  # (batch, picked) integers; None is no list
+    rows_mask_ptr,  # (batch, picked) uint8; None is all of the list
+    dense_mask_ptr,  # (batch, read - picked) uint8; None is all of the range
+    output_ptr,  # (batch, heads, splits, value_dim): float32 parts, or of one split the result
+    lse_ptr,  # (batch, heads, splits) float32, in base 2
+    logits_ptr,  # (batch, heads, read) float32, in base 2; None where nobody wants them
+    scale,  # of the dot products, for base 2
+    picked,  # rows of the list
+    start,  # first row of the range
+    read,  # rows of both
+    split_rows,  # rows of a split, a multiple of BLOCK_ROWS
+    kv_heads,
+    query_batch,  # what follows are strides
+    query_head,
+    query_dim,
+    key_batch,
+    key_head,
+    key_row,
+    key_dim,
+    value_batch,
+    value_head,
+    value_row,
+    value_dim,
+    rows_batch,
+    rows_mask_batch,
+    dense_mask_batch,
+    logits_row,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    problem = tl.program_id(0)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    batch = (problem // kv_heads).to(tl.int64)
+    kv_head = (problem % kv_heads).to(tl.int64)
+    member = tl.arange(0, BLOCK_GROUP)
+    d = tl.arange(0, BLOCK_DIM)
+    e = tl.arange(0, BLOCK_VALUE)
+    in_group = member < GROUP
+    in_dim = d < DIM
+    in_value = e < VALUE_DIM
+    query_ptr += batch * query_batch + kv_head * GROUP * query_head
+    query = tl.load(
+        query_ptr + member[:, None] * query_head + d[None, :] * query_dim,
+        mask=in_group[:, None] & in_dim[None, :],
+        other=0.0,
+    )
+    key_ptr += batch * key_batch + kv_head * key_head
+    value_ptr += batch * value_batch + kv_head * value_head
+    heads = (batch * kv_heads + kv_head) * GROUP + member  # of all sequences
+    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+    mass = tl.zeros([BLOCK_GROUP], tl.float32)
+    total = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
+    first = split * split_rows
+    last = tl.minimum(first + split_rows, read)
+    for begin in range(first, last, BLOCK_ROWS):
+        n = begin + tl.arange(0, BLOCK_ROWS)
+        seen = n < last
+        row = (start + n - picked).to(tl.int64)
+        if rows_ptr is not None:
+            listed = seen & (n < picked)
+            found = tl.load(rows_ptr + batch * rows_batch + n, mask=listed, other=0)
+            row = tl.where(listed, found.to(tl.int64), row)
+            if rows_mask_ptr is not None:
+                wanted = tl.load(rows_mask_ptr + batch * rows_mask_batch + n, mask=listed, other=1)
+                seen = seen & (wanted != 0)
+        if dense_mask_ptr is not None:
+            ranged = (n < last) & (n >= picked)
+            wanted = tl.load(
+                dense_mask_ptr + batch * dense_mask_batch + (n - picked), mask=ranged, other=1
+            )
+            seen = seen & (wanted != 0)
+        key = tl.load(
+            key_ptr + row[:, None] * key_row + d[None, :] * key_dim,
+            mask=seen[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        value = tl.load(
+            value_ptr + row[:, None] * value_row + e[None, :] * value_dim,
+            mask=seen[:, None] & in_value[None, :],
+            other=0.0,
+        )
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        logits = tl.where(seen[None, :], logits, -float("inf"))
+        if logits_ptr is not None:
+            tl.store(
+                logits_ptr + heads[:, None] * logits_row + n[None, :],
+                logits,
+                mask=in_group[:, None] & (n < last)[None, :],
+            )
+        higher = tl.maximum(best, tl.max(logits, 1))
+        # a tile may have nothing to attend to, and inf - inf is no number
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        weights = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(best - base)
+        mass = mass * shrink + tl.sum(weights, 1)
+        total = total * shrink[:, None]
+        total += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        best = higher
+    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    part = heads * splits + split
+    tl.store(
+        output_ptr + part[:, None] * VALUE_DIM + e[None, :],
+        total.to(output_ptr.dtype.element_ty),
+        mask=in_group[:, None] & in_value[None, :],
+    )
+    tl.store(lse_ptr + part, best + tl.log2(mass), mask=in_group)
+
+
+@jit()
+def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):
+    """Those of a head's splits relative to the largest, that one, and the logarithm of all."""
+    split = tl.arange(0, BLOCK_SPLITS)
+    parts = tl.load(lse_ptr + head * splits + split, mask=split < splits, other=-float("inf"))
+    top = tl.max(parts, 0)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    shares = tl.exp2(parts - top)
+    return shares, top + tl.log2(tl.sum(shares, 0))
+
+
+@jit(do_not_specialize=("splits", "read", "logits_row"))
+def _merge_kernel(
+    parts_ptr,  # (batch, heads, splits, value_dim) float32
+    lse_ptr,  # (batch, heads, splits) float32, in base 2
+    output_ptr,  # (batch, heads, value_dim)
+    logits_ptr,  # (batch, heads, read) float32, in base 2; None where nobody wants weights
+    weights_ptr,  # (batch, read) float32
+    splits,
+    read,
+    logits_row,
+    heads,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    job = tl.program_id(1)  # the heads first, then blocks of rows
+    if job < heads:
+        head = batch * heads + job
+        shares, _ = _lse(lse_ptr, head, splits, BLOCK_SPLITS)
+        split = tl.arange(0, BLOCK_SPLITS)
+        e = tl.arange(0, BLOCK_VALUE)
+        parts = tl.load(
+            parts_ptr + (head * splits + split)[:, None] * VALUE_DIM + e[None, :],
+            mask=(split < splits)[:, None] & (e < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        mass = tl.sum(shares, 0)
+        output = tl.sum(parts * shares[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+        tl.store(
+            output_ptr + head * VALUE_DIM + e,
+            output.to(output_ptr.dtype.element_ty),
+            mask=e < VALUE_DIM,
+        )
+    elif logits_ptr is not None:
+        n = (job - heads) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        weights = tl.zeros([BLOCK_ROWS], tl.float32)
+        for member in range(heads):
+            head = batch * heads + member
+            _, lse = _lse(lse_ptr, head, splits, BLOCK_SPLITS)
+            logits = tl.load(logits_ptr + head * logits_row + n, mask=n < read, other=-float("inf"))
+            weights += tl.exp2(logits - lse)
+        tl.store(weights_ptr + batch * read + n, weights / heads, mask=n < read)
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one token to listed rows of the cache and a range of them, on the GPU.
+
+    Parameters
+    ----------
+    query : of the new token, ``(batch, heads, 1, dim)``, any strides.
+    key, value : the cache, ``(batch, kv_heads, length, dim)``, any strides, in the query's dtype;
+        ``heads`` is a multiple of ``kv_heads``, and values may have another dim.
+    rows : which rows are read, in any order, int64 or int32, ``(batch, picked)``.
+    rows_mask : True where attended, ``(batch, picked)``; None attends to all of them.
+    dense : first row of a range that is read as well, by all sequences, and the one after its last.
+    dense_mask : True where attended, ``(batch, stop - start)``; None attends to all of them.
+    scaling : of the dot products.
+
+    Returns
+    -------
+    ``(batch, heads, 1, value_dim)``, equal to attention over the whole cache with -inf elsewhere;
+    zero where a sequence attends to nothing.
+
+    Raises
+    ------
+    ValueError : for shapes that do not fit each other, or what :func:`obstacle` names.
+    """
+    _check(query, key, value, rows_mask, dense_mask)
+    batch, length, (start, stop) = len(query), key.shape[2], dense
+    if rows.ndim != 2 or len(rows) != batch or not 0 <= start <= stop <= length:
+        raise ValueError(
+            f"rows ({batch}, picked) and a range in a cache of {length} rows are expected; got "
+            f"{tuple(rows.shape)} and {start} to {stop}; list rows of each sequence"
+        )
+    for name, mask, size in (
+        ("rows_mask", rows_mask, rows.shape[1]),
+        ("dense_mask", dense_mask, stop - start),
+    ):
+        _check_mask(name, mask, (batch, size))
+    return _read(query, key, value, rows, rows_mask, dense, dense_mask, scaling, None)
+
+
+def focal_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one token to the whole cache, and how it lies there, on the GPU.
+
+    Parameters
+    ----------
+    query, key, value, scaling : as in :func:`sparse_decode`.
+    mask : True where attended, ``(batch, 1, 1, length)``; None attends to all.
+
+    Returns
+    -------
+    The output ``(batch, heads, 1, value_dim)``, and the attention's mean over the heads ``(batch,
+    length)`` in float32.
+
+    Raises
+    ------
+    ValueError : for shapes that do not fit each other, or what :func:`obstacle` names.
+    """
+    _check(query, key, value, mask)
+    batch, length = len(query), key.shape[2]
+    if mask is not None:
+        _check_mask("mask", mask.expand(batch, -1, -1, -1), (batch, 1, 1, length))
+        mask = mask[:, 0, 0].expand(batch, -1)
+    weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
+    output = _read(query, key, value, None, None, (0, length), mask, scaling, weights)
+    return output, weights
+
+
+def obstacle(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *masks: torch.Tensor | None
+) -> str | None:
+    """Why the kernels cannot serve these tensors, or None: they can.
+
+    Parameters
+    ----------
+    query, key, value, masks : of either function above.
+    """
+    group, dims = query.shape[1] / key.shape[1], (query.shape[3], value.shape[3])
+    if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
+        return (
+            "query, key and value should have one dtype, float16, bfloat16 or float32; they have "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if max(dims) > LARGEST_DIM:
+        return f"heads should have at most {LARGEST_DIM} numbers; they have {max(dims)}"
+    if group > LARGEST_GROUP:
+        return f"at most {LARGEST_GROUP} query heads should share a key head; {group:g} do"
+    if any(mask is not None and mask.dtype != torch.bool for mask in masks):
+        return "masks should be True where attended; one is added to the logits"
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
+        return "gradients are asked for, and the kernels have none"
+    return None
+
+
+def bytes_moved(
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    itemsize: int,
+    picked: int,
+    dense: int,
+    value_dim: int | None = None,
+    focal: bool = False,
+) -> int:
+    """Bytes that a call cannot do without: see the module.
+
+    Parameters
+    ----------
+    batch, heads, kv_heads, dim, value_dim : of query and cache; values are like keys when None.
+    itemsize : bytes of a number of the cache.
+    picked, dense : rows of the list and of the range that are attended to, a sequence.
+    focal : of :func:`focal_decode`, where ``dense`` is the whole cache and ``picked`` 0.
+    """
+    numbers = dim + (dim if value_dim is None else value_dim)
+    cached = kv_heads * (picked + dense) * numbers * itemsize
+    own = heads * numbers * itemsize  # query and output
+    index = picked * (8 + 1)
+    return batch * (cached + own + index + (4 * dense if focal else 0))
+
+
+def _check(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *masks: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless the tensors fit each other and the kernels."""
+    batch, kv_heads, length = key.shape[:3]
+    if (
+        query.ndim != 4
+        or query.shape[0] != batch
+        or query.shape[1] % kv_heads
+        or query.shape[2:] != (1, key.shape[3])
+        or value.shape[:3] != (batch, kv_heads, length)
+    ):
+        raise ValueError(
+            "query (batch, heads, 1, dim), key and value (batch, kv_heads, length, dim) with heads "
+            f"a multiple of kv_heads are expected; got {tuple(query.shape)}, {tuple(key.shape)} "
+            f"and {tuple(value.shape)}; give one new token of each sequence and its cache"
+        )
+    if reason := obstacle(query, key, value, *masks):
+        raise ValueError(f"{reason}; convert them, or use the plain torch reference")
+
+
+def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if mask is not None and mask.shape != shape:
+        raise ValueError(
+            f"{name} of shape {shape} is expected; got {tuple(mask.shape)}; give one for each row "
+            "that is read"
+        )
+
+
+def _read(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor | None,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
+    batch, heads, _, dim = query.shape
+    kv_heads, value_dim = key.shape[1], value.shape[3]
+    picked = 0 if rows is None else rows.shape[1]
+    read = picked + dense[1] - dense[0]
+    block_dim, block_value = _block(dim), _block(value_dim)
+    block_rows = _tile_rows(block_dim, block_value, key.element_size())
+    split_rows = _split_rows(read, block_rows, batch * kv_heads, query.device)
+    splits = max(1, -(-read // split_rows))
+    output = query.new_empty(batch, heads, 1, value_dim)
+    lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
+    parts, logits, logits_row = output, None, 0
+    if splits > 1:
+        parts = torch.empty(*lse.shape, value_dim, dtype=torch.float32, device=query.device)
+    if weights is not None:
+        logits_row = -(-read // 32) * 32  # whole cache lines for each head
+        logits = lse.new_empty(batch, heads, logits_row)
+    masks = [_bytes(mask) for mask in (rows_mask, dense_mask)]
+    if rows is not None:
+        rows = _last_dense(rows)
+    with torch.cuda.device_of(query):
+        _read_kernel[(batch * kv_heads, splits)](
+            query,
+            key,
+            value,
+            rows,
+            *masks,
+            parts,
+            lse,
+            logits,
+            scaling * LOG2_E,
+            picked,
+            dense[0],
+            read,
+            split_rows,
+            kv_heads,
+            *(query.stride(axis) for axis in (0, 1, 3)),
+            *key.stride(),
+            *value.stride(),
+            *(0 if given is None else given.stride(0) for given in (rows, *masks)),
+            logits_row,
+            GROUP=heads // kv_heads,
+            DIM=dim,
+            VALUE_DIM=value_dim,
+            BLOCK_GROUP=_block(heads // kv_heads),
+            BLOCK_DIM=block_dim,
+            BLOCK_VALUE=block_value,
+            BLOCK_ROWS=block_rows,
+            num_warps=WARPS,
+            num_stages=_stages(listed=rows is not None),
+        )
+        if splits > 1 or weights is not None:
+            blocks = 0 if weights is None else -(-read // SCORES)
+            _merge_kernel[(batch, heads + blocks)](
+                parts,
+                lse,
+                output,
+                logits,
+                weights,
+                splits,
+                read,
+                logits_row,
+                heads,
+                VALUE_DIM=value_dim,
+                BLOCK_VALUE=block_value,
+                BLOCK_SPLITS=1 << (splits - 1).bit_length(),
+                BLOCK_ROWS=SCORES,
+                num_warps=WARPS,
+            )
+    return output
+
+
+def _block(size: int) -> int:
+    """Next power of two, for a side of a tile; 16 is the least that a dot product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _tile_rows(block_dim: int, block_value: int, itemsize: int) -> int:
+    """Rows of a tile, a power of two."""
+    fitting = TILE_BYTES // ((block_dim + block_value) * itemsize)
+    return max(16, min(MOST_ROWS, 1 << fitting.bit_length() >> 1))
+
+
+def _stages(listed: bool) -> int:
+    """For Triton: a list runs as many tiles ahead of its rows as these of their use."""
+    return 2 * STAGES - 1 if listed else STAGES
+
+
+def _split_rows(read: int, block_rows: int, problems: int, device: torch.device) -> int:
+    """Rows of a split: enough splits to fill the GPU, each with enough to do."""
+    wanted = PROGRAMS * _multiprocessors(device) // problems
+    most = read // (LEAST_TILES * block_rows)
+    splits = max(1, min(wanted, most, MOST_SPLITS))
+    return max(1, -(-read // (splits * block_rows))) * block_rows
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # Triton's interpreter
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _last_dense(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else _last_dense(mask).view(torch.uint8)
+
+
+def sparse_decode_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """:func:`sparse_decode` in plain torch, on any device: the same arguments, the same result.
+
+    Masks may also be added to the logits, both of them.
+    """
+    rows, mask = listed(rows, rows_mask, dense, dense_mask)
+    picked_key, picked_value = gathered(key, value, rows)
+    output = scaled_dot_product_attention(
+        packed(query, key.shape[1]),
+        picked_key,
+        picked_value,
+        attn_mask=None if mask is None else mask[:, None, None],
+        scale=scaling,
+    )
+    return output.reshape(len(query), query.shape[1], 1, -1)
+
+
+def focal_decode_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`focal_decode` in plain torch, on any device: the same arguments, the same result.
+
+    A mask may also be added to the logits.
+    """
+    logits = (packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        logits = logits + mask
+    weights = logits.softmax(-1)
+    output = weights.to(value.dtype) @ value
+    return output.reshape(*query.shape[:3], -1), weights.mean((1, 2))
+
+
+def packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """The query heads that share a key head, side by side: (batch, kv_heads, group, dim)."""
+    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+
+
+def listed(
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of the list and of the range in one list, and its mask, None where all are seen."""
+    ranged = torch.arange(*dense, device=rows.device).expand(len(rows), -1)
+    everything = torch.cat([rows, ranged], 1)
+    if rows_mask is None and dense_mask is None:
+        return everything, None
+    if rows_mask is None:
+        rows_mask = torch.ones_like(rows, dtype=torch.bool)
+    if dense_mask is None:
+        dense_mask = torch.ones_like(ranged, dtype=torch.bool)
+    return everything, torch.cat([rows_mask, dense_mask], 1)
+
+
+def gathered(
+    key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the cache, copied together, ``(batch, kv_heads, read, dim)`` each."""
+    batch, kv_heads, length, _ = key.shape
+    # whole rows of one long table: index_select copies them as blocks, gather by elements
+    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
+    table = (starts + rows[:, None]).flatten()
+    picked_key, picked_value = (
+        part.reshape(-1, part.shape[-1])
+        .index_select(0, table)
+        .view(batch, kv_heads, -1, part.shape[-1])
+        for part in (key, value)
+    )
+    return picked_key, picked_value

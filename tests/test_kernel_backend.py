@@ -1,0 +1,134 @@
+"""Which code does the work: chosen, forced, said once; and all of it without Triton."""
+
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from compress.kernels import backend
+from compress.kernels.backend import VARIABLE, takes_triton
+
+TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said(monkeypatch):
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def _capability(monkeypatch, *version):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+
+
+@TRITON
+def test_the_kernel_runs_on_a_gpu_that_it_was_compiled_for(monkeypatch):
+    _capability(monkeypatch, 9, 0)
+    assert takes_triton("dream", GPU)
+    assert not takes_triton("dream", CPU)
+    assert not takes_triton("dream", GPU, "heads should have at most 256 numbers; they have 320")
+    _capability(monkeypatch, 7, 5)
+    assert not takes_triton("dream", GPU)
+
+
+@TRITON
+def test_the_variable_forces(monkeypatch):
+    _capability(monkeypatch, 9, 0)
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert not takes_triton("dream", GPU)
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert takes_triton("dream", GPU)
+    with pytest.raises(ValueError, match="wants the kernel dream.*on cpu, not on a GPU; mend"):
+        takes_triton("dream", CPU)
+    with pytest.raises(ValueError, match="cannot run: too wide; mend that, or set COMPRESS_KERN"):
+        takes_triton("dream", GPU, "too wide")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert takes_triton("dream", CPU)
+    monkeypatch.setenv(VARIABLE, "")
+    assert not takes_triton("dream", CPU)
+
+
+def test_an_unknown_value_is_refused(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="one of auto, torch, triton; got 'cuda'; correct it"):
+        takes_triton("dream", CPU)
+
+
+@TRITON
+def test_it_is_said_once_and_loudly_only_where_a_gpu_does_without(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "compress.kernels")
+    _capability(monkeypatch, 9, 0)
+    for _ in range(3):
+        takes_triton("dream", GPU)
+        takes_triton("dream", CPU)
+        takes_triton("dream", GPU, "too wide")
+        takes_triton("sleep", GPU)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "dream: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
+        ("INFO", "dream: plain torch: the tensors are on cpu, not on a GPU"),
+        ("WARNING", "dream: plain torch: too wide"),
+        ("INFO", "sleep: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
+    ]
+
+
+def test_transport_is_plain_torch_where_the_variable_says_so(monkeypatch):
+    from compress.rtprune.transport import transport_plans
+
+    scores = [torch.rand(3, 4), torch.rand(2, 2)]
+    plain = transport_plans(scores)
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert all(map(torch.equal, transport_plans(scores), plain))
+    monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(ValueError, match="wants the kernel sinkhorn"):
+        transport_plans(scores)
+
+
+def test_the_command_line_says_it_on_stderr(monkeypatch):
+    from compress import bench
+    from compress.cli import app
+
+    small = bench.DecodeShape(16, text=4, layers=8, heads=4, kv_heads=2, dim=16)
+    monkeypatch.setattr(bench, "DecodeShape", lambda tokens, batch, dtype: small)
+    asked = ["bench", "fastocr", "--tokens", "16", "--repeats", "6", "--device", "cpu"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 0, found.output
+    said = [f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")]
+    assert all(found.stderr.count(line) == 1 and line not in found.stdout for line in said)
+
+
+WITHOUT = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+
+import os, torch
+from compress.fastocr.attention import focal_decode, sparse_decode
+from compress.rtprune import transport_plan
+
+query, cache = torch.ones(1, 4, 1, 8), torch.ones(1, 2, 5, 8)
+rows = torch.tensor([[0, 1]])
+print(sparse_decode(query, cache, cache, rows, None, (3, 5), None, 0.1).sum().item())
+print(focal_decode(query, cache, cache, None, 0.1)[1].sum().item())
+transport_plan(torch.ones(2, 3))
+os.environ["COMPRESS_KERNELS"] = "triton"
+try:
+    transport_plan(torch.ones(2, 3))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_everything_runs_without_triton():
+    command = [sys.executable, "-P", "-c", WITHOUT]
+    environment = {name: os.environ[name] for name in os.environ if name != VARIABLE}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    sparse, focal, error = run.stdout.splitlines()
+    assert (float(sparse), float(focal)) == (32.0, 1.0)
+    assert "Triton does not import" in error and "mend that" in error
