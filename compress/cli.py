@@ -12,7 +12,6 @@ import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -514,7 +513,7 @@ class _OnStderr(logging.Handler):
         _say(record.getMessage())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _kernels_told() -> Iterator[None]:
     """Say on stderr which kernels do the work."""
     logger, handler = logging.getLogger("compress.kernels"), _OnStderr()
