@@ -431,7 +431,7 @@ def tables(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="All when none is named: diffusion's main, ablation and attempts; readers, bench, "
+            help="All when none is named: diffusion's main, ablation, attempts and allocation; readers, bench, "
             "rtprune, fastocr, and fastocr_periphery and fastocr_deepseek.",
         ),
     ] = None,

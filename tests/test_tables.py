@@ -331,12 +331,43 @@ def test_the_tables_of_the_readme_are_generated_from_the_rows(name):
     shown = place(name)
     results = ROOT / "eval" / "results" / "ddpm_digits.jsonl"
     if not {e.key() for e in experiments.TABLES[name]()} & {
-        row["key"] for row in tables.read_rows(results)
+        row["key"] for row in tables.read_rows(experiments.results_of(name, results))
     }:
         # nothing has been measured: then nothing may be claimed
         assert "|" not in shown
         return
     assert shown == render_table(name, results)
+
+
+def test_costs_are_shares_of_the_dense_model_and_the_runs_own_time(tmp_path, planned):
+    results = tmp_path / "rows.jsonl"
+    for key, e in planned["allocation"].items():
+        # a model of a quarter of the cost, pruned in as many seconds as its seed says
+        dense = dict.fromkeys(("macs", "params", "latency_ms"), 8.0)
+        values = {"fid_digits": 1, "kid_digits": 1, "ssim_to_dense": 1, "validation_loss": 1}
+        content = {
+            "key": key,
+            "values": values | dict.fromkeys(dense, 2.0),
+            "dense": dense | {"fid_digits": 1.0, "validation_loss": 1.0},
+            "prune_cpu_seconds": float(e.seed),
+            "criterion_share": 0.5,
+        }
+        tables.append_row(experiments.results_of("allocation", results), content)
+    assert not results.exists()
+    shown = render_table("allocation", results).split("\n\n")[0]
+    assert len(cells(shown)) == len(experiments.VARIANTS)
+    for line in cells(shown):
+        costs = [cell.strip("*") for cell in line[-5:]]
+        assert costs[0] == costs[1] == "0.2500 ± 0.0000" and costs[2].startswith("0.250")
+        assert costs[3:] == ["1.0 ± 1.0", "0.500 ± 0.000"]
+
+
+def test_knobs_younger_than_the_rows_change_no_key_where_they_are_not_set():
+    base = main_table()[0]
+    same = [*base.overrides, "method.allocation=uniform", "method.granularity=fine"]
+    other = [*base.overrides, "method.granularity=coarse"]
+    keys = [experiments.Experiment(base.labels, tuple(o), base.seed).key() for o in (same, other)]
+    assert keys[0] == base.key() != keys[1]
 
 
 @pytest.mark.parametrize("name", reader_experiments.NAMES)
@@ -352,7 +383,7 @@ def test_rows_in_the_repository_say_how_they_were_made():
     for path in (ROOT / "eval" / "results").glob("*.jsonl"):
         rows = tables.read_rows(path)
         facts = {"command", "commit", "device", "threads", "versions", "seed"}
-        if path.name == "ddpm_digits.jsonl":
+        if path.name.startswith("ddpm_digits"):
             facts |= {"date", "widths"}
             assert len({r["key"] for r in rows}) == len(rows), f"{path.name} has a run twice"
         elif path.name.startswith("bench_"):
@@ -361,6 +392,6 @@ def test_rows_in_the_repository_say_how_they_were_made():
             facts |= {"created", "model", "data", "pages"}
         for content in rows:
             assert facts <= set(content), path.name
-            if path.name == "ddpm_digits.jsonl":
-                assert set(tables.COLUMNS) <= set(content["values"])
+            if path.name.startswith("ddpm_digits"):
+                assert set(tables.QUALITY) <= set(content["values"])
             json.dumps(content, allow_nan=False)
