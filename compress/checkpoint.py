@@ -1,5 +1,6 @@
 """Slim checkpoints: a diffusers pipeline folder plus ``compress.json``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,30 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from compress.files import atomic_folder, read_json, sha256, write_json, write_text
+from compress.gradflow.free_width import FreeWidthUNet2DModel
 from compress.models.loading import check_folder, load_pipeline
 
 FORMAT = 1
 FACTS = "compress.json"
+PLAIN_INTRODUCTION = (
+    "A plain diffusers pipeline with smaller widths; it needs no extra package:",
+    "",
+    "```python",
+)
+FREE_WIDTHS_INTRODUCTION = (
+    "A diffusers pipeline whose inner widths differ from layer to layer, which no class of",
+    "diffusers has: the package `compress-models` must be installed, and the class imported first.",
+    "",
+    "```python",
+    "import compress.gradflow.free_width",
+)
 
 
 def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> Path:
     """Write a pipeline folder that plain diffusers loads, with the facts of its making.
+
+    A UNet with free inner widths has a class of ours: diffusers loads it where compress is
+    installed and ``compress.gradflow.free_width`` has been imported.
 
     Written to a temporary sibling and renamed: ``folder`` is complete or absent.
 
@@ -33,7 +50,8 @@ def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) 
             pipeline.save_pretrained(temporary, safe_serialization=True)
         except SafetensorError as error:  # how safetensors says that a disk is full
             raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
-        write_text(temporary / "README.md", _model_card(facts))
+        free = isinstance(getattr(pipeline, "unet", None), FreeWidthUNet2DModel)
+        write_text(temporary / "README.md", _model_card(facts, free_widths=free))
         made = {"format": FORMAT, "kind": "slim", **facts, "files": file_hashes(temporary)}
         write_json(temporary / FACTS, made)
     return folder
@@ -116,7 +134,7 @@ def verify(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _model_card(facts: dict[str, Any]) -> str:
+def _model_card(facts: dict[str, Any], *, free_widths: bool) -> str:
     base = facts.get("base_model", "unknown")
     licence = facts.get("base_licence", "unknown: see the base model")
     lines = [
@@ -129,9 +147,7 @@ def _model_card(facts: dict[str, Any]) -> str:
         f"Base model: `{base}` (SHA-256 `{facts.get('base_hash', 'unknown')}`).",
         f"Licence of the base model: {licence}",
         "",
-        "A plain diffusers pipeline with smaller widths; it needs no extra package:",
-        "",
-        "```python",
+        *(FREE_WIDTHS_INTRODUCTION if free_widths else PLAIN_INTRODUCTION),
         "from diffusers import DDPMPipeline",
         "",
         'pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")',
@@ -140,10 +156,20 @@ def _model_card(facts: dict[str, Any]) -> str:
     ]
     widths = facts.get("widths", [])
     lines += [f"- {w['level']}: {w['dense']} -> {w['compressed']}" for w in widths]
-    table = facts.get("metrics", {})
-    if table:
-        lines += ["", "| metric | dense | compressed |", "|---|---|---|"]
-        for name, entry in table.items():
-            dense, slim = entry["dense"]["value"], entry["compressed"]["value"]
-            lines.append(f"| {name} | {dense:.5g} | {slim:.5g} |")
+    lines += metrics_table(facts.get("metrics", {}))
     return "\n".join([*lines, "", "Method, recipe and provenance: `compress.json`.", ""])
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> list[str]:
+    """Lines of a model card: what a run measured of both models; none for no metrics."""
+    if not metrics:
+        return []
+    return [
+        "",
+        "| metric | dense | compressed |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {entry['dense']['value']:.5g} | {entry['compressed']['value']:.5g} |"
+            for name, entry in metrics.items()
+        ),
+    ]

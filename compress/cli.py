@@ -3,9 +3,13 @@
 Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
 """
 
+import contextlib
 import json
 import logging
 import os
+import shlex
+import signal
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress import launch
+
 if TYPE_CHECKING:
     from compress.doctor import Check
     from compress.method import Event
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
+# so long the main process has to say what went wrong, before another one does
+YIELD_SECONDS = 3
 
 
 class _Verbs(TyperGroup):
@@ -37,6 +45,9 @@ class _Verbs(TyperGroup):
             _fail(error, USAGE)
         except OSError as error:
             _fail(error, FAILURE)
+        except launch.Stopped as error:
+            _say(f"error: {error}")
+            raise typer.Exit(error.code) from None
         except KeyboardInterrupt:
             _say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -54,6 +65,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:1. Default: CUDA if there is any.")
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="On this machine; more than one share the work.")
 ]
 
 
@@ -90,17 +104,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict; write nothing.")] = False,
     as_json: Json = False,
     device: Device = None,
-    processes: Annotated[int, typer.Option(min=1, help="Only 1 is supported yet.")] = 1,
+    processes: Processes = 1,
 ) -> None:
     """Compress, recover, export, evaluate and report, as a recipe says."""
-    if processes > 1:
-        raise ValueError(
-            f"expected --processes 1; got {processes}; training on several processes is not "
-            "supported yet"
-        )
     if resume and overwrite:
         raise ValueError("expected --resume or --overwrite; got both; choose one")
-    from compress.recipe import load_recipe
+    from compress.recipe import ReaderRecipe, load_recipe
 
     typed = load_recipe(recipe, overrides or ())
     _check_versions()
@@ -113,32 +122,65 @@ def run(
         if prediction["problems"]:
             raise typer.Exit(USAGE)
         return
-    from compress.pipeline import run_events
-
     folder = Path(output or typed.output or "")
-    events = run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device)
+    command = ["run", recipe]
+    for override in overrides or ():
+        command += ["--set", override]
+    command += ["--device", device] if device else []
+    command += ["--processes", str(processes)] if processes > 1 else []
+    command += ["--output", str(folder)]
+    with _hint(folder, f"compress {shlex.join(command)} --resume"):
+        if launch.wanted(processes):
+            if isinstance(typed, ReaderRecipe):
+                raise ValueError(f"readers run on one process; got --processes {processes}")
+            flags = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
+            launch.launch(processes, [*command, *(flag for flag, on in flags.items() if on)])
+            return
+        from compress.pipeline import run_events
+
+        _follow(run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device))
+    if not launch.rank():
+        _print_run(folder, as_json)
+
+
+@contextlib.contextmanager
+def _hint(folder: Path, again: str) -> Iterator[None]:
+    """Say how to go on after Ctrl-C, SIGTERM, or the end of one of several processes."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise launch.Stopped(f"stopped by {signal.Signals(number).name}", launch.TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        _follow(events)
+        yield
     except KeyboardInterrupt:
-        again = f"compress run {recipe} --output {folder} --resume"
         saved = (folder / "state").exists()
-        _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
+        if launch.speaks():
+            _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    _print_run(folder, as_json)
+    except launch.Stopped as error:
+        saved = (folder / "state").exists()
+        if launch.speaks():
+            _say(f"error: {error}; go on with: {again}" if saved else f"error: {error}")
+        raise typer.Exit(error.code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a finished run or evaluation.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Print the metrics of a finished run."""
+    """Print the metrics of a finished run, or of an evaluation of a reader."""
     _print_run(folder, as_json)
 
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw the comparison: a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -188,6 +230,9 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="ocr: of a page.")] = None,
     dtype: Annotated[str, typer.Option(help="ocr: float32, bfloat16 or float16.")] = "float32",
     mode: Annotated[str | None, typer.Option(help="ocr: DeepSeek-OCR's resolution.")] = None,
+    ocean_order: Annotated[
+        str, typer.Option(help="ocr: Ocean-OCR's metrics, correct or as published.")
+    ] = "correct",
     output: Annotated[
         Path | None, typer.Option(help="ocr: folder of predictions and report.")
     ] = None,
@@ -195,10 +240,29 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="ocr: start again.")] = False,
     as_json: Json = False,
     device: Device = None,
+    processes: Processes = 1,
 ) -> None:
     """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
     if suite not in ("diffusion", "ocr"):
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
+    if resume and overwrite:
+        raise ValueError("expected --resume or --overwrite; got both; choose one")
+    if launch.wanted(processes):
+        if suite == "ocr":
+            raise ValueError(f"readers run on one process; got --processes {processes}")
+        chosen = {
+            "data": data,
+            "samples": samples,
+            "steps": steps,
+            "sampler": sampler,
+            "sampling-seeds": sampling_seeds,
+            "inception-weights": inception_weights,
+            "device": device,
+            "processes": processes,
+        }
+        options = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+        launch.launch(processes, ["eval", model, *options, *["--json"] * as_json])
+        return
     _check_versions()
     _quieten()
     if suite == "ocr":
@@ -213,6 +277,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             dtype=dtype,
             mode=mode,
+            ocean_order=ocean_order,
         )
         name = model.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
         folder = output or Path("runs") / f"eval_{name}"
@@ -238,8 +303,9 @@ def evaluate(
             inception_weights=inception_weights,
             device=device,
         )
-    rows = [(name, _interval(entry), str(entry["n"]), "") for name, entry in metrics.items()]
-    _print(metrics, as_json, _table([("metric", "value", "n", ""), *rows]))
+    if launch.rank():
+        return
+    _print(metrics, as_json, _metrics_table(metrics))
 
 
 @app.command()
@@ -366,7 +432,8 @@ def tables(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="main, ablation, attempts, readers, fastocr, rtprune or bench.",
+            help="All when none is named: diffusion's main, ablation and attempts; readers, bench, "
+            "rtprune, fastocr, and fastocr_periphery and fastocr_deepseek.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
@@ -383,11 +450,11 @@ def tables(
     from compress import experiments, reader_experiments
     from compress.eval.tables import fill_file
 
-    readers = [
-        name for name in names or reader_experiments.NAMES if name in reader_experiments.NAMES
-    ]
-    others = [name for name in names or [] if name not in readers]
-    chosen = experiments.choose(others) if others or not names else []
+    known = (*experiments.TABLES, *reader_experiments.NAMES)
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"tables are {', '.join(known)}; got {', '.join(unknown)}; name one")
+    chosen = [name for name in names or known if name in experiments.TABLES]
+    readers = [name for name in names or known if name in reader_experiments.NAMES]
     if not only_render:
         part = experiments.parse_shard(shard)
         for line in experiments.run_missing(chosen, results, seeds=range(seeds), shard=part):
@@ -429,11 +496,14 @@ def _say(text: str) -> None:
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("COMPRESS_DEBUG"):
         raise error
+    if launch.rank() or (isinstance(error, ConnectionError) and not launch.speaks()):
+        # what went wrong everywhere the main process says, and then the launcher ends this one
+        time.sleep(YIELD_SECONDS)
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         # without the number that OSError puts first
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    _say(f"error: {text}")
+    _say(f"error: process {launch.rank()}: {text}" if launch.rank() else f"error: {text}")
     raise typer.Exit(code) from None
 
 
@@ -478,10 +548,17 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     # torch.utils.data warns about pinned memory wherever there is no GPU
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+    if launch.rank():
+        # the main process says it
+        warnings.simplefilter("ignore")
 
 
 def _follow(events: Iterable["Event"]) -> None:
     """Show progress on stderr: bars on a terminal, a line now and then elsewhere."""
+    if launch.rank():
+        for _ in events:
+            pass
+        return
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -545,6 +622,11 @@ def _print_run(folder: Path, as_json: bool) -> None:
     from compress.results import read_metrics
 
     found = read_metrics(folder)
+    if not any("compressed" in entry for entry in found["metrics"].values()):
+        report = f"report      {folder / 'report.html'}"
+        text = f"{_metrics_table(found['metrics'])}\n\n{report}"
+        _print({"folder": str(folder), **found}, as_json, text)
+        return
     header = ("metric", "dense", "compressed", "ratio", "better")
     rows = [
         (
@@ -557,6 +639,8 @@ def _print_run(folder: Path, as_json: bool) -> None:
         for name, entry in found["metrics"].items()
     ]
     lines = [_table([header, *rows]), ""]
+    if "comparison" in found:
+        lines += [_variants_table(found), ""]
     widths = [f"{w['level']}: {w['dense']} -> {w['compressed']}" for w in found.get("widths", [])]
     lines += [f"widths      {', '.join(widths)}"] if widths else []
     for name, value in found.get("floor", {}).items():
@@ -566,6 +650,34 @@ def _print_run(folder: Path, as_json: bool) -> None:
     lines.append(f"report      {folder / 'report.html'}")
     everything = {"folder": str(folder), "checkpoint": str(folder / "checkpoint"), **found}
     _print(everything, as_json, "\n".join(lines))
+
+
+def _metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The metrics of one model."""
+    rows = [(name, _interval(entry), str(entry["n"])) for name, entry in metrics.items()]
+    return _table([("metric", "value", "n"), *rows])
+
+
+def _variants_table(found: Mapping[str, Any]) -> str:
+    """What a run on a reader compared, a line for each variant."""
+    from compress.reader_rows import keep_text, measure, series_name, used_text
+
+    # runs of before it was named measured this
+    accuracy = found.get("accuracy", "1 - CER")
+    metric = measure(accuracy)
+    rows = [
+        (
+            row["variant"] if row["variant"] in ("dense", "compressed") else "",
+            series_name(row) or "none",
+            keep_text(row["methods"]) or "-",
+            used_text(row),
+            _interval(row.get("accuracy_retention")),
+            _interval(row["metrics"].get(metric)),
+        )
+        for row in found["comparison"]
+    ]
+    retention = f"retention ({accuracy})"
+    return _table([("variant", "method", "keep", "visual tokens used", retention, metric), *rows])
 
 
 def _interval(entry: Mapping[str, Any] | None) -> str:

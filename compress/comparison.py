@@ -98,11 +98,12 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
-    """Put finished runs side by side.
+    """Put finished runs side by side, and evaluations of readers.
 
     Parameters
     ----------
-    folders : of finished runs; at least one. Runs with the same folder name get their whole path.
+    folders : of finished runs or evaluations; at least one. Runs with the same folder name get
+        their whole path.
 
     Raises
     ------
@@ -132,14 +133,16 @@ def compare(folders: Sequence[Path]) -> Comparison:
 def _row(
     metric: str, entry: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    sides = {name: run[metric]["compressed"] for name, run in runs.items() if metric in run}
+    # an evaluation measures one model: its entry has no sides
+    found = {name: run[metric] for name, run in runs.items() if metric in run}
+    sides = {name: entry.get("compressed", entry) for name, entry in found.items()}
     values = {name: side["value"] for name, side in sides.items()}
-    pick = min if entry.get("better") == "lower" else max
-    best = pick(values, key=lambda name: values[name])
+    pick = {"lower": min, "higher": max}.get(entry.get("better", ""))
+    best = pick(values, key=lambda name: values[name]) if pick else None
     # an equal value is no victory
-    alone = list(values.values()).count(values[best]) == 1 and len(runs) > 1
-    dense = [run[metric]["dense"] for run in runs.values() if metric in run]
-    same = all(
+    alone = best is not None and list(values.values()).count(values[best]) == 1 and len(runs) > 1
+    dense = [entry["dense"] for entry in found.values() if "dense" in entry]
+    same = bool(dense) and all(
         side and np.isclose(side["value"], dense[0]["value"], rtol=1e-7, atol=0) for side in dense
     )
     return {

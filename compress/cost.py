@@ -10,6 +10,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+# the length that every CLIP text encoder of Stable Diffusion pads a prompt to
+PROMPT_TOKENS = 77
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -88,10 +91,7 @@ def layer_macs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[LayerM
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
-    on_meta = {
-        key: value.to("meta") if isinstance(value, torch.Tensor) else value
-        for key, value in inputs.items()
-    }
+    on_meta = {key: _to_meta(value) for key, value in inputs.items()}
     counter = _AttentionCounter()
     try:
         with torch.no_grad(), counter:
@@ -102,14 +102,43 @@ def layer_macs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[LayerM
     return layers, sum(2 * pairs * width for pairs, width in counter.calls)
 
 
-def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, torch.Tensor]:
-    """Keyword arguments of one forward pass of a diffusers UNet at its native size."""
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to_meta(item) for key, item in value.items()}
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, Any]:
+    """Keyword arguments of one forward pass of a diffusers UNet at its native size.
+
+    A prompt has :data:`PROMPT_TOKENS` tokens.
+    """
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return {
-        "sample": torch.zeros(batch, unet.config.in_channels, height, width, device=device),
-        "timestep": torch.zeros(batch, dtype=torch.long, device=device),
+    config = unet.config
+    timestep = torch.zeros(batch, dtype=torch.long, device=device)
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(batch, config.in_channels, height, width, device=device),
+        "timestep": timestep,
     }
+    text_width = config.get("cross_attention_dim")
+    if text_width is not None:
+        inputs["encoder_hidden_states"] = torch.zeros(
+            batch, PROMPT_TOKENS, text_width, device=device
+        )
+    projected = config.get("projection_class_embeddings_input_dim")
+    if config.get("addition_embed_type") == "text_time":
+        times = torch.zeros(batch, 6, device=device)  # original size, crop and target size
+        pooled = projected - times.shape[1] * config.addition_time_embed_dim
+        embeds = torch.zeros(batch, pooled, device=device)
+        inputs["added_cond_kwargs"] = {"text_embeds": embeds, "time_ids": times}
+    kind = config.class_embed_type
+    if kind in ("identity", "projection"):
+        width = projected if kind == "projection" else unet.time_embedding.linear_2.out_features
+        inputs["class_labels"] = torch.zeros(batch, width, device=device)
+    elif kind == "timestep" or config.num_class_embeds is not None:
+        inputs["class_labels"] = timestep
+    return inputs
 
 
 def cost(model: nn.Module, inputs: Mapping[str, Any]) -> Cost:

@@ -9,6 +9,7 @@ import itertools
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,25 @@ SEEDS = (0, 1, 2)
 KEEPS = ("0.5", "0.3")
 ONE_SHOT = ("random", "magnitude", "taylor", "diff_pruning")
 CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
+# keys of `train` that change how a run is executed, not what comes out
+UNDECIDING = ("save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch")
 PROCESSES = ("soft flow", "hard iterative", "one-shot")
+# allocation, granularity
+VARIANTS = (("uniform", "fine"), ("global", "fine"), ("uniform", "coarse"))
+# knobs that are younger than the first rows: where they are not set, the rows' keys stay
+YOUNGER = {"allocation": "uniform", "granularity": "fine", "flip": False}
+# tables whose times are compared: their runs are made in one sitting, in a file of their own
+TIMED = ("allocation",)
+COST = ("macs_share", "params_share", "latency_share", "prune_cpu_seconds", "criterion_share")
 
 NOTES = {
     "main": "Widths and total optimiser steps are the same within a `keep_macs`.",
     "ablation": "`keep_macs` 0.3; same widths and total optimiser steps throughout.",
     "attempts": "`keep_macs` 0.3, the first seed; same widths and total optimiser steps throughout."
     " Unless the line says otherwise:",
+    "allocation": "`keep_macs` 0.3; the same level widths and total optimiser steps throughout."
+    " Latency is that of one forward pass, in turns with the dense model's; time to prune is the"
+    " process's CPU time from the first mask to the last optimiser step.",
 }
 # what was tried -> what is set
 RIVAL = "one-shot diff_pruning"
@@ -73,7 +86,12 @@ class Experiment:
         """Hash of everything in the recipe that decides the result."""
         content = self.recipe().model_dump(mode="json")
         content.pop("output")
-        content["train"].pop("save_every")
+        for name in UNDECIDING:
+            content["train"].pop(name)
+        for part in ("method", "train"):
+            for knob, old in YOUNGER.items():
+                if content[part].get(knob, ...) == old:
+                    del content[part][knob]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -132,11 +150,33 @@ def attempts_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
     ]
 
 
+def allocation_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
+    """Uniform against free inner widths, fine against coarse masks, at ``keep_macs`` 0.3."""
+    return [
+        Experiment(
+            (("allocation", allocation), ("granularity", granularity)),
+            (
+                f"method.allocation={allocation}",
+                f"method.granularity={granularity}",
+                "method.keep_macs=0.3",
+            ),
+            seed,
+        )
+        for seed in seeds
+        for allocation, granularity in VARIANTS
+    ]
+
+
 def _training_only(overrides: Sequence[str]) -> bool:
     return all(o.startswith("recover.") and not o.startswith("recover.steps") for o in overrides)
 
 
-TABLES = {"main": main_table, "ablation": ablation_table, "attempts": attempts_table}
+TABLES = {
+    "main": main_table,
+    "ablation": ablation_table,
+    "attempts": attempts_table,
+    "allocation": allocation_table,
+}
 LABELS: dict[str, dict[str, Sequence[str]]] = {
     "main": {
         "keep_macs": KEEPS,
@@ -144,25 +184,24 @@ LABELS: dict[str, dict[str, Sequence[str]]] = {
     },
     "ablation": {"process": PROCESSES, "criterion": CRITERIA},
     "attempts": {"tried": tuple(ATTEMPTS), "method": ("gradflow", RIVAL)},
+    "allocation": {
+        "allocation": ("uniform", "global"),
+        "granularity": ("fine", "coarse"),
+    },
 }
 COMPARE_WITHIN: dict[str, tuple[str, ...]] = {
     "main": ("keep_macs",),
     "ablation": (),
     "attempts": ("tried",),
+    "allocation": (),
 }
 
 
-def choose(names: Sequence[str]) -> list[str]:
-    """Check table names; all tables when none is named.
-
-    Raises
-    ------
-    ValueError : for an unknown name.
-    """
-    unknown = sorted(set(names) - set(TABLES))
-    if unknown:
-        raise ValueError(f"tables are {', '.join(TABLES)}; got {', '.join(unknown)}; name one")
-    return list(names) or list(TABLES)
+def results_of(name: str, results: Path) -> Path:
+    """The file of a table's rows: the given one, or one beside it for a table that is timed."""
+    if name not in TIMED:
+        return results
+    return results.with_name(f"{results.stem}_{name}{results.suffix}")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -194,16 +233,18 @@ def run_missing(
     seeds : training seeds.
     shard : (k, n): only every n-th missing run, from the k-th, so that n shells can share work.
     """
-    wanted = {e.key(): e for name in names for e in TABLES[name](seeds)}
+    wanted = {
+        (results_of(name, results), e.key()): e for name in names for e in TABLES[name](seeds)
+    }
     mine = list(wanted.items())[shard[0] :: shard[1]]
-    for number, (key, experiment) in enumerate(mine, start=1):
-        if any(row["key"] == key for row in tables.read_rows(results)):
+    for number, ((file, key), experiment) in enumerate(mine, start=1):
+        if any(row["key"] == key for row in tables.read_rows(file)):
             continue
         title = ", ".join(f"{k} {v}" for k, v in experiment.labels)
         yield f"[{number}/{len(mine)}] {title}, seed {experiment.seed}"
         row = _run_one(experiment, key)
-        tables.append_row(results, row)
-        values = ", ".join(f"{c} {row['values'][c]:.5g}" for c in tables.COLUMNS)
+        tables.append_row(file, row)
+        values = ", ".join(f"{c} {row['values'][c]:.5g}" for c in tables.QUALITY)
         yield f"    {row['seconds']:.0f} s: {values}"
 
 
@@ -211,9 +252,14 @@ def _run_one(experiment: Experiment, key: str) -> dict[str, Any]:
     started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="compress-table-") as folder:
         events = run_events(experiment.recipe(), output=Path(folder) / "run")
+        pruning, before = 0.0, time.process_time()
         while True:
             try:
-                next(events)
+                event = next(events)
+                now = time.process_time()
+                if event.stage in ("flow", "recover"):
+                    pruning += now - before
+                before = now
             except StopIteration as stop:
                 metrics = stop.value.metrics
                 break
@@ -232,6 +278,7 @@ def _run_one(experiment: Experiment, key: str) -> dict[str, Any]:
         "versions": facts["versions"],
         "seconds": round(seconds, 1),
         "train_seconds": round(facts["train_seconds"], 1),
+        "prune_cpu_seconds": round(pruning, 1),
         "criterion_share": round(facts["criterion_share"], 4),
         "optimiser_steps": facts["optimiser_steps"],
         "widths": [w["compressed"] for w in metrics["widths"]],
@@ -255,6 +302,7 @@ def commit() -> str:
 
 def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
     """One table in Markdown from the rows that are there, with what it is measured against."""
+    results = results_of(name, results)
     rows_by_key = {row["key"]: row for row in tables.read_rows(results)}
     rows = []
     for experiment in TABLES[name](seeds):
@@ -263,7 +311,11 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
             rows.append(row | {"labels": dict(experiment.labels)})
     if not rows:
         return f"*No rows yet: run `compress tables {name}`.*"
-    body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name])
+    columns = tables.QUALITY
+    if name in TIMED:
+        columns += COST
+        rows = [row | {"values": row["values"] | _costs(row)} for row in rows]
+    body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name], columns)
     dense = rows[0]["dense"]
     recipe = load_pipeline_recipe(RECIPE)
     asked, recover = recipe.evaluate, recipe.recover
@@ -283,3 +335,10 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
         f"Made by `compress tables {name} --update README.md` from `eval/results/{results.name}`.",
     ]
     return f"{body}\n\n{' '.join(facts)}"
+
+
+def _costs(row: dict[str, Any]) -> dict[str, float]:
+    """What a run's result costs beside the dense model, and what the run itself cost."""
+    shares = (("macs_share", "macs"), ("params_share", "params"), ("latency_share", "latency_ms"))
+    found = {name: row["values"][of] / row["dense"][of] for name, of in shares}
+    return found | {name: row[name] for name in ("prune_cpu_seconds", "criterion_share")}

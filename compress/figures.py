@@ -76,7 +76,9 @@ def _widths_figure(run: Run) -> Figure | None:
     widths = run.metrics.get("widths")
     if not widths:
         return None
-    figure = Figure(figsize=(6.4, 1.5 + 0.62 * len(widths)), layout="constrained")
+    # a model with free inner widths has dozens of rows: they come closer
+    row_height = max(0.3, min(0.62, 8 / len(widths)))
+    figure = Figure(figsize=(6.4, 1.5 + row_height * len(widths)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(widths))
     for offset, key, colour in ((-0.2, "dense", DENSE), (0.2, "compressed", COMPRESSED)):

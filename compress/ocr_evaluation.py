@@ -19,9 +19,11 @@ from compress.method import Event
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.reading import read_pages
-from compress.models.vlm import load_vlm, model_folder
+from compress.models.vlm import model_folder
 from compress.ocr_report import write_ocr_report
 from compress.output_folder import check_same_settings, check_target, claim
+from compress.patched import base_model, load_reader
+from compress.reader_counts import counted, counted_metrics
 
 SETTINGS = "evaluation.yaml"
 PREDICTIONS = "predictions.jsonl"
@@ -35,9 +37,10 @@ class OcrSettings:
 
     Parameters
     ----------
-    model : ``builtin:NAME``, a folder or a hub id.
-    data : as in :func:`compress.data.ocr_pages.load_pages`; for a built-in reader, when None, the
-        pages of the kind that it was trained on, and ``builtin:pages`` for other models.
+    model : ``builtin:NAME``, a folder, a hub id, or a patched checkpoint with its methods.
+    data : as in :func:`compress.data.ocr_pages.load_pages`; for a built-in reader and checkpoints
+        made of it, when None, the pages of the kind that it was trained on, and ``builtin:pages``
+        for other models.
     samples : rendered pages of each kind; a folder is read as a whole.
     batch : pages that are read together.
     prompt : the family's own for plain text when None.
@@ -45,6 +48,7 @@ class OcrSettings:
     dtype : of the weights: float32, bfloat16 or float16.
     mode : DeepSeek-OCR's resolution; the checkpoint's own when None.
     seed : of the bootstrap.
+    ocean_order : ``correct`` or ``published``: how Ocean-OCR's metrics are computed.
     """
 
     model: str
@@ -56,14 +60,20 @@ class OcrSettings:
     dtype: str = "float32"
     mode: str | None = None
     seed: int = 0
+    ocean_order: str = "correct"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}; choose one"
             )
+        if self.ocean_order not in ocr.OCEAN_ORDERS:
+            raise ValueError(
+                f"--ocean-order must be one of {', '.join(ocr.OCEAN_ORDERS)}; got "
+                f"{self.ocean_order!r}; choose one"
+            )
         if self.data is None:
-            square = self.model == "builtin:reader-deepseek"
+            square = base_model(self.model) == "builtin:reader-deepseek"
             object.__setattr__(self, "data", f"builtin:{'square-' * square}pages")
 
 
@@ -83,7 +93,8 @@ def evaluate_events(
     Returns
     -------
     What metrics.json holds: ``metrics`` (per metric ``value``, ``ci95``, ``n``, ``how`` and
-    ``better``) and ``run``.
+    ``better``; of a patched checkpoint also what its methods counted), ``methods``, ``counted`` and
+    ``run``.
 
     Raises
     ------
@@ -93,19 +104,24 @@ def evaluate_events(
     where = choose_device(device)
     check_target(output, resume=resume, overwrite=overwrite)
     data = load_pages(str(settings.data), open_image, settings.samples)
+    if data.annotations is not None:
+        ocr.check_accuracy(data)
     folder = model_folder(settings.model)
     facts = asdict(settings) | {"model_hash": folder_hash(folder)}
     if resume:
         check_same_settings(output / SETTINGS, facts)
-    model, processor = load_vlm(settings.model, DTYPES[settings.dtype])
+    model, processor, methods = load_reader(folder, DTYPES[settings.dtype])
     model.to(where)
     processor = with_mode(processor, settings.mode)
-    read = page_reader(model, processor, settings.prompt, settings.max_new_tokens)
+    applied = Applied(model, methods) if methods else None
+    read = page_reader(model, processor, settings.prompt, settings.max_new_tokens, applied)
     with claim(output, resume=resume, overwrite=overwrite):
         write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         for count in ocr.predict(data, read, settings.batch, output / PREDICTIONS):
             yield Event("read", count, len(data.pages))
-        metrics = _score(data, output, settings, where)
+        metrics = _score(data, output, settings)
+        metrics["methods"] = [asdict(method) for method in methods]  # type: ignore[call-overload]
+        metrics["run"] = _facts(facts, len(data.pages), where)
         write_json(output / "metrics.json", metrics)
         write_ocr_report(output, data, ocr.read_predictions(output / PREDICTIONS), metrics)
     yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
@@ -154,7 +170,7 @@ def read_files(
 
     Parameters
     ----------
-    model : ``builtin:NAME``, a folder or a hub id.
+    model : ``builtin:NAME``, a folder, a hub id, or a patched checkpoint with its methods.
     pages : image files.
     prompt, max_new_tokens, dtype, mode : as in `OcrSettings`.
     device : CUDA where there is any when None.
@@ -165,26 +181,36 @@ def read_files(
     """
     settings = OcrSettings(model, prompt=prompt, max_new_tokens=max_new_tokens, dtype=dtype)
     images = [open_image(path) for path in pages]
-    network, processor = load_vlm(model, DTYPES[settings.dtype])
+    network, processor, methods = load_reader(model, DTYPES[settings.dtype])
     network.to(choose_device(device))
     processor = with_mode(processor, mode)
+    if methods:
+        Applied(network, methods)  # the network holds it
     return [
         read_pages(network, processor, [image], prompt, max_new_tokens)[0].text for image in images
     ]
 
 
-def _score(data: OcrData, output: Path, settings: OcrSettings, device: str) -> dict[str, Any]:
-    found = ocr.score(data, ocr.read_predictions(output / PREDICTIONS), settings.seed)
+def _score(data: OcrData, output: Path, settings: OcrSettings) -> dict[str, Any]:
+    """The metrics, and what methods counted."""
+    read = ocr.read_predictions(output / PREDICTIONS)
+    counts = counted(read)
+    found = ocr.score(data, read, settings.seed, settings.ocean_order).metrics
+    found |= counted_metrics(counts, len(data.pages))
     return {
         "metrics": {
             name: asdict(value) | {"better": ocr.better(name)} for name, value in found.items()
         },
-        "run": {
-            **asdict(settings),
-            "pages": len(data.pages),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "versions": versions_of(PACKAGES),
-        },
+        "counted": counts,
+    }
+
+
+def _facts(settings: dict[str, Any], pages: int, device: str) -> dict[str, Any]:
+    return {
+        **settings,
+        "pages": pages,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions_of(PACKAGES),
     }

@@ -40,7 +40,9 @@ def write_ocr_report(
     metrics : what metrics.json holds.
     """
     facts = metrics["run"]
-    line = " · ".join(f"{name} {facts[name]}" for name in ("model", "data", "pages"))
+    parts = [f"{name} {facts[name]}" for name in ("model", "data", "pages")]
+    if metrics["methods"]:
+        parts.append(f"method {' + '.join(method['name'] for method in metrics['methods'])}")
     body = [
         OCR_CSS,
         _table(metrics["metrics"]),
@@ -48,7 +50,7 @@ def write_ocr_report(
         f"<section><h2>The evaluation</h2>{facts_table(facts)}</section>",
     ]
     path = folder / "report.html"
-    write_text(path, document(folder.resolve().name, line, body))
+    write_text(path, document(folder.resolve().name, " · ".join(parts), body))
     return path
 
 

@@ -12,7 +12,12 @@ import yaml
 # what a folder of ours holds: the settings of the run, or of the evaluation
 SETTINGS = ("recipe.yaml", "evaluation.yaml")
 # what makes an unfinished one worth keeping
-PROGRESS = ("state/state.safetensors", "predictions.jsonl", "predictions/dense.jsonl")
+PROGRESS = (
+    "state/state.safetensors",
+    "state/state-1.safetensors",
+    "predictions.jsonl",
+    "predictions/dense.jsonl",
+)
 
 
 def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -49,7 +54,10 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _is_leftover(entry: Path) -> bool:
     """Whether an entry is our lock, or a file or folder that a killed run had not yet renamed."""
-    known = (*SETTINGS, "log.jsonl", "checkpoint", "metrics.json", "report.html", "samples")
+    known = (
+        *(*SETTINGS, "model.json", "calibration.json"),
+        *("log.jsonl", "checkpoint", "metrics.json", "report.html", "samples"),
+    )
     return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}" for name in known))
 
 

@@ -1,6 +1,7 @@
 """Patched checkpoints: a transformers folder, and the methods to apply to it, in compress.json."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from compress.applied import Applied
-from compress.checkpoint import FACTS, FORMAT, file_hashes, verify
-from compress.files import atomic_folder, folder_hash, write_json, write_text
+from compress.checkpoint import FACTS, FORMAT, file_hashes, metrics_table, verify
+from compress.files import atomic_folder, folder_hash, read_json, write_json, write_text
 from compress.method import RuntimeMethod
 from compress.methods import AnyRuntimeMethod
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, save_processor
+from compress.models.licence import licence_files, licence_of
+from compress.models.loading import BUILTIN
 from compress.models.vlm import load_vlm, model_folder
+
+UNKNOWN = "unknown; look where you got the base model from"
 
 
 def save_patched(
@@ -43,14 +48,34 @@ def save_patched(
     """
     settings = [json.loads(_ADAPTER.dump_json(method)) for method in methods]
     made = {"format": FORMAT, "kind": "patched", "methods": settings, **(facts or {})}
+    base = reference or made.get("base_model")
+    source = model_folder(base) if base else _origin(model)
+    if source is not None:
+        made |= {"base_model": base or base_model(source), "base_licence": _licence(source, base)}
     with atomic_folder(folder) as temporary:
         if reference is None:
             _save_dense(model, processor, temporary, folder)
+            for path in licence_files(source) if source else ():
+                shutil.copy(path, temporary)
         else:
             made["weights"] = {"model": reference, "hash": folder_hash(model_folder(reference))}
         write_text(temporary / "README.md", _model_card(made, reference))
         write_json(temporary / FACTS, {**made, "files": file_hashes(temporary)})
     return folder
+
+
+def _origin(model: Any) -> Path | None:
+    """The folder that a model was loaded from, if it is still there."""
+    folder = Path(model.name_or_path)
+    return folder if model.name_or_path and folder.is_dir() else None
+
+
+def _licence(source: Path, name: str | None) -> str:
+    """Of the base model in a folder; where that is a patched checkpoint, of what it was made of."""
+    facts = _patched_facts(source)
+    if facts is None:
+        return licence_of(source, name or str(source))
+    return str(facts.get("base_licence", UNKNOWN))
 
 
 def _save_dense(model: Any, processor: Any, temporary: Path, folder: Path) -> None:
@@ -72,6 +97,68 @@ def load_patched(folder: Path, dtype: Any = None) -> tuple[Any, Any, Applied]:
     ValueError, FileNotFoundError : naming the file that is damaged or missing, or a base model that
         is not the one that the checkpoint refers to.
     """
+    model, processor, methods = _read(folder, dtype)
+    return model, processor, Applied(model, methods)
+
+
+def load_reader(model: str | Path, dtype: Any = None) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
+    """Any reader, and the methods that belong to it, which are not applied yet.
+
+    Parameters
+    ----------
+    model : as in :func:`compress.models.vlm.load_vlm`, or a patched checkpoint of ours, which alone
+        has methods.
+    dtype : of the parameters; float32 when None.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as :func:`load_patched`.
+    """
+    import torch
+
+    folder = model_folder(model)
+    if _patched_facts(folder) is not None:
+        return _read(folder, dtype)
+    return *load_vlm(folder, dtype or torch.float32), ()
+
+
+def base_model(model: str | Path) -> str:
+    """The model that a patched checkpoint was made of; any other model is its own."""
+    folder = Path(model).expanduser()
+    if folder.resolve().parent == BUILTIN.resolve():
+        return f"builtin:{folder.name}"
+    facts = _patched_facts(folder)
+    if facts is None:
+        return str(model)
+    return str(facts.get("base_model") or facts.get("weights", {}).get("model", model))
+
+
+def check_dense(model: str, folder: Path) -> None:
+    """Refuse a patched checkpoint where a model is wanted to put methods on.
+
+    Raises
+    ------
+    ValueError : naming its base model and its methods.
+    """
+    facts = _patched_facts(folder)
+    if facts is not None:
+        settings = ", ".join(json.dumps(method) for method in facts["methods"])
+        raise ValueError(
+            f"methods are put on a dense model; {model} is a patched checkpoint with methods of "
+            f"its own; name its base model, {base_model(folder)}, and under method what it has: "
+            f"{settings}"
+        )
+
+
+def _patched_facts(folder: Path) -> dict[str, Any] | None:
+    """What ``compress.json`` says, unverified; None for what is no patched checkpoint."""
+    if not (folder / FACTS).is_file():
+        return None
+    facts = read_json(folder / FACTS)
+    return facts if isinstance(facts, dict) and facts.get("kind") == "patched" else None
+
+
+def _read(folder: Path, dtype: Any) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
     import torch
 
     facts = verify(folder)
@@ -84,15 +171,15 @@ def load_patched(folder: Path, dtype: Any = None) -> tuple[Any, Any, Applied]:
                 f"there now has {found[:12]}; restore that version, or save a copy of the weights"
             )
     model, processor = load_vlm(base, dtype or torch.float32)
-    methods = [_ADAPTER.validate_json(json.dumps(method)) for method in facts["methods"]]
-    return model, processor, Applied(model, methods)
+    methods = (_ADAPTER.validate_json(json.dumps(method)) for method in facts["methods"])
+    return model, processor, tuple(methods)
 
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyRuntimeMethod)
 
 
 def _model_card(facts: Mapping[str, Any], reference: str | None) -> str:
-    base = facts.get("base_model", reference or "unknown")
+    base = facts.get("base_model") or reference or "unknown"
     names = ", ".join(method["name"] for method in facts["methods"])
     plain = (
         "Plain transformers loads this folder as the dense model; `compress.load` applies the "
@@ -110,7 +197,7 @@ def _model_card(facts: Mapping[str, Any], reference: str | None) -> str:
             f"# {base} with {names}",
             "",
             f"Base model: `{base}` (SHA-256 `{facts.get('base_hash', 'unknown')}`).",
-            f"Licence of the base model: {facts.get('base_licence', 'see the base model')}",
+            f"Licence of the base model: {facts.get('base_licence', UNKNOWN)}",
             "",
             plain,
             "",
@@ -119,6 +206,7 @@ def _model_card(facts: Mapping[str, Any], reference: str | None) -> str:
             "",
             'model = compress.load("path/to/this/folder")',
             "```",
+            *metrics_table(facts.get("metrics", {})),
             "",
             "Settings, recipe and provenance: `compress.json`.",
             "",

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import save
 
+from compress import distributed
 from compress.checkpoint import save_slim
-from compress.cost import unet_cost
+from compress.cost import unet_cost, unet_inputs
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
@@ -25,10 +27,11 @@ from compress.environment import choose_device, device_name, versions_of
 from compress.eval import diffusion, fidelity
 from compress.files import write_bytes, write_json, write_text
 from compress.gradflow import GradFlow, OneShot, Training
+from compress.gradflow.free_width import inner_width
 from compress.gradflow.groups import dense_widths
-from compress.gradflow.surgery import slim_config
 from compress.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.journal import Journal
+from compress.launch import launched
 from compress.method import Compressed, Event, RunResult
 from compress.models import load_pipeline, model_hash
 from compress.output_folder import check_same_settings, check_target, claim
@@ -117,37 +120,63 @@ def run_events(
     if isinstance(recipe, ReaderRecipe):
         from compress.reader_run import reader_events
 
+        if launched():
+            raise ValueError("readers run on one process; start it without a launcher")
         folder = Path(output or recipe.output or "")
         return (
             yield from reader_events(
                 recipe, folder, resume=resume, overwrite=overwrite, device=device
             )
         )
+    with distributed.explained():
+        return (yield from _run_events(recipe, output, resume, overwrite, device))
+
+
+def _run_events(
+    recipe: Recipe, output: str | Path | None, resume: bool, overwrite: bool, device: str | None
+) -> Generator[Event, None, RunResult]:
     job = _open(recipe, output, device)
-    recipe = job.recipe
+    main = distributed.is_main()
+    check_trainable(job.pipeline)
     # everything that a user can have got wrong is checked before the folder is touched
-    check_target(job.folder, resume=resume, overwrite=overwrite)
-    if resume:
-        check_same_settings(job.folder / "recipe.yaml", yaml.safe_load(_resolved(job)))
-    _check_space(job)
+    if main:
+        check_target(job.folder, resume=resume, overwrite=overwrite)
+        if resume:
+            check_same_settings(job.folder / "recipe.yaml", yaml.safe_load(_resolved(job)))
+        _check_space(job)
     pruning = _pruning_run(job, Journal(job.folder), resume=resume)
     yield Event("prepare", 1, 1, message=_plan(job, pruning))
-    with claim(job.folder, resume=resume, overwrite=overwrite):
-        write_text(job.folder / "recipe.yaml", _resolved(job))
+    # of several processes only the main one touches the folder
+    claimed = claim(job.folder, resume=resume, overwrite=overwrite)
+    with claimed if main else contextlib.nullcontext():
+        if main:
+            write_text(job.folder / "recipe.yaml", _resolved(job))
         pruned = yield from pruning.events()
         compressed = _with_unet(job.pipeline, pruned.unet)
         metrics = yield from _evaluate(job, compressed, pruned)
         yield Event("report", 0, 2)
-        facts = _provenance(job, pruned, metrics["metrics"])
-        checkpoint = save_slim(compressed, job.folder / "checkpoint", facts)
-        if pruned.trace:
-            write_bytes(job.folder / "trace.safetensors", save(pruned.trace))
-        write_json(job.folder / "metrics.json", metrics)
+        checkpoint = distributed.from_main(lambda: _finish(job, compressed, pruned, metrics))
         yield Event("report", 1, 2)
-        write_report(job.folder)
-        shutil.rmtree(job.folder / "state", ignore_errors=True)
+        distributed.from_main(lambda: _report(job.folder))
     yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
     return RunResult(job.folder, metrics, checkpoint)
+
+
+def _finish(
+    job: _Job, compressed: DiffusionPipeline, pruned: Pruned, metrics: dict[str, Any]
+) -> Path:
+    """Write checkpoint, trace and metrics."""
+    facts = _provenance(job, pruned, metrics["metrics"])
+    checkpoint = save_slim(compressed, job.folder / "checkpoint", facts)
+    if pruned.trace:
+        write_bytes(job.folder / "trace.safetensors", save(pruned.trace))
+    write_json(job.folder / "metrics.json", metrics)
+    return checkpoint
+
+
+def _report(folder: Path) -> None:
+    write_report(folder)
+    shutil.rmtree(folder / "state", ignore_errors=True)
 
 
 def apply(
@@ -174,6 +203,7 @@ def apply(
     With ``model`` (a pipeline), ``report`` and ``save(folder)``.
     """
     unet = pipeline.unet
+    check_trainable(pipeline)
     if isinstance(data, str):
         data = load_images(data, unet.config.sample_size, unet.config.in_channels)
     elif not isinstance(data, ImageData):
@@ -185,7 +215,7 @@ def apply(
         method,
         training or Training(),
         Journal(),
-        device=choose_device(device),
+        device=distributed.join(choose_device(device)),
     )
     events = run_.events()
     while True:
@@ -197,7 +227,7 @@ def apply(
     report = {
         **pruned.report,
         "method": asdict(method),
-        "widths": _widths(unet, pruned.widths),
+        "widths": _widths(unet, pruned),
     }
     return Compressed(_with_unet(pipeline, pruned.unet), report)
 
@@ -209,7 +239,8 @@ def dry_run(
 
     Returns
     -------
-    ``params``, ``macs``, ``keep_macs`` (achieved), ``widths``, ``optimiser_steps``, ``memory_mb``
+    ``params``, ``macs`` (bounds where the scores decide), ``keep_macs`` (achieved; at most, where
+    the scores decide), ``widths`` (of the levels), ``optimiser_steps``, ``memory_mb``
     (weights, gradients and Adam's moments; activations come on top) and ``problems``; for readers
     see :func:`compress.reader_run.dry_run`.
     """
@@ -226,20 +257,23 @@ def dry_run(
         return {"problems": [str(error)]}
     problems = []
     try:
+        check_trainable(job.pipeline)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
         check_target(job.folder, resume=False, overwrite=False)
     except FileExistsError as error:
         problems.append(str(error))
     unet = job.pipeline.unet
-    with torch.device("meta"):
-        slim = UNet2DModel.from_config(slim_config(unet, pruning.layout))
-    before, after = unet_cost(unet), unet_cost(slim)
+    before = unet_cost(unet)
+    params, macs = pruning.slim_cost()
     # weights, gradients, two moments and a teacher of dense size
     memory = 5 * 4 * before.params / 2**20
     return {
         "model": job.recipe.model,
-        "params": [f"{before.params:,} -> {after.params:,}"],
-        "macs": [f"{before.macs:,} -> {after.macs:,}"],
-        "keep_macs": round(after.macs / before.macs, 4),
+        "params": [f"{before.params:,} -> {_span(params)}"],
+        "macs": [f"{before.macs:,} -> {_span(macs)}"],
+        "keep_macs": round(macs[1] / before.macs, 4),
         "widths": [f"{tuple(dense_widths(unet))} -> {tuple(pruning.widths)}"],
         "norms_that_switch_membership": len(pruning.layout.unaligned),
         "optimiser_steps": pruning.total_steps,
@@ -249,6 +283,7 @@ def dry_run(
     }
 
 
+@distributed.explained()
 def evaluate_model(
     model: str,
     *,
@@ -268,13 +303,15 @@ def evaluate_model(
     """
     from compress.checkpoint import load
 
-    where = choose_device(device)
+    where = distributed.join(choose_device(device))
     pipeline = load(model)
     unet = _unet_of(pipeline, model)
+    check_trainable(pipeline)
     images = load_images(data, unet.config.sample_size, unet.config.in_channels)
     settings = diffusion.SamplingSettings(
         samples=samples, sampler=sampler, steps=steps, sampling_seeds=sampling_seeds
     )
+    validation = distributed.from_main(lambda: _validation(unet, images, pipeline.scheduler, where))
     found = diffusion.evaluate(
         pipeline,
         reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
@@ -282,9 +319,11 @@ def evaluate_model(
         extractor=_extractor(data),
         weights=inception_weights,
         device=where,
-        extra={"validation_loss": _validation(unet, images, pipeline.scheduler, where)},
+        extra={"validation_loss": validation},
     )
-    found |= diffusion.speed({"model": unet}, settings, device=where)["model"]
+    found |= distributed.from_main(
+        lambda: diffusion.speed({"model": unet}, settings, device=where)["model"]
+    )
     names = [n for n in diffusion.METRICS if n in found and not n.endswith("_to_dense")]
     return {
         name: asdict(found[name])
@@ -294,9 +333,12 @@ def evaluate_model(
 
 
 def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
-    pipeline = load_pipeline(typed.model)
-    unet = _unet_of(pipeline, typed.model)
-    data = load_images(typed.data, unet.config.sample_size, unet.config.in_channels)
+    where = distributed.join(choose_device(device))
+    # what the hub has, one process downloads, and the others find it
+    with distributed.main_first():
+        pipeline = load_pipeline(typed.model)
+        unet = _unet_of(pipeline, typed.model)
+        data = load_images(typed.data, *_image_shape(pipeline, unet))
     recover = typed.recover.model_dump()
     train = typed.train.model_dump()
     training = Training(
@@ -306,7 +348,7 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
         seed=typed.seed,
     )
     folder = Path(output or typed.output or "runs/compress")
-    return _Job(typed, folder, pipeline, data, training, choose_device(device))
+    return _Job(typed, folder, pipeline, data, training, where)
 
 
 def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
@@ -317,6 +359,35 @@ def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
             f"{sorted(pipeline.components)}; choose a DDPM-like pipeline"
         )
     return unet
+
+
+def _image_shape(pipeline: DiffusionPipeline, unet: Any) -> tuple[int, int]:
+    """Side and channels of the images that a pipeline draws: its VAE's, where it has one."""
+    config = unet.config
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if vae is None:
+        return config.sample_size, config.in_channels
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return config.sample_size * scale, vae.config.in_channels
+
+
+def check_trainable(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose UNet can be planned and cut, but not trained or sampled here.
+
+    Raises
+    ------
+    ValueError : for latents, prompts or labels, which no data source gives yet.
+    """
+    unet = pipeline.unet
+    needs = [name for name in ("vae", "vqvae") if getattr(pipeline, name, None) is not None]
+    inputs = unet_inputs(unet)
+    needs += [name for name in inputs if name not in ("sample", "timestep")]
+    if needs:
+        raise ValueError(
+            "compress trains and samples unconditional pipelines in pixel space; "
+            f"{type(pipeline).__name__} also needs {', '.join(needs)}; plan with --dry-run, and "
+            "cut with compress.gradflow.surgery"
+        )
 
 
 def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> PruningRun:
@@ -340,10 +411,11 @@ def _plan(job: _Job, pruning: PruningRun) -> str:
 
 
 def _check_space(job: _Job) -> None:
-    """Refuse a disk that cannot hold the state (twice, since it is replaced) and the checkpoint."""
+    """Refuse a disk that cannot hold the states and the checkpoint."""
     existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.exists())
     params = sum(p.numel() for p in job.pipeline.unet.parameters())
-    needed = (2 * 4 + 1) * 4 * params + 2**22
+    # one state more than are kept, since the oldest goes when the newest is complete
+    needed = ((job.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
@@ -383,7 +455,7 @@ def _evaluate(
     key = diffusion.samples_key(model_hash(job.recipe.model, job.pipeline), settings, job.device)
     cache = diffusion.samples_cache_path(key)
     images: dict[str, diffusion.Samples] = {}
-    cached = diffusion.load_samples(cache)
+    cached = distributed.from_main(lambda: diffusion.load_samples(cache))
     if cached is not None:
         images["dense"] = cached
     todo = [
@@ -397,12 +469,15 @@ def _evaluate(
             done += 1
             yield Event("evaluate", done, total, message="")
         images[name] = diffusion.gather(batches, settings)
-    if cached is None:
+    if cached is None and distributed.is_main():
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             diffusion.save_samples(cache, images["dense"])
     reference = diffusion.reference_images(job.data.held_out, REFERENCE_LIMIT)
     found = {}
     for name, pipeline in (("dense", job.pipeline), ("compressed", compressed)):
+        validation = distributed.from_main(
+            partial(_validation, pipeline.unet, job.data, job.pipeline.scheduler, job.device)
+        )
         found[name] = diffusion.evaluate(
             pipeline,
             reference=reference,
@@ -412,21 +487,19 @@ def _evaluate(
             extractor=_extractor(job.recipe.data),
             weights=asked.inception_weights,
             device=job.device,
-            extra={
-                "validation_loss": _validation(
-                    pipeline.unet, job.data, job.pipeline.scheduler, job.device
-                )
-            },
+            extra={"validation_loss": validation},
         )
     unets = {"dense": job.pipeline.unet, "compressed": compressed.unet}
-    for name, values in diffusion.speed(unets, settings, device=job.device).items():
+    speed = distributed.from_main(lambda: diffusion.speed(unets, settings, device=job.device))
+    for name, values in speed.items():
         found[name] |= values
     table = diffusion.side_by_side(found["dense"], found["compressed"])
-    shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
-    write_bytes(job.folder / "samples.safetensors", save(shown))
+    if distributed.is_main():
+        shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
+        write_bytes(job.folder / "samples.safetensors", save(shown))
     return {
         "run": _run_facts(job, pruned),
-        "widths": _widths(job.pipeline.unet, pruned.widths),
+        "widths": _widths(job.pipeline.unet, pruned),
         "metrics": table,
         "floor": floor(job.recipe.data, settings.samples),
         "warnings": diffusion.warnings_of(table),
@@ -455,6 +528,7 @@ def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
+        "processes": distributed.processes(),
         "versions": versions_of(PACKAGES),
         "surgery": {k: _finite(v) for k, v in pruned.report["surgery"].items()},
         **facts,
@@ -465,11 +539,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _widths(unet: UNet2DModel, widths: Sequence[int]) -> list[dict[str, Any]]:
-    return [
+def _span(bounds: Sequence[int]) -> str:
+    """A predicted number, or its bounds where it depends on the scores."""
+    low, high = bounds
+    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _widths(unet: UNet2DModel, pruned: Pruned) -> list[dict[str, Any]]:
+    levels = [
         {"level": f"block_out_channels[{i}]", "dense": dense, "compressed": slim}
-        for i, (dense, slim) in enumerate(zip(dense_widths(unet), widths, strict=True))
+        for i, (dense, slim) in enumerate(zip(dense_widths(unet), pruned.widths, strict=True))
     ]
+    inner = [
+        {"level": name, "dense": inner_width(unet.get_submodule(name)), "compressed": slim}
+        for name, slim in pruned.inner_widths.items()
+    ]
+    return levels + inner
 
 
 def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -480,7 +565,7 @@ def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str,
         "base_hash": model_hash(job.recipe.model, job.pipeline),
         "base_licence": licence or "see the base model",
         "recipe": recipe,
-        "widths": _widths(job.pipeline.unet, pruned.widths),
+        "widths": _widths(job.pipeline.unet, pruned),
         "metrics": metrics,
         "versions": versions_of(PACKAGES),
     }

@@ -5,20 +5,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from compress.bench import DecodeShape, decode_attention
 from compress.eval import tables
 from compress.experiments import commit
-from compress.files import write_text
-from compress.models.vlm import builtin_readers
-from compress.ocr_evaluation import OcrSettings, evaluate_events
+from compress.files import folder_hash, read_json, write_text
+from compress.models.vlm import builtin_readers, model_folder
+from compress.ocr_evaluation import SETTINGS, OcrSettings, evaluate_events
 from compress.pipeline import run_events
-from compress.reader_figures import series_name, used_share
+from compress.reader_rows import keep_text, series_name, used_share
+from compress.reader_run import MODEL
 from compress.recipe import load_recipe
 
 # table -> the recipe whose variants it has
 RECIPES = {
     "fastocr": "reader_fastocr_full",
     "fastocr_periphery": "reader_fastocr_periphery_full",
+    "fastocr_deepseek": "reader_deepseek_fastocr_full",
     "rtprune": "reader_rtprune_full",
 }
 ATTENDED = (
@@ -29,6 +33,7 @@ ATTENDED = (
 NOTES = {
     "fastocr": ATTENDED,
     "fastocr_periphery": f"{ATTENDED} A summary counts as a token.",
+    "fastocr_deepseek": f"{ATTENDED} A summary counts as a token.",
     "rtprune": "`used` is the share of the visual tokens, newlines and separator included, that "
     "reach the decoder.",
 }
@@ -45,6 +50,7 @@ COLUMNS = {
 }
 NAMES = ("readers", *RECIPES, "bench")
 FILES = {"readers": "readers.jsonl", "bench": "bench_fastocr.jsonl"}
+UNKNOWN = "unknown"  # of rows from before they named the weights
 BENCH_TOKENS = (2048, 8192, 32768)
 
 
@@ -54,7 +60,13 @@ def results_file(results: Path, name: str) -> Path:
 
 
 def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
-    """Run a table's recipe unless its rows are there; yields lines to show.
+    """Run a table's recipe unless its rows are there, of the weights that ship now.
+
+    Rows that name no ``model_hash`` are of unknown weights and are taken as they are.
+
+    Yields
+    ------
+    Lines to show.
 
     Parameters
     ----------
@@ -66,9 +78,10 @@ def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
     if name == "readers":
         yield from _evaluate_missing(path, runs)
         return
-    if tables.read_rows(path):
-        return
+    rows = tables.read_rows(path)
     if name == "bench":
+        if rows:
+            return
         shapes = [DecodeShape(tokens) for tokens in BENCH_TOKENS]
         for row in decode_attention(shapes):
             tables.append_row(path, row)
@@ -78,8 +91,17 @@ def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
     if model.removeprefix("builtin:") not in builtin_readers():
         yield f"{name}: {model} does not ship yet; nothing is run"
         return
+    if rows and not (old := [row for row in rows if is_stale(row)]):
+        unknown = sum(_hash_of(row) == UNKNOWN for row in rows)
+        if unknown:
+            yield f"{name}: {unknown} rows are of weights {UNKNOWN}; they are taken as they are"
+        return
     folder = runs / f"table_{name}"
-    events = run_events(RECIPES[name], output=folder, resume=folder.exists())
+    if rows:
+        yield f"{name}: {len(old)} rows are of other weights than {model} has now; run again"
+    fresh = _begun_with_others(folder, model)
+    resume = folder.exists() and not fresh
+    events = run_events(RECIPES[name], output=folder, resume=resume, overwrite=fresh)
     stage = ""
     while True:
         try:
@@ -99,20 +121,54 @@ def write_rows(path: Path, name: str, metrics: dict[str, Any]) -> None:
     rows = [{**row, "calibration": None, **facts} for row in metrics["comparison"]]
     if metrics["calibration"]:
         rows[0]["calibration"] = metrics["calibration"]
+    _write(path, rows)
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def is_stale(row: dict[str, Any]) -> bool:
+    """Whether a row was measured on other weights than its built-in model has now."""
+    name = row["model"].removeprefix("builtin:")
+    if _hash_of(row) == UNKNOWN or name not in builtin_readers():
+        return False
+    return bool(_hash_of(row) != folder_hash(model_folder(row["model"])))
+
+
+def _hash_of(row: dict[str, Any]) -> str:
+    return str(row.get("model_hash", UNKNOWN))
+
+
+def _begun_with_others(folder: Path, model: str) -> bool:
+    """Whether a run or an evaluation in a folder began with other weights, and is no beginning."""
+    begun = None
+    if (folder / MODEL).is_file():
+        begun = read_json(folder / MODEL)["model_hash"]
+    elif (folder / SETTINGS).is_file():
+        begun = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf8"))["model_hash"]
+    return begun is not None and begun != folder_hash(model_folder(model))
+
+
+def _stale_note(rows: Sequence[dict[str, Any]]) -> str:
+    """What a table says of rows that a retraining made old."""
+    models = sorted({row["model"] for row in rows if is_stale(row)})
+    return f" **Measured on earlier weights of {', '.join(models)}.**" if models else ""
+
+
 def _evaluate_missing(path: Path, runs: Path) -> Iterator[str]:
     """Evaluate the built-in readers that have no row yet."""
-    done = {row["model"] for row in tables.read_rows(path)}
+    rows = tables.read_rows(path)
     for model in (f"builtin:{name}" for name in builtin_readers()):
-        if model in done:
+        if any(row["model"] == model and not is_stale(row) for row in rows):
             continue
         yield f"readers: {model}"
         folder = runs / f"table_{model.removeprefix('builtin:')}"
         settings = OcrSettings(model, batch=32)
-        events = evaluate_events(settings, folder, resume=folder.exists())
+        fresh = _begun_with_others(folder, model)
+        resume = folder.exists() and not fresh
+        events = evaluate_events(settings, folder, resume=resume, overwrite=fresh)
         while True:
             try:
                 next(events)
@@ -120,7 +176,9 @@ def _evaluate_missing(path: Path, runs: Path) -> Iterator[str]:
                 found = stop.value
                 break
         facts = {"command": "compress tables readers", "commit": commit(), **found["run"]}
-        tables.append_row(path, {**facts, "metrics": found["metrics"]})
+        rows = [row for row in rows if row["model"] != model]
+        rows.append({**facts, "metrics": found["metrics"]})
+        _write(path, rows)
 
 
 def _render_readers(rows: Sequence[dict[str, Any]], file: str) -> str:
@@ -137,6 +195,7 @@ def _render_readers(rows: Sequence[dict[str, Any]], file: str) -> str:
     note = (
         f"{pages}, and as many in a font that no training page has; 95% intervals over pages. Made "
         f"by `compress tables readers --update README.md`; rows in `eval/results/{file}`."
+        f"{_stale_note(rows)}"
     )
     return "\n".join(lines) + f"\n\n{note}"
 
@@ -186,7 +245,7 @@ def render_table(name: str, results: Path) -> str:
     lines = ["| method | keep | used | accuracy retention | CER |", "|---|---|---|---|---|"]
     for row in sorted(others, key=lambda r: (series_name(r), -(used_share(r) or 0))):
         lines.append(
-            f"| {series_name(row)} | {_keep(row['methods'])} | {used_share(row):.2%} | "
+            f"| {series_name(row)} | {keep_text(row['methods'])} | {used_share(row):.2%} | "
             f"{_percent(row['accuracy_retention'])} | {_percent(row['metrics']['cer_corpus'])} |"
         )
     facts = [
@@ -197,15 +256,7 @@ def render_table(name: str, results: Path) -> str:
         f"Made by `compress tables {name} --update README.md`; rows in "
         f"`eval/results/{results_file(results, name).name}`.",
     ]
-    return "\n".join(lines) + "\n\n" + " ".join(facts)
-
-
-def _keep(methods: Sequence[dict[str, Any]]) -> str:
-    kept = []
-    for method in methods:
-        value = method["keep_visual"] if method["name"] == "fastocr" else method["keep_tokens"]
-        kept.append(value if isinstance(value, str) else f"{value:.2%}".replace(".00%", "%"))
-    return " + ".join(kept)
+    return "\n".join(lines) + "\n\n" + " ".join(facts) + _stale_note(rows)
 
 
 def _percent(value: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The report of a run on a reader: one self-contained page."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from compress.fastocr import FastOCR
 from compress.fastocr.trace import trace
 from compress.files import write_bytes, write_text
 from compress.models.reading import read_pages
-from compress.models.visual import adapter_for, build_prompt, visual_layouts
+from compress.models.visual import adapter_for, build_prompt, views_on_page, visual_layouts
 from compress.ocr_report import OCR_CSS, pages_section
 from compress.page import (
     animation,
@@ -25,14 +26,16 @@ from compress.page import (
     value_cell,
 )
 from compress.reader_figures import (
+    NO_PLACES,
     comparison_figure,
     fixation_film,
-    png,
+    panels_caption,
+    pruned_figure,
     ratio_figure,
     recall_figure,
-    tokens_on_page,
-    used_share,
 )
+from compress.reader_rows import measure, used_share
+from compress.results import metric_name
 from compress.rtprune import RTPrune
 
 FILM_TOKENS = 200
@@ -45,6 +48,7 @@ def write_reader_report(
     metrics: Mapping[str, Any],
     model: Any,
     processor: Any,
+    prompt: str | None = None,
 ) -> Path:
     """Write ``report.html`` and its figures as PNG files.
 
@@ -55,18 +59,21 @@ def write_reader_report(
     variants : dense, compressed, and those to compare.
     metrics : what metrics.json holds.
     model, processor : without methods; they are run on one page for the pictures.
+    prompt : that the pages were read with; the family's own for plain text when None.
     """
-    methods = variants[1].methods
     figures: dict[str, bytes] = {}
+    captions: dict[str, str] = {}
     shown = data.pages[0]
-    for method in methods:
-        if isinstance(method, RTPrune):
-            figures |= _pruned(method, shown, model, processor)
+    pruning = [method for method in variants[1].methods if isinstance(method, RTPrune)]
+    for method in pruning:
+        figures["kept"], captions["kept"] = _pruned(method, shown, model, processor, prompt)
+    for method in variants[1].methods:
         if isinstance(method, FastOCR):
-            figures |= _film(method, shown, model, processor)
+            film = _film(method, pruning, shown, model, processor, prompt)
+            figures["film"], figures["strip"], captions["strip"] = film
     if metrics["calibration"]:
         figures["recall"] = recall_figure(metrics["calibration"])
-    if curve := comparison_figure(metrics["comparison"]):
+    if curve := comparison_figure(metrics["comparison"], metrics["accuracy"]):
         figures["comparison"] = curve
     ratios = [
         page
@@ -76,7 +83,7 @@ def write_reader_report(
     if ratios and (drawn := ratio_figure(ratios)):
         figures["ratio"] = drawn
     for name, content in figures.items():
-        if name != "film":
+        if content and name != "film":
             write_bytes(folder / f"{name}.png", content)
     facts = metrics["run"]
     line = " · ".join(
@@ -90,8 +97,8 @@ def write_reader_report(
         OCR_CSS,
         _headline(metrics),
         side_by_side_table(metrics["metrics"], {}),
-        _comparison(metrics["comparison"], figures),
-        _pictures(figures),
+        _comparison(metrics["comparison"], metrics["accuracy"], figures),
+        _pictures(figures, captions),
         pages_section(data, read_predictions(folder / variants[1].file)),
         f"<section><h2>The run</h2>{facts_table(facts)}</section>",
     ]
@@ -105,7 +112,9 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     cards = []
     if "accuracy_retention" in row:
         kept = row["accuracy_retention"]
-        cards.append(("Accuracy retention", f"{kept['value']:.2%}", "1 - CER, over dense"))
+        cards.append(
+            ("Accuracy retention", f"{kept['value']:.2%}", f"{metrics['accuracy']}, over dense")
+        )
     if "tokens_kept" in row:
         cards.append(("Tokens kept", f"{row['tokens_kept']:.2%}", "of the page, newlines included"))
     if "attended" in row:
@@ -118,60 +127,99 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return f'<section class="headline"><div class="cards">{inside}</div></section>'
 
 
-def _comparison(rows: Sequence[Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
+def _comparison(
+    rows: Sequence[Mapping[str, Any]], accuracy: str, figures: Mapping[str, bytes]
+) -> str:
     lines = []
     curve = ""
     if "comparison" in figures:
-        curve = picture(figures["comparison"], "Accuracy against visual tokens used")
+        curve = picture(figures["comparison"], f"Accuracy ({accuracy}) against visual tokens used")
+    metric = measure(accuracy)
     for row in rows:
-        used = used_share(row)
+        layers = ", ".join(f"{share:.0%}" for share in row.get("attended_by_layer", [])) or "–"
         lines.append(
             f'<tr><th scope="row">{escape(row["variant"])}</th>'
-            f"<td>{'–' if used is None else f'{used:.2%}'}</td>"
+            f"<td>{_share(used_share(row))}</td><td>{_share(row.get('tokens_kept'))}</td>"
+            f"<td>{_share(row.get('attended'))}</td><td>{escape(layers)}</td>"
+            f"<td>{_share(row.get('saccades'))}</td>"
             f"<td>{value_cell(row.get('accuracy_retention'), '')}</td>"
-            f"<td>{value_cell(row['metrics'].get('cer_corpus'), '')}</td></tr>"
+            f"<td>{value_cell(row['metrics'].get(metric), '')}</td></tr>"
         )
+    heads = (
+        "variant",
+        "visual tokens used",
+        "kept",
+        "attended",
+        "by layer",
+        "saccade steps",
+        f"accuracy retention ({accuracy})",
+        metric_name(metric),
+    )
+    inside = "".join(f"<th>{escape(head)}</th>" for head in heads)
     return (
-        "<section><h2>Every variant, on the same pages</h2><table><thead><tr><th>variant</th>"
-        "<th>visual tokens used</th><th>accuracy retention</th><th>CER</th></tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table>{curve}</section>"
+        "<section><h2>Every variant, on the same pages</h2><table><thead><tr>"
+        f"{inside}</tr></thead><tbody>{''.join(lines)}</tbody></table>{curve}</section>"
     )
 
 
-def _pictures(figures: Mapping[str, bytes]) -> str:
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def _pictures(figures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
     parts = [
         picture(figures[name], caption, kind)
         for name, caption, kind in (
-            ("kept", "Visual tokens that stay (shaded), on the first page", ""),
+            ("kept", captions.get("kept", ""), ""),
             ("ratio", "Ratio of each page against its textual density", ""),
-            ("strip", "The fixation while the page is written", "wide"),
+            ("strip", captions.get("strip", ""), "wide"),
             ("recall", "Calibration: who chooses well for whom", "wide"),
         )
         if figures.get(name)
     ]
     if figures.get("film"):
-        parts.append(animation(figures["film"], "The same, moving"))
-    if not parts:
-        return ""
-    inside = "".join(parts)
-    return f'<section><h2>What the methods did</h2><div class="figures">{inside}</div></section>'
+        parts.append(animation(figures["film"], f"{captions['strip']}, moving"))
+    # a film that could not be drawn has words only
+    words = f"<p>{escape(captions['strip'])}</p>" if captions.get("strip") else ""
+    inside = f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+    inside += "" if figures.get("film") else words
+    return f"<section><h2>What the methods did</h2>{inside}</section>" if inside else ""
 
 
-def _pruned(method: RTPrune, page: OcrPage, model: Any, processor: Any) -> dict[str, bytes]:
-    """The first page with what stays of it."""
+def _pruned(
+    method: RTPrune, page: OcrPage, model: Any, processor: Any, prompt: str | None
+) -> tuple[bytes, str]:
+    """The first page with what stays of it, and the words for that."""
+    image = page.open()
     with Applied(model, [method]) as applied:
-        read_pages(model, processor, [page.open()], max_new_tokens=1)
+        read_pages(model, processor, [image], prompt, max_new_tokens=1)
         [kept] = applied.handles["rtprune"].pages  # type: ignore[attr-defined]
-    return {"kept": png(tokens_on_page(page.open(), kept.grid, kept.kept_indices))}
+    return pruned_figure(image, views_on_page(model, processor, image, kept.grid), kept)
 
 
-def _film(method: FastOCR, page: OcrPage, model: Any, processor: Any) -> dict[str, bytes]:
-    """The fixation on the first page, without other methods."""
-    prompt = adapter_for(model.config).read_prompt
-    inputs = build_prompt(model, processor, [page.open()], [prompt])
+def _film(
+    method: FastOCR,
+    pruning: Sequence[RTPrune],
+    page: OcrPage,
+    model: Any,
+    processor: Any,
+    prompt: str | None,
+) -> tuple[bytes, bytes, str]:
+    """The fixation on the first page, over what a pruning method left of it: film, strip, words."""
+    image = page.open()
+    text = adapter_for(model.config).read_prompt if prompt is None else prompt
+    inputs = build_prompt(model, processor, [image], [text])
     inputs = {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
-    [layout] = visual_layouts(model, inputs)
-    ids, seen = trace(method, model, inputs, FILM_TOKENS)
+    [whole] = visual_layouts(model, inputs)
+    views = views_on_page(model, processor, image, whole.grid)
+    if not views:
+        return b"", b"", f"The fixation is on visual tokens of which this must be said: {NO_PLACES}"
+    with Applied(model, pruning) if pruning else nullcontext():
+        ids, layout, seen = trace(method, model, inputs, FILM_TOKENS)
     letters = [processor.batch_decode(i, skip_special_tokens=True)[0] for i in ids[1:, None, None]]
-    film, strip = fixation_film(page.open(), layout, seen, letters)
-    return {"film": film, "strip": strip}
+    film, strip = fixation_film(image, views, layout, seen, letters)
+    words = "The fixation while the page is written"
+    words += ", on the tokens that rtprune left of it" if pruning else ""
+    if not film:
+        return b"", b"", f"{words}: every step of so short an answer reads all tokens"
+    return film, strip, f"{words}; {panels_caption(views, whole.grid)}"

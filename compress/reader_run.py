@@ -1,7 +1,8 @@
 """``compress run`` on a reader: apply run-time methods, read pages, compare, export, report."""
 
 import datetime
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,26 @@ from compress.data.ocr_pages import RENDERED, OcrData, OcrPage, load_pages
 from compress.data.pages import page
 from compress.environment import choose_device, device_name, versions_of
 from compress.eval import ocr
+from compress.eval.retention import retention, worst_page_delta
 from compress.eval.values import Value
 from compress.fastocr import Calibration, FastOCR, calibrate
 from compress.files import folder_hash, read_json, write_json, write_text
 from compress.method import Event, RunResult
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
+from compress.models.transformers_folder import stored_shapes
 from compress.models.visual import adapter_for, build_prompt
 from compress.models.vlm import load_vlm, model_folder
 from compress.ocr_evaluation import DTYPES, PACKAGES, page_reader
 from compress.output_folder import check_same_settings, check_target, claim
-from compress.patched import save_patched
+from compress.patched import check_dense, save_patched
+from compress.reader_counts import counted, counted_metrics
 from compress.reader_report import write_reader_report
 from compress.recipe import ReaderRecipe, dump
 from compress.rtprune import RTPrune
 
 CALIBRATION = "calibration.json"
+MODEL = "model.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def reader_events(
 
     Raises
     ------
-    ValueError : for a model, data or methods that cannot be used, or to resume another recipe.
+    ValueError : for a model, data or methods that cannot be used, or to resume another recipe or
+        with another model.
     FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
     """
     asked, where = recipe.evaluate, choose_device(device)
@@ -82,7 +88,12 @@ def reader_events(
     if resume:
         check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
     data = load_pages(recipe.data, open_image, asked.samples, asked.unseen_font)
+    ocr.check_accuracy(data)
     base = model_folder(recipe.model)
+    check_dense(recipe.model, base)
+    weights = folder_hash(base)
+    if resume:
+        _check_same_model(folder, recipe.model, weights)
     model, processor = load_vlm(base, DTYPES[asked.dtype])
     processor = with_mode(processor, asked.mode)
     model.to(where)
@@ -91,6 +102,7 @@ def reader_events(
     yield Event("prepare", 1, 1, message=f"{recipe.model}: {len(data.pages)} pages")
     with claim(folder, resume=resume, overwrite=overwrite):
         write_text(folder / "recipe.yaml", dump(recipe, _header()))
+        write_json(folder / MODEL, {"model": recipe.model, "model_hash": weights})
         calibration = yield from _calibration(recipe, model, processor, folder)
         found = [_calibrated(v, calibration) for v in variants(recipe)]
         (folder / "predictions").mkdir(exist_ok=True)
@@ -107,11 +119,11 @@ def reader_events(
         metrics = {
             **_measured(recipe, data, found, folder),
             "calibration": None if calibration is None else calibration.facts(),
-            "run": _facts(recipe, where, len(data.pages)),
+            "run": _facts(recipe, where, len(data.pages), weights),
         }
         facts = {
             "base_model": recipe.model,
-            "base_hash": folder_hash(base),
+            "base_hash": weights,
             "recipe": recipe.model_dump(mode="json"),
             "calibration": metrics["calibration"],
             "metrics": metrics["metrics"],
@@ -126,7 +138,7 @@ def reader_events(
         )
         write_json(folder / "metrics.json", metrics)
         yield Event("report", 1, 2)
-        write_reader_report(folder, data, found, metrics, model, processor)
+        write_reader_report(folder, data, found, metrics, model, processor, asked.prompt)
     yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
     return RunResult(folder, metrics, checkpoint)
 
@@ -136,7 +148,8 @@ def dry_run(recipe: ReaderRecipe, *, device: str | None = None) -> dict[str, Any
 
     Returns
     -------
-    ``model``, its ``parameters``, ``pages``, ``variants`` and ``problems``.
+    ``model``, the ``parameters`` that run, the ``stored_values`` of its files (of DeepSeek-OCR's
+    layout they include tensors that nothing reads), ``pages``, ``variants`` and ``problems``.
     """
     folder = Path(recipe.output or "")
     problems: list[str] = []
@@ -146,10 +159,14 @@ def dry_run(recipe: ReaderRecipe, *, device: str | None = None) -> dict[str, Any
         asked = recipe.evaluate
         data = load_pages(recipe.data, open_image, asked.samples, asked.unseen_font)
         facts |= {"pages": len(data.pages), "readings": len(data.pages) * len(variants(recipe))}
-        model, processor = load_vlm(recipe.model)
+        ocr.check_accuracy(data)
+        base = model_folder(recipe.model)
+        check_dense(recipe.model, base)
+        model, processor = load_vlm(base)
         with_mode(processor, asked.mode)
         facts["family"] = adapter_for(model.config).name
         facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        facts["stored_values"] = sum(map(math.prod, stored_shapes(base).values()))
         for variant in variants(recipe)[1:]:
             Applied(model, variant.methods).remove()
     except (ValueError, FileNotFoundError) as error:
@@ -257,6 +274,7 @@ def calibrated_checkpoint(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}; choose one")
     base = model_folder(model)
+    check_dense(model, base)
     network, processor = load_vlm(base, DTYPES[dtype])
     network.to(choose_device(device))
     method = FastOCR(keep_visual=keep_visual)
@@ -305,85 +323,96 @@ def _calibrated(variant: Variant, calibration: Calibration | None) -> Variant:
 def _measured(
     recipe: ReaderRecipe, data: OcrData, found: Sequence[Variant], folder: Path
 ) -> dict[str, Any]:
-    """Metrics of the dense and the compressed reader side by side, and a row of every variant."""
+    """Metrics of the dense and the compressed reader side by side, and a row of every variant.
+
+    ``accuracy`` names what ``accuracy_retention`` is the retention of.
+    """
     read = {v.name: ocr.read_predictions(folder / v.file) for v in found}
-    scored = {v.name: ocr.score(data, read[v.name], recipe.seed) for v in found}
-    dense, compressed = scored["dense"], scored["compressed"]
-    metrics = {name: _side_by_side(name, dense[name], compressed[name]) for name in dense}
-    pages = [p for p in data.pages if p.text is not None and not p.unseen_font]
+    order = recipe.evaluate.ocean_order
+    scored = {v.name: ocr.score(data, read[v.name], recipe.seed, order) for v in found}
+    dense = scored["dense"]
+    if dense.accuracy is None:
+        raise ValueError(f"pages with texts expected in {recipe.data}; found none; check the data")
     warnings = []
-    if pages and dense["cer_corpus"].value >= 1:
+    if dense.accuracy.value <= 0:
         warnings.append("the dense model reads nothing right here: nothing can be retained")
-        pages = []
     rows = []
     for variant in found:
+        counts, one = counted(read[variant.name]), scored[variant.name]
         row: dict[str, Any] = {
             "variant": variant.name,
             "methods": [asdict(m) for m in variant.methods],
-            **counted(read[variant.name]),
-            "metrics": {n: asdict(v) for n, v in scored[variant.name].items()},
+            **counts,
+            "metrics": {n: asdict(v) for n, v in (one.metrics | _against(one, dense)).items()},
         }
-        if pages:
-            kept = ocr.accuracy_retention(pages, read[variant.name], read["dense"], recipe.seed)
-            row["accuracy_retention"] = asdict(kept)
+        if one.accuracy is not None and not warnings:
+            row["accuracy_retention"] = asdict(retention(one.accuracy, dense.accuracy))
         rows.append(row)
-    if pages:
-        one = Value(1.0, "by definition", len(pages))
-        kept = Value(**rows[1]["accuracy_retention"])
-        metrics = {"accuracy_retention": _side_by_side("accuracy_retention", one, kept)} | metrics
-    return {"metrics": metrics, "comparison": rows, "warnings": warnings}
-
-
-def _side_by_side(name: str, dense: Value, compressed: Value) -> dict[str, Any]:
     return {
-        "dense": {"value": dense.value, "ci95": dense.ci95, "n": dense.n},
-        "compressed": {"value": compressed.value, "ci95": compressed.ci95, "n": compressed.n},
-        "ratio": compressed.value / dense.value if dense.value else None,
-        "better": "higher" if name == "accuracy_retention" else ocr.better(name),
-        "unit": "",
-        "how": compressed.how,
+        "metrics": _side_by_side(rows[0], rows[1], len(data.pages)),
+        "accuracy": dense.accuracy.name,
+        "comparison": rows,
+        "warnings": warnings,
     }
 
 
-def counted(predictions: Sequence[ocr.Prediction]) -> dict[str, Any]:
-    """What the methods counted over all pages.
+def _against(compressed: ocr.Scored, dense: ocr.Scored) -> dict[str, Value]:
+    """What is measured page by page against the dense model."""
+    return {
+        f"worst_page_delta{suffix}": worst_page_delta(compressed.distances[suffix], distances)
+        for suffix, distances in dense.distances.items()
+        if distances
+    }
 
-    Returns
-    -------
-    ``tokens_kept``, of RTPrune: share of the visual tokens, newlines included, that reach the
-    decoder; ``attended``, of FastOCR: share of the visual tokens that a layer attends to in a
-    decode step, mean over layers and steps, and ``attended_by_layer``; ``saccades``: share of the
-    steps that the guard opened.
+
+def _side_by_side(
+    dense: Mapping[str, Any], compressed: Mapping[str, Any], pages: int
+) -> dict[str, Any]:
+    """Two rows metric by metric, what the methods used first.
+
+    Visual tokens are left out: they are those of the page before any method, of both the same.
     """
-    facts = [p.facts for p in predictions if p.facts]
-    found: dict[str, Any] = {}
-    totals = [f["rtprune"]["total"] for f in facts if "rtprune" in f]
-    if totals:
-        given, kept = (sum(t[key] for t in totals) for key in ("visual_tokens", "visual_kept"))
-        found["tokens_kept"] = kept / given
-    counts = [f["fastocr"] for f in facts if "fastocr" in f and f["fastocr"]["steps"]]
-    if counts:
-        offered = [c["steps"] * c["visual_tokens"] for c in counts]
-        found["attended_by_layer"] = [
-            sum(share * weight for share, weight in zip(layer, offered, strict=True)) / sum(offered)
-            for layer in zip(*(c["attended_by_layer"] for c in counts), strict=True)
-        ]
-        layers = found["attended_by_layer"]
-        found["attended"] = sum(layers) / len(layers)
-        steps = [c["steps"] for c in counts]
-        found["saccades"] = sum(
-            c["saccades"] * n for c, n in zip(counts, steps, strict=True)
-        ) / sum(steps)
-    return found
+    counts = counted_metrics(compressed, pages)
+    # but the steps that a guard opened: there are none of the dense model
+    used = {name: asdict(value) for name, value in counts.items() if name != "saccades"}
+    whole = {name: asdict(Value(1.0, "by definition", pages)) for name in used}
+    if "accuracy_retention" in compressed:
+        whole["accuracy_retention"] = dense["accuracy_retention"]
+        used["accuracy_retention"] = compressed["accuracy_retention"]
+    sides = (whole | dense["metrics"], used | compressed["metrics"])
+    return {
+        name: {
+            "dense": {key: sides[0][name][key] for key in ("value", "ci95", "n")},
+            "compressed": {key: value[key] for key in ("value", "ci95", "n")},
+            "ratio": value["value"] / before if (before := sides[0][name]["value"]) else None,
+            "better": ocr.better(name),
+            "unit": "",
+            "how": value["how"],
+        }
+        for name, value in sides[1].items()
+        if name != "visual_tokens"
+    }
 
 
 # ---- settings --------------------------------------------------------------------------------
 
 
-def _facts(recipe: ReaderRecipe, device: str, pages: int) -> dict[str, Any]:
+def _check_same_model(folder: Path, model: str, weights: str) -> None:
+    """Pages that two models read are no measurement of either."""
+    if (path := folder / MODEL).is_file():
+        begun = read_json(path)["model_hash"]
+        if begun != weights:
+            raise ValueError(
+                f"what was begun in {folder} read with {model} of hash {begun[:12]}; it has "
+                f"{weights[:12]} now; restore that version, or start again with --overwrite"
+            )
+
+
+def _facts(recipe: ReaderRecipe, device: str, pages: int, weights: str) -> dict[str, Any]:
     return {
         "method": [m.name for m in recipe.method],
         "model": recipe.model,
+        "model_hash": weights,
         "data": recipe.data,
         "pages": pages,
         "seed": recipe.seed,

@@ -59,12 +59,23 @@ class Train(_Section):
     gradient_accumulation : micro-batches that one optimiser step is split into.
     trackers : experiment trackers of `accelerate`, such as tensorboard or wandb.
     save_every : optimiser steps between two resumable states.
+    keep_states : how many of them are kept; the run resumes from the newest intact one.
+    gradient_checkpointing : compute activations again in the backward pass instead of keeping
+        them: less memory, about a third more time.
+    flip : mirror half of the training images from left to right.
+    workers : processes that read images for each training process; 0 reads in the process itself.
+    prefetch : batches that each worker reads ahead.
     """
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_accumulation: int = Field(1, ge=1)
     trackers: list[str] = []
     save_every: int = Field(100, ge=1)
+    keep_states: int = Field(2, ge=1, le=99)
+    gradient_checkpointing: bool = False
+    flip: bool = False
+    workers: int = Field(0, ge=0)
+    prefetch: int = Field(2, ge=1)
 
 
 class Evaluate(_Section):
@@ -104,6 +115,8 @@ class ReadPages(_Section):
     max_new_tokens : of a page; what the checkpoint says when null.
     dtype : of the weights.
     mode : DeepSeek-OCR's resolution; the checkpoint's own when null.
+    ocean_order : whether Ocean-OCR's metrics get the model's text as prediction (``correct``) or,
+        as in their published script, the label.
     against : the reference of every ratio.
     """
 
@@ -115,6 +128,7 @@ class ReadPages(_Section):
     max_new_tokens: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
+    ocean_order: Literal["correct", "published"] = "correct"
     against: Literal["dense"] = "dense"
 
 

@@ -45,6 +45,17 @@ NAMES = {
     "token_f1": "Token F1",
     "teds": "TEDS",
     "teds_structure": "TEDS, structure only",
+    "accuracy_retention": "Accuracy retention",
+    "tokens_kept": "Visual tokens kept",
+    "attended": "Visual tokens attended",
+    "worst_page_ned": "Worst page, edit distance",
+    "worst_page_delta": "Worst page, rise over dense",
+    "ocean_edit_distance": "Ocean-OCR edit distance",
+    "ocean_bleu": "Ocean-OCR BLEU",
+    "ocean_meteor_exact_stem": "Ocean-OCR METEOR (exact, stem)",
+    "ocean_precision": "Ocean-OCR precision",
+    "ocean_recall": "Ocean-OCR recall",
+    "ocean_f1": "Ocean-OCR F1",
 }
 
 
@@ -95,7 +106,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """``metrics.json`` of a finished run.
+    """``metrics.json`` of a finished run, or of an evaluation, whose metrics have no sides.
 
     Raises
     ------

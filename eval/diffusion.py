@@ -18,13 +18,14 @@ import torch
 from diffusers import DiffusionPipeline
 from scipy import stats
 
+from compress import distributed
 from compress.cost import unet_cost, unet_inputs
 from compress.data.sources import Images
 from compress.environment import device_name
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
-from compress.eval.sampling import sample_batches, to_uint8
+from compress.eval.sampling import sample, to_uint8
 from compress.eval.values import Value, share_interval
 from compress.files import write_bytes
 from compress.models.digits_features import load_digits_features
@@ -123,18 +124,29 @@ def draw_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield ``settings.batches`` batches of images; `gather` puts them together.
 
-    The caller owns the loop, and so the progress bar.
+    The caller owns the loop, and so the progress bar. Several processes draw whole batches in
+    turns, and each gets all of them: the images are those of one process, bit for bit.
     """
-    for seed in settings.seeds:
-        yield from sample_batches(
+    parts = [
+        (seed, first, min(settings.batch, settings.samples - first))
+        for seed in settings.seeds
+        for first in range(0, settings.samples, settings.batch)
+    ]
+
+    def draw_one(part: tuple[int, int, int]) -> torch.Tensor:
+        seed, first, count = part
+        return sample(
             pipeline,
-            count=settings.samples,
+            count=count,
             steps=settings.steps,
             sampler=settings.sampler,
             seed=seed,
             batch=settings.batch,
             device=device,
+            first=first,
         )
+
+    yield from distributed.shared_out(parts, draw_one)
 
 
 def gather(batches: Iterable[torch.Tensor], settings: SamplingSettings) -> Samples:
@@ -282,11 +294,16 @@ def evaluate(
         "macs": Value(cost.macs, "counted at batch 1, functional attention included"),
     }
     found |= distances(samples, reference, settings, extractor, weights, device)
-    found |= likeness(samples, dense, settings)
-    if extractor == DIGITS:
-        found |= digit_checks(samples, settings)
+    found |= distributed.from_main(lambda: _looks(samples, dense, extractor, settings))
     found |= extra or {}
     return {name: found[name] for name in METRICS if name in found}
+
+
+def _looks(
+    samples: Samples, dense: Samples | None, extractor: str, settings: SamplingSettings
+) -> dict[str, Value]:
+    checks = digit_checks(samples, settings) if extractor == DIGITS else {}
+    return likeness(samples, dense, settings) | checks
 
 
 def distances(

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import torch
 import torch_fidelity
-from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.metric_fid import fid_featuresdict_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_featuresdict_to_metric
+from torch_fidelity.metric_kid import kid_featuresdict_to_metric
+from torch_fidelity.metric_prc import prc_featuresdict_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
 
+from compress import distributed
 from compress.data import digits
 from compress.models.digits_features import load_digits_features
 
@@ -21,6 +26,7 @@ DIGITS = "digits-features"
 INCEPTION = "inception-v3-compat"
 SUFFIXES = {DIGITS: "_digits", INCEPTION: ""}
 NEIGHBOURS = 3
+METRICS = ("isc", "fid", "kid", "prc")
 # the convention for Inception; a set of digits is small enough to be used whole
 KID_SUBSETS = {DIGITS: 10, INCEPTION: 100}
 KID_SUBSET_SIZE = 1000
@@ -68,19 +74,6 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         return tuple(given[name].double() for name in self.features_list)
 
 
-class _Images(Dataset[torch.Tensor]):
-    """uint8 images as torch-fidelity wants them: three equal channels when they are grey."""
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images.expand(-1, 3, -1, -1)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
-
-
 def fidelity(
     samples: torch.Tensor,
     reference: torch.Tensor,
@@ -124,29 +117,34 @@ def fidelity(
         register_digits_features()
     else:
         _check_inception(weights)
-    on_gpu = device.type == "cuda"
     smaller = min(len(samples), len(reference))
-    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
-        found = torch_fidelity.calculate_metrics(
-            input1=_Images(samples),
-            input2=_Images(reference),
-            cuda=on_gpu,
-            batch_size=batch,
-            isc=True,
-            fid=True,
-            kid=True,
-            prc=True,
-            feature_extractor=extractor,
-            feature_extractor_weights_path=weights,
-            isc_splits=min(10, len(samples)),
-            kid_subsets=KID_SUBSETS[extractor],
-            kid_subset_size=min(KID_SUBSET_SIZE, smaller),
-            kid_kernel_poly_gamma=digits_kid_gamma() if extractor == DIGITS else None,
-            prc_neighborhood=NEIGHBOURS,
-            cache=False,  # its cache is pickled, and lies outside the run folder
-            save_cpu_ram=True,  # no worker processes for images that lie in memory
-            verbose=False,
-        )
+    options = {
+        "feature_extractor": extractor,
+        "feature_extractor_weights_path": weights,
+        "cuda": device.type == "cuda",
+        "isc_splits": min(10, len(samples)),
+        "kid_subsets": KID_SUBSETS[extractor],
+        "kid_subset_size": min(KID_SUBSET_SIZE, smaller),
+        "kid_kernel_poly_gamma": digits_kid_gamma() if extractor == DIGITS else None,
+        "prc_neighborhood": NEIGHBOURS,
+        "save_cpu_ram": True,
+        "verbose": False,
+    }
+    layers = {m: resolve_feature_layer_for_metric(m, **options) for m in METRICS}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
+        given, real = (_features(network, i, batch, device) for i in (samples, reference))
+
+    def measure() -> dict[str, float]:
+        statistics = [fid_featuresdict_to_statistics(f, layers["fid"]) for f in (given, real)]
+        return {
+            **isc_featuresdict_to_metric(given, layers["isc"], **options),
+            **fid_statistics_to_metric(*statistics, False),
+            **kid_featuresdict_to_metric(given, real, layers["kid"], **options),
+            **prc_featuresdict_to_metric(given, real, layers["prc"], **options),
+        }
+
+    found = distributed.from_main(measure)
     keys = {
         "fid": "frechet_inception_distance",
         "kid": "kernel_inception_distance_mean",
@@ -155,6 +153,24 @@ def fidelity(
         "recall": "recall",
     }
     return {name + SUFFIXES[extractor]: float(found[key]) for name, key in keys.items()}
+
+
+def _features(
+    network: FeatureExtractorBase, images: torch.Tensor, batch: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Features ``(n, dimensions)`` of all images by layer, on the CPU of every process.
+
+    Several processes extract whole batches in turns, so the features are those of one process.
+    """
+
+    @torch.no_grad()
+    def extract(part: torch.Tensor) -> dict[str, torch.Tensor]:
+        # three equal channels when they are grey
+        tuple_ = network(part.expand(-1, 3, -1, -1).to(device))
+        return {k: v.cpu() for k, v in network.convert_features_tuple_to_dict(tuple_).items()}
+
+    parts = list(distributed.shared_out(images.split(batch), extract))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def floor(

@@ -13,8 +13,9 @@ from compress.data.ocr_pages import OcrData, OcrPage, page_name
 from compress.data.olmocr_bench import Bench
 from compress.eval.olmocr_bench import score_olmocr_bench
 from compress.eval.omnidocbench import score_omnidocbench
-from compress.eval.text_metrics import character_errors, normalise, text_scores
-from compress.eval.values import Value, page_mean, percentile_interval, resampled_sums, share
+from compress.eval.retention import Accuracy
+from compress.eval.text_metrics import TextScores, ocean_scores, text_scores
+from compress.eval.values import Value, page_mean, resampled_sums, share
 
 UNSEEN = "_unseen_font"
 HIGHER = {
@@ -32,6 +33,18 @@ HIGHER = {
     "score",
     "score_without_math",
     "ended_rate",
+    "accuracy_retention",
+    "ocean_bleu",
+    "ocean_meteor_exact_stem",
+    "ocean_precision",
+    "ocean_recall",
+    "ocean_f1",
+}
+COUNTS = {"visual_tokens", "new_tokens", "tokens_kept", "attended", "saccades"}
+# order in which Ocean-OCR's metrics get prediction and label -> what `Value.how` says of it
+OCEAN_ORDERS = {
+    "correct": "the model's text as prediction",
+    "published": "the label as prediction, as published numbers are made",
 }
 
 
@@ -55,6 +68,23 @@ class Prediction:
     visual_tokens: int
     ended: bool
     facts: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of what was read.
+
+    Parameters
+    ----------
+    metrics : name -> value.
+    accuracy : the number that retention is measured on; None where no page has any text.
+    distances : for text and for ``_unseen_font``, where there are such pages: page -> normalised
+        edit distance of its text.
+    """
+
+    metrics: dict[str, Value]
+    accuracy: Accuracy | None
+    distances: dict[str, dict[str, float]]
 
 
 # images, with their names, to what a model reads on them
@@ -119,7 +149,9 @@ def read_predictions(file: Path) -> list[Prediction]:
     return found
 
 
-def score(data: OcrData, predictions: Sequence[Prediction], seed: int = 0) -> dict[str, Value]:
+def score(
+    data: OcrData, predictions: Sequence[Prediction], seed: int = 0, ocean_order: str = "correct"
+) -> Scored:
     """Score what was read, each set by its own definitions.
 
     Parameters
@@ -127,18 +159,26 @@ def score(data: OcrData, predictions: Sequence[Prediction], seed: int = 0) -> di
     data : the pages and what is known about them.
     predictions : one of each page.
     seed : of the bootstrap over pages.
+    ocean_order : of `OCEAN_ORDERS`: how Ocean-OCR's metrics are handed prediction and label.
 
     Returns
     -------
-    dict : metric -> value. Pages with texts have those of
-        :func:`compress.eval.text_metrics.text_scores`, and once more with ``_unseen_font`` where
-        there are such pages; benchmarks have their own. ``visual_tokens`` and ``new_tokens`` are
-        means per page, ``ended_rate`` the share of pages at whose end the model stopped by itself.
+    Scored : ``metrics`` of pages with texts are those of
+        :func:`compress.eval.text_metrics.text_scores` and, with ``ocean_`` in front, means of
+        :func:`compress.eval.text_metrics.ocean_scores`; and all once more with ``_unseen_font``
+        where there are such pages. Benchmarks have their own. ``visual_tokens`` and ``new_tokens``
+        are means per page, ``ended_rate`` the share of pages at whose end the model stopped by
+        itself. ``accuracy`` is 1 - CER over all characters of the pages in fonts of the training,
+        or a benchmark's overall score.
 
     Raises
     ------
-    ValueError : for a page without prediction.
+    ValueError : for a page without prediction, or an unknown order.
     """
+    if ocean_order not in OCEAN_ORDERS:
+        raise ValueError(
+            f"ocean_order must be one of {', '.join(OCEAN_ORDERS)}; got {ocean_order!r}; choose one"
+        )
     by_page = {prediction.page: prediction for prediction in predictions}
     missing = [page.name for page in data.pages if page.name not in by_page]
     if missing:
@@ -147,85 +187,89 @@ def score(data: OcrData, predictions: Sequence[Prediction], seed: int = 0) -> di
             f"none, the first is {missing[0]}; read the rest first"
         )
     found: dict[str, Value] = {}
+    accuracy: Accuracy | None = None
+    distances: dict[str, dict[str, float]] = {}
     if isinstance(data.annotations, Bench):
         outputs = {place: (by_page[page_name(place)].text,) for place in data.annotations.pages}
-        found |= score_olmocr_bench(data.annotations, outputs, seed).metrics
+        tested = score_olmocr_bench(data.annotations, outputs, seed)
+        found, accuracy = dict(tested.metrics), tested.accuracy
     elif data.annotations is not None:
         texts = {name: prediction.text for name, prediction in by_page.items()}
-        found |= score_omnidocbench(data.annotations, texts, seed=seed).metrics
+        matched = score_omnidocbench(data.annotations, texts, seed=seed)
+        found, accuracy = dict(matched.metrics), matched.accuracy
+        distances[""] = {page.image: page.text.rate for page in matched.pages if page.text}
     else:
         for suffix, pages in (
             ("", [page for page in data.pages if not page.unseen_font]),
             (UNSEEN, [page for page in data.pages if page.unseen_font]),
         ):
-            if pages:
-                scores = text_scores(*_texts(pages, by_page), seed)
-                found |= {f"{name}{suffix}": value for name, value in scores.metrics.items()}
+            if not pages:
+                continue
+            predicted, wanted = _texts(pages, by_page)
+            scores = text_scores(predicted, wanted, seed)
+            metrics = scores.metrics | _ocean(predicted, wanted, ocean_order, seed)
+            found |= {f"{name}{suffix}": value for name, value in metrics.items()}
+            distances[suffix] = {
+                page.name: text.edits.rate for page, text in zip(pages, scores.pages, strict=True)
+            }
+            if not suffix:
+                accuracy = _text_accuracy(scores, seed)
     given = [by_page[page.name] for page in data.pages]
-    how = "page mean, counted"
+    how = "page mean, of the page in the prompt, before any method, counted"
     found["visual_tokens"] = page_mean([p.visual_tokens for p in given], how, seed)
-    found["new_tokens"] = page_mean([p.new_tokens for p in given], how, seed)
+    found["new_tokens"] = page_mean([p.new_tokens for p in given], "page mean, counted", seed)
     ended = sum(p.ended for p in given)
     found["ended_rate"] = share(ended, len(given), "share of pages ended by an end token")
-    return found
+    return Scored(found, accuracy, distances)
+
+
+def check_accuracy(data: OcrData) -> None:
+    """Refuse pages on which no accuracy can be measured, before a model reads them.
+
+    Raises
+    ------
+    ValueError : when all texts are empty, no test of a benchmark can run, or it has no block that
+        is scored.
+    """
+    blank = [Prediction(page.name, "", 0, 0, True) for page in data.pages]
+    if score(data, blank).accuracy is None:
+        raise ValueError(
+            f"accuracy is measured on pages with texts; those of all {len(blank)} pages of "
+            f"{data.source} are empty; add pages with texts"
+        )
 
 
 def better(metric: str) -> str:
-    """Which way a metric of this suite is better; "" for counts of tokens."""
-    if metric in ("visual_tokens", "new_tokens"):
+    """Which way a metric of this suite is better; "" for counts of tokens and shares of them."""
+    if metric in COUNTS:
         return ""
     name = metric.removesuffix(UNSEEN)
     return "higher" if name in HIGHER or name.startswith("pass_rate_") else "lower"
 
 
-def accuracy_retention(
-    pages: Sequence[OcrPage],
-    compressed: Sequence[Prediction],
-    dense: Sequence[Prediction],
-    seed: int = 0,
-) -> Value:
-    """Accuracy of a compressed model over that of the dense one, accuracy being 1 - CER.
-
-    Parameters
-    ----------
-    pages : with texts; those that are compared.
-    compressed, dense : what the two models read, a prediction of each page at least.
-    seed : of the bootstrap, which draws a page with both its readings.
-
-    Returns
-    -------
-    Value : (1 - CER of the compressed) / (1 - CER of the dense), CER over all characters of all
-        pages, which is not clipped: a model that writes more than there is can fall below 0.
-
-    Raises
-    ------
-    ValueError : when a page has no prediction, or the dense model reads nothing right.
-    """
-    rows = []
-    for sides in (compressed, dense):
-        by_page = {prediction.page: prediction for prediction in sides}
-        missing = [page.name for page in pages if page.name not in by_page]
-        if missing or not pages:
-            raise ValueError(
-                f"both models must have read each of {len(pages)} pages, at least one; "
-                f"{len(missing)} lack a prediction, the first is {missing[0] if missing else None}"
-            )
-        predicted, wanted = _texts(pages, by_page)
-        pairs = zip(predicted, wanted, strict=True)
-        errors = [character_errors(normalise(p), normalise(w)) for p, w in pairs]
-        rows.append([error.length - error.edits for error in errors])
-    right, right_dense = (sum(row) for row in rows)
-    if right_dense <= 0:
-        raise ValueError(
-            "retention is measured against a dense model that reads; its CER is 1 or more on these "
-            "pages; choose pages that it can read"
-        )
-    sums = resampled_sums(np.array(rows).T, seed)
+def _text_accuracy(scores: TextScores, seed: int) -> Accuracy | None:
+    """1 - CER over all characters of all pages; None where there are none."""
+    errors = [page.characters for page in scores.pages]
+    rows = np.array([(error.length - error.edits, error.length) for error in errors], float)
+    right, length = rows.sum(axis=0)
+    if not length:
+        return None
+    sums = resampled_sums(rows, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = sums[:, 0] / sums[:, 1]
-    how = "(1 - CER) / (1 - CER of the dense model), corpus, jiwer, paired bootstrap over pages"
-    interval = percentile_interval(resampled, len(pages))
-    return Value(right / right_dense, how, len(pages), interval)
+    return Accuracy("1 - CER", float(right / length), resampled, len(errors))
+
+
+def _ocean(
+    predicted: Sequence[str], wanted: Sequence[str], order: str, seed: int
+) -> dict[str, Value]:
+    """Ocean-OCR's numbers, means over pages."""
+    pages = [
+        asdict(ocean_scores(*pair, published_order=order == "published"))
+        for pair in zip(predicted, wanted, strict=True)
+    ]
+    how = f"page mean, Ocean-OCR's definition, {order} order: {OCEAN_ORDERS[order]}"
+    return {f"ocean_{name}": page_mean([p[name] for p in pages], how, seed) for name in pages[0]}
 
 
 def _texts(

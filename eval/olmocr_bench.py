@@ -27,6 +27,7 @@ from compress.data.olmocr_bench import (
     PresenceTest,
     TableTest,
 )
+from compress.eval.retention import Accuracy
 from compress.eval.table_similarity import Table, html_tables, markdown_tables
 from compress.eval.text_metrics import is_empty, tail_copies
 from compress.eval.values import Value, percentile_interval, resampled_sums, share
@@ -84,11 +85,13 @@ class OlmOCRScores:
     skipped : file -> number of its tests that were skipped, files without any left out.
     metrics : ``score``, or ``score_without_math`` where tests were skipped, and ``pass_rate_FILE``
         of each file with tests that ran; shares in [0, 1], higher is better.
+    accuracy : the score once more, for retention.
     """
 
     outcomes: dict[str, dict[str, Outcome]]
     skipped: dict[str, int]
     metrics: dict[str, Value]
+    accuracy: Accuracy
 
 
 def score_olmocr_bench(
@@ -147,14 +150,14 @@ def score_olmocr_bench(
     if skipped:
         how += f"; {sum(skipped.values())} tests of formulas skipped, they need KaTeX"
     interval = percentile_interval(resampled, tests_run)
-    metrics = {
-        "score_without_math" if skipped else "score": Value(
-            float(np.mean(rates)), how, tests_run, interval
-        )
-    }
+    score = "score_without_math" if skipped else "score"
+    accuracy = Accuracy(
+        score, float(np.mean(rates)), resampled, tests_run, "the tests of each file"
+    )
+    metrics = {score: Value(accuracy.value, how, tests_run, interval)}
     for name, passed in ran.items():
         metrics[f"pass_rate_{name}"] = share(sum(passed), len(passed), "share of tests passed")
-    return OlmOCRScores(dict(outcomes), skipped, metrics)
+    return OlmOCRScores(dict(outcomes), skipped, metrics, accuracy)
 
 
 def run_test(test: BenchTest, text: str) -> Outcome:

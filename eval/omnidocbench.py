@@ -17,6 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from scipy.optimize import linear_sum_assignment
 
 from compress.data.omnidocbench import Block, Page
+from compress.eval.retention import Accuracy
 from compress.eval.table_similarity import html_tables, markdown_tables, table_html, teds
 from compress.eval.text_metrics import Errors, edit_distance, reading_order_distance
 from compress.eval.values import (
@@ -92,10 +93,14 @@ class PageResult:
 
 @dataclass(frozen=True)
 class OmniDocBenchScores:
-    """Results of each page, and metric name -> value over the pages that have such blocks."""
+    """Results of each page, and metric name -> value over the pages that have such blocks.
+
+    ``accuracy`` is the overall score once more, for retention.
+    """
 
     pages: tuple[PageResult, ...]
     metrics: dict[str, Value]
+    accuracy: Accuracy
 
 
 def score_omnidocbench(
@@ -155,9 +160,10 @@ def score_omnidocbench(
         metrics["text_edit_whole"] = ratio_of_sums(
             [e.edits for e in texts], [e.length for e in texts], "all edits / all lengths", seed
         )
-    name = "overall" if formula_cdm is not None else "overall_proxy"
-    metrics[name] = _overall(results, formula_cdm, seed)
-    return OmniDocBenchScores(results, metrics)
+    overall, how = _overall(results, formula_cdm, seed)
+    interval = percentile_interval(overall.resampled, overall.n)
+    metrics[overall.name] = Value(overall.value, how, overall.n, interval)
+    return OmniDocBenchScores(results, metrics, overall)
 
 
 def score_page(page: Page, prediction: str) -> PageResult:
@@ -404,7 +410,10 @@ def _page_values(results: Sequence[PageResult]) -> dict[str, list[float | None]]
     }
 
 
-def _overall(results: Sequence[PageResult], formula_cdm: float | None, seed: int) -> Value:
+def _overall(
+    results: Sequence[PageResult], formula_cdm: float | None, seed: int
+) -> tuple[Accuracy, str]:
+    """The overall score, and of what it is made."""
     values = _page_values(results)
     terms = {
         "1 - text_edit": [None if v is None else 1 - v for v in values["text_edit"]],
@@ -441,7 +450,8 @@ def _overall(results: Sequence[PageResult], formula_cdm: float | None, seed: int
     how = "mean of " + ", ".join(terms)
     how += ", CDM (given; not resampled)" if formula_cdm is not None else ""
     value = float(combine(columns.sum(axis=0, keepdims=True))[0])
-    return Value(value, how, n, percentile_interval(combine(resampled_sums(columns, seed)), n))
+    name = "overall" if formula_cdm is not None else "overall_proxy"
+    return Accuracy(name, value, combine(resampled_sums(columns, seed)), n), how
 
 
 def _sum_and_count(value: float | None) -> tuple[float, float]:

@@ -40,6 +40,7 @@ def sample(
     seed: int,
     batch: int = 128,
     device: str | torch.device = "cpu",
+    first: int = 0,
 ) -> torch.Tensor:
     """Draw images; see `sample_batches`, which this concatenates.
 
@@ -48,7 +49,14 @@ def sample(
     torch.Tensor : uint8 ``(count, channels, height, width)`` on the CPU.
     """
     batches = sample_batches(
-        pipeline, count=count, steps=steps, sampler=sampler, seed=seed, batch=batch, device=device
+        pipeline,
+        count=count,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        batch=batch,
+        device=device,
+        first=first,
     )
     return torch.cat(list(batches))
 
@@ -62,6 +70,7 @@ def sample_batches(
     seed: int,
     batch: int = 128,
     device: str | torch.device = "cpu",
+    first: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Draw images batch by batch, so that the caller can show progress.
 
@@ -78,6 +87,7 @@ def sample_batches(
     seed : of the noise.
     batch : images per forward pass; memory grows with it, the noise does not depend on it.
     device : where the UNet runs.
+    first : index of the first sample; what is drawn for an index does not depend on it.
 
     Yields
     ------
@@ -93,8 +103,8 @@ def sample_batches(
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
     shape = _image_shape(pipeline.unet)
-    for first in range(0, count, batch):
-        noise = generators(seed, first, min(batch, count - first))
+    for start in range(first, first + count, batch):
+        noise = generators(seed, start, min(batch, first + count - start))
         yield _denoise(pipeline.unet, scheduler, shape, noise, torch.device(device))
 
 

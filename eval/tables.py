@@ -17,7 +17,13 @@ COLUMNS = {
     "kid_digits": ("kid_digits ×10³ ↓", 2, "lower"),
     "ssim_to_dense": ("SSIM to dense ↑", 4, "higher"),
     "validation_loss": ("validation loss ↓", 5, "lower"),
+    "macs_share": ("MACs, of dense ↓", 4, "lower"),
+    "params_share": ("parameters, of dense ↓", 4, "lower"),
+    "latency_share": ("latency, of dense ↓", 3, "lower"),
+    "prune_cpu_seconds": ("time to prune (CPU s) ↓", 1, "lower"),
+    "criterion_share": ("of it, criterion ↓", 3, "lower"),
 }
+QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")
 SCALE = {"kid_digits": 1e3}
 
 
@@ -61,7 +67,7 @@ def render(
     rows: Sequence[Row],
     labels: Mapping[str, Sequence[str]],
     by: Sequence[str],
-    columns: Sequence[str] = tuple(COLUMNS),
+    columns: Sequence[str] = QUALITY,
 ) -> str:
     """A Markdown table: one line per label, mean ± standard deviation over seeds, best in bold.
 

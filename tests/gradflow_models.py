@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from compress.data import Batch, noise_and_timesteps
@@ -49,6 +49,46 @@ CONFIGS = {
     | {"mid_block_scale_factor": 2.0, "act_fn": "gelu", "center_input_sample": True},
     "middle_norm": TWO_LEVELS | {"attn_norm_num_groups": 8},
 }
+SD = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+# shapes of UNet2DConditionModel, with slim widths for each
+CONDITION_CONFIGS = {
+    "sd1": (SD, (8, 24, 24)),
+    "sd2": (
+        SD
+        | {"attention_head_dim": (2, 4, 4), "use_linear_projection": True, "layers_per_block": 2},
+        (8, 24, 24),
+    ),
+    "sdxl": (
+        SD
+        | {
+            "block_out_channels": (16, 32, 64),
+            "attention_head_dim": (2, 4, 8),
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 58,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        },
+        (8, 24, 48),
+    ),
+    "ldm": (SD | {"in_channels": 3, "out_channels": 3, "freq_shift": 1}, (12, 16, 16)),
+    "labels": (SD | {"num_class_embeds": 5}, (8, 16, 16)),
+    "timestep_labels": (SD | {"class_embed_type": "timestep"}, (8, 16, 16)),
+    "scale_shift": (SD | {"resnet_time_scale_shift": "scale_shift"}, (8, 16, 16)),
+    "only_cross": (SD | {"only_cross_attention": True}, (8, 24, 24)),
+    "plain_middle": (SD | {"mid_block_type": "UNetMidBlock2D"}, (8, 24, 24)),
+}
 CIFAR = {
     "sample_size": 32,
     "in_channels": 3,
@@ -74,6 +114,17 @@ def build(name: str = "plain", **changes) -> UNet2DModel:
     else:
         configs = CONFIGS | {"cifar": CIFAR}
         unet = UNet2DModel(**(configs[name] | changes))
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return unet.eval()
+
+
+def build_condition(name: str, **changes) -> UNet2DConditionModel:
+    """A seeded UNet2DConditionModel, its vectors far from 0 and 1 too."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(**(CONDITION_CONFIGS[name][0] | changes))
     with torch.no_grad():
         for parameter in unet.parameters():
             if parameter.dim() == 1:

@@ -139,7 +139,7 @@ def test_recipes_as_text_and_as_json(invoke):
         (["nowhere.yaml"], ["no recipe nowhere.yaml", "ddpm_gradflow"]),
         (["ddpm_gradflow", "--set", "method.keep_mac=1"], ["nearest known key: method.keep_macs"]),
         (["ddpm_gradflow", "--set", "method.keep_macs=-1", "--set", "sed=1"], ["2 problems"]),
-        (["ddpm_gradflow", "--processes", "4"], ["--processes 1", "got 4"]),
+        (["reader_fastocr", "--processes", "4"], ["one process", "got --processes 4"]),
         (["ddpm_gradflow", "--resume", "--overwrite"], ["choose one"]),
     ],
 )
@@ -273,6 +273,38 @@ def test_tables_prints_what_the_rows_say_and_fills_a_document(invoke, tmp_path):
     for wrong in (["mine"], ["--shard", "2/2"], ["--shard", "x"], ["--shard=1"]):
         refused = invoke("tables", *wrong)
         assert refused.exit_code == 2 and "got " in refused.stderr
+
+
+def test_tables_names_all_tables(invoke):
+    from compress import experiments, reader_experiments
+
+    refused = invoke("tables", "main", "nonsense")
+    assert refused.exit_code == 2 and "got nonsense" in refused.stderr
+    for name in (*experiments.TABLES, *reader_experiments.NAMES):
+        assert name in refused.stderr and name in invoke("tables", "--help").stdout
+
+
+def test_a_reader_where_a_pipeline_is_wanted_is_told_the_right_call():
+    import compress
+
+    for name in ("reader-qwen", "reader-x"):
+        with pytest.raises(ValueError, match="ddpm-digits") as said:
+            compress.load(f"builtin:{name}")
+        assert "--suite ocr" in str(said.value) and "reader-qwen" in str(said.value)
+        assert ("load it with compress.models.vlm.load_vlm" in str(said.value)) == (
+            name == "reader-qwen"
+        )
+
+
+def test_doctor_counts_what_is_stored_and_a_dry_run_what_runs():
+    from compress.reader_run import dry_run
+    from compress.recipe import load_recipe
+
+    facts = dry_run(load_recipe("reader_rtprune"), device="cpu")
+    [check] = [c for c in doctor.examine() if c.name == "builtin:reader-deepseek"]
+    assert f"{facts['stored_values']:,} values stored" in check.found
+    # CLIP's own patch embedding and its position ids are in the layout, and nothing reads them
+    assert facts["stored_values"] - facts["parameters"] == 160 * 3 * 16 * 16 + 197
 
 
 def test_doctor_finds_this_machine_fit(invoke):

@@ -1,6 +1,5 @@
 """Images and batches: halves that share nothing, draws made by (seed, step, index) alone."""
 
-import sys
 from collections import Counter
 
 import numpy as np
@@ -9,7 +8,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from compress.data import ImageData, StepSampler, digits, load_images, noise_and_timesteps
+from compress.data import (
+    ImageData,
+    StepSampler,
+    digits,
+    flipped,
+    load_images,
+    noise_and_timesteps,
+)
 from compress.data.digits import SIZE
 
 STEPS = 1000
@@ -206,9 +212,14 @@ def pictures(tmp_path):
         "deep/deeper/j.png": Image.new("CMYK", (20, 20)).convert("RGB"),
         "deep/k.png": Image.new("LA", (20, 20), (90, 255)),
         "deep/deeper/l.Jpeg": Image.new("RGB", (100, 1), (9, 9, 9)),
+        "deep/m.ppm": Image.new("RGB", (20, 20), (7, 7, 7)),
     }
     for name, image in makes.items():
         image.save(tmp_path / name)
+    # whatever they are called, or not called
+    Image.new("L", (20, 20), 3).save(tmp_path / "deep" / "0001", format="png")
+    Image.new("L", (20, 20), 3).save(tmp_path / "deep" / "photo.2026", format="jpeg")
+    Image.new("L", (20, 20), 3).save(tmp_path / ".hidden.png")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "labels.json").write_text("{}")
     return tmp_path
@@ -218,7 +229,7 @@ def pictures(tmp_path):
 def test_folder_takes_any_nesting_suffix_colour_and_shape(pictures, channels):
     data = load_images(f"folder:{pictures}", 16, channels)
     images = [*data.train, *data.held_out]
-    assert len(images) == 12 and len(data.held_out) == 2
+    assert len(images) == 15 and len(data.held_out) == 2
     for image in images:
         assert image.shape == (channels, 16, 16) and image.dtype == torch.float32
         assert image.min() >= -1 and image.max() <= 1
@@ -282,7 +293,7 @@ def test_folder_that_is_missing_empty_or_too_small_is_refused(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path):
     for k in range(2):
         (tmp_path / f"{k}.png").write_text("no image")
-    with pytest.raises(OSError, match="1.png"):
+    with pytest.raises(ValueError, match=r"1\.png.*mend or remove the file"):
         load_images(f"folder:{tmp_path}", 16, 1).train[0]
 
 
@@ -291,23 +302,65 @@ def test_split_of_one_image_is_refused():
         ImageData.split("mine", torch.utils.data.StackDataset([0]))
 
 
-def test_hub_without_datasets_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
-        load_images("hub:somebody/faces", 16, 1)
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
-def test_hub_reads_a_local_folder_in_the_layout_of_datasets(tmp_path, monkeypatch, splits):
-    pytest.importorskip("datasets", reason="the `datasets` package is not installed")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def hub_folder(folder, splits, count=12):
     for split in splits:
-        (tmp_path / "faces" / split).mkdir(parents=True)
-        for k in range(12):
-            Image.new("RGB", (20, 30), (20 * k, 0, 0)).save(
-                tmp_path / "faces" / split / f"{k:02}.png"
-            )
-    data = load_images(f"hub:{tmp_path / 'faces'}", 16, 3)
+        (folder / split).mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (20, 30), (20 * k, 0, 0)).save(folder / split / f"{k:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test"), ("train", "validation")])
+def test_hub_reads_a_local_folder_in_the_layout_of_datasets(tmp_path, hub_cache, splits):
+    data = load_images(f"hub:{hub_folder(tmp_path / 'faces', splits)}", 16, 3)
     assert (len(data.train), len(data.held_out)) == ((10, 2) if len(splits) == 1 else (12, 12))
     for image in (data.train[0], data.held_out[0]):
         assert image.shape == (3, 16, 16) and (image[1:] == -1).all()
+
+
+def test_hub_reads_parquet_with_labels(tmp_path, hub_cache):
+    # as CIFAR-10 lies on the hub: encoded images in a column of their own, and a label
+    import datasets
+
+    images = [Image.new("L", (8, 8), 10 * k) for k in range(20)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"img": images, "label": list(range(20))}
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    data = load_images(f"hub:{tmp_path / 'set'}", 8, 1)
+    assert (len(data.train), len(data.held_out)) == (18, 2)
+    assert data.held_out[1].unique().tolist() == pytest.approx([100 / 127.5 - 1])
+
+
+def test_hub_data_that_cannot_be_used_are_refused(tmp_path, hub_cache):
+    with pytest.raises(ValueError, match="split called train; found test"):
+        load_images(f"hub:{hub_folder(tmp_path / 'tests', ('test',))}", 16, 3)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(
+        ValueError, match=r"exactly one image column; found none among \['a', 'b'\]"
+    ):
+        load_images(f"hub:{tmp_path / 'texts'}", 16, 3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot be opened"):
+        load_images(f"hub:{tmp_path / 'empty'}", 16, 3)
+
+
+def test_flips_are_a_function_of_seed_step_and_sample():
+    images = torch.arange(4 * 64, dtype=torch.float32).view(64, 1, 1, 4)
+    whole = flipped(images, seed=1, step=2)
+    turned = whole[:, 0, 0, 0] > whole[:, 0, 0, 3]
+    assert torch.equal(whole, torch.where(turned[:, None, None, None], images.flip(-1), images))
+    assert 20 <= int(turned.sum()) <= 44
+    # the second of two processes sees what one process would have seen
+    assert torch.equal(flipped(images[32:], seed=1, step=2, first=32), whole[32:])
+    assert not torch.equal(flipped(images, seed=1, step=3), whole)
+    assert not torch.equal(flipped(images, seed=2, step=2), whole)

@@ -346,3 +346,29 @@ def test_membership_switches_only_for_unaligned_norms(models):
         # as the slim norm will: equal runs in order
         size = len(kept) // norm.num_groups
         assert torch.equal(kept, torch.arange(len(kept)) // size)
+
+
+@pytest.mark.parametrize("name", ["plain", "scale_shift"])
+def test_checkpointed_blocks_have_the_gradients_of_the_masked_weights(models, name):
+    # plain checkpointing would compute the blocks again without the mask: the same shapes
+    unet, layout = models.build(name, dropout=0.1), models.layout(name, (4, 8))
+    soft = SoftUNet(unet, layout).train()
+    soft.mask.copy_(models.soft_mask(layout))
+    found, saved = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            soft.enable_gradient_checkpointing()
+        torch.manual_seed(1)
+        held = []
+
+        def hold(tensor, held=held):
+            held.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+            loss = soft(*models.inputs(unet)).square().mean()
+        saved.append(sum(held))
+        found.append(torch.autograd.grad(loss, list(soft.parameters())))
+    for (parameter, _), one, other in zip(soft.named_parameters(), *found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=parameter)
+    assert saved[1] < 0.9 * saved[0]

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,12 +18,16 @@ from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_
 from compress.data.pages import DOCUMENT, LINE, PAGE, page
 from compress.eval.ocr import (
     Prediction,
-    accuracy_retention,
     better,
+    check_accuracy,
     predict,
     read_predictions,
     score,
 )
+from compress.eval.omnidocbench import score_omnidocbench
+from compress.eval.retention import retention, worst_page_delta
+from compress.eval.text_metrics import ocean_scores
+from compress.files import folder_hash
 from compress.models.builtin import train_reader_qwen
 from compress.models.page_images import open_image
 from compress.ocr_evaluation import OcrSettings, evaluate_events
@@ -100,13 +105,13 @@ def test_true_texts_of_a_benchmark_folder_score_full_marks(layout, tmp_path):
     data = load_pages(f"folder:{folder}", open_image)
     assert [p.open().size for p in data.pages] == [DOCUMENT.size] * 2
     answers = [prediction(p.name, m.text) for p, m in zip(data.pages, made, strict=True)]
-    found = score(data, answers)
+    found = score(data, answers).metrics
     if layout == "olmocr":
         assert found["score"].value == 1
     else:
         assert found["text_edit"].value == 0
         assert found["overall_proxy"].value == pytest.approx(100)
-    nothing = score(data, [prediction(p.name, "") for p in data.pages])
+    nothing = score(data, [prediction(p.name, "") for p in data.pages]).metrics
     name = "score" if layout == "olmocr" else "overall_proxy"
     assert nothing[name].value < 0.2 * found[name].value
 
@@ -153,7 +158,7 @@ def test_sources_that_cannot_be_used(tmp_path, lines):
 
 def test_the_truth_scores_nothing_wrong():
     data = pages_of("one line", "two\nlines here")
-    found = score(data, [prediction(p.name, p.text) for p in data.pages])
+    found = score(data, [prediction(p.name, p.text) for p in data.pages]).metrics
     for name in ("cer", "cer_corpus", "ned", "wer", "worst_page_ned", "loop_rate"):
         assert found[name].value == 0
     for name in ("bleu", "token_f1", "ended_rate"):
@@ -165,7 +170,7 @@ def test_the_truth_scores_nothing_wrong():
 def test_the_unseen_font_has_metrics_of_its_own():
     data = pages_of("abcd", "abcd")
     data = replace(data, pages=(data.pages[0], replace(data.pages[1], unseen_font=True)))
-    found = score(data, [prediction("0", "abcd"), prediction("1", "abxx", ended=False)])
+    found = score(data, [prediction("0", "abcd"), prediction("1", "abxx", ended=False)]).metrics
     assert found["cer"].value == 0 and found["cer"].n == 1
     assert found["cer_unseen_font"].value == 0.5 and found["cer_unseen_font"].n == 1
     assert found["ended_rate"].value == 0.5 and found["ended_rate"].n == 2
@@ -208,19 +213,122 @@ def test_a_damaged_line_is_named(tmp_path):
             read_predictions(file)
 
 
+def retained(data, compressed, dense):
+    accuracies = [score(data, read).accuracy for read in (compressed, dense)]
+    return retention(*accuracies)
+
+
 def test_accuracy_retention_is_the_ratio_of_what_is_right():
     data = pages_of("abcdefghij", "klmnopqrst")
     dense = [prediction("0", "abcdefghij"), prediction("1", "klmnopqrxx")]
     pruned = [prediction("0", "abcdefghxx"), prediction("1", "klmnopxxxx")]
-    found = accuracy_retention(data.pages, pruned, dense)
+    found = retained(data, pruned, dense)
     assert found.value == pytest.approx((20 - 6) / (20 - 2))
     assert found.n == 2 and found.ci95[0] <= found.value <= found.ci95[1]
-    same = accuracy_retention(data.pages, dense, dense)
+    same = retained(data, dense, dense)
     assert same.value == 1 and same.ci95 == (1, 1)
-    with pytest.raises(ValueError, match="1 lack a prediction, the first is 1"):
-        accuracy_retention(data.pages, pruned[:1], dense)
-    with pytest.raises(ValueError, match="a dense model that reads"):
-        accuracy_retention(data.pages, pruned, [prediction("0", ""), prediction("1", "")])
+    with pytest.raises(ValueError, match="on the same pages; got 1 - CER of 1 pages"):
+        few = score(pages_of("abcdefghij"), pruned[:1]).accuracy
+        retention(few, score(data, dense).accuracy)
+    with pytest.raises(ValueError, match="a dense model that reads; its 1 - CER is 0"):
+        retained(data, pruned, [prediction("0", ""), prediction("1", "")])
+
+
+def damaged_reading(text, page, share):
+    """A text with a share of its words lost, others on each page."""
+    words = text.split(" ")
+    return " ".join(w for i, w in enumerate(words) if (7 * i + 3 * page) % 10 >= 10 * share)
+
+
+@pytest.mark.parametrize("layout", ["omnidocbench", "olmocr"])
+def test_retention_on_a_benchmark_is_that_of_its_own_score(layout, tmp_path):
+    made = [page(0, index, DOCUMENT, "test") for index in range(6)]
+    write = write_pages_as_olmocr_bench if layout == "olmocr" else write_pages_as_omnidocbench
+    write(tmp_path / "bench", made)
+    data = load_pages(str(tmp_path / "bench"), open_image)
+    dense, pruned = (
+        [
+            prediction(p.name, damaged_reading(m.text, i, most * i / 10))
+            for i, (p, m) in enumerate(zip(data.pages, made, strict=True))
+        ]
+        for most in (0.4, 0.9)
+    )
+    name = "score" if layout == "olmocr" else "overall_proxy"
+    found, one, other = retained(data, pruned, dense), score(data, pruned), score(data, dense)
+    values = [side.metrics[name].value for side in (one, other)]
+    assert values[0] < values[1] and found.value == pytest.approx(values[0] / values[1])
+    assert name in found.how and ("tests" in found.how) == (layout == "olmocr")
+    assert retained(data, dense, dense).ci95 == (1, 1)
+    # less is right on every page, so in every sample, if both models' are of the same pages
+    assert (one.accuracy.resampled <= other.accuracy.resampled + 1e-9).all()
+    # an interval of the two drawn apart is what ours would be, were it not paired
+    resampled = one.accuracy.resampled / other.accuracy.resampled
+    assert found.ci95 == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])))
+    apart = one.accuracy.resampled / np.random.default_rng(1).permutation(other.accuracy.resampled)
+    wide = np.percentile(apart, [2.5, 97.5])
+    assert found.ci95[1] - found.ci95[0] < wide[1] - wide[0]
+
+
+def test_the_bootstrap_of_omnidocbench_redraws_pages_for_both_models_alike(tmp_path):
+    made = [page(0, index, DOCUMENT, "test") for index in range(5)]
+    write_pages_as_omnidocbench(tmp_path / "bench", made)
+    data = load_pages(str(tmp_path / "bench"), open_image)
+    sides = [
+        [
+            prediction(p.name, damaged_reading(m.text, i, most * i / 10))
+            for i, (p, m) in enumerate(zip(data.pages, made, strict=True))
+        ]
+        for most in (0.9, 0.4)
+    ]
+    found = [score(data, side).accuracy for side in sides]
+    draws = np.random.default_rng(0).multinomial(5, np.full(5, 1 / 5), size=3)
+    for number, draw in enumerate(draws):
+        # the same pages again, each as often as it was drawn, through the scorer itself
+        pages = tuple(p for p, n in zip(data.annotations, draw, strict=True) for _ in range(n))
+        for accuracy, side in zip(found, sides, strict=True):
+            again = score_omnidocbench(pages, {p.page: p.text for p in side})
+            expected = again.metrics["overall_proxy"].value
+            assert accuracy.resampled[number] == pytest.approx(expected)
+
+
+def test_the_page_that_lost_most_is_named():
+    data = pages_of("abcdefghij", "klmnopqrst", "uvwxyzuvwx")
+    data = replace(data, pages=(*data.pages[:2], replace(data.pages[2], unseen_font=True)))
+    dense = [prediction(p.name, p.text) for p in data.pages]
+    dense[0] = prediction("0", "abcdefxxxx")
+    pruned = [prediction("0", "abcdexxxxx"), prediction("1", "klmnopqxxx"), prediction("2", "")]
+    one, other = (score(data, side).distances for side in (pruned, dense))
+    found = worst_page_delta(one[""], other[""])
+    assert found.value == pytest.approx(0.3) and found.n == 2
+    assert found.how.startswith("page 1, edit distance 0 dense, 0.3 compressed")
+    assert worst_page_delta(one["_unseen_font"], other["_unseen_font"]).value == 1
+    assert worst_page_delta(other[""], other[""]).value == 0
+    assert better("worst_page_delta") == "lower"
+
+
+def test_oceans_metrics_are_page_means_in_the_order_asked_for():
+    data = pages_of("one two three four five", "six seven eight nine ten")
+    read = [prediction("0", "one two three"), prediction("1", "six seven eight nine eleven")]
+    for order, published in (("correct", False), ("published", True)):
+        found = score(data, read, ocean_order=order).metrics
+        pairs = zip(read, data.pages, strict=True)
+        pages = [ocean_scores(r.text, p.text, published_order=published) for r, p in pairs]
+        for name in ("edit_distance", "bleu", "meteor_exact_stem", "precision", "recall", "f1"):
+            value = found[f"ocean_{name}"]
+            assert value.value == pytest.approx(sum(getattr(p, name) for p in pages) / 2)
+            assert f"{order} order" in value.how and value.n == 2
+    assert found["ocean_precision"].value < found["ocean_recall"].value  # published: they trade
+    assert better("ocean_f1") == "higher" and better("ocean_edit_distance") == "lower"
+    with pytest.raises(ValueError, match="correct, published; got 'theirs'"):
+        score(data, read, ocean_order="theirs")
+
+
+def test_pages_without_any_text_have_no_accuracy():
+    check_accuracy(pages_of("", "a"))
+    with pytest.raises(ValueError, match="all 2 pages of test are empty"):
+        check_accuracy(pages_of("", " \n"))
+    empty = score(pages_of("", ""), [prediction("0", ""), prediction("1", "a")])
+    assert empty.accuracy is None and empty.metrics["ned"].value == 0.5
 
 
 def test_marks_keep_every_character():
@@ -283,9 +391,14 @@ def test_an_evaluation_resumes_only_with_its_own_settings(reader, lines, tmp_pat
     assert yaml.safe_load((output / "evaluation.yaml").read_text())["prompt"] == "Read."
 
 
-def test_each_built_in_reader_has_pages_of_its_own():
+def test_each_built_in_reader_has_pages_of_its_own(tmp_path):
     assert OcrSettings("builtin:reader-deepseek").data == "builtin:square-pages"
     assert OcrSettings("builtin:reader-qwen").data == "builtin:pages"
+    square = tmp_path / "patched"
+    square.mkdir()
+    facts = {"kind": "patched", "methods": [], "base_model": "builtin:reader-deepseek"}
+    (square / "compress.json").write_text(json.dumps(facts))
+    assert OcrSettings(str(square)).data == "builtin:square-pages"
     with pytest.raises(ValueError, match="float32, bfloat16, float16; got 'int8'"):
         OcrSettings("builtin:reader-qwen", dtype="int8")
 
@@ -312,6 +425,36 @@ def test_eval_prints_a_table(reader, lines, tmp_path):
                 "--max-new-tokens", 3, "--device", "cpu")  # fmt: skip
     assert found.exit_code == 0, found.output
     assert "cer_corpus" in found.stdout and "loop_rate" in found.stdout
+    shown = run("show", tmp_path / "o")
+    assert shown.exit_code == 0, shown.output
+    assert "cer_corpus" in shown.stdout and "report.html" in shown.stdout
+    facts = json.loads(run("show", tmp_path / "o", "--json").stdout)
+    assert facts["run"]["model_hash"] == folder_hash(reader) and facts["metrics"]["cer"]["n"] == 4
+
+
+def test_evaluations_are_compared_and_counts_have_no_winner(reader, lines, tmp_path):
+    short, long = (tmp_path / name for name in ("short", "long"))
+    evaluate(reader, lines, short, max_new_tokens=2)
+    evaluate(reader, lines, long, max_new_tokens=4)
+    found = run("compare", short, long, "--json", "--plot", tmp_path / "plot.png")
+    assert found.exit_code == 0, found.output
+    rows = {row["metric"]: row for row in json.loads(found.stdout)}
+    assert set(rows["new_tokens"]["runs"]) == {"short", "long"}
+    assert rows["new_tokens"]["runs"]["short"]["value"] < 3
+    assert rows["new_tokens"]["best"] is None
+    assert rows["ned"]["best"] in ("short", "long", None)
+    assert "long" in run("compare", short, long).stdout
+
+
+def test_eval_hands_ocean_order_on_and_does_not_resume_what_it_overwrites(reader, lines, tmp_path):
+    arguments = ("eval", reader, "--suite", "ocr", "--data", lines, "--output", tmp_path / "o")
+    refused = run(*arguments, "--resume", "--overwrite")
+    assert refused.exit_code == 2 and "choose one" in refused.stderr
+    wrong = run(*arguments, "--ocean-order", "theirs")
+    assert wrong.exit_code == 2 and "correct, published; got 'theirs'" in wrong.stderr
+    found = run(*arguments, "--ocean-order", "published", "--max-new-tokens", 2, "--json")
+    assert found.exit_code == 0, found.output
+    assert "published order" in json.loads(found.stdout)["ocean_bleu"]["how"]
 
 
 def damaged(reader, tmp_path, change):

@@ -160,7 +160,7 @@ for name in ("state", "checkpoint"):
     if not done.returncode:
         codes[name] = [in_child(name, lambda: small_disk(name))]
         mounts[f"left in {name}"] = left(folder)
-folder, done = mount("read-only", "size=6m")
+folder, done = mount("read-only", "size=9m")
 mounts["read-only"] = done.stderr if done.returncode else ""
 if not done.returncode:
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
@@ -733,6 +733,7 @@ def test_a_disk_that_fills_at_the_end_keeps_the_state_and_nothing_half_written(d
         "run/log.jsonl",
         "run/recipe.yaml",
         "run/state",
+        "run/state/state-1.safetensors",
         "run/state/state.safetensors",
     ]
 

@@ -3,25 +3,31 @@
 import copy
 import gc
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import compress
 from compress import FastOCR, RTPrune
+from compress.applied import HOLDER
 from compress.cli import app
-from compress.data.pages import page
+from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
+from compress.data.pages import PAGE, page
 from compress.eval.ocr import read_predictions
+from compress.eval.text_metrics import edit_distance, normalise
 from compress.models.builtin import train_reader_deepseek, train_reader_qwen
 from compress.models.builtin.reader_training import LEVELS
-from compress.models.reading import read_pages
+from compress.models.reading import Reading, read_pages
 from compress.models.vlm import load_vlm
+from compress.ocr_evaluation import OcrSettings, evaluate_events, read_files
 from compress.patched import load_patched, save_patched
 from compress.pipeline import run_events
-from compress.reader_run import counted, variant_name, variants
+from compress.reader_counts import counted
+from compress.reader_run import calibrated_checkpoint, variant_name, variants
 from compress.recipe import load_recipe
 
 SMALL = LEVELS[1].difficulty
@@ -109,6 +115,153 @@ def test_a_run_leaves_what_a_run_leaves(finished):
     assert shown.exit_code == 0 and "accuracy_retention" in shown.stdout
 
 
+def test_the_terminal_shows_every_variant_and_what_it_used(finished):
+    shown = CliRunner().invoke(app, ["show", str(finished.folder)], terminal_width=200).stdout
+    rows = finished.metrics["comparison"]
+    [line] = [line for line in shown.splitlines() if line.startswith("compressed")]
+    assert line.split()[:3] == ["compressed", "fastocr", "20%"]
+    kept = rows[1]["accuracy_retention"]
+    share = f"{rows[1]['attended']:.2%}"
+    assert f"{share} (attended {share}, saccades {rows[1]['saccades']:.2%})" in line
+    assert f"{kept['value']:.4g} [{kept['ci95'][0]:.4g}, {kept['ci95'][1]:.4g}]" in line
+    assert f"{rows[1]['metrics']['cer_corpus']['value']:.4g}" in line
+    assert "retention (1 - CER)" in shown and "random" in shown
+    # of the page before any method, so of both the same: no metric that tells the two apart
+    assert "visual_tokens " not in shown
+    assert finished.metrics["metrics"]["attended"]["dense"]["value"] == 1
+    assert finished.metrics["metrics"]["attended"]["compressed"]["value"] == rows[1]["attended"]
+
+
+def test_the_report_shows_what_each_layer_attended_to(finished):
+    report = (finished.folder / "report.html").read_text()
+    row = finished.metrics["comparison"][2]
+    layers = ", ".join(f"{share:.0%}" for share in row["attended_by_layer"])
+    assert layers.count("%") == 8 and f"<td>{layers}</td>" in report
+    assert "saccade steps" in report and f"<td>{row['saccades']:.2%}</td>" in report
+
+
+def test_the_worst_page_against_the_dense_model_is_named(finished):
+    [dense, pruned] = (
+        {p.page: p.text for p in read_predictions(finished.folder / f"predictions/{name}.jsonl")}
+        for name in ("dense", "compressed")
+    )
+    texts = {f"{i}.png": page(0, i, SMALL, "test").text for i in range(3)}
+    rise = {
+        name: edit_distance(normalise(pruned[name]), normalise(text)).rate
+        - edit_distance(normalise(dense[name]), normalise(text)).rate
+        for name, text in texts.items()
+    }
+    found = finished.metrics["metrics"]["worst_page_delta"]
+    assert found["compressed"]["value"] == max(rise.values()) and found["dense"]["value"] == 0
+    assert f"page {max(rise, key=rise.get)}," in found["how"]
+
+
+@pytest.fixture(scope="module")
+def read_for_real(tmp_path_factory):
+    """A run with the built-in reader, whose texts the method changes; its pages and its folder."""
+    tmp_path = tmp_path_factory.mktemp("real")
+    (tmp_path / "pages").mkdir()
+    for index in range(3):
+        made = page(0, index, PAGE, "test")
+        made.image.save(tmp_path / "pages" / f"{index}.png")
+        (tmp_path / "pages" / f"{index}.txt").write_text(made.text[:24])
+    method = FAST | {"keep_visual": 0.03, "focal_layers": [1]}
+    asked = {"suite": "ocr", "batch": 2, "max_new_tokens": 24}
+    recipe = recipe_of(tmp_path, "builtin:reader-qwen", tmp_path / "pages", method, evaluate=asked)
+    return tmp_path / "pages", finish(run_events(recipe, device="cpu"))
+
+
+@pytest.mark.parametrize("weights", ["copy", "reference"])
+def test_eval_and_read_apply_the_methods_of_a_checkpoint(
+    weights, read_for_real, tmp_path, monkeypatch
+):
+    pages, run = read_for_real
+    folder = run.folder / "checkpoint"
+    if weights == "reference":
+        model, processor, applied = load_patched(folder)
+        applied.remove()
+        folder = tmp_path / "reference"
+        save_patched(model, processor, applied.methods, folder, reference="builtin:reader-qwen")
+
+    def evaluated(output):
+        settings = OcrSettings(str(folder), data=str(pages), batch=2, max_new_tokens=24)
+        return finish(evaluate_events(settings, output, device="cpu"))
+
+    found = evaluated(tmp_path / "out")
+    dense, row = run.metrics["comparison"]
+    for name in ("cer_corpus", "ned", "new_tokens"):
+        assert found["metrics"][name]["value"] == row["metrics"][name]["value"]
+    # where the method does something
+    assert row["metrics"]["cer_corpus"]["value"] > dense["metrics"]["cer_corpus"]["value"] + 0.1
+    assert found["metrics"]["attended"]["value"] == row["attended"]
+    assert found["counted"]["attended_by_layer"] == row["attended_by_layer"]
+    assert found["methods"][0]["name"] == "fastocr"
+    assert "pages 3 · method fastocr" in (tmp_path / "out" / "report.html").read_text()
+    stored = [p.text for p in read_predictions(tmp_path / "out" / "predictions.jsonl")]
+    image = [pages / "2.png"]
+    assert read_files(str(folder), image, max_new_tokens=24, device="cpu") == stored[2:]
+    if weights == "reference":
+        monkeypatch.setattr("compress.patched.folder_hash", lambda folder: "0" * 64)
+        with pytest.raises(ValueError, match="refers to .* what is there now has 000000"):
+            evaluated(tmp_path / "again")
+
+
+def test_methods_are_not_put_on_a_checkpoint_that_has_some(finished, qwen, pages, tmp_path):
+    checkpoint = finished.folder / "checkpoint"
+    recipe = recipe_of(tmp_path, checkpoint, pages, FAST)
+    with pytest.raises(ValueError, match="is a patched checkpoint with methods of its own") as said:
+        finish(run_events(recipe, device="cpu"))
+    assert str(qwen) in str(said.value) and '"keep_visual": 0.2' in str(said.value)
+    dry = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json"])
+    assert dry.exit_code == 2 and "patched checkpoint" in json.loads(dry.stdout)["problems"][0]
+    with pytest.raises(ValueError, match="is a patched checkpoint"):
+        calibrated_checkpoint(str(checkpoint), tmp_path / "c", data=str(pages), device="cpu")
+
+
+def test_pages_that_say_nothing_are_refused_before_any_is_read(qwen, pages, tmp_path):
+    empty = tmp_path / "empty"
+    shutil.copytree(pages, empty)
+    for path in empty.glob("*.txt"):
+        path.write_text(" \n")
+    recipe = recipe_of(tmp_path, qwen, empty, FAST)
+    with pytest.raises(ValueError, match="of all 3 pages of .* are empty"):
+        finish(run_events(recipe, device="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["omnidocbench", "olmocr"])
+def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_path, monkeypatch):
+    made = [page(0, index, SMALL, "test") for index in range(2)]
+    write = write_pages_as_olmocr_bench if layout == "olmocr" else write_pages_as_omnidocbench
+    write(tmp_path / "bench", made)
+    # a reader that was never trained scores nothing: dense, the lines are read right
+    texts = {made.image.convert("RGB").tobytes(): made.text for made in made}
+
+    def read(model, processor, images, prompt, limit):
+        share = 4 if hasattr(model, HOLDER) else 1
+        found = [texts[image.convert("RGB").tobytes()] for image in images]
+        return [Reading(text[: len(text) // share], 3, 312, True) for text in found]
+
+    monkeypatch.setattr("compress.ocr_evaluation.read_pages", read)
+    compare = [FAST | {"focal_layers": [1], "fixation": "static"}]
+    method = FAST | {"focal_layers": [1]}
+    recipe = recipe_of(tmp_path, qwen, tmp_path / "bench", method, compare=compare)
+    result = finish(run_events(recipe, device="cpu"))
+    name = "score" if layout == "olmocr" else "overall_proxy"
+    assert result.metrics["accuracy"] == name and result.metrics["warnings"] == []
+    for row in result.metrics["comparison"]:
+        kept, whole = row["accuracy_retention"], row["metrics"][name]["value"]
+        dense = result.metrics["comparison"][0]["metrics"][name]["value"]
+        assert kept["value"] == pytest.approx(whole / dense)
+        assert (kept["value"] < 1) == (row["variant"] != "dense")
+    assert result.metrics["metrics"]["accuracy_retention"]["compressed"]["value"] == kept["value"]
+    assert ("worst_page_delta" in result.metrics["metrics"]) == (layout == "omnidocbench")
+    report = (result.folder / "report.html").read_text()
+    assert f"accuracy retention ({name})" in report and f"{name}, over dense" in report
+    shown = CliRunner().invoke(app, ["show", str(result.folder)]).stdout
+    assert f"retention ({name})" in shown
+
+
 def test_every_variant_read_the_same_pages_and_was_counted(finished):
     rows = finished.metrics["comparison"]
     names = [row["variant"] for row in rows]
@@ -166,7 +319,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, qwen, pages, tmp_path):
     assert result.metrics["comparison"] == finished.metrics["comparison"]
 
 
-def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path):
+def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
     folder = tmp_path / "squares"
     folder.mkdir()
     for index in range(2):
@@ -175,8 +328,24 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path):
         (folder / f"{index}.txt").write_text(made.text)
     pruning = {"name": "rtprune", "keep_tokens": 0.5}
     both = [pruning, FAST | {"focal_layers": [2]}]
-    recipe = recipe_of(tmp_path, deepseek, folder, both, compare=[pruning], weights="reference")
+    evaluate = {"suite": "ocr", "batch": 2, "prompt": "all of it"}
+    recipe = recipe_of(
+        tmp_path, deepseek, folder, both, compare=[pruning], weights="reference", evaluate=evaluate
+    )
+    asked = []
+    for name, place in (("read_pages", 3), ("build_prompt", 3)):
+        made = getattr(compress.reader_report, name)
+
+        def spy(*args, made=made, place=place, **kwargs):
+            asked.append(args[place])
+            return made(*args, **kwargs)
+
+        monkeypatch.setattr(compress.reader_report, name, spy)
     result = finish(run_events(recipe, device="cpu"))
+    assert asked == ["all of it", ["all of it"]]  # of the two pictures
+    report = (result.folder / "report.html").read_text()
+    assert "on the tokens that rtprune left of it; on the first page" in report
+    assert "98 of 196 visual tokens stay (green), the others (orange) are merged" in report
     row = result.metrics["comparison"][1]
     # half of 196 tokens, and at most 15 newlines and separators
     assert 98 / 211 <= row["tokens_kept"] <= (98 + 15) / 211
@@ -268,6 +437,54 @@ def test_saved_and_loaded_a_model_is_patched_again(which, request, tmp_path):
         assert torch.equal(one, two)
 
 
+def test_a_card_has_the_licence_of_the_base_and_what_was_measured(finished, qwen, tmp_path):
+    card = (finished.folder / "checkpoint" / "README.md").read_text()
+    metrics = finished.metrics["metrics"]
+    assert f"| cer_corpus | {metrics['cer_corpus']['dense']['value']:.5g} |" in card
+    assert "accuracy_retention" in card
+    assert f"stated neither in its README.md nor in a LICENSE; look where {qwen} came from" in card
+
+    def card_of(model, **facts):
+        network, processor = load_vlm(model)
+        folder = save_patched(network, processor, [FastOCR()], tmp_path / "p", **facts)
+        return folder, (folder / "README.md").read_text()
+
+    _, built_in = card_of("builtin:reader-qwen")
+    assert "`builtin:reader-qwen`" in built_in
+    assert "Licence of the base model: Apache-2.0, that of compress" in built_in
+    base = tmp_path / "base"
+    shutil.copytree(qwen, base)
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine-1.0\n---\n# A reader\n"
+    )
+    (base / "LICENSE.txt").write_text("Do as you like.")
+    folder, named = card_of(base)
+    assert "Licence of the base model: other; mine-1.0; see LICENSE.txt" in named
+    assert (folder / "LICENSE.txt").read_text() == "Do as you like."
+    # made from what was made from it, it is the same licence
+    model, processor, applied = load_patched(folder)
+    again = applied.save(tmp_path / "again", processor)
+    assert "other; mine-1.0" in (again / "README.md").read_text()
+    folder, refers = card_of(base, reference=str(base))
+    assert "other; mine-1.0" in refers and not (folder / "LICENSE.txt").exists()
+
+
+def test_a_run_is_not_resumed_with_other_weights(qwen, pages, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(qwen, base)
+    recipe = recipe_of(tmp_path, base, pages, FAST | {"focal_layers": [1]})
+    events = run_events(recipe, device="cpu")
+    for event in events:
+        if event.stage == "dense" and event.step == 2:
+            break
+    events.close()
+    tensors = load_file(base / "model.safetensors")
+    first = min(tensors)
+    save_file(tensors | {first: tensors[first] + 1}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="read with .* of hash .*--overwrite"):
+        finish(run_events(recipe, resume=True, device="cpu"))
+
+
 def test_a_changed_checkpoint_is_refused(qwen, tmp_path):
     model, processor = load_vlm(qwen)
     folder = save_patched(model, processor, [FastOCR()], tmp_path / "patched")
@@ -277,8 +494,6 @@ def test_a_changed_checkpoint_is_refused(qwen, tmp_path):
 
 
 def test_a_reference_to_another_model_is_refused(qwen, tmp_path):
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(qwen, base)
     model, processor = load_vlm(base)
@@ -328,6 +543,7 @@ def test_a_dry_run_reads_nothing(qwen, pages, tmp_path):
     found = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json"])
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
+    assert facts["parameters"] == facts["stored_values"] > 10**6
     assert facts["pages"] == 3 and facts["readings"] == 6 and facts["family"] == "Qwen2.5-VL"
     assert facts["problems"] == [] and not (tmp_path / "out").exists()
     wrong = recipe_of(tmp_path, qwen, pages, {"name": "rtprune"})

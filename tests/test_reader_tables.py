@@ -5,6 +5,9 @@ import json
 import pytest
 
 from compress import reader_experiments
+from compress.files import folder_hash
+from compress.method import Event, RunResult
+from compress.models.vlm import model_folder
 from compress.reader_experiments import render_table, results_file, run_missing, write_rows
 from compress.recipe import ReaderRecipe, load_recipe
 
@@ -59,8 +62,41 @@ def test_rows_become_a_table(metrics, tmp_path):
     assert "| fastocr | 5% | 17.00% | 98.00% [97.00%, 99.00%] | 2.00% [1.00%, 3.00%] |" in table
     assert "| static | 5% | 18.00% | 71.23% [70.23%, 72.23%] |" in table
     assert "64 held-out pages" in table
-    # what is there is not run again
-    assert list(run_missing("fastocr", results, tmp_path)) == []
+    # what is there is not run again, and of which weights these rows are they do not say
+    [line] = run_missing("fastocr", results, tmp_path)
+    assert line == "fastocr: 3 rows are of weights unknown; they are taken as they are"
+
+
+def test_rows_of_other_weights_are_measured_again(metrics, tmp_path, monkeypatch):
+    now = folder_hash(model_folder("builtin:reader-qwen"))
+    asked = []
+
+    def run(recipe, *, output, resume, overwrite):
+        asked.append((recipe, resume, overwrite))
+        yield Event("dense", 1, 1)
+        metrics["run"]["model_hash"] = now
+        return RunResult(output, metrics, output)
+
+    monkeypatch.setattr(reader_experiments, "run_events", run)
+    results = tmp_path / "ddpm.jsonl"
+    metrics["run"]["model_hash"] = "of earlier weights"
+    write_rows(results_file(results, "fastocr"), "fastocr", metrics)
+    earlier = "**Measured on earlier weights of builtin:reader-qwen.**"
+    assert render_table("fastocr", results).endswith(earlier)
+    folder = tmp_path / "table_fastocr"
+    folder.mkdir()
+    (folder / "model.json").write_text(json.dumps({"model_hash": "of earlier weights"}))
+    lines = list(run_missing("fastocr", results, tmp_path))
+    assert "3 rows are of other weights" in lines[0]
+    # the folder's pages were read with other weights, too: they are no beginning
+    assert asked == [("reader_fastocr_full", False, True)]
+    assert earlier not in render_table("fastocr", results)
+    assert list(run_missing("fastocr", results, tmp_path)) == [] and len(asked) == 1
+    # what was begun with these weights goes on
+    results_file(results, "fastocr").unlink()
+    (folder / "model.json").write_text(json.dumps({"model_hash": now}))
+    assert list(run_missing("fastocr", results, tmp_path)) == ["fastocr: dense"]
+    assert asked[1:] == [("reader_fastocr_full", True, False)]
 
 
 def test_every_table_of_a_method_has_a_recipe_that_measures_64_pages():
@@ -76,7 +112,7 @@ def test_every_table_of_a_method_has_a_recipe_that_measures_64_pages():
 def test_readers_are_evaluated_once(tmp_path, monkeypatch):
     asked = []
 
-    def evaluate(settings, folder, resume):
+    def evaluate(settings, folder, resume, overwrite):
         asked.append(settings.model)
         names = reader_experiments.COLUMNS
         found = {name: value(0.5, 0.4, 0.6) for name in names} | {"cer": value(0.5)}
@@ -89,7 +125,14 @@ def test_readers_are_evaluated_once(tmp_path, monkeypatch):
     assert list(run_missing("readers", results, tmp_path)) == ["readers: builtin:reader-qwen"]
     assert list(run_missing("readers", results, tmp_path)) == []
     assert asked == ["builtin:reader-qwen"]
+    rows = [json.loads(line) for line in (tmp_path / "readers.jsonl").read_text().splitlines()]
+    old = [{**row, "model_hash": "of earlier weights"} for row in rows]
+    (tmp_path / "readers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert "earlier weights" in render_table("readers", results)
+    assert list(run_missing("readers", results, tmp_path)) == ["readers: builtin:reader-qwen"]
+    assert len((tmp_path / "readers.jsonl").read_text().splitlines()) == 1 and len(asked) == 2
     table = render_table("readers", results)
+    assert "earlier weights" not in table
     assert "| `builtin:reader-qwen` | 50.00% [40.00%, 60.00%] |" in table
     assert "64 held-out pages of `builtin:pages`" in table
 

@@ -312,7 +312,8 @@ def test_a_kill_in_the_save_leaves_the_old_state_readable(driven):
     folder = driven[0]
     for name in RESUMED:
         left = json.loads((folder / name / "left.json").read_text())
-        assert ("state/state.safetensors" in left) == (name != "before any state")
+        states = [f for f in left if f.startswith("state/state") and f.endswith(".safetensors")]
+        assert bool(states) == (name != "before any state")
 
 
 def test_the_criterion_kept_its_own_time(driven):
@@ -374,12 +375,99 @@ def test_a_state_before_the_second_estimate_is_saved(tmp_path, name):
 )
 def test_a_damaged_state_is_named(stopped, damage):
     path = stopped / "state" / "state.safetensors"
+    path.with_name("state-1.safetensors").unlink()
     path.write_bytes(damage(path.read_bytes()))
     before = (stopped / "log.jsonl").read_bytes()
     with pytest.raises(ValueError, match="should hold a saved state but cannot be read") as caught:
         start(stopped, True)
     assert str(path) in str(caught.value) and "--overwrite" in str(caught.value)
     assert (stopped / "log.jsonl").read_bytes() == before
+
+
+@pytest.fixture
+def two_states(tmp_path):
+    """A run that was left after its fifth step, with states of steps 2 and 4."""
+    events = start(tmp_path, False).events()
+    for _ in range(5):
+        next(events)
+    events.close()
+    states = tmp_path / "state"
+    assert sorted(p.name for p in states.iterdir()) == ["state-1.safetensors", "state.safetensors"]
+    return tmp_path
+
+
+def weights_after(run: PruningRun) -> dict[str, torch.Tensor]:
+    events = run.events()
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value.unet.state_dict()
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "log"])
+def test_a_damaged_newest_state_gives_way_to_the_one_before(two_states, tmp_path_factory, damage):
+    newest, before = (two_states / "state" / f"state{x}.safetensors" for x in ("", "-1"))
+    content = bytearray(newest.read_bytes())
+    if damage == "log":
+        # a power cut can keep a state and lose the end of the log
+        log_file = two_states / "log.jsonl"
+        rows = log_file.read_text().splitlines(keepends=True)
+        log_file.write_text("".join(rows[: len(rows) // 2 + 1]))
+    else:
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content if damage == "one bit" else content[:-10])
+    with pytest.warns(UserWarning, match="going on from state-1.safetensors") as caught:
+        run = start(two_states, True)
+    assert run.step == 2
+    named = "log.jsonl" if damage == "log" else str(newest)
+    assert named in str(caught[0].message)
+    # the bad one is gone before it can push out the good one, and nothing is lost but time
+    good = before.read_bytes()
+    events = run.events()
+    next(events)
+    assert not newest.exists() and before.read_bytes() == good
+    events.close()
+    expected = weights_after(start(tmp_path_factory.mktemp("whole"), False))
+    found = weights_after(start(two_states, True))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    steps = [row["step"] for row in log(two_states) if row["stage"] == "recover"]
+    assert steps == list(range(1, EVENTS + 1))
+
+
+def test_states_that_are_all_damaged_are_all_named(two_states):
+    for path in (two_states / "state").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"state\.safetensors.*state-1\.safetensors.*--overwrite"):
+        start(two_states, True)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_states_are_kept_as_asked_for(tmp_path, keep):
+    events = start(tmp_path, False, keep_states=keep, save_every=1).events()
+    for _ in range(5):
+        next(events)
+    events.close()
+    files = sorted((tmp_path / "state").iterdir())
+    assert len(files) == keep
+    facts = [Journal(tmp_path)._states()[age] for age in range(keep)]
+    assert sorted(facts) == files
+
+
+def test_a_run_from_the_start_forgets_the_states_of_another(two_states):
+    events = start(two_states, False).events()
+    next(events)
+    events.close()
+    # one-shot pruning saves once before its first step
+    assert [p.name for p in (two_states / "state").iterdir()] == ["state.safetensors"]
+
+
+def test_what_a_kill_in_a_write_left_is_removed(two_states):
+    (two_states / "state" / ".state.safetensors-abc").write_bytes(b"half")
+    events = start(two_states, True).events()
+    next(events)
+    events.close()
+    assert not (two_states / "state" / ".state.safetensors-abc").exists()
 
 
 @pytest.mark.parametrize("fact", ["threads", "torch"])
@@ -398,7 +486,7 @@ def test_another_machine_is_a_warning(stopped, monkeypatch, fact):
 def test_a_log_that_lost_rows_is_noticed(stopped):
     # a power cut can keep a state and lose the end of the log
     path = stopped / "log.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    path.write_text("")
     with pytest.raises(ValueError, match=r"log\.jsonl"):
         start(stopped, True)
 

@@ -2,13 +2,27 @@
 
 import copy
 import inspect
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import DynamicCache, Qwen2_5_VLConfig, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    Qwen2_5_VLConfig,
+    StaticCache,
+)
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_flash_attention_utils import (
+    _is_packed_sequence,
+    prepare_fa_kwargs_from_position_ids,
+)
 
+from compress import FastOCR
+from compress.applied import Applied
 from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
 from compress.rtprune import (
     RTPrune,
@@ -126,10 +140,23 @@ def _logits(model, prompt, answer, window=None):
     return model.lm_head(hidden[0, start - 1 :])
 
 
-def _check_against_oracle(model, inputs, keep_tokens, window=None, **settings):
+@contextmanager
+def _decoding_by(model, implementation):
+    """The decoder's attention by another function; see the README."""
+    before = text_model(model).config._attn_implementation
+    model.set_attn_implementation({"text_config": implementation})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+def _check_against_oracle(
+    model, inputs, keep_tokens, window=None, implementation="sdpa", **settings
+):
     density = [textual_density(page[None], (4, 4))[0] for page in inputs["pixel_values"]]
     prompts = _shortened(model, inputs, keep_tokens, density)
-    with RTPrune(keep_tokens=keep_tokens).attach(model):
+    with _decoding_by(model, implementation), RTPrune(keep_tokens=keep_tokens).attach(model):
         made = model.generate(**inputs, **LOGITS, do_sample=False, **settings)
     answers = made.sequences[:, inputs["input_ids"].shape[1] :]
     assert answers.shape[1] == STEPS
@@ -143,9 +170,59 @@ def _check_against_oracle(model, inputs, keep_tokens, window=None, **settings):
 # ---- generation --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("keep_tokens", [0.5, "dynamic"])
-def test_deepseek_ocr_generates_as_the_oracle(deepseek, prompt, keep_tokens):
-    _check_against_oracle(deepseek, prompt, keep_tokens)
+def test_deepseek_ocr_generates_as_the_oracle(deepseek, prompt, keep_tokens, implementation):
+    _check_against_oracle(deepseek, prompt, keep_tokens, implementation=implementation)
+
+
+def _flash_like(calls):
+    """What flash attention does with its mask and position ids, on the CPU.
+
+    As transformers' ``_flash_attention_forward``: a 2-D mask unpads; without one, position ids that
+    do not ascend cut a batch of one into sequences that do not see each other.
+    """
+
+    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **others):
+        new, stored = query.shape[2], key.shape[2]
+        allowed = torch.ones(new, stored, dtype=torch.bool).tril(stored - new)
+        ids = others.get("position_ids")
+        if mask is not None:
+            assert mask.ndim == 2
+            allowed = allowed & mask.bool()[:, None, None, -stored:]
+            calls.append("padded")
+        elif _is_packed_sequence(ids, len(query)):
+            (starts, _), _ = prepare_fa_kwargs_from_position_ids(ids)
+            sequence = torch.bucketize(torch.arange(new), starts[1:], right=True)
+            allowed = allowed & (sequence[:, None] == sequence)
+            calls.append(f"{len(starts) - 1} packed")
+        else:
+            calls.append("whole")
+        group = query.shape[1] // key.shape[1]
+        logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        weights = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1)
+        return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2), None
+
+    AttentionInterface.register("flash_like", attention)
+    AttentionMaskInterface.register("flash_like", flash_attention_mask)
+
+
+@pytest.mark.parametrize("pages", [1, 2])
+@pytest.mark.parametrize("family", ["deepseek_ocr", "unlimited_ocr", "deepseek_ocr2"])
+def test_flash_attention_takes_kept_position_ids_for_one_sequence(
+    ocr_models, prompt, family, pages
+):
+    """They have gaps; and a padded batch goes by the 2-D mask."""
+    window = 3 if family == "unlimited_ocr" else None
+    model = getattr(ocr_models, family)(*([window] if window else []))
+    inputs = prompt if pages == 2 else _first(prompt)
+    if family == "deepseek_ocr2":
+        inputs = ocr_models.deepseek2_prompt(["read", "a"][:pages])
+    calls = []
+    _flash_like(calls)
+    _check_against_oracle(model, inputs, 0.5, window, implementation="flash_like")
+    # the prompt of one page, whose ids have gaps, and the steps behind it
+    assert set(calls) == ({"padded"} if pages == 2 else {"1 packed", "whole"})
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -225,8 +302,8 @@ def test_a_loop_of_calls_goes_on_from_the_cache(deepseek, prompt):
 
 @pytest.mark.parametrize("keep_tokens", [0.6, "dynamic"])
 def test_a_batch_of_different_pages_is_one_by_one(deepseek, ocr_models, keep_tokens):
-    texts = ["a", "all of it", "bc", "read"]
-    pages = [ocr_models.page(100, 90 + 40 * i, i, 0.2 + 0.25 * i) for i in range(4)]
+    texts = ["a", "all of it", "bc", "read", "d", "ef", "read all", "ghi"]
+    pages = [ocr_models.page(100, 90 + 20 * i, i, 0.1 + 0.12 * i) for i in range(8)]
     with RTPrune(keep_tokens=keep_tokens).attach(deepseek) as handle:
         together = deepseek(**ocr_models.deepseek_prompt(pages, texts)).logits[:, -1]
         batch, handle.pages = handle.pages, []
@@ -234,8 +311,10 @@ def test_a_batch_of_different_pages_is_one_by_one(deepseek, ocr_models, keep_tok
             alone = deepseek(**ocr_models.deepseek_prompt([page], [text])).logits[0, -1]
             torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
             assert torch.equal(batch[row].kept_indices, handle.pages[row].kept_indices)
-    if keep_tokens == "dynamic":
-        assert len({page.facts()["kept"] for page in batch}) > 1
+    fractions = {page.keep_fraction for page in batch}
+    assert len(fractions) == (8 if keep_tokens == "dynamic" else 1)
+    if keep_tokens == "dynamic":  # so that the batch is padded
+        assert len({len(page.kept_indices) for page in batch}) > 2
 
 
 # ---- laws --------------------------------------------------------------------------------------
@@ -369,14 +448,45 @@ def test_where_nothing_is_pruned_nothing_is_touched(deepseek, prompt):
     assert seen[0]["position_ids"] is None and VISUAL_LAYOUTS not in seen[0]
 
 
+@pytest.mark.parametrize("keep_tokens", [0.5, "dynamic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_what_it_is(ocr_models, prompt, dtype):
+def test_half_precision_is_close_to_float32(ocr_models, prompt, dtype, keep_tokens):
+    """The same rounded weights and pixels in float32; both keep the same tokens here."""
     model = ocr_models.deepseek_ocr().to(dtype)
     inputs = {k: v.to(dtype) if k.startswith("pixel") else v for k, v in prompt.items()}
-    with RTPrune().attach(model) as handle:
-        made = model.generate(**inputs, **LOGITS, do_sample=False)
-    assert all(logits.isfinite().all() for logits in made.logits)
-    assert all(0 < page.facts()["kept"] < len(page.grid) for page in handle.pages)
+    found, kept = {}, {}
+    for precision in (dtype, torch.float32):
+        model = model.to(precision)
+        given = {k: v.to(precision) if "pixel" in k else v for k, v in inputs.items()}
+        with RTPrune(keep_tokens=keep_tokens).attach(model) as handle:
+            found[precision] = model(**given).logits[:, -1].float()
+        kept[precision] = [page.kept_indices.tolist() for page in handle.pages]
+    assert kept[dtype] == kept[torch.float32]
+    # roundings of some ten layers: a few units in the last place of the largest logit
+    tolerance = 4 * torch.finfo(dtype).eps * found[torch.float32].abs().max().item()
+    torch.testing.assert_close(found[dtype], found[torch.float32], atol=tolerance, rtol=0)
+
+
+# ---- with FastOCR ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["rtprune", "fastocr"])
+@pytest.mark.parametrize("family", ["deepseek_ocr", "unlimited_ocr", "deepseek_ocr2"])
+def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(ocr_models, prompt, family, first):
+    model = getattr(ocr_models, family)()
+    inputs = ocr_models.deepseek2_prompt(["read"]) if family == "deepseek_ocr2" else prompt
+    pruning, looking = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=1.0, focal_layers=[1])
+    found = []
+    for methods in ([pruning], [pruning, looking] if first == "rtprune" else [looking, pruning]):
+        with Applied(model, methods) as applied:
+            found.append(model.generate(**inputs, **LOGITS, do_sample=False))
+            facts = applied.facts()
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for alone, both in zip(found[0].logits, found[1].logits, strict=True):
+        torch.testing.assert_close(both, alone, atol=1e-4, rtol=1e-4)
+    pages, counted = facts["rtprune"]["total"], facts["fastocr"]
+    assert counted["visual_tokens"] * len(inputs["input_ids"]) == pages["visual_kept"]
+    assert pages["visual_kept"] < pages["visual_tokens"] and counted["attended"] == 1
 
 
 # ---- what VisionZip needs ----------------------------------------------------------------------

@@ -1,7 +1,15 @@
 """Images, deterministic batches and where they come from."""
 
-from compress.data.batches import Batch, StepSampler, noise_and_timesteps
+from compress.data.batches import Batch, StepSampler, flipped, noise_and_timesteps
 from compress.data.digits import digits
 from compress.data.sources import ImageData, load_images
 
-__all__ = ["Batch", "ImageData", "StepSampler", "digits", "load_images", "noise_and_timesteps"]
+__all__ = [
+    "Batch",
+    "ImageData",
+    "StepSampler",
+    "digits",
+    "flipped",
+    "load_images",
+    "noise_and_timesteps",
+]

@@ -64,6 +64,22 @@ def noise_and_timesteps(
     )
 
 
+def flipped(images: torch.Tensor, seed: int, step: int, first: int = 0) -> torch.Tensor:
+    """Mirror half of the images from left to right, each by chance.
+
+    Parameters
+    ----------
+    images : ``(batch, channels, height, width)``.
+    seed, step, first : as in :func:`noise_and_timesteps`; the draw is another one.
+    """
+    chosen = [
+        bool(torch.rand((), generator=_generator(seed, step, first + i, 1)) < 0.5)
+        for i in range(len(images))
+    ]
+    mirror = torch.tensor(chosen, device=images.device)[:, None, None, None]
+    return torch.where(mirror, images.flip(-1), images)
+
+
 class StepSampler(Sampler[list[int]]):
     """Yields, for each optimiser step in [start, stop), the indices of that step's global batch.
 

@@ -9,7 +9,10 @@ from torch.utils.data import Dataset, Subset
 
 from compress.data.digits import digits
 
+# recognised without a look into the file; any other file is an image if Pillow says so
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+# splits of a data set that are held out, in this order, where it has them
+HELD_OUT_SPLITS = ("test", "validation", "valid", "val")
 
 
 class Images(Protocol):
@@ -49,8 +52,14 @@ class FileImages(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         from PIL import Image
 
-        with Image.open(self.files[index]) as opened:
-            return to_tensor(opened, self.size, self.channels)
+        try:
+            with Image.open(self.files[index]) as opened:
+                return to_tensor(opened, self.size, self.channels)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"an image was expected in {self.files[index]}, but it cannot be read ({error}); "
+                "mend or remove the file"
+            ) from error
 
 
 class HubImages(Dataset[torch.Tensor]):
@@ -108,8 +117,9 @@ def load_images(source: str, size: int, channels: int) -> ImageData:
 
     Parameters
     ----------
-    source : ``builtin:digits``, ``folder:PATH`` (any nesting, any common image suffix) or
-        ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`).
+    source : ``builtin:digits``, ``folder:PATH`` (any nesting, whatever Pillow reads) or
+        ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`). A test or
+        validation split is held out; without one, every tenth image is.
     size, channels : what the model takes.
 
     Raises
@@ -136,25 +146,46 @@ def load_images(source: str, size: int, channels: int) -> ImageData:
 def _folder(source: str, folder: Path, size: int, channels: int) -> ImageData:
     if not folder.is_dir():
         raise ValueError(f"data folder expected at {folder}, which does not exist; check the path")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if _is_image(path))
     if len(files) < 2:
         raise ValueError(
-            f"at least 2 images expected under {folder}; found {len(files)} with the suffixes "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}; point folder: at images"
+            f"at least 2 images expected under {folder}; found {len(files)}; point folder: at "
+            "images"
         )
     return ImageData.split(source, FileImages(files, size, channels))
 
 
-def _hub(source: str, name: str, size: int, channels: int) -> ImageData:
+def _is_image(path: Path) -> bool:
+    """Whether a file is an image: by its suffix, or else by its header."""
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    from PIL import Image
+
     try:
-        import datasets
-    except ImportError as error:
+        with Image.open(path):
+            return True
+    except OSError:
+        return False
+
+
+def _hub(source: str, name: str, size: int, channels: int) -> ImageData:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except (datasets.exceptions.DatasetsError, OSError) as error:
         raise ValueError(
-            f"{source} is read by the `datasets` package, which is not installed; "
-            "run: pip install datasets"
+            f"{source} should be a data set of the hub, or a folder in its layout; it cannot be "
+            f"opened: {error}; check the name, or whether the hub can be reached"
         ) from error
-    loaded = datasets.load_dataset(name)
-    rows = loaded["train"]
+    rows = loaded.get("train")
+    if rows is None:
+        raise ValueError(
+            f"{source} must have a split called train; found {', '.join(loaded)}; choose another "
+            "data set"
+        )
     columns = [c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if len(columns) != 1:
         raise ValueError(
@@ -162,6 +193,7 @@ def _hub(source: str, name: str, size: int, channels: int) -> ImageData:
             f"{list(rows.features)}; choose another data set or export it to a folder"
         )
     images = HubImages(rows, columns[0], size, channels)
-    if "test" not in loaded:
-        return ImageData.split(source, images)
-    return ImageData(source, images, HubImages(loaded["test"], columns[0], size, channels))
+    for split in HELD_OUT_SPLITS:
+        if split in loaded:
+            return ImageData(source, images, HubImages(loaded[split], columns[0], size, channels))
+    return ImageData.split(source, images)

@@ -17,7 +17,9 @@ from compress.fastocr.fixation import (
 )
 from compress.fastocr.gaze import FixedGaze, MovingGaze
 from compress.fastocr.patch import Handle, attached, decoder
+from compress.fastocr.preflight import preflight
 from compress.fastocr.state import Gaze, Pages
+from compress.models.visual import ADAPTERS
 
 Layer = Annotated[int, Field(ge=0)]
 
@@ -80,7 +82,9 @@ class FastOCR:
         """Let ``model`` decode so until the context is left, which restores everything.
 
         Greedy search and sampling, any batch; see :class:`compress.fastocr.patch.Handle` for what
-        the context gives.
+        the context gives. A model of a family without an adapter passes a preflight when it first
+        generates from a prompt with an image: two steps, dense and with all visual tokens; where
+        these differ, that call says what is missing.
 
         Raises
         ------
@@ -92,7 +96,8 @@ class FastOCR:
                 f"focal_layers should be among the model's {layers}, counted from 0; got "
                 f"{list(self.focal_layers)}; calibrate on this model"
             )
-        return attached(model, self.open_gaze)
+        tried = model.config.model_type in ADAPTERS
+        return attached(model, self.open_gaze, None if tried else preflight)
 
     def open_gaze(self, pages: Pages, layers: int) -> Gaze:
         """The gaze of a new request, on a model of so many layers."""

@@ -10,12 +10,14 @@ text model was finally called with and at the cache that it filled: these make a
 kept as long as the cache lives. In a decode step the second hook finds the request by the cache and
 hands it down to the attention function as one more keyword. So nothing is shared between requests,
 models or threads; one model serves one thread at a time (Qwen's classes keep a request's position
-offsets on the model).
+offsets on the model). A family that nobody tried passes a preflight ahead of its first prompt with
+an image, or is refused: meanwhile the hooks sleep.
 """
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,6 +37,7 @@ from compress.models.visual import (
 
 OpenGaze = Callable[[Pages, int], Gaze]
 Prompt = tuple[Sequence[VisualLayout], int]
+Preflight = Callable[[Any, Mapping[str, Any]], None]  # of a model and a prompt
 LAYERS_READ = {"full_attention", "reference_sliding_attention"}  # the prompt stays in their cache
 
 
@@ -86,10 +89,15 @@ def _prompt(model: Any, inputs: dict[str, Any]) -> Prompt | None:
 class Handle:
     """What an attached method has done so far."""
 
-    def __init__(self, model: Any, text: Any, open_gaze: OpenGaze) -> None:
+    def __init__(
+        self, model: Any, text: Any, open_gaze: OpenGaze, preflight: Preflight | None
+    ) -> None:
         self.model = model
         self.text = text
         self.open_gaze = open_gaze
+        self.preflight = preflight  # None when it is passed, or not needed
+        self.asleep = False
+        self.implementations = [(c, c._attn_implementation) for c in _configs(model, text)]
         self.counts = Counts(len(text.layers))
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         # of the prompt about to be read: what the model was called with, or its layouts and length
@@ -114,12 +122,27 @@ class Handle:
         finally:
             self._prompt = None
 
+    def try_out(self, inputs: dict[str, Any]) -> None:
+        """Let the model, as it was, pass the preflight before it answers a first prompt."""
+        if self.preflight is None or not _has_image(self.model, inputs):
+            return
+        self.asleep = True
+        try:
+            with _implementations(self.implementations):
+                self.preflight(self.model, inputs)
+        finally:
+            self.asleep = False
+        self.preflight = None
+
     def before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Note what the prompt is; its layout is computed only where it is a new one."""
-        self._inputs = kwargs
+        if not self.asleep:
+            self._inputs = kwargs
 
     def before_text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Add the layouts to a prompt, the request to a decode step."""
+        if self.asleep:
+            return args, kwargs
         inputs, self._inputs, self._own = self._inputs, {}, None
         cache = kwargs.get("past_key_values")
         given: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
@@ -154,6 +177,8 @@ class Handle:
 
     def after_text(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Begin a request where a prompt was read into a cache."""
+        if self.asleep:
+            return
         cache, length = output.past_key_values, output.last_hidden_state.shape[1]
         own, self._own = self._own, None
         if cache is None or _length(cache) != length:
@@ -170,6 +195,12 @@ class Handle:
                 f"that shortens the prompt hands the text model {VISUAL_LAYOUTS}= of what remains"
             )
         pages = Pages.of(layouts, length, output.last_hidden_state.device)
+        if self.preflight is not None and any(pages.counts):
+            raise ValueError(
+                "nobody tried FastOCR on this family, so that model.generate tries two steps of "
+                f"the first prompt with an image; got a call of {self.model.config.model_type!r} "
+                "instead; generate once before a loop of your own"
+            )
         gaze = self.open_gaze(pages, len(self.text.layers))
         self.requests[cache] = Request(pages, gaze, self.counts)
 
@@ -179,31 +210,50 @@ def _length(cache: Any) -> int:
 
 
 @contextmanager
-def attached(model: Any, open_gaze: OpenGaze) -> Iterator[Handle]:
+def _implementations(names: Sequence[tuple[Any, str | None]]) -> Iterator[None]:
+    """Let configurations name these attention functions inside."""
+    before = [(config, config._attn_implementation) for config, _ in names]
+    try:
+        for config, name in names:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def _has_image(model: Any, inputs: Mapping[str, Any]) -> bool:
+    ids = inputs.get("input_ids")
+    return ids is not None and bool((ids == model.config.image_token_id).any())
+
+
+@contextmanager
+def attached(
+    model: Any, open_gaze: OpenGaze, preflight: Preflight | None = None
+) -> Iterator[Handle]:
     """Let the decode steps of ``model`` look as gazes say, until the context is left.
 
     Parameters
     ----------
     model : a vision-language model of transformers.
     open_gaze : (pages, number of layers) to the gaze of a new request.
+    preflight : raises ValueError where (model, inputs of generate) do not go; called once, ahead of
+        the first answer to a prompt with an image, with the model as it was.
 
     Raises
     ------
     ValueError : when the model lacks something (named), or one is attached already.
     """
     text = decoder(model)
-    configs = _configs(model, text)
-    if NAME in [config._attn_implementation for config in configs]:
+    handle = Handle(model, text, open_gaze, preflight)
+    if NAME in [name for _, name in handle.implementations]:
         raise ValueError(
             "FastOCR is attached to this model already, or to one that shares its configuration; "
             "leave that context first, or copy the model"
         )
     register()
-    handle = Handle(model, text, open_gaze)
     with ExitStack() as stack:
-        for config in configs:
-            stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            config._attn_implementation = NAME
+        stack.enter_context(_implementations([(c, NAME) for c, _ in handle.implementations]))
         for hook in (
             model.base_model.register_forward_pre_hook(handle.before_model, with_kwargs=True),
             text.register_forward_pre_hook(handle.before_text, with_kwargs=True),
@@ -232,7 +282,10 @@ def _checked(model: Any, generate: Callable[..., Any], handle: Handle) -> Callab
     """``generate`` that notes its prompt and refuses what would move or cut the cache."""
     signature = inspect.signature(generate)
 
+    @functools.wraps(generate)
     def _generate(*args: Any, **kwargs: Any) -> Any:
+        if handle.asleep:
+            return generate(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         given = call.arguments
         settings = copy.deepcopy(model.generation_config)
@@ -240,7 +293,7 @@ def _checked(model: Any, generate: Callable[..., Any], handle: Handle) -> Callab
             own = given["generation_config"].to_dict()
             settings.update(**{name: value for name, value in own.items() if value is not None})
         others = given.get("kwargs", {})
-        settings.update(**others)
+        prompt = settings.update(**others)
         mode = settings.get_generation_mode(given.get("assistant_model"))
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
@@ -258,7 +311,10 @@ def _checked(model: Any, generate: Callable[..., Any], handle: Handle) -> Callab
         else:
             given["kwargs"] = {**others, "disable_compile": True}
         ids = given.get("inputs")
-        with handle.generating(others if ids is None else {**others, "input_ids": ids}):
+        prompt = prompt if ids is None else {**prompt, "input_ids": ids}
+        kept = settings.cache_implementation
+        handle.try_out(prompt if kept is None else {**prompt, "cache_implementation": kept})
+        with handle.generating(prompt):
             return generate(*call.args, **call.kwargs)
 
     return _generate

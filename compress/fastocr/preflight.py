@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from compress.fastocr.method import FastOCR
+from compress.fastocr.gaze import MovingGaze
+from compress.fastocr.patch import attached
+from compress.fastocr.state import Gaze, Pages
 
 STEPS = 2
 
@@ -13,17 +15,21 @@ STEPS = 2
 def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
     """Decode two steps densely and at keep_visual 1.0, and refuse a model where they differ.
 
+    :meth:`FastOCR.attach` sees to it that a family that nobody tried passes this.
+
     Parameters
     ----------
     model : a vision-language model.
-    inputs : a prompt with an image, as its processor makes it.
+    inputs : a prompt with an image, as its processor makes it, and for ``generate`` if need be a
+        ``cache_implementation``. A cache of the caller's own is left alone.
 
     Raises
     ------
     ValueError : with a sentence that says what is missing.
     """
+    inputs = {name: value for name, value in inputs.items() if name != "past_key_values"}
     before = _logits(model, inputs)
-    with FastOCR(keep_visual=1.0, focal_layers=(0,)).attach(model) as handle:
+    with attached(model, _everything) as handle:
         after = _logits(model, inputs)
         facts = handle.facts()
     kind = model.config.model_type
@@ -51,12 +57,28 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
         )
 
 
+def _everything(pages: Pages, layers: int) -> Gaze:
+    """A gaze that chooses all visual tokens, through the gather, below its one focal layer."""
+    return MovingGaze(
+        pages,
+        layers,
+        keep=1.0,
+        focal=[0],
+        warmup=2,
+        dilate=0,
+        min_mass=0.0,
+        reuse=True,
+        periphery=0,
+    )
+
+
 def _logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the decode steps of a greedy answer, (steps, batch, vocabulary), float32."""
     output = model.generate(
         **inputs,
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,
         max_new_tokens=1 + STEPS,
         min_new_tokens=1 + STEPS,
         return_dict_in_generate=True,

@@ -9,6 +9,7 @@ from compress.fastocr.fixation import Fixation
 from compress.fastocr.method import FastOCR
 from compress.fastocr.patch import attached
 from compress.fastocr.state import Gaze, Pages
+from compress.models.visual import VisualLayout
 
 
 class _Watched:
@@ -42,27 +43,30 @@ class _Watched:
 
 def trace(
     method: FastOCR, model: Any, inputs: Mapping[str, Any], max_new_tokens: int
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+) -> tuple[torch.Tensor, VisualLayout, list[torch.Tensor | None]]:
     """Write one page, and say what was read of it.
 
     Parameters
     ----------
-    method, model : the model must not have the method applied.
+    method, model : the model must not have the method applied; another one may be.
     inputs : of one sequence, of :func:`compress.models.visual.build_prompt`.
     max_new_tokens : to write.
 
     Returns
     -------
-    Ids of the answer ``(tokens,)``; and for each of its tokens but the first, which the prompt
-    gives, the visual tokens that the last layer attended to when it wrote it, ``(kept,)``, as
-    places in the layout of the prompt that the decoder read; None where it attended to all.
+    Ids of the answer ``(tokens,)``; the layout of the prompt that the decoder read; and for each of
+    the answer's tokens but the first, which the prompt gives, the visual tokens that the last layer
+    attended to when it wrote it, ``(kept,)``, as places in that layout; None where it attended to
+    all.
     """
     opened: list[_Watched] = []
+    read: list[VisualLayout] = []
 
     def open_gaze(pages: Pages, layers: int) -> Gaze:
+        read.append(pages.layouts[0])
         opened.append(_Watched(method.open_gaze(pages, layers), layers))
         return opened[-1]
 
     with attached(model, open_gaze):
         whole = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return whole[0, inputs["input_ids"].shape[1] :], opened[0].seen
+    return whole[0, inputs["input_ids"].shape[1] :], read[0], opened[0].seen

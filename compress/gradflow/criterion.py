@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from compress import distributed
 from compress.data import Batch
 from compress.gradflow.layout import Layout
 from compress.gradflow.masks import SoftUNet
@@ -55,7 +56,10 @@ def denoising_loss(soft: SoftUNet, scheduler, mask: torch.Tensor | None = None) 
 def mean_gradient(
     loss: LossOf, parameters: Tensors, batches: Sequence[Batch]
 ) -> tuple[Tensors, float]:
-    """Mean gradient over batches, by parameter name, and the mean loss."""
+    """Mean gradient over batches and processes, by parameter name, and the mean loss.
+
+    Each process has its own, equally large, share of every batch.
+    """
     names, leaves = list(parameters), list(parameters.values())
     total = [torch.zeros_like(p) for p in leaves]
     value = 0.0
@@ -66,7 +70,8 @@ def mean_gradient(
         for sum_, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 sum_ += gradient / len(batches)
-    return dict(zip(names, total, strict=True)), value
+    averaged = distributed.mean(dict(zip(names, total, strict=True)))
+    return averaged, distributed.mean_value(value, leaves[0].device)
 
 
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:
@@ -124,7 +129,7 @@ def exact_hvp(
             for name, value in zip(names, second, strict=True):
                 if value is not None:
                     total[name] += value / len(batches)
-    return total
+    return distributed.mean(total)
 
 
 def per_unit(

@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 
+from compress import distributed
 from compress.gradflow.layout import Layout
 
 
@@ -72,6 +73,8 @@ class Teacher:
             target = self.dense(noisy, timesteps).sample
         loss = self.output_weight * F.mse_loss(predicted.float(), target)
         extended = self.layout.extend(mask)
+        errors: dict[str, torch.Tensor] = {}
+        sizes: dict[str, torch.Tensor] = {}
         for name, feature in features.items():
             weight = extended[self.blocks[name].to(mask.device)]
             dense = dense_features[name]
@@ -79,8 +82,11 @@ class Teacher:
                 dense, weight = dense[:, weight > 0.5], weight[weight > 0.5]
             weight = weight[:, None, None]
             error = (weight * (feature.float() - dense).square()).sum()
-            size = (weight * dense.square()).sum()
-            loss = loss + self.feature_weight / len(self.blocks) * error / size
+            sizes[name] = (weight * dense.square()).sum()
+            errors[name] = error
+        # over the whole batch, so that it does not matter how many processes share it
+        for name, size in distributed.mean(sizes).items():
+            loss = loss + self.feature_weight / len(self.blocks) * errors[name] / size
         return loss
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch_pruning
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -51,6 +51,8 @@ class ChannelGroup:
     width : channels in the dense model.
     unit : channels that go together: the head size where heads are removed whole, else 1.
     slots : every place that holds these channels.
+    expansion : channels for each channel of the level: 4 in a feed-forward, else 1.
+    parts : equal parts that each keep the same number of channels: the heads where heads stay.
     """
 
     name: str
@@ -58,6 +60,12 @@ class ChannelGroup:
     width: int
     unit: int
     slots: tuple[Slot, ...]
+    expansion: int = 1
+    parts: int = 1
+
+    def slim_width(self, widths: Sequence[int]) -> int:
+        """Channels in a slim model with these level widths."""
+        return widths[self.level] * self.expansion
 
     @property
     def units(self) -> int:
@@ -72,28 +80,28 @@ def check_supported(unet: nn.Module) -> None:
     ------
     ValueError : naming the model class, block or option, and what is supported.
     """
-    if not isinstance(unet, UNet2DModel):
+    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
         raise ValueError(
-            f"gradflow prunes diffusers UNet2DModel; got {type(unet).__name__}; "
-            "choose a pipeline whose unet is a UNet2DModel"
+            f"gradflow prunes diffusers UNet2DModel and UNet2DConditionModel; got "
+            f"{type(unet).__name__}; choose a pipeline whose unet is one of them"
         )
+    if unet.config.get("inner_widths"):
+        raise ValueError(
+            "gradflow prunes models with one width per level; this one has inner widths of its "
+            "own; prune the model that it was made from"
+        )
+    _check_size(unet)
+    if isinstance(unet, UNet2DConditionModel):
+        from compress.gradflow.condition import check_condition_unet
+
+        check_condition_unet(unet)
+        return
     blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     unknown = sorted({type(b).__name__ for b in blocks if b is not None} - SUPPORTED_BLOCKS)
     if unknown:
         raise ValueError(
             f"gradflow prunes the blocks {', '.join(sorted(SUPPORTED_BLOCKS))}; this UNet has "
             f"{', '.join(unknown)}; choose a model without them"
-        )
-    if unet.config.sample_size is None:
-        raise ValueError(
-            "gradflow expects the UNet's config to say its sample_size; it is None; set it to the "
-            "height and width of the images"
-        )
-    first = unet.config.block_out_channels[0]
-    if first % 2:
-        raise ValueError(
-            "gradflow expects an even block_out_channels[0], as wide as the sinusoid's sines and "
-            f"cosines; got {first}; choose another model"
         )
     for name, module in attention_modules(unet).items():
         if module.to_q.out_features != module.to_q.in_features:
@@ -117,6 +125,21 @@ def check_supported(unet: nn.Module) -> None:
             )
 
 
+def _check_size(unet: Any) -> None:
+    """Raise ValueError without a sample size, or with an odd sinusoid."""
+    if unet.config.sample_size is None:
+        raise ValueError(
+            "gradflow expects the UNet's config to say its sample_size; it is None; set it to the "
+            "height and width of the images"
+        )
+    first = unet.config.block_out_channels[0]
+    if first % 2:
+        raise ValueError(
+            "gradflow expects an even block_out_channels[0], as wide as the sinusoid's sines and "
+            f"cosines; got {first}; choose another model"
+        )
+
+
 def check_scheduler(scheduler) -> None:
     """Refuse a scheduler whose model does not predict the noise itself.
 
@@ -137,7 +160,7 @@ def attention_modules(unet: nn.Module) -> dict[str, Attention]:
     return {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
 
 
-def find_groups(unet: UNet2DModel) -> tuple[ChannelGroup, ...]:
+def find_groups(unet: UNet2DModel | UNet2DConditionModel) -> tuple[ChannelGroup, ...]:
     """Find all prunable channel groups of a UNet.
 
     The time embedding keeps its width (our choice: it costs under 1% of the MACs and every
@@ -148,6 +171,10 @@ def find_groups(unet: UNet2DModel) -> tuple[ChannelGroup, ...]:
     ValueError : for a UNet that gradflow does not support.
     """
     check_supported(unet)
+    if isinstance(unet, UNet2DConditionModel):
+        from compress.gradflow.condition import condition_groups
+
+        return condition_groups(unet)
     # the graph is traced on a copy without gradients' side effects on the caller's model
     traced = copy.deepcopy(unet).cpu().float().eval().requires_grad_(True)
     graph = torch_pruning.DependencyGraph().build_dependency(
@@ -235,9 +262,11 @@ def _unit(producers: Sequence[str], attention: Mapping[str, Attention], single_h
     return 1
 
 
-def single_head_queries(unet: UNet2DModel) -> tuple[str, ...]:
-    """``to_q`` layers of attention whose one head is as wide as the level."""
-    if unet.config.attention_head_dim is not None:
+def narrowed_queries(unet: UNet2DModel | UNet2DConditionModel) -> tuple[str, ...]:
+    """``to_q`` layers of attention whose heads get narrower: their softmax scale changes."""
+    heads = unet.config.attention_head_dim
+    kept = isinstance(heads, int) if isinstance(unet, UNet2DConditionModel) else heads is None
+    if not kept:
         return ()
     return tuple(f"{name}.to_q" for name in attention_modules(unet))
 

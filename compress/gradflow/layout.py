@@ -1,14 +1,14 @@
 """The layout of a mask: which unit masks which channel of which module, and in which block."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from compress.gradflow.groups import ChannelGroup, index_of, single_head_queries
+from compress.gradflow.groups import ChannelGroup, index_of, narrowed_queries
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Layout:
     block : ``(units,)`` the selection block of each unit: channels that share a norm group.
     quota : ``(blocks,)`` how many units each block keeps in the end.
     inputs, outputs, norms : per module ``(channels,)`` index tensors.
-    queries : index tensors of one-head ``to_q`` layers, whose outputs are masked.
+    queries : index tensors of ``to_q`` layers whose heads get narrower; their outputs are masked.
     unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
     widths : the slim model's ``block_out_channels``.
-    frequencies : indices of the kept sinusoid frequencies, and the slim model's ``freq_shift``.
+    freq_shift : of the slim model's sinusoid, which has every r-th frequency.
+    inner : the slim model's inner widths where they are free, by resnet or attention module.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -44,6 +45,7 @@ class Layout:
     unaligned: tuple[str, ...]
     widths: tuple[int, ...]
     freq_shift: float
+    inner: dict[str, int] = field(default_factory=dict)
 
     def extend(self, mask: torch.Tensor, fade: torch.Tensor | float = 0.0) -> torch.Tensor:
         """``[mask, 1, fade]``, the vector that the index tensors point into.
@@ -106,7 +108,8 @@ def build_layout(
         removed[kept] = False
         columns = torch.full((2 * half,), units)
         columns[removed.repeat(2)] = units + 1
-        tables["in"]["time_embedding.linear_1"] = columns
+        for reader in sinusoid_readers(unet):
+            tables["in"][reader] = columns
     block, quota, unaligned = _blocks(unet, groups, offsets, units, widths)
     return Layout(
         groups=tuple(groups),
@@ -117,11 +120,18 @@ def build_layout(
         inputs=tables["in"],
         outputs=tables["out"],
         norms=tables["norm"],
-        queries={name: tables["out"][name] for name in single_head_queries(unet)},
+        queries={name: tables["out"][name] for name in narrowed_queries(unet)},
         unaligned=unaligned,
         widths=tuple(widths),
         freq_shift=freq_shift,
     )
+
+
+def sinusoid_readers(unet: UNet2DModel | UNet2DConditionModel) -> tuple[str, ...]:
+    """The layers that read the sinusoid as wide as the first level."""
+    if unet.config.class_embed_type == "timestep":  # a label goes through the same sinusoid
+        return ("time_embedding.linear_1", "class_embedding.linear_1")
+    return ("time_embedding.linear_1",)
 
 
 def widths_half(width: int) -> int:
@@ -132,6 +142,8 @@ def widths_half(width: int) -> int:
 def _width(module: Any, side: str) -> int:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0]
     if isinstance(module, nn.Conv2d):
         return module.in_channels if side == "in" else module.out_channels
     return module.in_features if side == "in" else module.out_features
@@ -152,13 +164,17 @@ def _blocks(
     as unaligned and changes its membership at binarisation.
     """
     modules = dict(unet.named_modules())
-    slim = {g.name: widths[g.level] // g.unit for g in groups}
+    slim = {g.name: g.slim_width(widths) // g.unit for g in groups}
     # f(x): how many of the first x units are kept, known at the borders
-    borders = {g.name: {0: 0, g.units: slim[g.name]} for g in groups}
+    borders = {
+        g.name: {k * g.units // g.parts: k * slim[g.name] // g.parts for k in range(g.parts + 1)}
+        for g in groups
+    }
     parts: dict[str, list[tuple[int, ChannelGroup]]] = {}
     for group in groups:
         for slot in group.slots:
-            if slot.side == "norm":
+            # a LayerNorm is one group: it asks for nothing
+            if slot.side == "norm" and isinstance(modules[slot.module], nn.GroupNorm):
                 parts.setdefault(slot.module, []).append((slot.positions[0], group))
     plain = {name: found for name, found in parts.items() if len(found) == 1}
     joined = {

@@ -6,11 +6,14 @@ so a binary mask gives exactly the network that surgery exports.
 """
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from compress.gradflow.layout import Layout
 
@@ -77,6 +80,34 @@ class MaskedGroupNorm(nn.Module):
         ).to(x.dtype)
 
 
+class MaskedLayerNorm(nn.Module):
+    """LayerNorm whose mask is a buffer and weighs the statistics; takes over a norm's parameters.
+
+    Its input is ``(batch, tokens, channels)``; every token is normalised by itself.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mask: torch.Tensor
+    member: torch.Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        ones = torch.ones(norm.normalized_shape[0], device=norm.weight.device)
+        self.register_buffer("mask", ones, persistent=False)
+        self.register_buffer("member", torch.zeros_like(ones, dtype=torch.long), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``(batch, tokens, channels)``."""
+        flat = x.reshape(-1, x.shape[-1], 1)
+        normed = masked_group_norm(
+            flat, self.weight, self.bias, self.mask, self.member, 1, self.eps
+        )
+        return normed.view(x.shape).to(x.dtype)
+
+
 class SoftUNet(nn.Module):
     """A UNet evaluated at f(theta * m): the network that the flow trains while it moves m.
 
@@ -93,14 +124,16 @@ class SoftUNet(nn.Module):
     mask: torch.Tensor
     fade: torch.Tensor
 
-    def __init__(self, unet: UNet2DModel, layout: Layout) -> None:
+    def __init__(self, unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> None:
         super().__init__()
         self.unet = copy.deepcopy(unet)
         self.layout = layout
         for name, module in list(self.unet.named_modules()):
+            parent, _, attribute = name.rpartition(".")
             if isinstance(module, nn.GroupNorm):
-                parent, _, attribute = name.rpartition(".")
                 setattr(self.unet.get_submodule(parent), attribute, MaskedGroupNorm(module))
+            elif isinstance(module, nn.LayerNorm):
+                setattr(self.unet.get_submodule(parent), attribute, MaskedLayerNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
         self.register_buffer("fade", torch.ones(()), persistent=False)
         columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
@@ -127,8 +160,16 @@ class SoftUNet(nn.Module):
             changed[f"{name}.mask"] = extended[index.to(mask.device)]
         return changed
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.unet.enable_gradient_checkpointing(_checkpoint_masked)
+
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        condition: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Predict noise ``(batch, channels, height, width)``.
 
@@ -137,9 +178,12 @@ class SoftUNet(nn.Module):
         sample : ``(batch, channels, height, width)``.
         timestep : ``(batch,)``.
         mask : ``(units,)``; the buffer ``mask`` when not given.
+        condition : further inputs of the UNet by name, such as ``encoder_hidden_states``.
         """
         mask = self.mask if mask is None else mask
-        output = functional_call(self.unet, self.effective(mask), (sample, timestep))
+        output = functional_call(
+            self.unet, self.effective(mask), (sample, timestep), dict(condition or {})
+        )
         return output.sample
 
     def adopt_slim_membership(self) -> int:
@@ -157,3 +201,17 @@ class SoftUNet(nn.Module):
             changed += bool((member != norm.member).any())
             norm.member.copy_(member)
         return changed
+
+
+def _checkpoint_masked(module: nn.Module, *inputs: Any) -> Any:
+    """Checkpoint a block together with the masked weights that it has now.
+
+    In the backward pass :meth:`SoftUNet.forward` is over and the module has its own weights again:
+    plain checkpointing would compute other activations, of the same shapes, without a word.
+    """
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+
+    def again(*inputs: Any) -> Any:
+        return functional_call(module, held, inputs)
+
+    return checkpoint(again, *inputs, use_reentrant=False)

@@ -42,6 +42,13 @@ class GradFlow:
         loss jump as much as one-shot pruning does).
     max_move : continuity bound: no mask moves more than this in one update.
     settle : share of the soft stage after binarisation, when weights train on the binary mask.
+    allocation : "uniform" keeps one ratio per level, so that the result is a plain diffusers
+        model; "global" lets each resnet and attention have an inner width of its own, chosen by
+        score per MAC under the same budget (see ``compress.gradflow.allocation``). They move with
+        the scores in the first half of the flow.
+    granularity : "fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels
+        together and estimates the criterion a third as often (the journal extension's variant;
+        both numbers are our choice).
     """
 
     name: Literal["gradflow"] = "gradflow"
@@ -61,6 +68,8 @@ class GradFlow:
     budget: Literal["s_shaped", "cubic"] = "s_shaped"
     max_move: Annotated[float, Field(gt=0, le=1)] = 0.1
     settle: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    allocation: Literal["uniform", "global"] = "uniform"
+    granularity: Literal["fine", "coarse"] = "fine"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -79,6 +88,7 @@ class OneShot:
     criterion_batches : minibatches per estimate.
     reduction, hvp, horizon : as in :class:`GradFlow`.
     threshold : of ``diff_pruning``: timesteps with a smaller relative loss are left out.
+    allocation : as in :class:`GradFlow`; the widths are chosen once, like the channels.
     """
 
     name: Literal["oneshot"] = "oneshot"
@@ -92,6 +102,7 @@ class OneShot:
     hvp: Literal["finite", "exact"] = "finite"
     horizon: Positive | None = None
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    allocation: Literal["uniform", "global"] = "uniform"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -108,8 +119,11 @@ class Training:
     distill : weight of the squared distance to the dense model's prediction.
     distill_features : weight of the relative squared distance to its block outputs.
     mixed_precision, gradient_accumulation, trackers : handed to accelerate.
-    save_every : optimiser steps between saved states.
-    seed : of batches, noise, timesteps and the random criterion.
+    save_every, keep_states : optimiser steps between saved states, and how many are kept.
+    gradient_checkpointing : compute activations again in the backward pass, to save memory.
+    flip : mirror half of the training images, chosen by (seed, step, sample).
+    workers, prefetch : processes that read images, and batches that each reads ahead.
+    seed : of batches, noise, timesteps, flips and the random criterion.
     """
 
     recover_steps: Annotated[int, Field(ge=0)] = 400
@@ -122,4 +136,9 @@ class Training:
     gradient_accumulation: Count = 1
     trackers: tuple[str, ...] = ()
     save_every: Count = 100
+    keep_states: Count = 2
+    gradient_checkpointing: bool = False
+    flip: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    prefetch: Count = 2
     seed: int = 0

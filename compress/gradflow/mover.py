@@ -11,21 +11,30 @@ import torch
 from compress.data import Batch
 from compress.gradflow import criterion as scoring
 from compress.gradflow import flow
+from compress.gradflow.allocation import Allocator
+from compress.gradflow.coarse import COARSE_REFRESH
 from compress.gradflow.layout import Layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.method import GradFlow, OneShot
 
 TRACED_UNITS = 400
+# share of the flow after which free inner widths stay as they are
+LAST_REALLOCATION = 0.5
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
 class MaskState:
-    """What survives between steps; saved and restored with the run."""
+    """What survives between steps; saved and restored with the run.
+
+    ``scores`` compare units of one layer, ``shared_scores`` those of all layers.
+    """
 
     scores: torch.Tensor
     last_scores: torch.Tensor
     low: torch.Tensor
+    quota: torch.Tensor
+    shared_scores: torch.Tensor
     returned: int = 0
     binary: bool = False
     estimates: int = 0
@@ -35,7 +44,8 @@ class MaskState:
 
     def tensors(self) -> Tensors:
         """The state's tensors, by name."""
-        found = {"scores": self.scores, "last_scores": self.last_scores, "low": self.low}
+        names = ("scores", "last_scores", "low", "quota", "shared_scores")
+        found = {name: getattr(self, name) for name in names}
         return found | ({"trace": torch.stack(self.trace)} if self.trace else {})
 
     def facts(self) -> dict[str, Any]:
@@ -47,7 +57,8 @@ class MaskState:
     def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
         """The state that ``tensors`` and ``facts`` were taken of."""
         trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
-        return cls(tensors["scores"], tensors["last_scores"], tensors["low"], trace=trace, **facts)
+        names = ("scores", "last_scores", "low", "quota", "shared_scores")
+        return cls(**{name: tensors[name] for name in names}, trace=trace, **facts)
 
 
 class MaskMover:
@@ -62,6 +73,7 @@ class MaskMover:
     step_rate : learning rate of the training, the unit of ``lookahead``'s horizon.
     seed : of the random criterion.
     device : where the mask lives.
+    allocator : chooses the inner widths where they are free.
 
     Raises
     ------
@@ -78,10 +90,11 @@ class MaskMover:
         step_rate: float,
         seed: int,
         device: torch.device,
+        allocator: Allocator | None = None,
     ) -> None:
-        self.method, self.layout, self.scheduler, self.batches = method, layout, scheduler, batches
-        self.seed = seed
-        self.block, self.quota = layout.block.to(device), layout.quota.to(device)
+        self.method, self.scheduler, self.batches = method, scheduler, batches
+        self.seed, self.allocator, self._layout = seed, allocator, layout
+        self.block = layout.block.to(device)
         self.sizes = layout.sizes().to(device).float()
         every = method.update_every if isinstance(method, GradFlow) else 1
         self.horizon = method.horizon or step_rate * every
@@ -92,16 +105,25 @@ class MaskMover:
             if method.process == "soft":
                 flow.updates_fit(
                     math.ceil(self.binarised_at / method.update_every),
-                    self.sizes,
-                    self.quota,
+                    self.sizes.cpu(),
+                    layout.quota if allocator is None else allocator.least_quota(),
                     method.max_move,
                     method.budget,
                 )
         zeros = torch.zeros(layout.units, device=device)
-        self.state = MaskState(zeros, zeros.clone(), zeros.bool())
+        self.state = MaskState(
+            zeros, zeros.clone(), zeros.bool(), layout.quota.to(device), zeros.clone()
+        )
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(layout.units, generator=generator)[:TRACED_UNITS]
         self._traced = order.sort().values.to(device)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout with the quotas as they are now."""
+        if self.allocator is None:
+            return self._layout
+        return self.allocator.layout_of(self.state.quota)
 
     def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
         """Move the mask when it is due before optimiser step ``step``; returns the log row."""
@@ -111,10 +133,24 @@ class MaskMover:
         if step >= self.binarised_at or step % method.update_every:
             return None
         update = step // method.update_every
-        rank = self.estimate(soft) if update % method.criterion_every == 0 else None
         progress = (update + 1) / math.ceil(self.binarised_at / method.update_every)
+        every = method.criterion_every
+        if method.granularity == "coarse":
+            every *= COARSE_REFRESH
+        rank = None
+        if update % every == 0:
+            # quotas rest in the second half, so that the masks can follow them to the end
+            rank = self.estimate(soft, reallocate=progress <= LAST_REALLOCATION or update == 0)
         removed = flow.removed_share(progress, method.budget)
-        budget = self.sizes - removed * (self.sizes - self.quota)
+        budget = self.sizes - removed * (self.sizes - self.state.quota)
+        if self.allocator is not None:
+            # a quota that has just moved is followed as fast as the continuity bound allows
+            low, high = (soft.mask - method.max_move), (soft.mask + method.max_move)
+            blocks = len(budget)
+            budget = budget.clamp(
+                flow.block_sums(low.clamp(min=0), self.block, blocks),
+                flow.block_sums(high.clamp(max=1), self.block, blocks),
+            )
         before, gamma = soft.mask.clone(), method.gamma * progress
         soft.fade.fill_(1 - removed)
         if method.process == "hard":
@@ -144,8 +180,14 @@ class MaskMover:
             "spearman": rank,
         }
 
-    def estimate(self, soft: SoftUNet) -> float | None:
-        """Refresh the scores; returns the rank correlation with the estimate before."""
+    def estimate(self, soft: SoftUNet, *, reallocate: bool = True) -> float | None:
+        """Refresh the scores; returns the rank correlation with the estimate before.
+
+        Parameters
+        ----------
+        soft : the masked network.
+        reallocate : whether free inner widths are chosen anew.
+        """
         started = time.perf_counter()
         state, method = self.state, self.method
         batches = self.batches(state.estimates)
@@ -164,15 +206,19 @@ class MaskMover:
                 horizon=self.horizon,
                 seed=self.seed,
             )
-        fresh = scoring.normalise(raw, self.layout, method.criterion)
+        fresh = scoring.normalise(raw, self._layout, method.criterion)
+        shared = scoring.normalise(raw, self._layout, "lookahead")
         rank = None
         if state.estimates and isinstance(method, GradFlow):
             alive = soft.mask > 0.05
             rank = flow.spearman(state.last_scores[alive], fresh[alive])
             decay = method.score_ema
             state.scores = decay * state.scores + (1 - decay) * fresh
+            state.shared_scores = decay * state.shared_scores + (1 - decay) * shared
         else:
-            state.scores = fresh
+            state.scores, state.shared_scores = fresh, shared
+        if self.allocator is not None and reallocate:
+            state.quota = self.allocator.layout(state.shared_scores).quota.to(self.block.device)
         state.last_scores = fresh
         state.estimates += 1
         state.seconds += time.perf_counter() - started
@@ -183,7 +229,7 @@ class MaskMover:
 
         Returns the number of norms that changed their membership.
         """
-        soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.quota))
+        soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.state.quota))
         soft.fade.zero_()
         self.state.binary = True
         self._follow(soft.mask, step)

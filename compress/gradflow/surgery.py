@@ -2,22 +2,46 @@
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
+from compress.gradflow.condition import heads_of_levels, whole_heads
+from compress.gradflow.free_width import FreeWidthUNet2DModel
 from compress.gradflow.layout import Layout
 
+UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
 
-def slim_config(unet: UNet2DModel, layout: Layout) -> dict:
+
+def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dict:
     """The configuration of the slim UNet: plain diffusers keys only."""
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     config["block_out_channels"] = tuple(layout.widths)
+    if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
+        config["attention_head_dim"] = [
+            heads * slim // dense if attends else heads
+            for heads, attends, slim, dense in zip(
+                unet.config.attention_head_dim,
+                heads_of_levels(unet),
+                layout.widths,
+                unet.config.block_out_channels,
+                strict=True,
+            )
+        ]
     # the embedding keeps its width, which diffusers would otherwise derive from the first level
     config["time_embedding_dim"] = unet.time_embedding.linear_2.out_features
     shift = layout.freq_shift
     config["freq_shift"] = int(shift) if float(shift).is_integer() else shift
     return config
+
+
+def slim_unet(unet: UNet, layout: Layout) -> UNet:
+    """The slim UNet with weights of its own: a plain one unless its inner widths are free."""
+    config = slim_config(unet, layout)
+    if layout.inner:
+        return FreeWidthUNet2DModel(inner_widths=layout.inner, **config)
+    return type(unet).from_config(config)
 
 
 def cut(
@@ -47,11 +71,11 @@ def cut(
     return result
 
 
-def perform(unet: UNet2DModel, layout: Layout, mask: torch.Tensor) -> UNet2DModel:
+def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     """Build the slim UNet of a binary mask.
 
-    One-head attention divides by the root of its new head size, so the ratio is folded into the
-    query projection: ``(q sqrt(d'/d)) k / sqrt(d') = q k / sqrt(d)``.
+    Attention with narrower heads divides by the root of its new head size, so the ratio is folded
+    into the query projection: ``(q sqrt(d'/d)) k / sqrt(d') = q k / sqrt(d)``.
 
     Parameters
     ----------
@@ -70,7 +94,7 @@ def perform(unet: UNet2DModel, layout: Layout, mask: torch.Tensor) -> UNet2DMode
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights:
                 weights[key] = weights[key] * math.sqrt(share)
-    slim = UNet2DModel.from_config(slim_config(unet, layout))
+    slim = slim_unet(unet, layout)
     slim.load_state_dict(weights, strict=True)
     return slim.to(next(unet.parameters()).device)
 

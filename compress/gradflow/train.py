@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,16 +13,18 @@ from diffusers import UNet2DModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from compress.data import Batch, ImageData, StepSampler, noise_and_timesteps
+from compress import distributed
+from compress.cost import unet_cost
+from compress.data import Batch, ImageData, StepSampler, flipped, noise_and_timesteps
 from compress.gradflow import criterion as scoring
 from compress.gradflow import surgery
+from compress.gradflow.allocation import plan
 from compress.gradflow.distill import Teacher
 from compress.gradflow.groups import check_scheduler, find_groups
-from compress.gradflow.layout import Layout, build_layout
+from compress.gradflow.layout import Layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.method import GradFlow, OneShot, Training
 from compress.gradflow.mover import MaskMover, MaskState
-from compress.gradflow.widths import choose_widths
 from compress.journal import Journal, Saved, Tensors
 from compress.method import Event
 
@@ -39,6 +41,7 @@ class Pruned:
     widths: tuple[int, ...]
     report: dict[str, Any]
     trace: Tensors
+    inner_widths: dict[str, int] = field(default_factory=dict)
 
 
 def validation_loss(
@@ -75,7 +78,13 @@ def _sample(output: Any) -> torch.Tensor:
 
 
 class PruningRun:
-    """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`.
+    """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`, on one process or several.
+
+    All processes hold the same weights, masks and scores, and each has its share of every batch;
+    gradients, those of the criterion too, are averaged. Batches, noise, timesteps and flips are
+    functions of (seed, step, sample), so the number of processes changes rounding only; dropout
+    draws by (seed, step, process). Checksums are compared whenever the mask moves, after surgery
+    and before each state.
 
     Parameters
     ----------
@@ -84,7 +93,8 @@ class PruningRun:
     data : training images and held-out images.
     method, training : the knobs.
     journal : where log and state go.
-    device : where to train; accelerate's choice when None.
+    device : where to train, a process's own where there are several; accelerate's choice when
+        None.
     resume : go on from the journal's state if it has one.
 
     Raises
@@ -123,25 +133,47 @@ class PruningRun:
         self.dense = unet.to(self.device).eval()
         check_scheduler(scheduler)
         self.groups = find_groups(unet)
-        self.widths = choose_widths(unet, self.groups, method.keep_macs)
-        self.layout: Layout = build_layout(unet, self.groups, self.widths)
+        layout, allocator = plan(unet, self.groups, method)
+        self.widths = layout.widths
         self.mover = MaskMover(
             method,
-            self.layout,
+            layout,
             scheduler,
             self._criterion_batches,
             step_rate=training.lr,
             seed=training.seed,
             device=self.device,
+            allocator=allocator,
         )
         self.flow_steps = method.steps if isinstance(method, GradFlow) else 0
         self.total_steps = method.steps + training.recover_steps
-        self.teacher = Teacher(self.dense, training.distill, training.distill_features, self.layout)
+        self.teacher = Teacher(self.dense, training.distill, training.distill_features, layout)
         self.train_seconds = 0.0
         self.surgery_facts: dict[str, Any] = {}
         self.step = 0
         self.ema: Tensors = {}
-        self._enter(journal.load() if resume else None)
+        journal.keep = training.keep_states
+        journal.writes &= self.accelerator.is_main_process
+        saved = journal.load() if resume else None
+        distributed.check_same(
+            "recipe, model and saved state (the run's folder must be one that every process sees)",
+            dict(unet.named_parameters()) | (saved.tensors if saved else {}),
+            (method, training, self.widths, len(data.train), saved and saved.facts),
+        )
+        self._enter(saved)
+
+    @property
+    def layout(self) -> Layout:
+        """Which unit masks what, and how many units stay; quotas move where widths are free."""
+        return self.mover.layout
+
+    def slim_cost(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Bounds of the slim model's parameters and MACs; equal unless the scores decide them."""
+        if (allocator := self.mover.allocator) is not None:
+            return allocator.params_range(), allocator.macs_range()
+        with torch.device("meta"):
+            found = unet_cost(surgery.slim_unet(self.dense, self.layout))
+        return (found.params, found.params), (found.macs, found.macs)
 
     # ---- what happens, in order -------------------------------------------------------------
 
@@ -163,7 +195,9 @@ class PruningRun:
         yield from self._steps("recover", self.total_steps)
         if self.training.trackers:
             self.accelerator.end_training()
-        return Pruned(self._averaged(), self.widths, self._report(), self.mover.trace())
+        return Pruned(
+            self._averaged(), self.widths, self._report(), self.mover.trace(), self.layout.inner
+        )
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
         batches = self._batches(self.step, stop)
@@ -193,11 +227,16 @@ class PruningRun:
 
     def _optimise(self, images: torch.Tensor) -> float:
         """One optimiser step on this process's share of the global batch."""
-        torch.manual_seed(self.training.seed * 1_000_003 + self.step)  # dropout, if there is any
+        # dropout, if there is any
+        process = self.accelerator.process_index
+        torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        chunks = images.to(self.device).chunk(self.training.gradient_accumulation)
-        first = self.accelerator.process_index * len(images)
+        first = process * len(images)
+        images = images.to(self.device)
+        if self.training.flip:
+            images = flipped(images, self.training.seed, self.step, first)
+        chunks = images.chunk(self.training.gradient_accumulation)
         total = 0.0
         for chunk in chunks:
             with self.accelerator.accumulate(self.model):
@@ -223,7 +262,7 @@ class PruningRun:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += loss.item() / len(chunks)
-        return total
+        return distributed.mean_value(total, self.device)
 
     # ---- binarisation and surgery -----------------------------------------------------------
 
@@ -242,6 +281,7 @@ class PruningRun:
         row = self.mover.move(soft, self.step)
         if row is not None:
             self.journal.log(stage="mask", step=self.step, **row)
+            self._check_same("the mask moved", {"mask": soft.mask})
         if self.step == self.mover.binarised_at:
             self._binarise(soft)
 
@@ -280,6 +320,7 @@ class PruningRun:
             for key, tensors in self._moments().items()
         }
         self.kept = soft.mask.detach().clone()
+        self._check_same("surgery", {"kept": self.kept, **dict(slim.named_parameters())})
         self.accelerator.free_memory()
         self.stage = "recover"
         self._prepare(slim)
@@ -287,6 +328,10 @@ class PruningRun:
         self.ema = {name: p.detach().clone() for name, p in slim.named_parameters()}
 
     # ---- small pieces -----------------------------------------------------------------------
+
+    def _check_same(self, when: str, tensors: Tensors) -> None:
+        tensors = tensors | {"scores": self.mover.state.scores}
+        distributed.check_same(f"masks, scores and weights after {when}", tensors, self.step)
 
     def _rate(self, step: int) -> float:
         """Warm-up, constant until surgery, then a cosine to 0: one rule for every method."""
@@ -304,22 +349,41 @@ class PruningRun:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return iter(DataLoader(self._train_set(), batch_sampler=sampler))
+        return iter(self._loader(sampler))
+
+    def _loader(self, sampler: StepSampler) -> DataLoader:
+        workers = self.training.workers
+        return DataLoader(
+            self._train_set(),
+            batch_sampler=sampler,
+            num_workers=workers,
+            prefetch_factor=self.training.prefetch if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def _train_set(self) -> Dataset[torch.Tensor]:
         return cast(Dataset[torch.Tensor], self.data.train)
 
     def _criterion_batches(self, number: int) -> list[Batch]:
-        """Fresh minibatches for estimate ``number``, a function of (seed, number)."""
+        """Our share of the minibatches of estimate ``number``, a function of (seed, number)."""
         seed = self.training.seed + 7919
         count = self.method.criterion_batches
+        process, batch = self.accelerator.process_index, self.training.batch
         sampler = StepSampler(
-            len(self.data.train), self.training.batch, seed, number * count, (number + 1) * count
+            len(self.data.train),
+            batch,
+            seed,
+            number * count,
+            (number + 1) * count,
+            process,
+            self.accelerator.num_processes,
         )
         length = self.scheduler.config.num_train_timesteps
         return [
-            noise_and_timesteps(images.to(self.device), length, seed, number * count + k)
-            for k, images in enumerate(DataLoader(self._train_set(), batch_sampler=sampler))
+            noise_and_timesteps(
+                images.to(self.device), length, seed, step, process * len(images), batch
+            )
+            for step, images in enumerate(self._loader(sampler), start=number * count)
         ]
 
     def _held_out(self) -> torch.Tensor:
@@ -346,7 +410,7 @@ class PruningRun:
                 self.ema[name].lerp_(p, 1 - decay)
 
     def _averaged(self) -> UNet2DModel:
-        slim = UNet2DModel.from_config(surgery.slim_config(self.dense, self.layout))
+        slim = surgery.slim_unet(self.dense, self.layout)
         slim.load_state_dict({name: t.cpu() for name, t in self.ema.items()})
         return slim.eval()
 
@@ -379,16 +443,21 @@ class PruningRun:
     def _prepare(self, model) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
         model.train()
+        if self.training.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _enter(self, saved: Saved | None) -> None:
         """Start at the beginning, or at a saved state."""
         self.kept = torch.zeros(0, device=self.device)
         self.stage = "flow" if saved is None else saved.facts["stage"]
+        if saved is not None:
+            masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
+            self.mover.state = MaskState.restored(masks, saved.facts["masks"])
         if self.stage == "flow":
             model: Any = SoftUNet(self.dense, self.layout)
         else:
-            model = UNet2DModel.from_config(surgery.slim_config(self.dense, self.layout))
+            model = surgery.slim_unet(self.dense, self.layout)
         self._prepare(model.to(self.device))
         if saved is None:
             return
@@ -401,9 +470,9 @@ class PruningRun:
         self.step, self.train_seconds = facts["step"], facts["train_seconds"]
         self._load_moments({key: saved.part(key) for key in MOMENTS})
         self.ema = {name: t.to(self.device) for name, t in saved.part("ema").items()}
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.surgery_facts = facts["surgery"]
-        masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
-        self.mover.state = MaskState.restored(masks, facts["masks"])
         self.kept = masks["kept"]
         if self.stage == "flow":
             soft = self._plain()
@@ -428,8 +497,7 @@ class PruningRun:
                 }
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        self._check_same("the step before a state", dict(self._unet().named_parameters()))
         tensors = {f"model/{n}": t for n, t in self._unet().named_parameters()}
         for key, moments in self._moments().items():
             tensors |= {f"{key}/{n}": t for n, t in moments.items()}
@@ -438,6 +506,7 @@ class PruningRun:
         if self.stage == "flow":
             masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
         tensors |= {f"masks/{n}": t for n, t in masks.items()}
+        scaler = self.accelerator.scaler
         self.journal.save(
             tensors,
             {
@@ -446,6 +515,7 @@ class PruningRun:
                 "train_seconds": self.train_seconds,
                 "surgery": self.surgery_facts,
                 "masks": self.mover.state.facts(),
+                "scaler": scaler and scaler.state_dict(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             },

@@ -2,13 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from compress.cost import layer_macs, unet_cost, unet_inputs
+from compress.gradflow.condition import heads_of_levels, whole_heads
 from compress.gradflow.groups import ChannelGroup, dense_widths
+from compress.gradflow.layout import kept_frequencies, sinusoid_readers
 
 # widths that keep more than this below the asked share are refused (PyTorch users expect "half")
 TOLERANCE = 0.03
@@ -33,6 +35,9 @@ def legal_widths(unet: UNet2DModel) -> list[list[int]]:
         with_heads.add(blocks - 1)  # the middle block works at the last level's width
     legal = []
     for level, dense in enumerate(dense_widths(unet)):
+        if isinstance(unet, UNet2DConditionModel):
+            legal.append(_condition_widths(unet, level, dense))
+            continue
         step = unet.config.norm_num_groups
         if level in with_heads and unet.config.attention_head_dim is not None:
             step = math.lcm(step, unet.config.attention_head_dim)
@@ -44,6 +49,22 @@ def legal_widths(unet: UNet2DModel) -> list[list[int]]:
             widths = [w for w in widths if w % 2 == 0]
         legal.append(widths if widths and widths[-1] == dense else [*widths, dense])
     return legal
+
+
+def _condition_widths(unet: UNet2DConditionModel, level: int, dense: int) -> list[int]:
+    step = unet.config.norm_num_groups
+    heads = heads_of_levels(unet)[level]
+    if heads:
+        # whole heads go, or every head gets narrower
+        step = math.lcm(step, dense // heads if whole_heads(unet) else heads)
+    widths = list(range(step, dense, step))
+    if level == 0:
+        widths = [width for width in widths if width % 2 == 0]
+    if level == 0 and unet.config.addition_embed_type == "text_time":
+        # the sinusoid of SDXL's sizes and crops has the same freq_shift, which must not change
+        shift = unet.config.freq_shift
+        widths = [w for w in widths if kept_frequencies(dense // 2, w // 2, shift)[1] == shift]
+    return [*widths, dense]
 
 
 class MacModel:
@@ -58,8 +79,9 @@ class MacModel:
             for slot in group.slots:
                 counts = sides.setdefault((slot.module, slot.side), np.zeros(levels))
                 counts[group.level] += len(slot.positions)
-        # the sinusoid that feeds the time embedding is as wide as the first level
-        sides["time_embedding.linear_1", "in"] = np.eye(levels)[0] * dense[0]
+        # the sinusoid that feeds the embeddings is as wide as the first level
+        for reader in sinusoid_readers(unet):
+            sides[reader, "in"] = np.eye(levels)[0] * dense[0]
         # every channel count is (dense channels per level) . (kept share per level) + a constant
         self._dense = np.array(dense, dtype=float)
         self._terms = []
@@ -68,18 +90,20 @@ class MacModel:
             outputs = sides.get((layer.name, "out"), np.zeros(levels))
             fixed = (layer.inputs - inputs.sum(), layer.outputs - outputs.sum())
             self._terms.append((layer.factor, inputs, fixed[0], outputs, fixed[1]))
-        self._attention = self._attention_by_level(unet, groups, attention)
+        tokens = {layer.name: layer.factor for layer in layers}
+        self._attention = self._attention_by_level(groups, tokens, attention)
 
     def _attention_by_level(
-        self, unet: UNet2DModel, groups: Sequence[ChannelGroup], total: int
+        self, groups: Sequence[ChannelGroup], tokens: Mapping[str, int], total: int
     ) -> np.ndarray:
-        """Split attention's MACs over levels: tokens squared times the level's width."""
-        size = unet.config.sample_size
-        side = size if isinstance(size, int) else max(size)
+        """Split attention's MACs over levels: queries times keys times the level's width."""
         weights = np.zeros(len(self._dense))
         for group in groups:
-            if any(slot.module.endswith(".to_q") and slot.side == "out" for slot in group.slots):
-                weights[group.level] += (side / 2**group.level) ** 4 * group.width
+            for slot in group.slots:
+                attention, _, layer = slot.module.rpartition(".")
+                if layer == "to_q" and slot.side == "out":
+                    keys = tokens[f"{attention}.to_k"]
+                    weights[group.level] += tokens[slot.module] * keys * group.width
         return total * weights / weights.sum() if total else weights
 
     def __call__(self, widths: np.ndarray) -> np.ndarray:

@@ -40,6 +40,11 @@ class Mode:
     side: int
     crop: int = 0
 
+    @property
+    def stretched(self) -> bool:
+        """Whether the view of the whole page is stretched to the square, rather than padded."""
+        return not self.crop and self.side <= STRETCHED_UP_TO
+
 
 MODES = {
     "tiny": Mode(512),
@@ -92,7 +97,7 @@ def page_views(image: Image.Image, mode: Mode) -> Views:
     """
     check_image(image)
     image = image.convert("RGB")
-    if not mode.crop and mode.side <= STRETCHED_UP_TO:
+    if mode.stretched:
         return Views(_normalised(image.resize((mode.side, mode.side))), None, (1, 1))
     whole = _normalised(ImageOps.pad(image, (mode.side, mode.side), color=GREY))
     if not mode.crop or (grid := crop_grid(*image.size, mode.crop)) == (1, 1):
@@ -101,6 +106,13 @@ def page_views(image: Image.Image, mode: Mode) -> Views:
     mosaic = _normalised(image.resize((columns * mode.crop, rows * mode.crop)))
     crops = mosaic.unflatten(1, (rows, mode.crop)).unflatten(3, (columns, mode.crop))
     return Views(whole, crops.permute(1, 3, 0, 2, 4).flatten(0, 1).contiguous(), grid)
+
+
+def padded_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) of the square to which a page is padded, in the page's own pixels."""
+    side = max(width, height)
+    left, top = (side - width) / 2, (side - height) / 2
+    return -left, -top, side - left, side - top
 
 
 def _normalised(image: Image.Image) -> torch.Tensor:

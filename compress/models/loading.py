@@ -1,5 +1,6 @@
 """Load a diffusers pipeline from a recipe's ``model``, with errors that name what is wrong."""
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -9,11 +10,18 @@ from safetensors import SafetensorError, safe_open
 from compress.files import folder_hash, read_json
 
 BUILTIN = Path(__file__).parent / "builtin"
+# diffusers finds a class that is not its own among the modules that are imported already
+OUR_CLASSES = "compress.gradflow.free_width"
 
 
 def builtin_names() -> list[str]:
     """Names of the pipelines that ship with compress."""
     return sorted(p.parent.name for p in BUILTIN.glob("*/model_index.json"))
+
+
+def builtin_readers() -> list[str]:
+    """Names of the vision-language models that ship with compress."""
+    return sorted(path.parent.name for path in BUILTIN.glob("reader-*/config.json"))
 
 
 def load_pipeline(model: str) -> DiffusionPipeline:
@@ -31,6 +39,7 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     if folder is None:
         return _from_hub(model)
     check_folder(folder)
+    importlib.import_module(OUR_CLASSES)
     pipeline = DiffusionPipeline.from_pretrained(
         folder, use_safetensors=True, local_files_only=True
     )
@@ -49,9 +58,17 @@ def local_folder(model: str) -> Path | None:
     """
     kind, _, name = model.partition(":")
     if kind == "builtin":
+        if name in builtin_readers():
+            raise ValueError(
+                f"a diffusion pipeline expected, built in are {', '.join(builtin_names())}; got "
+                f"{model!r}, a reader of pages; load it with compress.models.vlm.load_vlm, measure "
+                f"it with compress eval {model} --suite ocr"
+            )
         if name not in builtin_names():
             raise ValueError(
-                f"built-in models are {', '.join(builtin_names())}; got {model!r}; name one of them"
+                f"built-in models are {', '.join(builtin_names())}, and the readers of pages "
+                f"{', '.join(builtin_readers())}, which compress eval measures with --suite ocr; "
+                f"got {model!r}; name one of them"
             )
         return BUILTIN / name
     folder = Path(model).expanduser()

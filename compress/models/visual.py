@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from compress.models.deepseek_ocr_views import SEPARATOR, page_tokens, view_tokens
+from compress.models.deepseek_ocr_views import SEPARATOR, padded_box, page_tokens, view_tokens
 from compress.models.page_images import check_image
 
 Inputs = Mapping[str, Any]
 Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor]]
 Prompt = Callable[[Any, Sequence[Image.Image], Sequence[str]], Mapping[str, Any]]
+Box = tuple[float, float, float, float]
+Places = Callable[[Any, int, int], dict[int, Box]]
 
 # The keyword of the text model under which the layouts of the prompt that it reads travel. A method
 # that shortens the prompt hands on the layouts of what remains; one that reads them takes these.
@@ -59,6 +61,29 @@ class VisualLayout:
 
 
 @dataclass(frozen=True)
+class ViewOnPage:
+    """Where on a page the tokens of a view look.
+
+    Parameters
+    ----------
+    box : (x0, y0, x1, y1) of the view in the page's pixels; it reaches beyond the page where the
+        page is padded.
+    rows, columns : of its tokens.
+    """
+
+    box: Box
+    rows: int
+    columns: int
+
+    def cell(self, row: int, column: int) -> Box:
+        """(x0, y0, x1, y1) of what one token sees, in the page's pixels."""
+        x0, y0, x1, y1 = self.box
+        across, down = (x1 - x0) / self.columns, (y1 - y0) / self.rows
+        left, top = x0 + column * across, y0 + row * down
+        return left, top, left + across, top + down
+
+
+@dataclass(frozen=True)
 class Adapter:
     """What is particular to a family.
 
@@ -71,12 +96,15 @@ class Adapter:
         on the left.
     read_prompt : the text that asks for a plain transcription, as the checkpoint's card says; for
         general models our own choice.
+    places : (processor, width and height of a page) to the boxes on that page of the views whose
+        rows and columns are places, as :class:`ViewOnPage` has them; none where they are not.
     """
 
     name: str
     cells: Cells
     prompt: Prompt
     read_prompt: str
+    places: Places
 
     def layouts(self, config: Any, inputs: Inputs) -> list[VisualLayout]:
         """The layout of each sequence of a batch.
@@ -212,6 +240,34 @@ def _tile_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tens
     return images
 
 
+# ---- where the views lie on the page --------------------------------------------------------
+
+
+def _whole_page(processor: Any, width: int, height: int) -> dict[int, Box]:
+    """The page as a whole, whose tokens fill it; where tiles lie, the inputs do not say."""
+    return {0: (0, 0, width, height)}
+
+
+def _own_places(processor: Any, width: int, height: int) -> dict[int, Box]:
+    """DeepSeek-OCR: the crops are one mosaic that fills the page."""
+    page = (0, 0, width, height)
+    return {0: page if processor.mode.stretched else padded_box(width, height), 1: page}
+
+
+def _unlimited_places(processor: Any, width: int, height: int) -> dict[int, Box]:
+    """Unlimited-OCR: the same, as transformers' image processor is set."""
+    page = (0, 0, width, height)
+    images = processor.image_processor
+    side = max(images.size["height"], images.size["width"])
+    stretched = not images.crop_to_patches and side <= images.maximum_pad_value
+    return {0: page if stretched else padded_box(width, height), 1: page}
+
+
+def _no_places(processor: Any, width: int, height: int) -> dict[int, Box]:
+    """DeepSeek-OCR-2: a token is a query, which may look anywhere."""
+    return {}
+
+
 # ---- prompts ---------------------------------------------------------------------------------
 
 
@@ -279,15 +335,19 @@ def _got_prompt(
 
 _TRANSCRIBE = "Transcribe all text of this page, in reading order. Answer with the text only."
 ADAPTERS = {
-    "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt, "Free OCR."),
-    "unlimited_ocr": Adapter("Unlimited-OCR", _mosaic_cells, _chat_prompt, "document parsing."),
-    "deepseek_ocr2": Adapter("DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR."),
-    "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE),
-    "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE),
-    "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt, _TRANSCRIBE),
-    "paddleocr_vl": Adapter("PaddleOCR-VL", _merged_cells, _chat_prompt, "OCR:"),
-    "glm_ocr": Adapter("GLM-OCR", _merged_cells, _chat_prompt, "Text Recognition:"),
-    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt, "OCR: "),
+    "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt, "Free OCR.", _own_places),
+    "unlimited_ocr": Adapter(
+        "Unlimited-OCR", _mosaic_cells, _chat_prompt, "document parsing.", _unlimited_places
+    ),
+    "deepseek_ocr2": Adapter(
+        "DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR.", _no_places
+    ),
+    "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
+    "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
+    "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
+    "paddleocr_vl": Adapter("PaddleOCR-VL", _merged_cells, _chat_prompt, "OCR:", _whole_page),
+    "glm_ocr": Adapter("GLM-OCR", _merged_cells, _chat_prompt, "Text Recognition:", _whole_page),
+    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt, "OCR: ", _whole_page),
 }
 
 
@@ -334,6 +394,23 @@ def build_prompt(
 def visual_layouts(model: Any, inputs: Inputs) -> list[VisualLayout]:
     """The layout of each sequence that a model is about to read; see :meth:`Adapter.layouts`."""
     return adapter_for(model.config).layouts(model.config, inputs)
+
+
+def views_on_page(
+    model: Any, processor: Any, image: Image.Image, grid: torch.Tensor
+) -> dict[int, ViewOnPage]:
+    """Where on a page its visual tokens look, view by view; empty where they are no places.
+
+    Parameters
+    ----------
+    grid : of all visual tokens of the page, ``(tokens, 3)``; see :class:`VisualLayout`.
+    """
+    boxes = adapter_for(model.config).places(processor, image.width, image.height)
+    found = {}
+    for view in sorted(set(grid[:, 0].tolist()) & set(boxes)):
+        rows, columns = (grid[grid[:, 0] == view, 1:].amax(0) + 1).tolist()
+        found[view] = ViewOnPage(boxes[view], rows, columns)
+    return found
 
 
 def text_model(model: Any) -> Any:

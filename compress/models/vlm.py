@@ -22,13 +22,17 @@ from compress.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
 from compress.models.deepseek_ocr_layout import ARCHITECTURE, ARCHITECTURE_2, native_config_2
 from compress.models.deepseek_ocr_processor import load_processor
-from compress.models.loading import BUILTIN
+from compress.models.loading import BUILTIN, builtin_readers
 from compress.models.transformers_folder import read_model, stored_shapes
 from compress.models.visual import ADAPTERS
 
 # what the first revision of `baidu/Unlimited-OCR` calls itself; transformers knows unlimited_ocr
 UNLIMITED_OCR = "unlimited-ocr"
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no code, nothing pickled
+# no code, nothing pickled
+FILES = [
+    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"),
+    *("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
+]
 
 
 def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -102,11 +106,6 @@ def load_processor_of(model: str | Path) -> Any:
             f"{folder} should have the tokenizer and the image processor of "
             f"{config.get('model_type')}, which do not load: {error}; restore their files"
         ) from error
-
-
-def builtin_readers() -> list[str]:
-    """Names of the vision-language models that ship with compress."""
-    return sorted(path.parent.name for path in BUILTIN.glob("reader-*/config.json"))
 
 
 def model_folder(model: str | Path) -> Path:

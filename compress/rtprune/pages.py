@@ -36,6 +36,21 @@ class Page:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Where the pruned tokens of a page went; on the model's device, as nobody waits for it.
+
+    Parameters
+    ----------
+    target : the kept token that takes most of each, counted among the kept prunable ones,
+        ``(pruned,)``.
+    mass : how much of it that one takes, at most 1, ``(pruned,)``.
+    """
+
+    target: torch.Tensor
+    mass: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PrunedPage:
     """What is left of a page.
 
@@ -46,6 +61,7 @@ class PrunedPage:
         Both on the CPU.
     keep_fraction : that was aimed at, of the prunable tokens.
     density, distinctness : where the ratio is dynamic.
+    merged : where the others went; None where nothing is moved.
     """
 
     grid: torch.Tensor
@@ -53,6 +69,20 @@ class PrunedPage:
     keep_fraction: float
     density: float | None = None
     distinctness: float | None = None
+    merged: Merged | None = None
+
+    def moves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens that are merged away, the token that takes most of each, and how much it takes.
+
+        Places among all visual tokens, ascending; ``(pruned,)`` each, on the CPU.
+        """
+        if self.merged is None:
+            nothing = torch.empty(0, dtype=torch.long)
+            return nothing, nothing, torch.empty(0)
+        on_page = self.grid[:, 2] >= 0
+        kept = self.kept_indices[on_page[self.kept_indices]]
+        on_page[kept] = False
+        return on_page.nonzero()[:, 0], kept[self.merged.target.cpu()], self.merged.mass.cpu()
 
     def facts(self) -> dict[str, Any]:
         """Counts and ratios, for JSON."""
@@ -120,11 +150,12 @@ def prune_pages(
         None if plan.keep == plan.count else _choose(method, plan, page, f, words, bias)
         for plan, page, f, words in zip(plans, pages, features, instructions, strict=True)
     ]
+    merged: list[Merged | None] = [None] * len(plans)
     if method.select == "rtprune" and method.merge:
-        chosen = _merged(method, plans, features, chosen)
+        chosen, merged = _moved(method, plans, features, chosen)
     return [
-        _pruned(plan, page, f, choice)
-        for plan, page, f, choice in zip(plans, pages, features, chosen, strict=True)
+        _pruned(plan, page, f, choice, went)
+        for plan, page, f, choice, went in zip(plans, pages, features, chosen, merged, strict=True)
     ]
 
 
@@ -181,16 +212,17 @@ def _choose(
     return indices.cpu(), prunable[indices]
 
 
-def _merged(
+def _moved(
     method: RTPrune,
     plans: Sequence[_Plan],
     features: Sequence[torch.Tensor],
     chosen: Sequence[Choice | None],
-) -> list[Choice | None]:
-    merged = list(chosen)
+) -> tuple[list[Choice | None], list[Merged | None]]:
+    choices = list(chosen)
+    merged: list[Merged | None] = [None] * len(choices)
     made = {number: choice for number, choice in enumerate(chosen) if choice is not None}
     if not made:
-        return merged
+        return choices, merged
     left = [
         features[n][plans[n].on_page[left_over(indices, plans[n].count)]]
         for n, (indices, _) in made.items()
@@ -203,12 +235,18 @@ def _merged(
     else:
         moves = [nearest_plan(page) for page in scores]
     for (number, (indices, kept)), pruned, move in zip(made.items(), left, moves, strict=True):
-        merged[number] = indices, merge(kept, pruned, move, method.merge)
-    return merged
+        choices[number] = indices, merge(kept, pruned, move, method.merge)
+        mass, target = move.max(dim=0)
+        merged[number] = Merged(target, mass)
+    return choices, merged
 
 
 def _pruned(
-    plan: _Plan, page: Page, features: torch.Tensor, choice: Choice | None
+    plan: _Plan,
+    page: Page,
+    features: torch.Tensor,
+    choice: Choice | None,
+    merged: Merged | None,
 ) -> tuple[PrunedPage, torch.Tensor | None]:
     everything = torch.arange(len(page.grid))
     measured = plan.fraction, plan.density, plan.distinctness
@@ -222,4 +260,4 @@ def _pruned(
     indices = drop_adjacent_newlines(everything[stays], newlines)
     features = features.clone()
     features[plan.on_page[kept]] = values
-    return PrunedPage(page.grid, indices, *measured), features[indices]
+    return PrunedPage(page.grid, indices, *measured, merged), features[indices]

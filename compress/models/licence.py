@@ -1,0 +1,47 @@
+"""What a model's folder says about its licence, for the cards of checkpoints made from it."""
+
+from pathlib import Path
+
+import yaml
+
+from compress.models.loading import BUILTIN
+
+OURS = "Apache-2.0, that of compress, whose scripts trained it on rendered pages"
+KEYS = ("license", "license_name", "license_link")  # of a model card's metadata
+FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+
+
+def licence_of(folder: Path, model: str) -> str:
+    """The licence of a reader in words, or where to look for it.
+
+    Parameters
+    ----------
+    folder : of the model.
+    model : how it was named: ``builtin:NAME``, a folder or a hub id.
+    """
+    if folder.resolve().parent == BUILTIN.resolve():
+        return OURS
+    card = _metadata(folder / "README.md")
+    named = [str(card[key]) for key in KEYS if key in card]
+    found = [*named, *(f"see {path.name}" for path in licence_files(folder))]
+    where = f"where {model} came from"
+    if not Path(model).expanduser().is_dir():
+        where = f"at https://huggingface.co/{model}"
+    return "; ".join(found) or f"stated neither in its README.md nor in a LICENSE; look {where}"
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that hold its licence."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.stem.upper() in FILES)
+
+
+def _metadata(card: Path) -> dict[str, object]:
+    """What a model card has between its first two lines of dashes."""
+    if not card.is_file():
+        return {}
+    before, *parts = card.read_text(encoding="utf8", errors="replace").split("---\n", 2)
+    try:
+        found = yaml.safe_load(parts[0]) if len(parts) == 2 and not before.strip() else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,382 @@
+"""Free inner widths: bought by score per MAC under one budget, legal, and meaning removal."""
+
+import dataclasses
+import itertools
+import math
+from functools import cache
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+
+from compress.cost import unet_cost
+from compress.data import ImageData
+from compress.data.sources import TensorImages
+from compress.gradflow import GradFlow, OneShot, Training, surgery
+from compress.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
+from compress.gradflow.free_width import FreeWidthUNet2DModel
+from compress.gradflow.groups import find_groups
+from compress.gradflow.layout import build_layout
+from compress.gradflow.masks import SoftUNet
+from compress.gradflow.train import PruningRun
+from compress.gradflow.widths import TOLERANCE
+from compress.journal import Journal
+
+# half the widths, with a little room: 27% of the MACs and a few points between the widths' steps
+KEEP = 0.27
+MODELS = {
+    "plain": (16, 32),
+    "one_head": (16, 32),
+    "scale_shift": (16, 32),
+    "odd_norm_groups": (24, 48),
+}
+
+
+@cache
+def planned(models, name: str, widths=None, **knobs):
+    """The dense model, its uniform layout and the allocator; none of them is ever modified."""
+    changes = {} if name == "built_in" else {"block_out_channels": widths or MODELS[name]}
+    unet = models.build(name, **changes)
+    method = GradFlow(**({"keep_macs": KEEP, "allocation": "global"} | knobs))
+    layout, allocator = plan(unet, find_groups(unet), method)
+    return unet, layout, allocator
+
+
+def scores(layout, seed: int = 0) -> torch.Tensor:
+    """Scores whose size differs from layer to layer, so that widths come out unequal."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.rand(layout.units, generator=generator)
+    for group, offset in zip(layout.groups, layout.offsets, strict=True):
+        found[offset : offset + group.units] *= 10 ** torch.rand(1, generator=generator)
+    return found
+
+
+# ---- buying ---------------------------------------------------------------------------------
+
+
+def brute_force(gains, prices, budget):
+    """The largest gain of all affordable choices, by trying each of them."""
+    best = 0.0
+    for counts in itertools.product(*[range(len(row) + 1) for row in gains]):
+        if sum(c * p for c, p in zip(counts, prices, strict=True)) <= budget:
+            best = max(best, sum(sum(r[:c]) for r, c in zip(gains, counts, strict=True)))
+    return best
+
+
+def market(seed: int, *, one_price: bool):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.rand(k, generator=generator).sort(descending=True).values for k in (3, 4, 2)]
+    prices = torch.randint(1, 9, (3,), generator=generator).tolist()
+    budget = float(torch.randint(1, 30, (1,), generator=generator))
+    return [r.tolist() for r in rows], [3] * 3 if one_price else prices, budget
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_spending_equals_brute_force_at_one_price_and_lacks_less_than_a_step_at_many(seed):
+    for one_price in (True, False):
+        gains, prices, budget = market(seed, one_price=one_price)
+        counts, left = spend(gains, prices, budget)
+        bought = sum(sum(row[:c]) for row, c in zip(gains, counts, strict=True))
+        spent = sum(c * p for c, p in zip(counts, prices, strict=True))
+        assert left == budget - spent >= 0
+        # nothing that is left over could still be bought
+        unbought = [p for p, c, row in zip(prices, counts, gains, strict=True) if c < len(row)]
+        assert all(p > left for p in unbought)
+        best = brute_force(gains, prices, budget)
+        if one_price:
+            assert bought == pytest.approx(best)
+        else:
+            assert best - max(max(row) for row in gains) < bought <= best + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_raising_one_layers_gains_never_shrinks_it(seed):
+    gains, prices, budget = market(seed, one_price=False)
+    before, _ = spend(gains, prices, budget)
+    for layer in range(3):
+        for factor in (1.1, 2.0, 10.0):
+            raised = [
+                [g * factor for g in row] if k == layer else row for k, row in enumerate(gains)
+            ]
+            assert spend(raised, prices, budget)[0][layer] >= before[layer]
+    # and enough of a rise buys all that the budget allows
+    raised = [[g + 1e6 for g in gains[0]], *gains[1:]]
+    assert spend(raised, prices, budget)[0][0] == min(len(gains[0]), budget // prices[0])
+
+
+@pytest.mark.parametrize(
+    ("width", "base", "step"),
+    [
+        (128, 4, 8),  # eights for tensor cores
+        (32, 4, 8),
+        (24, 4, 4),  # eights would leave three widths
+        (16, 4, 4),
+        (8, 2, 2),
+        (128, 32, 32),  # what 32 norm groups force
+        (48, 3, 12),  # a multiple of four of what three norm groups force
+        (12, 3, 3),
+        (8, 8, 8),  # no choice at all
+        (20, 5, 5),
+    ],
+)
+def test_steps_are_multiples_of_eight_where_the_layer_is_wide_enough(width, base, step):
+    assert legal_step(width, base) == step
+
+
+# ---- on models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_free_widths_are_legal_and_keep_what_was_asked(models, name):
+    unet, uniform, allocator = planned(models, name)
+    total = unet_cost(unet).macs
+    different = set()
+    for seed in range(2):
+        layout = allocator.layout(scores(uniform, seed))
+        with torch.device("meta"):
+            cost = unet_cost(surgery.slim_unet(unet, layout))
+        assert KEEP - TOLERANCE <= cost.macs / total <= KEEP
+        low, high = allocator.macs_range()
+        assert low <= cost.macs <= high
+        low, high = allocator.params_range()
+        assert low <= cost.params <= high
+        assert layout.widths == uniform.widths
+        different.add(tuple(layout.inner.values()))
+        for free in allocator.free:
+            width = layout.inner[free.name]
+            own = uniform.quota[list(free.blocks)].sum().item() * free.unit
+            dense = (free.units.stop - free.units.start) * free.unit
+            assert width % free.step == 0 and width <= dense
+            assert own / REACH <= width <= own * REACH
+            # every norm group keeps the same number of channels, attention whole heads
+            assert len(set(layout.quota[list(free.blocks)].tolist())) == 1
+        # blocks of the levels keep what they keep in the uniform allocation
+        inner = {block for free in allocator.free for block in free.blocks}
+        outer = [b for b in range(len(uniform.quota)) if b not in inner]
+        assert torch.equal(layout.quota[outer], uniform.quota[outer])
+    assert len(different) == 2
+
+
+def test_prices_equal_the_difference_that_one_step_makes_to_the_model(models):
+    unet, _, allocator = planned(models, "scale_shift")
+    least = allocator.layout_of(allocator.least_quota())
+
+    def cost(inner):
+        with torch.device("meta"):
+            return unet_cost(surgery.slim_unet(unet, dataclasses.replace(least, inner=inner)))
+
+    start = cost(least.inner)
+    assert (start.macs, start.params) == (allocator.least_macs, allocator.least_params)
+    for free in allocator.free:
+        more = cost(least.inner | {free.name: least.inner[free.name] + free.step})
+        assert more.macs - start.macs == free.macs * free.step
+        assert more.params - start.params == free.params * free.step
+
+
+def test_raising_one_layers_scores_never_shrinks_it(models):
+    _, uniform, allocator = planned(models, "plain")
+    value = scores(uniform)
+    before = allocator.layout(value).inner
+    grown = 0
+    for free in allocator.free:
+        raised = value.clone()
+        raised[free.units] *= 5
+        after = allocator.layout(raised).inner
+        assert after[free.name] >= before[free.name]
+        grown += after[free.name] > before[free.name]
+    assert grown > 0
+
+
+def test_the_best_units_of_each_block_decide_what_a_width_is_worth(models):
+    _, uniform, allocator = planned(models, "plain")
+    resnet = next(f for f in allocator.free if len(f.blocks) > 1 and f.most - f.least > 1)
+    value = torch.full((uniform.units,), 1e-3)
+    # a few units with large scores make a layer worth a small width, not a large one
+    for block in resnet.blocks:
+        unit = (uniform.block == block).nonzero()[: (resnet.least + 1) * resnet.units_per_step]
+        value[unit] = 1.0
+    assert allocator.layout(value).inner[resnet.name] >= (resnet.least + 1) * resnet.step
+    assert allocator.layout(torch.ones_like(value)).inner != allocator.layout(value).inner
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "granularity"),
+    [
+        *[(name, None, "fine") for name in MODELS],
+        ("no_attention", (16, 32), "fine"),
+        ("no_middle", (16, 32), "fine"),
+        ("not_square", (16, 32), "fine"),
+        ("deeper", (16, 32, 48), "fine"),
+        ("built_in", (24, 32, 64, 112), "coarse"),  # tiny nets have no steps left
+    ],
+)
+def test_masked_equals_slim(models, name, widths, granularity):
+    keep = 0.3 if name == "built_in" else KEEP
+    unet, uniform, allocator = planned(
+        models, name, widths, granularity=granularity, keep_macs=keep
+    )
+    layout = allocator.layout(scores(uniform))
+    soft = SoftUNet(unet, uniform).eval()
+    soft.mask.copy_(models.binary_mask(layout))
+    soft.fade.zero_()
+    soft.adopt_slim_membership()
+    slim = surgery.perform(soft.unet, layout, soft.mask).eval()
+    assert isinstance(slim, FreeWidthUNet2DModel)
+    assert dict(slim.config.inner_widths) == layout.inner
+    with torch.no_grad():
+        sample, timestep = models.inputs(unet)
+        masked, cut = soft(sample, timestep), slim(sample, timestep).sample
+    assert cut.abs().mean() > 0.1
+    assert (masked - cut).abs().max() < 1e-5
+
+
+def test_keeping_everything_is_bit_identical(models):
+    unet, uniform, allocator = planned(models, "plain", keep_macs=1.0)
+    layout = allocator.layout(scores(uniform))
+    assert torch.equal(layout.quota, layout.sizes())
+    slim = surgery.perform(unet, layout, torch.ones(layout.units)).eval()
+    assert list(slim.state_dict()) == list(unet.state_dict())
+    with torch.no_grad():
+        sample, timestep = models.inputs(unet)
+        assert torch.equal(slim(sample, timestep).sample, unet(sample, timestep).sample)
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+def test_another_class_is_refused_by_name(models):
+    unet = models.build("plain", block_out_channels=(16, 32))
+    layout = build_layout(unet, find_groups(unet), (8, 16))
+    other = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    with pytest.raises(ValueError, match="UNet2DConditionModel; choose allocation 'uniform'"):
+        Allocator(other, layout, KEEP)
+
+
+def test_steps_that_are_too_coarse_are_refused(models):
+    # the level widths fit, but a step of the inner ones is several points
+    unet = models.build("no_attention")
+    method = {"keep_macs": 0.28, "allocation": "global"}
+    plan(unet, find_groups(unet), GradFlow(**(method | {"allocation": "uniform"})))
+    with pytest.raises(ValueError, match=r"come within 3 points below keep_macs=0\.28"):
+        plan(unet, find_groups(unet), GradFlow(**method))
+
+
+def test_hard_removal_is_refused_since_widths_may_grow_again(models):
+    with pytest.raises(ValueError, match="'global' .* process 'hard'"):
+        planned(models, "plain", process="hard")
+
+
+# ---- in a run -------------------------------------------------------------------------------
+
+
+def run_of(unet, method, folder=None, *, resume=False) -> PruningRun:
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return PruningRun(
+        unet,
+        DDPMScheduler(num_train_timesteps=50),
+        ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:])),
+        method,
+        Training(recover_steps=2, batch=4, lr=1e-3, save_every=1),
+        Journal(folder),
+        device="cpu",
+        resume=resume,
+    )
+
+
+def flow(**changes) -> GradFlow:
+    knobs = {
+        "keep_macs": KEEP,
+        "allocation": "global",
+        "steps": 10,
+        "update_every": 1,
+        "criterion_every": 1,
+        "criterion_batches": 1,
+        "max_move": 0.25,
+        "settle": 0.2,
+    }
+    return GradFlow(**(knobs | changes))
+
+
+def finish(events):
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+@pytest.fixture
+def unet(models) -> UNet2DModel:
+    return models.build("plain", block_out_channels=(16, 32))
+
+
+def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
+    run = run_of(unet, flow())
+    # every estimate finds another layer important
+    layers = itertools.cycle([f.units for f in run.mover.allocator.free if f.most > f.least])
+
+    def estimate(soft, **options):
+        run.mover.state.shared_scores[next(layers)] *= 100
+        return real(soft, **options)
+
+    real, run.mover.estimate = run.mover.estimate, estimate
+    quotas, masks = [], []
+    events = run.events()
+    for _ in range(8):
+        next(events)
+        quotas.append(run.mover.state.quota.clone())
+        masks.append(run._plain().mask.clone())
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(quotas)]
+    assert any(changed[:3]) and not any(changed[3:])
+    # continuity holds although the quotas jump
+    for before, after in itertools.pairwise([torch.ones_like(masks[0]), *masks]):
+        assert (after - before).abs().max() <= 0.25 + 1e-6
+    pruned = finish(events)
+    free = {f.name: f for f in run.mover.allocator.free}
+    for name, width in pruned.inner_widths.items():
+        blocks = list(free[name].blocks)
+        assert width == int(quotas[-1][blocks].sum()) * free[name].unit
+    # with its masks the slim model is what the flow had at the end
+    assert run.surgery_facts["max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["soft", "one shot"])
+def test_a_run_makes_the_model_that_was_predicted(unet, kind):
+    method = flow()
+    if kind == "one shot":
+        method = OneShot(keep_macs=KEEP, allocation="global", steps=2, criterion_batches=1)
+    run = run_of(unet, method)
+    params, macs = run.slim_cost()
+    pruned = finish(run.events())
+    assert isinstance(pruned.unet, FreeWidthUNet2DModel)
+    assert pruned.inner_widths == dict(pruned.unet.config.inner_widths)
+    cost = unet_cost(pruned.unet)
+    assert params[0] <= cost.params <= params[1] and macs[0] <= cost.macs <= macs[1]
+    assert math.isfinite(sum(p.sum().item() for p in pruned.unet.parameters()))
+    assert run.surgery_facts["max_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("stop", [3, 9, 11])  # while quotas move, after binarisation, after surgery
+def test_a_resumed_run_has_the_same_widths_and_weights(unet, tmp_path, stop):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = finish(run_of(unet, flow(), tmp_path / "whole").events())
+    events = run_of(unet, flow(), tmp_path / "parts").events()
+    for _ in range(stop):
+        next(events)
+    events.close()
+    again = finish(run_of(unet, flow(), tmp_path / "parts", resume=True).events())
+    assert again.inner_widths == whole.inner_widths
+    for (name, one), other in zip(
+        again.unet.state_dict().items(), whole.unet.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name

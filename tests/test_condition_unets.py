@@ -1,0 +1,169 @@
+"""UNet2DConditionModel: a binary mask is the slim plain UNet, whatever the shape."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.cost import unet_cost, unet_inputs
+from compress.gradflow import surgery
+from compress.gradflow.condition import whole_heads
+from compress.gradflow.groups import dense_widths, find_groups
+from compress.gradflow.layout import build_layout
+from compress.gradflow.masks import SoftUNet
+from compress.gradflow.widths import MacModel, choose_widths, legal_widths
+
+TOLERANCE = 1e-5
+NAMES = [
+    "sd1",
+    "sd2",
+    "sdxl",
+    "ldm",
+    "labels",
+    "timestep_labels",
+    "scale_shift",
+    "only_cross",
+    "plain_middle",
+]
+
+
+def prepared(models, name):
+    unet = models.build_condition(name)
+    groups = find_groups(unet)
+    return unet, groups, build_layout(unet, groups, models.CONDITION_CONFIGS[name][1])
+
+
+def random_inputs(unet) -> dict:
+    """Inputs of a batch of two that differ in every place."""
+    generator = torch.Generator().manual_seed(2)
+
+    def fill(value):
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator)
+        return torch.tensor([1, 4])
+
+    return {key: fill(value) for key, value in unet_inputs(unet, 2, "cpu").items()}
+
+
+def masked_output(soft: SoftUNet, inputs: dict) -> torch.Tensor:
+    condition = {k: v for k, v in inputs.items() if k not in ("sample", "timestep")}
+    with torch.no_grad():
+        return soft(inputs["sample"], inputs["timestep"], condition=condition)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_is_dense_at_ones_and_slim_when_binary(models, name, tmp_path):
+    unet, groups, layout = prepared(models, name)
+    soft = SoftUNet(unet, layout).eval()
+    inputs = random_inputs(unet)
+    with torch.no_grad():
+        dense = unet(**inputs).sample
+    assert (masked_output(soft, inputs) - dense).abs().max() <= TOLERANCE
+    soft.mask.copy_(models.binary_mask(layout))
+    soft.fade.zero_()
+    soft.adopt_slim_membership()
+    slim = surgery.perform(unet, layout, soft.mask).eval()
+    with torch.no_grad():
+        expected = slim(**inputs).sample
+    assert expected.abs().mean() > 0.01
+    assert (expected - dense).abs().max() > 0.01
+    assert (masked_output(soft, inputs) - expected).abs().max() <= TOLERANCE
+    # plain diffusers reads what was saved, and draws the same
+    slim.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).sample, expected)
+    # what a dry run predicts from the config alone
+    with torch.device("meta"):
+        predicted = UNet2DConditionModel.from_config(surgery.slim_config(unet, layout))
+    assert unet_cost(predicted) == unet_cost(slim)
+    assert MacModel(unet, groups)(np.array([layout.widths]))[0] == unet_cost(slim).macs
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_cost_agrees_with_torchs_flop_counter(models, name):
+    unet = models.build_condition(name)
+    # the counter knows the two products of attention, not the CPU's fused kernel
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        unet(**unet_inputs(unet, 1, "cpu"))
+    assert counter.get_total_flops() == 2 * unet_cost(unet).macs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slim_config_is_plain_and_keeps_the_text_side(models, name):
+    unet, _, layout = prepared(models, name)
+    config = surgery.slim_config(unet, layout)
+    assert set(config) <= set(inspect.signature(UNet2DConditionModel.__init__).parameters)
+    changed = {key for key, value in config.items() if unet.config[key] != value}
+    allowed = {"block_out_channels", "time_embedding_dim", "freq_shift", "attention_head_dim"}
+    assert changed <= allowed
+    assert ("attention_head_dim" in changed) == whole_heads(unet)
+
+
+def test_an_int_keeps_the_heads_and_a_list_keeps_the_head_size(models):
+    for name, heads, sizes in (("sd1", [4, 4, 4], [2, 6, 6]), ("sd2", [1, 3, 3], [8, 8, 8])):
+        unet, _, layout = prepared(models, name)
+        slim = surgery.perform(unet, layout, models.binary_mask(layout))
+        for i, block in enumerate(slim.down_blocks[:2]):
+            attention = block.attentions[0].transformer_blocks[0].attn2
+            assert attention.heads == heads[i]
+            assert attention.to_q.out_features == heads[i] * sizes[i]
+            assert attention.to_k.in_features == 12
+
+
+def test_the_halves_of_geglu_and_every_feed_forward_follow_the_level(models):
+    unet, groups, layout = prepared(models, "sd1")
+    hidden = [group for group in groups if group.expansion == 4]
+    assert len(hidden) == sum(name.endswith("ff.net.2") for name, _ in unet.named_modules())
+    slim = surgery.perform(unet, layout, models.binary_mask(layout))
+    for name, module in slim.named_modules():
+        if name.endswith("ff.net.2"):
+            assert module.in_features == 4 * module.out_features
+
+
+def test_sdxls_first_level_takes_only_widths_that_keep_the_frequency_shift(models):
+    unet = models.build_condition("sdxl")
+    assert legal_widths(unet)[0] == [8, 16]  # every second frequency
+    assert legal_widths(models.build_condition("sd2"))[0] == [8, 16]  # heads of 8
+    assert legal_widths(models.build_condition("sd1"))[0] == [4, 8, 12, 16]  # 4 heads, any size
+    unet, _, layout = prepared(models, "sdxl")
+    assert surgery.slim_config(unet, layout)["freq_shift"] == unet.config.freq_shift
+
+
+def test_chosen_widths_keep_what_was_asked(models):
+    unet = models.build_condition("sdxl")
+    groups = find_groups(unet)
+    widths = choose_widths(unet, groups, 0.5)
+    layout = build_layout(unet, groups, widths)
+    slim = surgery.perform(unet, layout, models.binary_mask(layout))
+    assert 0.47 <= unet_cost(slim).macs / unet_cost(unet).macs <= 0.5
+    assert dense_widths(slim) == widths
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D")},
+            "has SimpleCrossAttnDownBlock2D",
+        ),
+        ({"attention_type": "gated"}, "attention_type"),
+        ({"encoder_hid_dim": 6}, "encoder_hid_dim_type"),
+        ({"dual_cross_attention": True}, "dual_cross_attention"),
+        ({"attention_head_dim": 3}, "attention_head_dim=3"),
+        ({"sample_size": None}, "sample_size"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(models, changes, message):
+    with pytest.raises(ValueError, match=message):
+        find_groups(models.build_condition("sd1", **changes))

@@ -1,0 +1,142 @@
+"""The command on several processes: started by any launcher, killed, gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+COMMAND = (sys.executable, "-P", "-m", "compress.cli")
+RECIPE = """
+model: builtin:ddpm-digits
+data: builtin:digits
+method: {name: gradflow, steps: 8, update_every: 2, criterion_every: 2, max_move: 0.7}
+recover: {steps: 6, batch: 4}
+train: {save_every: 2}
+evaluate: {samples: 260, steps: 2, sampling_seeds: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "short.yaml").write_text(RECIPE)
+    return folder
+
+
+def environment(place, name):
+    # of its own, so that the dense model's samples are drawn and not found
+    cache = {"COMPRESS_CACHE": str(place / f"cache-{name}"), "PYTHONSAFEPATH": "1"}
+    return os.environ | cache | {"OMP_NUM_THREADS": "1"}
+
+
+def compress(place, name, *options, through=COMMAND):
+    return subprocess.run(
+        [*through, "run", "short.yaml", "--output", name, *options],
+        cwd=place,
+        env=environment(place, name),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    done = compress(place, "alone")
+    assert done.returncode == 0, done.stderr
+    return place / "alone"
+
+
+def same(one: Path, other: Path) -> None:
+    traces = [load_file(folder / "trace.safetensors")["masks"] for folder in (one, other)]
+    assert torch.equal(traces[0][-1], traces[1][-1])
+    assert (traces[0] - traces[1]).abs().max() <= 1e-5
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (one, other)]
+    found = [[r["loss"] for r in map(json.loads, rows) if "loss" in r] for rows in logs]
+    assert len(found[0]) == 14
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    samples = [load_file(folder / "samples.safetensors")["dense"] for folder in (one, other)]
+    assert torch.equal(*samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["processes", "torchrun", "accelerate"])
+def test_every_launcher_gives_the_run_of_one_process(place, alone, way):
+    module = ("-m", "compress.cli")
+    launchers = {
+        "processes": COMMAND,
+        "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *module),
+        "accelerate": (
+            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+            *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
+            *("--main_process_port=0", *module),
+        ),
+    }
+    through = launchers[way] if way == "processes" else (sys.executable, "-P", *launchers[way])
+    options = ("--processes", "2", "--json") if way == "processes" else ("--json",)
+    done = compress(place, way, *options, through=through)
+    assert done.returncode == 0, done.stderr
+    # one process prints
+    assert json.loads(done.stdout)["run"]["processes"] == 2
+    assert done.stderr.count("flow  8/8") == done.stderr.count("checkpoint in") == 1
+    same(alone, place / way)
+
+
+def child_of(launcher: int, rank: int) -> int:
+    found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    for line in found.splitlines()[1:]:
+        child, parent = map(int, line.split())
+        if parent == launcher:
+            names = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in names:
+                return child
+    raise LookupError(f"no process with rank {rank} under {launcher}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "at", "rank", "again"),
+    [("flow", "5/8", 1, 1), ("recover", "3/6", 0, 4), ("evaluate", "3/12", 1, 2)],
+)
+def test_a_killed_process_ends_the_job_which_goes_on(place, alone, stage, at, rank, again):
+    name = f"killed in {stage}".replace(" ", "-")
+    command = [*COMMAND, "run", "short.yaml", "--output", name, "--processes", "2"]
+    said, killed = [], False
+    with subprocess.Popen(
+        command,
+        cwd=place,
+        env=environment(place, name),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stderr:
+            said.append(line)
+            if not killed and line.startswith(f"{stage}  {at}"):
+                os.kill(child_of(process.pid, rank), signal.SIGKILL)
+                killed = True
+    assert process.returncode == 1 and killed, said
+    assert f"error: process {rank} of 2 was killed by SIGKILL" in said[-1]
+    again_with = f"compress run short.yaml --processes 2 --output {name} --resume"
+    assert f"go on with: {again_with}" in said[-1]
+    assert not any("Traceback" in line for line in said)
+    done = compress(place, name, "--processes", str(again), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "flow  1/8" not in done.stderr
+    same(alone, place / name)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_everywhere_is_said_once(place):
+    done = compress(place, "wrong", "--set", "data=folder:nowhere", "--processes", "2")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 2 and "nowhere, which does not exist" in errors[0], done.stderr
+    assert errors[1] == "error: process 0 of 2 failed; all have ended"
+    assert not (place / "wrong").exists()
