@@ -309,7 +309,10 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
     found = {}
     try:
         model.cuda()
-        inputs = inputs.to("cuda")
+        inputs = {
+            name: part.cuda() if isinstance(part, torch.Tensor) else part
+            for name, part in inputs.items()
+        }
         for backend in ("torch", "triton"):
             monkeypatch.setenv("COMPRESS_KERNELS", backend)
             with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
