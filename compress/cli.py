@@ -431,8 +431,8 @@ def tables(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="All when none is named: diffusion's main, ablation, attempts and allocation; readers, bench, "
-            "rtprune, fastocr, and fastocr_periphery and fastocr_deepseek.",
+            help="All when none is named: diffusion's main, ablation, attempts and allocation; "
+            "readers, bench, rtprune, fastocr, and fastocr_periphery and fastocr_deepseek.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
