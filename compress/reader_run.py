@@ -327,6 +327,11 @@ def _measured(
             kept = ocr.accuracy_retention(pages, read[variant.name], read["dense"], recipe.seed)
             row["accuracy_retention"] = asdict(kept)
         rows.append(row)
+    if off := rows[1].get("switched_off"):
+        warnings.append(
+            f"fastocr switched itself off on {off} pages, which have too few visual tokens for "
+            "it to be faster on this device; min_visual: 0 keeps it on"
+        )
     if pages:
         one = Value(1.0, "by definition", len(pages))
         kept = Value(**rows[1]["accuracy_retention"])
@@ -353,7 +358,7 @@ def counted(predictions: Sequence[ocr.Prediction]) -> dict[str, Any]:
     ``tokens_kept``, of RTPrune: share of the visual tokens, newlines included, that reach the
     decoder; ``attended``, of FastOCR: share of the visual tokens that a layer attends to in a
     decode step, mean over layers and steps, and ``attended_by_layer``; ``saccades``: share of the
-    steps that the guard opened.
+    steps that the guard opened; ``switched_off``: pages that it left to dense attention, if any.
     """
     facts = [p.facts for p in predictions if p.facts]
     found: dict[str, Any] = {}
@@ -370,6 +375,8 @@ def counted(predictions: Sequence[ocr.Prediction]) -> dict[str, Any]:
         ]
         layers = found["attended_by_layer"]
         found["attended"] = sum(layers) / len(layers)
+        if off := sum(c.get("switched_off", 0) for c in counts):
+            found["switched_off"] = off
         steps = [c["steps"] for c in counts]
         found["saccades"] = sum(
             c["saccades"] * n for c, n in zip(counts, steps, strict=True)

@@ -15,15 +15,17 @@ offsets on the model).
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers.generation import GenerationMode
 
 from compress.fastocr.attention import NAME, REQUEST, register
+from compress.fastocr.crossover import crossover, read_table
 from compress.fastocr.state import Counts, Gaze, Pages, Request
 from compress.models.visual import (
     ADAPTERS,
@@ -35,7 +37,10 @@ from compress.models.visual import (
 
 OpenGaze = Callable[[Pages, int], Gaze]
 Prompt = tuple[Sequence[VisualLayout], int]
+MinVisual = Literal["auto"] | int
 LAYERS_READ = {"full_attention", "reference_sliding_attention"}  # the prompt stays in their cache
+
+_logger = logging.getLogger(__name__)
 
 
 def decoder(model: Any) -> Any:
@@ -86,10 +91,13 @@ def _prompt(model: Any, inputs: dict[str, Any]) -> Prompt | None:
 class Handle:
     """What an attached method has done so far."""
 
-    def __init__(self, model: Any, text: Any, open_gaze: OpenGaze) -> None:
+    def __init__(self, model: Any, text: Any, open_gaze: OpenGaze, min_visual: MinVisual) -> None:
         self.model = model
         self.text = text
         self.open_gaze = open_gaze
+        self.min_visual = min_visual
+        self.table = read_table() if min_visual == "auto" else {}
+        self.said: set[str] = set()
         self.counts = Counts(len(text.layers))
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         # of the prompt about to be read: what the model was called with, or its layouts and length
@@ -149,7 +157,8 @@ class Handle:
                 "call, and use greedy search or sampling"
             )
         request.start_step()
-        kwargs[REQUEST] = request
+        if not request.off:
+            kwargs[REQUEST] = request
         return args, kwargs
 
     def after_text(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -171,7 +180,29 @@ class Handle:
             )
         pages = Pages.of(layouts, length, output.last_hidden_state.device)
         gaze = self.open_gaze(pages, len(self.text.layers))
-        self.requests[cache] = Request(pages, gaze, self.counts)
+        off = self._off(max(pages.counts), pages.rows.device)
+        self.requests[cache] = Request(pages, gaze, self.counts, off)
+
+    def _off(self, visual: int, device: torch.device) -> bool:
+        """Whether a request is better off with dense attention; says once why."""
+        least, why = self.min_visual, "min_visual"
+        if least == "auto":
+            least, why = crossover(device, self.table)
+            if why not in self.said and not least:
+                self.said.add(why)
+                _logger.info("fastocr stays on whatever the number of visual tokens: %s", why)
+        if not 0 < visual < least:
+            return False
+        if "off" not in self.said:
+            self.said.add("off")
+            _logger.warning(
+                "fastocr switched itself off: %d visual tokens, and below %d dense decoding is "
+                "faster (%s); min_visual=0 keeps it on",
+                visual,
+                least,
+                why,
+            )
+        return True
 
 
 def _length(cache: Any) -> int:
@@ -179,13 +210,14 @@ def _length(cache: Any) -> int:
 
 
 @contextmanager
-def attached(model: Any, open_gaze: OpenGaze) -> Iterator[Handle]:
+def attached(model: Any, open_gaze: OpenGaze, min_visual: MinVisual = 0) -> Iterator[Handle]:
     """Let the decode steps of ``model`` look as gazes say, until the context is left.
 
     Parameters
     ----------
     model : a vision-language model of transformers.
     open_gaze : (pages, number of layers) to the gaze of a new request.
+    min_visual : visual tokens below which a request is decoded densely; "auto" looks them up.
 
     Raises
     ------
@@ -199,7 +231,7 @@ def attached(model: Any, open_gaze: OpenGaze) -> Iterator[Handle]:
             "leave that context first, or copy the model"
         )
     register()
-    handle = Handle(model, text, open_gaze)
+    handle = Handle(model, text, open_gaze, min_visual)
     with ExitStack() as stack:
         for config in configs:
             stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)

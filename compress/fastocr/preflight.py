@@ -23,7 +23,7 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
     ValueError : with a sentence that says what is missing.
     """
     before = _logits(model, inputs)
-    with FastOCR(keep_visual=1.0, focal_layers=(0,)).attach(model) as handle:
+    with FastOCR(keep_visual=1.0, focal_layers=(0,), min_visual=0).attach(model) as handle:
         after = _logits(model, inputs)
         facts = handle.facts()
     kind = model.config.model_type

@@ -14,6 +14,7 @@ from compress.rtprune.method import RTPrune
 from compress.rtprune.ratio import distinctness, keep_fraction
 from compress.rtprune.selection import drop_adjacent_newlines, left_over, select
 from compress.rtprune.transport import merge, nearest_plan, similarity, transport_plans
+from compress.stages import stage
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def prune_pages(
         for plan, page, f, words in zip(plans, pages, features, instructions, strict=True)
     ]
     if method.select == "rtprune" and method.merge:
-        chosen = _merged(method, plans, features, chosen)
+        with stage("merge"):
+            chosen = _merged(method, plans, features, chosen)
     return [
         _pruned(plan, page, f, choice)
         for plan, page, f, choice in zip(plans, pages, features, chosen, strict=True)
