@@ -310,7 +310,7 @@ def calibrate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="gradflow, rtprune, fastocr or kernels.")],
+    what: Annotated[str, typer.Argument(help="gradflow, rtprune or fastocr.")],
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -365,7 +365,7 @@ def tables(
         typer.Argument(
             metavar="[NAME]...",
             help="main, ablation, attempts, readers, fastocr, rtprune, bench_gradflow, "
-            "bench_rtprune, bench_fastocr or bench_kernels.",
+            "bench_rtprune or bench_fastocr.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(

@@ -313,8 +313,8 @@ class _FilledLayer(DynamicLayer):
         self.dtype, self.device = key.dtype, key.device
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    def update(  # type: ignore[override]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new token."""
         self.keys[:, :, -1:] = key_states

@@ -218,11 +218,11 @@ def _mark_call(stack: ExitStack, marks: Marks, name: str, owner: Any, method: st
     before: Callable[..., Any] = getattr(owner, method)
 
     @functools.wraps(before)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def _call(*args: Any, **kwargs: Any) -> Any:
         with marks.span(name):
             return before(*args, **kwargs)
 
-    setattr(owner, method, call)
+    setattr(owner, method, _call)
     stack.callback(delattr, owner, method)
 
 

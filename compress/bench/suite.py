@@ -18,7 +18,6 @@ BENCHES = {
     "gradflow": "UNetShape",
     "rtprune": "PrefillShape",
     "fastocr": "DecodeShape",
-    "kernels": "KernelShape",
 }
 
 

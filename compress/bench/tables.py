@@ -7,7 +7,7 @@ from compress.bench.fastocr import crossovers
 from compress.bench.rows import Row
 
 CEILINGS = ("copy", "matrix")
-TABLES = ("bench_gradflow", "bench_rtprune", "bench_fastocr", "bench_kernels")
+TABLES = ("bench_gradflow", "bench_rtprune", "bench_fastocr")
 
 
 def describe(row: Row) -> tuple[str, str, str, str]:
@@ -58,7 +58,6 @@ def render_bench(table: str, rows: Sequence[Row], file: str) -> str:
         "bench_gradflow": _gradflow,
         "bench_rtprune": _rtprune,
         "bench_fastocr": _fastocr,
-        "bench_kernels": _kernels,
     }[table](measured)
     notes = [
         "Times are ms, median [p20, p80], taking turns.",
@@ -231,33 +230,3 @@ def _crossover(device: str, found: Mapping[str, Any]) -> str:
     if least > most:
         return f"On {device} FastOCR was never faster throughout, up to {most:,} visual tokens."
     return f"On {device} FastOCR is faster from {least:,} visual tokens on."
-
-
-def _kernels(rows: Sequence[Row]) -> str:
-    def of(row: Row) -> str:
-        shape = row["shape"]
-        if row["part"] == "sinkhorn":
-            return f"page of {shape['visual']} tokens, {shape['keep']:.2%} kept"
-        return f"{shape['model']}, {shape['dtype']}, {shape['visual']:,} visual tokens"
-
-    def other(row: Row) -> str:
-        return ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row["ways"].items()) or "–"
-
-    return _markdown(
-        rows,
-        {
-            "device": _where,
-            "kernel": lambda row: f"`{row['part']}`",
-            "of": of,
-            "batch": lambda row: str(row["shape"]["batch"]),
-            "way": lambda row: row["ours"],
-            "time": lambda row: interval(row["ms"][row["ours"]]),
-            "MB": lambda row: f"{row['bytes'] / 1e6:.3g}",
-            "GB/s": lambda row: f"{row['gb_per_s'][row['ours']]:.3g}",
-            "of copying": lambda row: f"{row['share_of_copy'][row['ours']]:.1%}",
-            "others take": other,
-            "costliest operators": _profile,
-        },
-        "One call of one layer, or all pages of a batch; MB are the bytes that it cannot do "
-        "without. Off a GPU plain torch, or POT, stands in for each kernel.",
-    )
