@@ -378,51 +378,52 @@ def calibrate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="fastocr: the attention of a decode step.")],
-    tokens: Annotated[str, typer.Option(help="Visual tokens, separated by commas.")] = (
-        "2048,8192,32768"
-    ),
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=6, help="Timed steps of each way.")] = 15,
+    what: Annotated[str, typer.Argument(help="gradflow, rtprune or fastocr.")],
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="KEY=VALUE,...",
+            help="Sizes to time, such as visual=4096,batch=8; may be repeated.",
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each way.")] = 15,
+    clock: Annotated[
+        str, typer.Option(help="wall, or cpu: for one thread on a machine that others use too.")
+    ] = "wall",
     results: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    crossover: Annotated[
+        Path | None,
+        typer.Option(help="fastocr: write from how many visual tokens on it is faster."),
+    ] = None,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
     """Time a method against the best dense way, in one run."""
-    if what != "fastocr":
-        raise ValueError(f"expected fastocr; got {what}; there is no other benchmark yet")
-    if not all(part.strip().isdigit() for part in tokens.split(",")):
-        raise ValueError(f"--tokens should be numbers such as 2048,8192; got {tokens!r}")
     _check_versions()
-    from compress.bench import bench_fastocr
+    _quieten()
+    from compress.bench.suite import bench as rows_of
+    from compress.bench.tables import describe
 
-    rows = []
-    for row in bench_fastocr(
-        [int(part) for part in tokens.split(",")],
-        batch=batch,
-        dtype=dtype,
+    rows, cells = [], []
+    for row in rows_of(
+        what,
+        shapes=shapes or (),
         repeats=repeats,
-        results=results,
+        clock=clock,
         device=device,
+        results=results,
+        crossover=crossover,
     ):
         rows.append(row)
-        _say(f"{row['shape']['visual']} visual tokens: {row['speedup']:.2f}x")
-    header = ("visual tokens", "sdpa ms", "matmul ms", "fastocr ms", "speed-up", "of the bound")
-    cells = [
-        (
-            str(row["shape"]["visual"]),
-            *(
-                f"{row['ms'][way]['median']:.2f} [{row['ms'][way]['p20']:.2f}, "
-                f"{row['ms'][way]['p80']:.2f}]"
-                for way in ("sdpa", "matmul", "fastocr")
-            ),
-            f"{row['speedup']:.2f}x",
-            f"{row['share_of_bound']:.0%} of {row['byte_bound']:.2f}x",
-        )
-        for row in rows
-    ]
+        cells.append(describe(row))
+        _say("  ".join(cells[-1]))
+        if row.get("warning"):
+            _say(f"warning: {row['warning']}")
+    header = ("benchmark", "shape", "median [p20, p80] ms", "found")
     _print(rows, as_json, _table([header, *cells]))
+    if crossover is not None:
+        _say(f"crossover  {crossover}")
 
 
 @app.command()
@@ -432,7 +433,8 @@ def tables(
         typer.Argument(
             metavar="[NAME]...",
             help="All when none is named: diffusion's main, ablation, attempts and allocation; "
-            "readers, bench, rtprune, fastocr, and fastocr_periphery and fastocr_deepseek.",
+            "readers, rtprune, fastocr, fastocr_periphery and fastocr_deepseek; bench_gradflow, "
+            "bench_rtprune and bench_fastocr.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(

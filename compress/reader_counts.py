@@ -27,7 +27,7 @@ def counted(predictions: Sequence[Prediction]) -> dict[str, Any]:
     ``tokens_kept``, of RTPrune: share of the visual tokens, newlines included, that reach the
     decoder; ``attended``, of FastOCR: share of the visual tokens that a layer attends to in a
     decode step, mean over layers and steps, and ``attended_by_layer``; ``saccades``: share of the
-    steps that the guard opened.
+    steps that the guard opened; ``switched_off``: pages that it left to dense attention, if any.
     """
     facts = [p.facts for p in predictions if p.facts]
     found: dict[str, Any] = {}
@@ -44,6 +44,8 @@ def counted(predictions: Sequence[Prediction]) -> dict[str, Any]:
         ]
         layers = found["attended_by_layer"]
         found["attended"] = sum(layers) / len(layers)
+        if off := sum(c.get("switched_off", 0) for c in counts):
+            found["switched_off"] = off
         steps = [c["steps"] for c in counts]
         found["saccades"] = sum(
             c["saccades"] * n for c, n in zip(counts, steps, strict=True)

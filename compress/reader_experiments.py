@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
-from compress.bench import DecodeShape, decode_attention
+from compress.bench.suite import bench
+from compress.bench.tables import TABLES as BENCHES
+from compress.bench.tables import describe, render_bench
 from compress.eval import tables
 from compress.experiments import commit
 from compress.files import folder_hash, read_json, write_text
@@ -48,10 +50,9 @@ COLUMNS = {
     "loop_rate": "loops",
     "cer_corpus_unseen_font": "CER, unseen font",
 }
-NAMES = ("readers", *RECIPES, "bench")
-FILES = {"readers": "readers.jsonl", "bench": "bench_fastocr.jsonl"}
+NAMES = ("readers", *RECIPES, *BENCHES)
+FILES = {"readers": "readers.jsonl", **{name: f"{name}.jsonl" for name in BENCHES}}
 UNKNOWN = "unknown"  # of rows from before they named the weights
-BENCH_TOKENS = (2048, 8192, 32768)
 
 
 def results_file(results: Path, name: str) -> Path:
@@ -79,13 +80,10 @@ def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
         yield from _evaluate_missing(path, runs)
         return
     rows = tables.read_rows(path)
-    if name == "bench":
-        if rows:
-            return
-        shapes = [DecodeShape(tokens) for tokens in BENCH_TOKENS]
-        for row in decode_attention(shapes):
-            tables.append_row(path, row)
-            yield f"bench: {row['shape']['visual']} visual tokens, {row['speedup']:.2f}x"
+    if name in BENCHES:
+        if not rows:
+            for row in bench(name.removeprefix("bench_"), results=path):
+                yield "  ".join(describe(row))
         return
     model = load_recipe(RECIPES[name]).model
     if model.removeprefix("builtin:") not in builtin_readers():
@@ -200,37 +198,6 @@ def _render_readers(rows: Sequence[dict[str, Any]], file: str) -> str:
     return "\n".join(lines) + f"\n\n{note}"
 
 
-def _render_bench(rows: Sequence[dict[str, Any]], file: str) -> str:
-    ways = {"sdpa": "dense, SDPA", "matmul": "dense, two products", "fastocr": "fastocr"}
-    lines = [
-        "| device | batch | visual tokens | "
-        + " | ".join(f"{way} (ms)" for way in ways.values())
-        + " | speed-up | possible |",
-        f"|{'---|' * 8}",
-    ]
-    for row in rows:
-        times = [
-            f"{row['ms'][way]['median']:.1f} [{row['ms'][way]['p20']:.1f}, "
-            f"{row['ms'][way]['p80']:.1f}]"
-            for way in ways
-        ]
-        lines.append(
-            f"| {row['device']}, {row['threads']} thread(s) | {row['shape']['batch']} | "
-            f"{row['shape']['visual']:,} | {' | '.join(times)} | {row['speedup']:.2f}x | "
-            f"{row['byte_bound']:.2f}x |"
-        )
-    shape = rows[0]["shape"]
-    note = (
-        f"Attention of one decode step through {shape['layers']} layers of {shape['heads']} heads "
-        f"({shape['kv_heads']} of keys, size {shape['dim']}), {shape['dtype']}, "
-        f"{shape['keep_visual']:.0%} of the visual tokens kept, the method's own work included; "
-        "median [p20, p80], taking turns. The speed-up is over the faster dense way; possible is "
-        "the ratio of the cached bytes that must be read. Made by `compress tables bench --update "
-        f"README.md`; rows in `eval/results/{file}`."
-    )
-    return "\n".join(lines) + f"\n\n{note}"
-
-
 def render_table(name: str, results: Path) -> str:
     """A table in Markdown from its rows."""
     path = results_file(results, name)
@@ -239,8 +206,8 @@ def render_table(name: str, results: Path) -> str:
         return f"*No rows yet: run `compress tables {name}`.*"
     if name == "readers":
         return _render_readers(rows, path.name)
-    if name == "bench":
-        return _render_bench(rows, path.name)
+    if name in BENCHES:
+        return render_bench(name, rows, path.name)
     dense, others = rows[0], rows[1:]
     lines = ["| method | keep | used | accuracy retention | CER |", "|---|---|---|---|---|"]
     for row in sorted(others, key=lambda r: (series_name(r), -(used_share(r) or 0))):

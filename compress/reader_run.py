@@ -348,6 +348,11 @@ def _measured(
         if one.accuracy is not None and not warnings:
             row["accuracy_retention"] = asdict(retention(one.accuracy, dense.accuracy))
         rows.append(row)
+    if off := rows[1].get("switched_off"):
+        warnings.append(
+            f"fastocr switched itself off on {off} pages, which have too few visual tokens for "
+            "it to be faster on this device; min_visual: 0 keeps it on"
+        )
     return {
         "metrics": _side_by_side(rows[0], rows[1], len(data.pages)),
         "accuracy": dense.accuracy.name,

@@ -2,8 +2,9 @@
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,6 @@ def summarise(milliseconds: list[float]) -> Latency:
     return Latency(p20, median, p80, low, high, len(times))
 
 
-@torch.no_grad()
 def latency(
     models: Mapping[str, nn.Module],
     inputs: Mapping[str, Any],
@@ -78,29 +78,48 @@ def latency(
     -------
     dict : name -> `Latency`.
     """
+    ways = {name: partial(model, **inputs) for name, model in models.items()}
+    return taking_turns(ways, device, repeats=repeats, warmup=warmup)
+
+
+@torch.no_grad()
+def taking_turns(
+    ways: Mapping[str, Callable[[], Any]],
+    device: str | torch.device,
+    *,
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Latency]:
+    """Time some ways of doing a thing, A B A B; see :func:`latency`.
+
+    Parameters
+    ----------
+    clock : seconds, on a CPU.
+    """
     device = torch.device(device)
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1; got repeats={repeats}; raise it")
     for _ in range(warmup):
-        for model in models.values():
-            model(**inputs)
-    times: dict[str, list[float]] = {name: [] for name in models}
+        for way in ways.values():
+            way()
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
-        for name, model in models.items():
-            times[name].append(_once(model, inputs, device))
+        for name, way in ways.items():
+            times[name].append(_once(way, device, clock))
     return {name: summarise(values) for name, values in times.items()}
 
 
-def _once(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> float:
+def _once(way: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
-        model(**inputs)
-        return (time.perf_counter() - start) * 1e3
+        start = clock()
+        way()
+        return (clock() - start) * 1e3
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        model(**inputs)
+        way()
         end.record()
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end))

@@ -57,6 +57,16 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("COMPRESS_CACHE", str(base))
 
 
+@pytest.fixture(autouse=True)
+def _no_crossovers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # tiny models have few visual tokens: FastOCR shall do what it does, however slow
+    table = tmp_path_factory.getbasetemp() / "no-crossovers.json"
+    table.write_text("{}")
+    monkeypatch.setenv("COMPRESS_CROSSOVERS", str(table))
+
+
 def _builders(name: str):
     """A module of tests/; a plain import would need tests/ on the path."""
     from importlib.util import module_from_spec, spec_from_file_location

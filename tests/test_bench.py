@@ -1,48 +1,157 @@
-"""The benchmark runs what it says: counted work and bounds, never times."""
+"""The benchmarks run what they say: counted work, bounds and rows, never times."""
 
 import json
 
 import pytest
 from typer.testing import CliRunner
 
-from compress.bench import DecodeShape, decode_attention
+from compress.bench.fastocr import DecodeShape, crossovers, end_to_end_bound
+from compress.bench.gradflow import warning
+from compress.bench.rows import parse_shapes
+from compress.bench.rtprune import derived, parts
+from compress.bench.timing import Bench
 from compress.cli import app
+from compress.eval.latency import summarise
+
+COMMON = {"bench", "part", "shape", "ms", "device", "clock", "threads", "seed", "versions", "date"}
 
 
 def test_the_byte_bound_is_what_must_be_read():
-    shape = DecodeShape(1000, text=100, layers=7, keep_visual=0.1)
-    assert shape.focal == 1
-    assert shape.byte_bound == pytest.approx(7 * 1100 / (1100 + 6 * 200))
+    shape = DecodeShape(model="tiny", visual=1000, text=100, keep_visual=0.1)
+    assert len(shape.focal) == 1 and shape.built_layers == 8
+    # 8 layers of 2 key heads of 16 numbers, key and value, of 4 bytes
+    assert shape.cached_bytes(sparse=False) == 8 * 1100 * 2 * 2 * 16 * 4
+    assert shape.byte_bound == pytest.approx(8 * 1100 / (1100 + 7 * 200))
     # arXiv 2605.17447's setting: 4 focal layers of 28 and 5% at 16k tokens
-    assert DecodeShape(16_384, text=0).byte_bound == pytest.approx(5.38, abs=0.01)
+    assert DecodeShape(visual=16_384, text=1).byte_bound == pytest.approx(5.38, abs=0.01)
 
 
-def test_a_row_has_every_way_and_where_it_was_measured():
-    shape = DecodeShape(64, text=8, layers=8, heads=4, kv_heads=2, dim=16)
-    [row] = decode_attention([shape], repeats=6, device="cpu")
-    assert set(row["ms"]) == {"sdpa", "matmul", "fastocr"}
-    for way in row["ms"].values():
-        assert 0 < way["p20"] <= way["median"] <= way["p80"] and way["n"] == 6
-    dense = min(row["ms"]["sdpa"]["median"], row["ms"]["matmul"]["median"])
-    assert row["speedup"] == pytest.approx(dense / row["ms"]["fastocr"]["median"])
-    assert row["share_of_bound"] == pytest.approx(row["speedup"] / row["byte_bound"])
-    assert row["device"] == "cpu" and row["versions"]["torch"]
+def test_end_to_end_the_weights_are_read_as_well():
+    shape = DecodeShape(model="tiny", visual=1000, text=100, keep_visual=0.1)
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96
+    weights = 4 * (8 * layer + 64 * 64)
+    row = 2 * 2 * 16 * 4
+    dense, sparse = weights + 8 * 1100 * row, weights + (1100 + 7 * 200) * row
+    assert end_to_end_bound(shape) == pytest.approx(dense / sparse)
 
 
-def test_the_command_appends_rows(tmp_path, monkeypatch):
-    from compress import bench
+def test_the_parts_of_a_prefill_are_disjoint_and_lacking_layers_count():
+    spans = {
+        "vision": 10.0,
+        "selection": 5.0,
+        "merge": 2.0,
+        "language_model": 20.0,
+        "last_layer": 4.0,
+        "prefill": 40.0,
+    }
+    found = parts(spans, lacking=3)
+    assert found == {
+        "vision": 10.0,
+        "selection": 3.0,
+        "merge": 2.0,
+        "language_model": 32.0,
+        "other": 5.0,
+        "prefill": 52.0,
+    }
 
-    small = DecodeShape(16, text=4, layers=8, heads=4, kv_heads=2, dim=16)
-    monkeypatch.setattr(bench, "DecodeShape", lambda tokens, batch, dtype: small)
+
+def test_ratios_of_a_prefill_by_hand():
+    dense = {"vision": 10.0, "language_model": 80.0, "prefill": 100.0}
+    ours = {"language_model": 75.0, "selection": 3.0, "merge": 1.0, "prefill": 99.0}
+    stages = {
+        name: {part: summarise([ms]) for part, ms in side.items()}
+        for name, side in (("dense", dense), ("rtprune", ours))
+    }
+    found = derived(stages, {"dense": 120, "rtprune": 100})
+    assert found["ratio"] == pytest.approx(80 / 75)
+    assert found["bound"] == pytest.approx(1.2)
+    assert found["share_of_bound"] == pytest.approx(80 / 75 / 1.2)
+    assert found["end_to_end"] == pytest.approx(100 / 99)
+    assert found["end_to_end_bound"] == pytest.approx(100 / (20 + 80 / 1.2))
+    assert found["overhead"] == pytest.approx(4 / 99)
+
+
+def _measured(visual, ratio, batch=1, device="cpu", part="end_to_end"):
+    shape = {"visual": visual, "batch": batch, "model": "tiny"}
+    return {"part": part, "device": device, "shape": shape, "ratio": ratio, "date": "2026-01-01"}
+
+
+def test_the_crossover_is_where_everything_above_is_faster():
+    rows = [
+        _measured(256, 1.1),
+        _measured(1024, 0.9),
+        _measured(4096, 1.2),
+        _measured(4096, 0.99, batch=8),
+        _measured(16384, 1.5),
+        _measured(16384, 1.5, batch=8),
+        _measured(65536, 0.5, part="attention"),
+        _measured(256, 1.01, device="a GPU"),
+        _measured(512, 0.9, device="slow"),
+    ]
+    found = crossovers(rows)
+    assert found["cpu"]["min_visual"] == 16384
+    assert found["cpu"]["measured"] == [256, 1024, 4096, 16384]
+    assert found["a GPU"]["min_visual"] == 256
+    assert found["slow"]["min_visual"] == 513  # beyond it nobody knows
+
+
+def test_a_warning_says_when_macs_fall_and_time_does_not():
+    assert warning(1.7, 2.0) is None
+    assert "fell less" in warning(1.5, 2.0)
+    assert "did not fall" in warning(1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("visual", "such as visual=4096,batch=8"),
+        ("visual=1,visual=2", "each key once"),
+        ("visual=many", "visual: .*got 'many'"),
+        ("visual=0", "visual: .*got '0'"),
+        ("tokens=5", "tokens is none of part, model, visual"),
+        ("model=gpt", "model: .*got 'gpt'"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse_shapes([text], DecodeShape)
+
+
+def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
+    assert Bench("cpu", 3, "cpu").now() >= 0
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    with pytest.raises(ValueError, match="OMP_NUM_THREADS=1"):
+        Bench("cpu", 3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "ways"),
+    [
+        ("gradflow", ["model=ddpm-digits"], [{"dense", "slim"}]),
+        ("rtprune", ["model=reader-deepseek,text=3"], [{"dense", "rtprune"}]),
+        (
+            "fastocr",
+            ["model=tiny,visual=64,text=8", "part=end_to_end,model=tiny,visual=64,layers=4"],
+            [{"sdpa", "matmul", "fastocr"}, {"sdpa", "matmul", "fastocr", "head"}],
+        ),
+    ],
+)
+def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path):
     results = tmp_path / "bench.jsonl"
-    asked = ["bench", "fastocr", "--tokens", "16", "--repeats", "6", "--device", "cpu"]
-    found = CliRunner().invoke(app, [*asked, "--results", str(results)])
+    asked = ["bench", name, "--repeats", "1", "--device", "cpu", "--results", str(results)]
+    for shape in shapes:
+        asked += ["--shape", shape]
+    found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
-    assert "speed-up" in found.stdout
-    assert json.loads(results.read_text())["shape"]["visual"] == 16
-    for wrong, said in (
-        (["bench", "sleep"], "no other"),
-        ([*asked[:2], "--tokens", "a"], "numbers"),
-    ):
-        refused = CliRunner().invoke(app, wrong)
-        assert refused.exit_code == 2 and said in refused.stderr
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["part"] for row in rows[:2]] == ["copy", "matrix"]
+    assert all(set(row) >= COMMON and row["bench"] == name for row in rows)
+    for row, expected in zip(rows[2:], ways, strict=True):
+        assert set(row["ms"]) == expected
+        assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"])
+        assert row["versions"]["torch"] and row["device"] == "cpu"
+
+
+def test_a_benchmark_that_does_not_exist_is_refused():
+    refused = CliRunner().invoke(app, ["bench", "sleep"])
+    assert refused.exit_code == 2 and "gradflow, rtprune, fastocr" in refused.stderr

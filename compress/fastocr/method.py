@@ -49,6 +49,9 @@ class FastOCR:
     periphery : summary tokens per key head by which a layer sees what it does not attend to, each
         the mean of visual tokens that are alike and weighted by their number; see
         :mod:`compress.fastocr.periphery`. Counted as attended. Ours; 0 is the paper.
+    min_visual : a batch none of whose sequences has as many visual tokens is decoded densely: few
+        tokens cost less than choosing among them. "auto" is what ``compress bench fastocr``
+        measured on the device, 0 where nobody did; 0 never switches off. Ours.
     warmup : dense first steps where ``focal_layers`` is "auto".
     fixation : "dynamic" is the method. The others fix what a layer attends to for the whole
         answer, at the same mean number of attended tokens, without focal layers: "static" is each
@@ -64,6 +67,7 @@ class FastOCR:
     min_mass: Annotated[float, Field(ge=0, lt=1)] = 0.0
     reuse: bool = True
     periphery: Annotated[int, Field(ge=0)] = 0
+    min_visual: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     warmup: Annotated[int, Field(ge=2)] = 8
     fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"
     seed: int = 0
@@ -97,7 +101,7 @@ class FastOCR:
                 f"{list(self.focal_layers)}; calibrate on this model"
             )
         tried = model.config.model_type in ADAPTERS
-        return attached(model, self.open_gaze, None if tried else preflight)
+        return attached(model, self.open_gaze, None if tried else preflight, self.min_visual)
 
     def open_gaze(self, pages: Pages, layers: int) -> Gaze:
         """The gaze of a new request, on a model of so many layers."""

@@ -17,15 +17,17 @@ an image, or is refused: meanwhile the hooks sleep.
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers.generation import GenerationMode
 
 from compress.fastocr.attention import NAME, REQUEST, register
+from compress.fastocr.crossover import crossover, read_table
 from compress.fastocr.state import Counts, Gaze, Pages, Request
 from compress.models.visual import (
     ADAPTERS,
@@ -38,7 +40,10 @@ from compress.models.visual import (
 OpenGaze = Callable[[Pages, int], Gaze]
 Prompt = tuple[Sequence[VisualLayout], int]
 Preflight = Callable[[Any, Mapping[str, Any]], None]  # of a model and a prompt
+MinVisual = Literal["auto"] | int
 LAYERS_READ = {"full_attention", "reference_sliding_attention"}  # the prompt stays in their cache
+
+_logger = logging.getLogger(__name__)
 
 
 def decoder(model: Any) -> Any:
@@ -90,7 +95,12 @@ class Handle:
     """What an attached method has done so far."""
 
     def __init__(
-        self, model: Any, text: Any, open_gaze: OpenGaze, preflight: Preflight | None
+        self,
+        model: Any,
+        text: Any,
+        open_gaze: OpenGaze,
+        preflight: Preflight | None,
+        min_visual: MinVisual,
     ) -> None:
         self.model = model
         self.text = text
@@ -98,6 +108,9 @@ class Handle:
         self.preflight = preflight  # None when it is passed, or not needed
         self.asleep = False
         self.implementations = [(c, c._attn_implementation) for c in _configs(model, text)]
+        self.min_visual = min_visual
+        self.table = read_table() if min_visual == "auto" else {}
+        self.said: set[str] = set()
         self.counts = Counts(len(text.layers))
         self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()
         # of the prompt about to be read: what the model was called with, or its layouts and length
@@ -172,7 +185,8 @@ class Handle:
                 "call, and use greedy search or sampling"
             )
         request.start_step()
-        kwargs[REQUEST] = request
+        if not request.off:
+            kwargs[REQUEST] = request
         return args, kwargs
 
     def after_text(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -202,7 +216,29 @@ class Handle:
                 "instead; generate once before a loop of your own"
             )
         gaze = self.open_gaze(pages, len(self.text.layers))
-        self.requests[cache] = Request(pages, gaze, self.counts)
+        off = self._off(max(pages.counts), pages.rows.device)
+        self.requests[cache] = Request(pages, gaze, self.counts, off)
+
+    def _off(self, visual: int, device: torch.device) -> bool:
+        """Whether a request is better off with dense attention; says once why."""
+        least, why = self.min_visual, "min_visual"
+        if least == "auto":
+            least, why = crossover(device, self.table)
+            if why not in self.said and not least:
+                self.said.add(why)
+                _logger.info("fastocr stays on whatever the number of visual tokens: %s", why)
+        if not 0 < visual < least:
+            return False
+        if "off" not in self.said:
+            self.said.add("off")
+            _logger.warning(
+                "fastocr switched itself off: %d visual tokens, and below %d dense decoding is "
+                "faster (%s); min_visual=0 keeps it on",
+                visual,
+                least,
+                why,
+            )
+        return True
 
 
 def _length(cache: Any) -> int:
@@ -229,7 +265,10 @@ def _has_image(model: Any, inputs: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def attached(
-    model: Any, open_gaze: OpenGaze, preflight: Preflight | None = None
+    model: Any,
+    open_gaze: OpenGaze,
+    preflight: Preflight | None = None,
+    min_visual: MinVisual = 0,
 ) -> Iterator[Handle]:
     """Let the decode steps of ``model`` look as gazes say, until the context is left.
 
@@ -239,13 +278,14 @@ def attached(
     open_gaze : (pages, number of layers) to the gaze of a new request.
     preflight : raises ValueError where (model, inputs of generate) do not go; called once, ahead of
         the first answer to a prompt with an image, with the model as it was.
+    min_visual : visual tokens below which a request is decoded densely; "auto" looks them up.
 
     Raises
     ------
     ValueError : when the model lacks something (named), or one is attached already.
     """
     text = decoder(model)
-    handle = Handle(model, text, open_gaze, preflight)
+    handle = Handle(model, text, open_gaze, preflight, min_visual)
     if NAME in [name for _, name in handle.implementations]:
         raise ValueError(
             "FastOCR is attached to this model already, or to one that shares its configuration; "

@@ -86,6 +86,8 @@ class Counts:
     offered : visual tokens in the cache, summed over these.
     attended : per layer, visual tokens and summaries attended to; their sum is over these.
     saccades : of these steps, those in which the guard opened the fixation.
+    dense : visual tokens that every layer attended to in steps of requests that were switched off.
+    switched_off : sequences of such requests.
     """
 
     def __init__(self, layers: int) -> None:
@@ -98,6 +100,8 @@ class Counts:
         self.offered = 0
         self.attended: list[list[int | torch.Tensor]] = [[] for _ in range(self.layers)]
         self.saccades: int | torch.Tensor = 0
+        self.dense = 0
+        self.switched_off = 0
 
     def attend(self, layer: int, tokens: int | torch.Tensor) -> None:
         """Add what a layer reads in a step.
@@ -114,13 +118,14 @@ class Counts:
         """The counts as JSON; shares are None before the first decode step."""
         shares = None
         if self.offered:
-            shares = [int(_sum(numbers)) / self.offered for numbers in self.attended]
+            shares = [(int(_sum(n)) + self.dense) / self.offered for n in self.attended]
         return {
             "steps": self.steps,
             "visual_tokens": self.offered / self.steps if self.steps else None,
             "attended_by_layer": shares,
             "attended": sum(shares) / len(shares) if shares else None,
             "saccades": int(self.saccades) / self.steps if self.steps else None,
+            "switched_off": self.switched_off,
         }
 
 
@@ -132,12 +137,15 @@ class Request:
     pages : where its visual tokens are.
     gaze : decides what each layer reads.
     counts : where this request's reads are added.
+    off : leave its steps to dense attention, and only count them.
     """
 
-    def __init__(self, pages: Pages, gaze: Gaze, counts: Counts) -> None:
+    def __init__(self, pages: Pages, gaze: Gaze, counts: Counts, off: bool = False) -> None:
         self.pages = pages
         self.gaze = gaze
         self.counts = counts
+        self.off = off
+        self.counts.switched_off += off * len(pages.counts)
         self.length = pages.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()
         self._around: dict[int, Periphery] = {}  # by layer, from its first sparse step
@@ -147,6 +155,9 @@ class Request:
         self.length += 1
         self.counts.steps += len(self.pages.counts)
         self.counts.offered += sum(self.pages.counts)
+        if self.off:
+            self.counts.dense += sum(self.pages.counts)
+            return
         self.gaze.start_step()
 
     def attend(

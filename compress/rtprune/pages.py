@@ -14,6 +14,7 @@ from compress.rtprune.method import RTPrune
 from compress.rtprune.ratio import distinctness, keep_fraction
 from compress.rtprune.selection import drop_adjacent_newlines, left_over, select
 from compress.rtprune.transport import merge, nearest_plan, similarity, transport_plans
+from compress.stages import stage
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def prune_pages(
     ]
     merged: list[Merged | None] = [None] * len(plans)
     if method.select == "rtprune" and method.merge:
-        chosen, merged = _moved(method, plans, features, chosen)
+        with stage("merge"):
+            chosen, merged = _moved(method, plans, features, chosen)
     return [
         _pruned(plan, page, f, choice, went)
         for plan, page, f, choice, went in zip(plans, pages, features, chosen, merged, strict=True)

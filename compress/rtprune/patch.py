@@ -27,6 +27,7 @@ from compress.rtprune.pages import Handle, PrunedPage, prune_pages
 from compress.rtprune.reading import read_pages
 from compress.rtprune.request import Request
 from compress.rtprune.sequence import attended_tokens, page_layouts, pages_in, shortened
+from compress.stages import stage
 
 FAMILIES = ("unlimited_ocr", "deepseek_ocr2")  # DeepSeek-OCR is an unlimited_ocr
 
@@ -137,7 +138,8 @@ class _Patch:
             return output
         given = inspect.signature(before).bind(*args, **kwargs).arguments
         features = output.pooler_output
-        pages = read_pages(self.method, self.model, features, given, self.listener.heard)
+        with stage("selection"):
+            pages = read_pages(self.method, self.model, features, given, self.listener.heard)
         for made, page in zip(features, pages, strict=True):
             self.pages[made] = page
         if self.call is not None:
@@ -159,7 +161,8 @@ class _Patch:
         if cache is not None and not filled:
             self.requests.pop(cache, None)  # of an earlier prompt: the cache was reset
         if call is not None and call.encoded is not None:
-            return args, self._prompt(call, filled, kwargs)
+            with stage("selection"):
+                return args, self._prompt(call, filled, kwargs)
         if filled and cache in self.requests:
             return args, self.requests[cache].step(filled, kwargs)
         return None

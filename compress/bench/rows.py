@@ -1,0 +1,106 @@
+"""The rows of a benchmark: what they have in common, and the shapes that are asked for."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from compress.bench.timing import Bench, Ceilings
+from compress.environment import device_name, versions_of
+from compress.eval.latency import Latency
+
+Row = dict[str, Any]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+PACKAGES = ("compress-models", "torch", "transformers", "diffusers", "pot", "triton")
+SEED = 0  # of weights, keys and pixels: random, as latency does not depend on their values
+S = TypeVar("S")
+
+
+def parse_shapes(texts: Sequence[str], kind: type[S]) -> list[S]:
+    """Shapes from ``key=value,key=value`` each; what is left out has its default.
+
+    Raises
+    ------
+    ValueError : for what is no such list, an unknown key (listing the known ones) or a wrong value.
+    """
+    return [_parsed(text, kind) for text in texts]
+
+
+def _parsed(text: str, kind: type[S]) -> S:
+    given: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value) or key in given:
+            raise ValueError(
+                f"--shape should be such as visual=4096,batch=8, each key once; got {text!r}"
+            )
+        given[key] = value
+    adapter = TypeAdapter(kind)
+    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    try:
+        return adapter.validate_python(given)
+    except ValidationError as error:
+        wrong = []
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"]))
+            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                wrong.append(f"{key} is none of {', '.join(known)}")
+            else:
+                said = problem["msg"].removeprefix("Value error, ")
+                got = f"; got {problem['input']!r}" if key else ""
+                wrong.append(f"{key + ': ' if key else ''}{said}{got}")
+        raise ValueError(f"--shape {text}: {'; '.join(wrong)}; correct it") from error
+
+
+def make_row(
+    bench: str,
+    part: str,
+    shape: Mapping[str, Any],
+    ms: Mapping[str, Latency],
+    run: Bench,
+    facts: Mapping[str, Any],
+) -> Row:
+    """A row: what was timed, on what, with which versions, and what follows from it.
+
+    Parameters
+    ----------
+    bench, part : which benchmark, and which of its measurements.
+    shape : sizes.
+    ms : of every way.
+    run : where it ran, by which clock.
+    facts : of this part alone; ratios among them.
+    """
+    return {
+        "bench": bench,
+        "part": part,
+        "shape": dict(shape),
+        "ms": {name: asdict(latency) for name, latency in ms.items()},
+        **facts,
+        "device": device_name(run.device),
+        "clock": "cuda events" if run.cuda else run.clock,
+        "threads": torch.get_num_threads(),
+        "seed": SEED,
+        "versions": versions_of(PACKAGES),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def against(ratio: float, bound: float) -> dict[str, float]:
+    """A ratio of dense over ours, what it can be at most, and how much of that it is."""
+    return {"ratio": ratio, "bound": bound, "share_of_bound": ratio / bound}
+
+
+def ceiling_rows(bench: str, ceilings: Ceilings, run: Bench) -> list[Row]:
+    """The two ceilings as rows of their own, beside those of the benchmark that they bound."""
+    shape = {"bytes": ceilings.shapes["copy_bytes"]}
+    facts = {"gb_per_s": ceilings.copy}
+    rows = [make_row(bench, "copy", shape, {"copy": ceilings.ms["copy"]}, run, facts)]
+    for dtype, rate in ceilings.rate.items():
+        shape = {"side": ceilings.shapes["matrix_side"], "dtype": dtype}
+        facts = {"tflop_per_s": rate}
+        rows.append(make_row(bench, "matrix", shape, {"matrix": ceilings.ms[dtype]}, run, facts))
+    return rows

@@ -1,0 +1,72 @@
+"""Below its crossover FastOCR is the dense model, counts that, and says so once."""
+
+import json
+import logging
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.fastocr import FastOCR
+from compress.fastocr.crossover import SHIPPED, crossover, read_table
+from compress.models.visual import build_prompt, visual_layouts
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    path = Path(__file__).parent / "test_fastocr.py"
+    spec = spec_from_file_location("fastocr_models", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, processor = module._model("qwen2_5_vl", layers=4)
+    return model, build_prompt(model, processor, module.PAGES, module.TEXTS), module._write
+
+
+@pytest.mark.parametrize("fixation", ["dynamic", "static"])
+def test_below_min_visual_it_is_the_dense_model(qwen, fixation, caplog):
+    model, inputs, write = qwen
+    counts = [len(layout.positions) for layout in visual_layouts(model, inputs)]
+    dense, logits = write(model, inputs)
+    settings = {"keep_visual": 0.2, "focal_layers": (1,), "fixation": fixation}
+    with (
+        caplog.at_level(logging.WARNING),
+        FastOCR(**settings, min_visual=max(counts) + 1).attach(model) as handle,
+    ):
+        for _ in range(2):
+            ids, off = write(model, inputs)
+            assert torch.equal(ids, dense) and torch.equal(off, logits)
+        facts = handle.facts()
+    assert facts["switched_off"] == 2 * len(counts)
+    assert facts["attended"] == 1.0 and facts["steps"] == 2 * 4 * len(counts)
+    assert [r for r in caplog.messages if "switched itself off" in r] == caplog.messages[:1]
+    # one sequence with as many tokens keeps the batch on
+    with FastOCR(**settings, min_visual=0).attach(model) as handle:
+        wanted = write(model, inputs)[1]
+    with FastOCR(**settings, min_visual=max(counts)).attach(model) as handle:
+        assert torch.equal(write(model, inputs)[1], wanted)
+        assert handle.facts()["switched_off"] == 0 and handle.facts()["attended"] < 1
+
+
+def test_auto_looks_the_device_up(qwen, tmp_path, monkeypatch):
+    model, inputs, write = qwen
+    table = tmp_path / "table.json"
+    monkeypatch.setenv("COMPRESS_CROSSOVERS", str(table))
+    for least, off in ((10_000, 3), (0, 0)):
+        table.write_text(json.dumps({"cpu": {"min_visual": least}}))
+        with FastOCR(keep_visual=0.2, focal_layers=(1,)).attach(model) as handle:
+            write(model, inputs)
+            assert handle.facts()["switched_off"] == off
+    assert crossover(torch.device("cpu"), {}) == (0, "nothing was measured on cpu")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"cpu": 5}', '{"cpu": {"min_visual": -1}}'])
+def test_a_damaged_table_is_refused(content, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="should map devices"):
+        read_table(path)
+
+
+def test_the_shipped_table_can_be_read():
+    assert isinstance(read_table(SHIPPED), dict)
