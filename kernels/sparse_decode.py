@@ -531,7 +531,7 @@ def sparse_decode_reference(
         packed(query, key.shape[1]),
         picked_key,
         picked_value,
-        attn_mask=None if mask is None else mask[:, None, None],
+        attn_mask=mask[:, None, None],
         scale=scaling,
     )
     return output.reshape(len(query), query.shape[1], 1, -1)
@@ -568,17 +568,14 @@ def listed(
     rows_mask: torch.Tensor | None,
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows of the list and of the range in one list, and its mask, None where all are seen."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the list and of the range in one list, and its mask."""
     ranged = torch.arange(*dense, device=rows.device).expand(len(rows), -1)
-    everything = torch.cat([rows, ranged], 1)
-    if rows_mask is None and dense_mask is None:
-        return everything, None
     if rows_mask is None:
         rows_mask = torch.ones_like(rows, dtype=torch.bool)
     if dense_mask is None:
         dense_mask = torch.ones_like(ranged, dtype=torch.bool)
-    return everything, torch.cat([rows_mask, dense_mask], 1)
+    return torch.cat([rows, ranged], 1), torch.cat([rows_mask, dense_mask], 1)
 
 
 def gathered(
