@@ -95,3 +95,16 @@ def test_positions_start_as_sines_that_survive_a_change_of_resolution(model):
     # at a third of the size most of the size is left; of random vectors a third would be
     smaller = embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 160), 64, 64)[:, 1:]
     assert smaller.norm(dim=-1).mean() > 0.6 * whole.norm(dim=-1).mean()
+
+
+def test_the_loss_has_a_price_for_the_length_of_visual_tokens(processor, model):
+    inputs = train_reader_deepseek.encode(processor, [page(0, 0, LEVELS[0].difficulty, "train")])
+    with torch.no_grad():
+        found = train_reader_deepseek.loss(model, inputs)
+        tokens = model.model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+        assert len(tokens) == 7  # two rows of two with a newline each, and the separator
+        mean = tokens[[0, 1, 3, 4]].norm(dim=-1).mean()
+        wanted = model(**inputs).loss + train_reader_deepseek.NORM_WEIGHT * mean
+    assert mean > 0.1
+    torch.testing.assert_close(found, wanted)
+    assert not model.model.multi_modal_projector._forward_hooks

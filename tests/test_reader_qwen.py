@@ -1,10 +1,12 @@
 """The built-in reader's architecture, its processor, and its training: laws, on real classes."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from compress.data.page_text import ALPHABET
@@ -326,6 +328,29 @@ def test_the_script_leaves_a_model_with_its_log(tmp_path, monkeypatch):
     log = (output / "train.jsonl").read_text()
     assert log == (run / "log.jsonl").read_text() and '"cer": 0.5' in log
     assert (output / "model.safetensors").is_file()
+
+
+def test_a_stored_reader_is_polished_on_the_last_level(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, model: 0.5)
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["train.py", "--final", "2", "--lr", "0", "--run"]
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "a")])
+    reader_training.train("", train_reader_qwen.build, TINY[:1], first)
+    begun = (first / "train.jsonl").read_text()
+    assert begun.splitlines()[-1].startswith('{"event": "evaluation", "step": 2')
+    # it reads better now, or nothing would be published
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, model: 0.25)
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "b"), "--polish", str(first)])
+    torch.manual_seed(5)
+    reader_training.train("", train_reader_qwen.build, TINY, second)
+    rows = [json.loads(line) for line in (second / "train.jsonl").read_text().splitlines()]
+    assert (second / "train.jsonl").read_text().startswith(begun)
+    assert [(r["event"], r["step"], r["level"]) for r in rows[-2:]] == [
+        ("polish", 2, 1),
+        ("evaluation", 4, 1),
+    ]
+    one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_the_script_refuses_to_write_into_an_old_run(tmp_path, monkeypatch, capsys):
