@@ -53,7 +53,7 @@ class FreeWidthUNet2DModel(UNet2DModel):
                 )
 
     @staticmethod
-    def _get_init_keys(input_class: type) -> set[str]:
+    def _get_init_keys(input_class: Any) -> set[str]:
         # what diffusers reads from a stored configuration: it asks signatures, and `**plain` in
         # ours stands for those of the plain class
         keys = set(inspect.signature(input_class.__init__).parameters)

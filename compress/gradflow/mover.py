@@ -57,8 +57,15 @@ class MaskState:
     def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
         """The state that ``tensors`` and ``facts`` were taken of."""
         trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
-        names = ("scores", "last_scores", "low", "quota", "shared_scores")
-        return cls(**{name: tensors[name] for name in names}, trace=trace, **facts)
+        return cls(
+            scores=tensors["scores"],
+            last_scores=tensors["last_scores"],
+            low=tensors["low"],
+            quota=tensors["quota"],
+            shared_scores=tensors["shared_scores"],
+            trace=trace,
+            **facts,
+        )
 
 
 class MaskMover:
