@@ -97,7 +97,7 @@ def test_unsupported_unet_class(refused, tmp_path):
     )
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "conditional")
     message = refused("--set=model=./conditional")
-    assert "got UNet2DConditionModel" in message and "UNet2DModel;" in message
+    assert "needs encoder_hidden_states" in message and "plan with --dry-run" in message
 
 
 def test_data_that_does_not_exist(refused):

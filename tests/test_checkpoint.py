@@ -309,7 +309,8 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
 
 
 def test_an_unknown_builtin_lists_the_known_ones():
-    with pytest.raises(ValueError, match="built-in models are ddpm-digits; got 'builtin:digits'"):
+    known = "built-in models are ddpm-digits, and the readers .*; got 'builtin:digits'; name one"
+    with pytest.raises(ValueError, match=known):
         load("builtin:digits")
 
 

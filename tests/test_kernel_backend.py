@@ -90,13 +90,11 @@ def test_transport_is_plain_torch_where_the_variable_says_so(monkeypatch):
         transport_plans(scores)
 
 
-def test_the_command_line_says_it_on_stderr(monkeypatch):
-    from compress import bench
+def test_the_command_line_says_it_on_stderr():
     from compress.cli import app
 
-    small = bench.DecodeShape(16, text=4, layers=8, heads=4, kv_heads=2, dim=16)
-    monkeypatch.setattr(bench, "DecodeShape", lambda tokens, batch, dtype: small)
-    asked = ["bench", "fastocr", "--tokens", "16", "--repeats", "6", "--device", "cpu"]
+    shape = "model=tiny,visual=16,text=4"
+    asked = ["bench", "fastocr", "--shape", shape, "--repeats", "6", "--device", "cpu"]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     said = [f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")]
