@@ -311,7 +311,7 @@ def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
             rows.append(row | {"labels": dict(experiment.labels)})
     if not rows:
         return f"*No rows yet: run `compress tables {name}`.*"
-    columns = tables.QUALITY
+    columns: tuple[str, ...] = tables.QUALITY
     if name in TIMED:
         columns += COST
         rows = [row | {"values": row["values"] | _costs(row)} for row in rows]

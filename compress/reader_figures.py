@@ -105,7 +105,7 @@ def pruned_figure(
     if not views:
         return png(tokens_on_page(image, views, [])), f"{count}, on the first page; {NO_PLACES}"
     gone, targets, mass = page.moves()
-    moves = []
+    moves: list[tuple[torch.Tensor, torch.Tensor]] = []
     for place in mass.argsort(descending=True, stable=True):
         ends = page.grid[gone[place]], page.grid[targets[place]]
         if len(moves) < LINES and _on_one_panel(image, views, ends):

@@ -313,7 +313,7 @@ class _FilledLayer(DynamicLayer):
         self.dtype, self.device = key.dtype, key.device
         self.is_initialized = True
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new token."""

@@ -96,7 +96,7 @@ def against(ratio: float, bound: float) -> dict[str, float]:
 
 def ceiling_rows(bench: str, ceilings: Ceilings, run: Bench) -> list[Row]:
     """The two ceilings as rows of their own, beside those of the benchmark that they bound."""
-    shape = {"bytes": ceilings.shapes["copy_bytes"]}
+    shape: dict[str, Any] = {"bytes": ceilings.shapes["copy_bytes"]}
     facts = {"gb_per_s": ceilings.copy}
     rows = [make_row(bench, "copy", shape, {"copy": ceilings.ms["copy"]}, run, facts)]
     for dtype, rate in ceilings.rate.items():

@@ -23,7 +23,7 @@ ARCHITECTURE_2 = "DeepseekOCR2ForCausalLM"
 SAM, CLIP, QWEN = "sam_vit_b", "clip-l-14-224", "qwen2-0-5b"
 
 # config.json -> transformers; a name that is absent from config.json has the value of the original
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": 129280,
     "hidden_size": 1280,
     "intermediate_size": 6848,
