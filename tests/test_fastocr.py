@@ -286,6 +286,16 @@ def test_leaving_restores_everything_after_an_error_too(family):
     assert state() == before
 
 
+def test_long_answers_are_counted_to_the_last_step():
+    counts = compress.fastocr.state.Counts(2)
+    counts.steps, counts.offered = 150, 1500
+    for step in range(150):
+        counts.attend(0, 10)
+        counts.attend(1, torch.tensor(3) if step % 2 else 1)
+        assert max(map(len, counts.attended)) < 64
+    assert counts.facts()["attended_by_layer"] == [1.0, 0.2]
+
+
 # ---- caches, batches, modes --------------------------------------------------------------------
 
 
