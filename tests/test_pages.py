@@ -261,6 +261,8 @@ def test_the_difficulties_always_fit(difficulty):
         ({"characters": (1, 5)}, r"at least 2 characters; got characters=\(1, 5\)"),
         ({"lines": (3, 2)}, r"lines must be .* got \(3, 2\)"),
         ({"font_sizes": (0, 2)}, r"font_sizes must be .* got \(0, 2\)"),
+        ({"wear": 2}, "wear must be between 0 and 1; got 2"),
+        ({"headings": -0.5}, "headings must be between 0 and 1; got -0.5"),
         ({"columns": (1, 3)}, r"columns must be .* got \(1, 3\)"),
     ],
 )

@@ -89,3 +89,10 @@ def test_it_says_what_it_expects():
         textual_density(torch.zeros(3, 8, 8), (2, 2))
     with pytest.raises(ValueError, match="9x2 patches for pages of 8x8"):
         textual_density(torch.zeros(1, 3, 8, 8), (9, 2))
+
+
+def test_what_has_no_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"\(\.\.\., tokens, dim\) are expected; got \(8,\)"):
+        distinctness(torch.ones(8))
+    with pytest.raises(ValueError, match="at least one row and one column is expected; got 0x4"):
+        textual_density(torch.ones(1, 3, 8, 8), (0, 4))

@@ -56,6 +56,15 @@ def test_there_must_be_as_many_tokens(keep):
         select(torch.zeros(2, 3, 4), keep)
 
 
+def test_tokens_and_newlines_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(\.\.\., tokens, dim\) are expected; got \(4,\)"):
+        select(torch.zeros(4), 1)
+    with pytest.raises(
+        ValueError, match=r"of one page are expected, \(kept,\); got shape \(2, 3\)"
+    ):
+        drop_adjacent_newlines(torch.zeros(2, 3), torch.zeros(1))
+
+
 # ---- newlines ----------------------------------------------------------------------------------
 
 

@@ -71,6 +71,11 @@ class Difficulty:
                 raise ValueError(
                     f"{name} must be (lowest, highest), above 0; got {(low, high)}; swap or raise"
                 )
+        for name in ("prose", "headings", "tables", "wear"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} must be between 0 and 1; got {getattr(self, name)}; correct it"
+                )
         if self.columns not in ((1, 1), (1, 2), (2, 2)):
             raise ValueError(f"columns must be (1, 1), (1, 2) or (2, 2); got {self.columns}")
 

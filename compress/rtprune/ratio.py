@@ -7,6 +7,8 @@ Wan et al., "RTPrune: Reading-Twice Inspired Token Pruning for Efficient DeepSee
 import torch
 import torch.nn.functional as F
 
+from compress.rtprune.selection import check_features
+
 LUMA = (0.299, 0.587, 0.114)
 SOBEL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
 EDGE = 0.2  # least gradient magnitude of an edge, in units of normalised pixels
@@ -30,7 +32,7 @@ def textual_density(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.
 
     Raises
     ------
-    ValueError : for another shape, or more patches than pixels.
+    ValueError : for another shape, no patches, or more patches than pixels.
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(
@@ -41,6 +43,11 @@ def textual_density(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.
     # one thread of a 2-core CPU, where the two matrix products in the MLP of one of SAM's 12 blocks
     # take 0.72 s. That is 2.7% of these alone; SAM's attention, CLIP and the prefill come on top.
     rows, columns = grid
+    if min(grid) < 1:
+        raise ValueError(
+            f"a grid of at least one row and one column is expected; got {rows}x{columns}; give "
+            "the grid of the tokens"
+        )
     height, width = pixel_values.shape[2] // rows, pixel_values.shape[3] // columns
     if not height or not width:
         raise ValueError(
@@ -71,7 +78,12 @@ def distinctness(features: torch.Tensor) -> torch.Tensor:
     -------
     In [0, 1], ``(...)``: 0 when all point the same way, 1 when all are orthogonal, or when there is
     one only. The dtype is that of the features.
+
+    Raises
+    ------
+    ValueError : for features without an axis of tokens.
     """
+    check_features(features)
     count = features.shape[-2]
     if count < 2:
         return features.new_ones(features.shape[:-2])

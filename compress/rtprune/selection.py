@@ -39,10 +39,20 @@ def largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 def check_keep(features: torch.Tensor, keep: int) -> None:
     """Raise ValueError unless 1 to all of the tokens ``(..., tokens, dim)`` are to stay."""
+    check_features(features)
     if not 1 <= keep <= features.shape[-2]:
         raise ValueError(
             f"1 to {features.shape[-2]} tokens can be kept of features of shape "
             f"{tuple(features.shape)}; got keep={keep}; round it into this range"
+        )
+
+
+def check_features(features: torch.Tensor) -> None:
+    """Raise ValueError unless there is an axis of tokens and one of their numbers."""
+    if features.ndim < 2:
+        raise ValueError(
+            f"features of shape (..., tokens, dim) are expected; got {tuple(features.shape)}; add "
+            "the missing dimension"
         )
 
 
@@ -64,7 +74,16 @@ def drop_adjacent_newlines(indices: torch.Tensor, newline_indices: torch.Tensor)
     Returns
     -------
     What is left of ``indices``: of neighbouring newlines the first, ``(kept - dropped,)``.
+
+    Raises
+    ------
+    ValueError : for the indices of several pages, of which different numbers would be left.
     """
+    if indices.ndim != 1:
+        raise ValueError(
+            f"the indices of one page are expected, (kept,); got shape {tuple(indices.shape)}; "
+            "call it page by page"
+        )
     newline = torch.isin(indices, newline_indices)
     follows = torch.zeros_like(newline)
     follows[1:] = newline[:-1]
