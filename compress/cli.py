@@ -339,6 +339,22 @@ def read(
 
 
 @app.command()
+def pages(
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    layout: Annotated[str, typer.Option(help="omnidocbench or olmocr.")] = "omnidocbench",
+    difficulty: Annotated[str, typer.Option(help="page, square or document.")] = "document",
+    count: Annotated[int, typer.Option(min=1, help="Pages.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the pages.")] = 0,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Render pages with exact ground truth, in the layout of a benchmark."""
+    from compress.data.page_folders import write_rendered_pages
+
+    write_rendered_pages(output, layout, difficulty, count, seed, split)
+    _say(f"{count} pages in {output}; compress eval MODEL --suite ocr --data {output}")
+
+
+@app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="A folder, builtin:NAME or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")],

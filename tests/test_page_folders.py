@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
+from compress.cli import app
+from compress.data.ocr_pages import load_pages
 from compress.data.omnidocbench import read_omnidocbench
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
-from compress.data.pages import DOCUMENT, page
+from compress.data.pages import DOCUMENT, PAGE, page
 from compress.eval.olmocr_bench import score_olmocr_bench
 from compress.eval.omnidocbench import score_omnidocbench
+from compress.models.page_images import open_image
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +52,24 @@ def test_folders_of_nothing_are_refused(tmp_path):
         with pytest.raises(ValueError, match="at least one"):
             write(tmp_path / "none", [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["omnidocbench", "olmocr"])
+def test_the_command_line_writes_a_folder_that_an_evaluation_reads(tmp_path, layout):
+    folder = tmp_path / "made"
+    asked = ["pages", str(folder), "--layout", layout, "--count", "2", "--difficulty", "page"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 0, found.output
+    data = load_pages(str(folder), open_image)
+    assert len(data.pages) == 2 and data.annotations is not None
+    assert data.pages[1].open().size == PAGE.size
+    # what is there is not written over
+    again = CliRunner().invoke(app, asked)
+    assert again.exit_code == 2 and "exists; name another" in again.stderr
+
+
+def test_the_command_line_names_the_layouts_and_difficulties(tmp_path):
+    for option, value in (("--layout", "word"), ("--difficulty", "hard")):
+        found = CliRunner().invoke(app, ["pages", str(tmp_path / "made"), option, value])
+        assert found.exit_code == 2 and "page, square, document are expected" in found.stderr
+    assert not (tmp_path / "made").exists()

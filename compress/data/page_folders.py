@@ -14,9 +14,43 @@ from compress.data.olmocr_bench import (
     TableTest,
     write_olmocr_bench,
 )
-from compress.data.pages import Block, Page
+from compress.data.pages import DOCUMENT, PAGE, SQUARE_PAGE, Block, Page
+from compress.data.pages import page as render
 
+# what a page may look like, and how a folder of them may be laid out, by name
+DIFFICULTIES = {"page": PAGE, "square": SQUARE_PAGE, "document": DOCUMENT}
+LAYOUTS = ("omnidocbench", "olmocr")
 CATEGORIES = {"heading": "title", "paragraph": "text_block", "table": "table"}
+
+
+def write_rendered_pages(
+    folder: Path, layout: str, difficulty: str, count: int, seed: int, split: str
+) -> None:
+    """Render pages and write them as a folder that ``compress eval --data`` reads.
+
+    Parameters
+    ----------
+    folder : to write; it must not exist yet.
+    layout, difficulty : one of :data:`LAYOUTS` and of :data:`DIFFICULTIES`.
+    count, seed, split : of the pages; see :func:`compress.data.pages.page`.
+
+    Raises
+    ------
+    ValueError : for an unknown layout, difficulty or split.
+    FileExistsError : when the folder is there.
+    """
+    if layout not in LAYOUTS or difficulty not in DIFFICULTIES:
+        raise ValueError(
+            f"a layout among {', '.join(LAYOUTS)} and a difficulty among "
+            f"{', '.join(DIFFICULTIES)} are expected; got {layout} and {difficulty}; choose others"
+        )
+    if folder.exists():
+        raise FileExistsError(f"a new folder is expected; {folder} exists; name another")
+    made = [render(seed, number, DIFFICULTIES[difficulty], split) for number in range(count)]
+    if layout == "omnidocbench":
+        write_pages_as_omnidocbench(folder, made)
+    else:
+        write_pages_as_olmocr_bench(folder, made)
 
 
 def write_pages_as_omnidocbench(folder: Path, pages: Sequence[Page]) -> None:
