@@ -89,6 +89,14 @@ def test_spending_equals_brute_force_at_one_price_and_lacks_less_than_a_step_at_
             assert best - max(max(row) for row in gains) < bought <= best + 1e-12
 
 
+def test_the_gain_counts_per_price():
+    # the dear layer gains more by step and less by price
+    gains, prices = [[3.0, 3.0], [2.0, 2.0, 2.0, 2.0]], [5.0, 1.0]
+    assert spend(gains, prices, 5.0) == ([0, 4], 1.0)
+    assert brute_force(gains, prices, 5.0) == 8.0
+    assert spend(gains, prices, 9.0) == ([1, 4], 0.0)
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_raising_one_layers_gains_never_shrinks_it(seed):
     gains, prices, budget = market(seed, one_price=False)
