@@ -86,8 +86,9 @@ def peripheral_decode(
     picked_key, picked_value = kernels.gathered(key, value, rows)
     fixated = fixation.index.shape[1]
     outside = periphery.outside(fixation, picked_key[:, :, :fixated], picked_value[:, :, :fixated])
-    added = torch.zeros_like(mask, dtype=query.dtype)
-    added = added.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+    added = mask
+    if mask.dtype == torch.bool:
+        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
     sizes = outside.log_sizes.to(query.dtype)
     read = added[:, None].expand(-1, sizes.shape[1], -1)
     output = scaled_dot_product_attention(

@@ -21,7 +21,7 @@ from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from torch import nn
 
-from compress.gradflow.groups import ChannelGroup, Slot, level_of
+from compress.gradflow.groups import ChannelGroup, Slot, check_blocks, level_of
 
 DOWN_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D"}
 MIDDLE_BLOCKS = {"UNetMidBlock2D", "UNetMidBlock2DCrossAttn"}
@@ -47,14 +47,7 @@ def check_condition_unet(unet: UNet2DConditionModel) -> None:
     ------
     ValueError : naming the block or option, and what is supported.
     """
-    kinds = DOWN_BLOCKS | MIDDLE_BLOCKS | UP_BLOCKS
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    unknown = sorted({type(b).__name__ for b in blocks if b is not None} - kinds)
-    if unknown:
-        raise ValueError(
-            f"gradflow prunes the blocks {', '.join(sorted(kinds))}; this UNet has "
-            f"{', '.join(unknown)}; choose a model without them"
-        )
+    check_blocks(unet, DOWN_BLOCKS | MIDDLE_BLOCKS | UP_BLOCKS)
     for option, known in OPTIONS.items():
         if unet.config[option] not in known:
             raise ValueError(

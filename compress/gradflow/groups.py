@@ -73,6 +73,17 @@ class ChannelGroup:
         return self.width // self.unit
 
 
+def check_blocks(unet: Any, known: set[str]) -> None:
+    """Raise ValueError, naming them, for blocks of a UNet that are not among the known classes."""
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    unknown = sorted({type(b).__name__ for b in blocks if b is not None} - known)
+    if unknown:
+        raise ValueError(
+            f"gradflow prunes the blocks {', '.join(sorted(known))}; this UNet has "
+            f"{', '.join(unknown)}; choose a model without them"
+        )
+
+
 def check_supported(unet: nn.Module) -> None:
     """Refuse, by name, what gradflow cannot prune.
 
@@ -96,13 +107,7 @@ def check_supported(unet: nn.Module) -> None:
 
         check_condition_unet(unet)
         return
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    unknown = sorted({type(b).__name__ for b in blocks if b is not None} - SUPPORTED_BLOCKS)
-    if unknown:
-        raise ValueError(
-            f"gradflow prunes the blocks {', '.join(sorted(SUPPORTED_BLOCKS))}; this UNet has "
-            f"{', '.join(unknown)}; choose a model without them"
-        )
+    check_blocks(unet, SUPPORTED_BLOCKS)
     for name, module in attention_modules(unet).items():
         if module.to_q.out_features != module.to_q.in_features:
             raise ValueError(
