@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +96,45 @@ def test_positions_start_as_sines_that_survive_a_change_of_resolution(model):
     # at a third of the size most of the size is left; of random vectors a third would be
     smaller = embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 160), 64, 64)[:, 1:]
     assert smaller.norm(dim=-1).mean() > 0.6 * whole.norm(dim=-1).mean()
+
+
+def test_some_pages_have_holes_that_the_language_model_does_not_see(processor, model):
+    pages = [page(0, i, SQUARE_PAGE, "train") for i in range(16)]
+    inputs = train_reader_deepseek.encode(processor, pages)
+    image = inputs["input_ids"] == processor.image_token_id
+    seen = inputs["attention_mask"].bool()
+    assert seen[~image].all()  # the prompt and the answer are whole
+    grids = seen[image].view(16, -1)[:, :-1].view(16, 14, 15)
+    assert seen[image].view(16, -1)[:, -1].all()  # the separator is
+    tokens, newlines = grids[:, :, :-1], grids[:, :, -1]
+    assert torch.equal(newlines, tokens.any(2))
+    hidden = (~tokens).flatten(1).float().mean(1)
+    assert (hidden == 0).any() and (hidden > 0.2).any()
+    # of blank patches alone, or few of any: a page without much ink left is no page to learn from
+    for made, shown, share in zip(pages, tokens, hidden, strict=True):
+        grey = torch.tensor(np.asarray(made.image.convert("L"), int)).view(14, 16, 14, 16)
+        inked = grey.amax((1, 3)) - grey.amin((1, 3)) > 100
+        assert shown[inked].all() or share < 0.4
+
+
+def test_hiding_a_token_is_leaving_it_out_of_the_sequence(processor, model):
+    whole = train_reader_deepseek.encode(processor, [page(0, 0, SQUARE_PAGE, "train")])
+    whole["attention_mask"] = torch.ones_like(whole["attention_mask"])
+    whole["attention_mask"][:, 5:9] = 0
+    kept = whole["attention_mask"][0].bool()
+    with torch.no_grad():
+        masked = model(**whole).logits[:, kept]
+        features = model.model.get_image_features(whole["pixel_values"]).pooler_output
+        embeds = model.get_input_embeddings()(whole["input_ids"])
+        embeds[whole["input_ids"] == processor.image_token_id] = torch.cat(list(features))
+        positions = torch.arange(kept.numel())[None, kept]
+        short = model.model.language_model(
+            inputs_embeds=embeds[:, kept],
+            position_ids=positions,
+            attention_mask=torch.ones(1, 1, int(kept.sum()), int(kept.sum())).tril().bool(),
+            use_cache=False,
+        )
+        assert torch.allclose(masked, model.lm_head(short.last_hidden_state), atol=1e-5)
 
 
 def test_the_loss_has_a_price_for_the_length_of_visual_tokens(processor, model):

@@ -226,6 +226,8 @@ class Trainer:
         """Train to the end; ``publish`` gets what is stored when the last level reads better."""
         best, saved = 1.0, time.monotonic()
         for row in self.journal.rows:
+            if row["event"] == "polish":  # a loss of its own: what was best before does not count
+                best = 1.0
             if row["event"] == "evaluation" and row["level"] == len(self.plan.levels) - 1:
                 best = min(best, row["cer"])
         while not self.done:
