@@ -134,6 +134,15 @@ def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
             ["model=tiny,visual=64,text=8", "part=end_to_end,model=tiny,visual=64,layers=4"],
             [{"sdpa", "matmul", "fastocr"}, {"sdpa", "matmul", "fastocr", "head"}],
         ),
+        (
+            "kernels",
+            [
+                "kernel=sparse_decode,model=tiny,visual=64,text=8,batch=2",
+                "kernel=focal_decode,model=tiny,visual=64,text=8",
+                "kernel=sinkhorn,visual=20,keep=0.8,batch=2",
+            ],
+            [{"torch", "dense sdpa"}, {"torch", "dense sdpa"}, {"pot", "torch"}],
+        ),
     ],
 )
 def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path):
@@ -148,10 +157,31 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
     assert all(set(row) >= COMMON and row["bench"] == name for row in rows)
     for row, expected in zip(rows[2:], ways, strict=True):
         assert set(row["ms"]) == expected
-        assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"])
+        if name == "kernels":  # bounded by their bytes
+            assert row["share_of_copy"] == pytest.approx(
+                {way: speed / rows[0]["gb_per_s"] for way, speed in row["gb_per_s"].items()}
+            )
+        else:
+            assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"])
         assert row["versions"]["torch"] and row["device"] == "cpu"
+
+
+def test_the_bytes_of_a_kernel_are_those_it_cannot_do_without(tmp_path):
+    results = tmp_path / "bench.jsonl"
+    asked = ["bench", "kernels", "--repeats", "1", "--device", "cpu", "--results", str(results)]
+    shapes = ("kernel=sparse_decode,model=tiny,visual=100,text=8,batch=2,keep=0.1",)
+    shapes += ("kernel=sinkhorn,visual=20,keep=0.8,batch=2",)
+    for shape in shapes:
+        asked += ["--shape", shape]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    decode, sinkhorn = map(json.loads, results.read_text().splitlines()[2:])
+    # 2 sequences: 18 rows of keys and values of 2 heads of 16 numbers, 4 queries and results
+    picked, heads = 2 * 18 * 2 * 2 * 16 * 4, 2 * 2 * 4 * 16 * 4
+    indices = 2 * 10 * (8 + 1)  # and whether each counts
+    assert decode["bytes"] == picked + heads + indices
+    assert sinkhorn["bytes"] == 2 * (16 * 4) * 2 * 4
 
 
 def test_a_benchmark_that_does_not_exist_is_refused():
     refused = CliRunner().invoke(app, ["bench", "sleep"])
-    assert refused.exit_code == 2 and "gradflow, rtprune, fastocr" in refused.stderr
+    assert refused.exit_code == 2 and "gradflow, rtprune, fastocr, kernels" in refused.stderr

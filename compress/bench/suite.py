@@ -18,6 +18,7 @@ BENCHES = {
     "gradflow": "UNetShape",
     "rtprune": "PrefillShape",
     "fastocr": "DecodeShape",
+    "kernels": "KernelShape",
 }
 
 

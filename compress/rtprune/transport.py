@@ -67,10 +67,11 @@ def transport_plans(
         return _padded(sinkhorn, scores, dustbin, iterations)
     if scores[0].is_cuda:  # POT would go from page to page
         return _padded(sinkhorn_reference, scores, dustbin, iterations)
-    return [_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
+    return [plan_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
 
 
-def _by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
+def plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
+    """:func:`transport_plan` of one page's ``(kept, pruned)`` as POT solves it, on any device."""
     from ot.bregman import sinkhorn_log  # slow to import: recipes are read without it
 
     rows, columns = scores.shape
