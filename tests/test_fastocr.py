@@ -25,6 +25,7 @@ from compress.fastocr import FastOCR, calibrate, preflight
 from compress.fastocr.attention import NAME
 from compress.fastocr.fixation import budget, random_fixation, same_mean_budget
 from compress.fastocr.patch import decoder
+from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import (
     VISUAL_LAYOUTS,
     attention_modules,
@@ -495,8 +496,8 @@ def test_a_conversation_without_an_image_goes_on_as_it_likes(intern):
     model = intern[0]
     first, second = torch.tensor([[20, 21, 22]]), torch.tensor([[23, 24]])
     with FastOCR(focal_layers=[1]).attach(model), torch.no_grad():
-        cache = model(input_ids=first, use_cache=True).past_key_values
-        found = model(input_ids=second, past_key_values=cache).logits
+        cache = cache_in(model(input_ids=first, use_cache=True))
+        found = model(input_ids=second, **{cache_argument(model): cache}).logits
     with torch.no_grad():
         wanted = model(input_ids=torch.cat([first, second], 1)).logits[:, -2:]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
@@ -522,7 +523,7 @@ def _read(model, inputs):
     """The prompt's cache."""
     places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        return model(**inputs, position_ids=places, use_cache=True).past_key_values
+        return cache_in(model(**inputs, position_ids=places, use_cache=True))
 
 
 def _step(model, inputs, cache, tokens, step):
@@ -533,7 +534,7 @@ def _step(model, inputs, cache, tokens, step):
             input_ids=tokens[:, step : step + 1],
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
+            **{cache_argument(model): cache},
         ).logits[:, -1]
 
 
@@ -598,7 +599,7 @@ def test_auto_finds_the_layers_that_calibration_finds(qwen):
     calibration = calibrate(model, [inputs], keep_visual=0.1, max_new_tokens=4)  # 3 steps
     with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
         held = DynamicCache(config=text_model(model).config)
-        found = _write(model, inputs, 6, past_key_values=held)
+        found = _write(model, inputs, 6, **{cache_argument(model): held})
         [request] = handle.requests.values()
         assert tuple(request.gaze.focal) == calibration.focal_layers
         facts = handle.facts()
@@ -796,19 +797,19 @@ def test_a_cache_that_did_not_grow_here_is_refused(qwen):
     model, _, inputs = qwen
     one = {"input_ids": torch.tensor([[20]] * 3)}
     with torch.no_grad():
-        old = model(**inputs, use_cache=True).past_key_values
+        old = cache_in(model(**inputs, use_cache=True))
         with FastOCR(focal_layers=[1]).attach(model):
             with pytest.raises(RuntimeError, match="0 tokens that were read inside the context"):
-                model(**one, past_key_values=old)
-            cache = model(**inputs, use_cache=True).past_key_values
-            model(**one, past_key_values=cache)
+                model(**one, **{cache_argument(model): old})
+            cache = cache_in(model(**inputs, use_cache=True))
+            model(**one, **{cache_argument(model): cache})
             with pytest.raises(RuntimeError, match=r"\(sequences, tokens\)=\(3, 2\)"):
-                model(input_ids=torch.tensor([[20, 21]] * 3), past_key_values=cache)
+                model(input_ids=torch.tensor([[20, 21]] * 3), **{cache_argument(model): cache})
             with pytest.raises(RuntimeError, match=r"\(sequences, tokens\)=\(1, 1\)"):
-                model(input_ids=torch.tensor([[20]]), past_key_values=cache)
+                model(input_ids=torch.tensor([[20]]), **{cache_argument(model): cache})
             cache.crop(-1)
             with pytest.raises(RuntimeError, match="assisted decoding"):
-                model(**one, past_key_values=cache)
+                model(**one, **{cache_argument(model): cache})
             with pytest.raises(ValueError, match="input_ids"):
                 embeds = model.get_input_embeddings()(inputs["input_ids"])
                 model(inputs_embeds=embeds, use_cache=True)
@@ -962,7 +963,7 @@ def test_a_loop_of_one_s_own_waits_for_the_preflight():
             model(**inputs, use_cache=True)
         model.generate(**inputs, max_new_tokens=1)
         read = model(**inputs, use_cache=True)
-        assert list(handle.requests) == [read.past_key_values]
+        assert list(handle.requests) == [cache_in(read)]
 
 
 def test_preflight_says_what_is_missing():

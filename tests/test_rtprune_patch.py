@@ -23,6 +23,7 @@ from transformers.modeling_flash_attention_utils import (
 
 from compress import FastOCR
 from compress.applied import Applied
+from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
 from compress.rtprune import (
     RTPrune,
@@ -293,9 +294,9 @@ def test_a_loop_of_calls_goes_on_from_the_cache(deepseek, prompt):
     answer = torch.tensor([5, 9, 7, 11])
     with RTPrune(keep_tokens=0.5).attach(deepseek):
         read = deepseek(**alone)
-        assert read.logits.shape[1] == len(left[1]) == read.past_key_values.get_seq_length()
-        said = deepseek(input_ids=answer[None, :1], past_key_values=read.past_key_values)
-        more = deepseek(input_ids=answer[None, 1:3], past_key_values=read.past_key_values)
+        assert read.logits.shape[1] == len(left[1]) == cache_in(read).get_seq_length()
+        said = deepseek(input_ids=answer[None, :1], **{cache_argument(deepseek): cache_in(read)})
+        more = deepseek(input_ids=answer[None, 1:3], **{cache_argument(deepseek): cache_in(read)})
     got = torch.cat([read.logits[0, -1:], said.logits[0], more.logits[0]])
     torch.testing.assert_close(got, _logits(deepseek, left, answer), atol=2e-4, rtol=1e-4)
 
@@ -548,8 +549,12 @@ def test_what_cannot_be_is_refused(deepseek, prompt):
     turned = {**prompt, "attention_mask": prompt["attention_mask"].flip(1)}
     _refused(deepseek, "padding on the left", lambda: deepseek(**turned))
     cache = DynamicCache(config=deepseek.config.text_config)
-    deepseek(input_ids=torch.tensor([[1, 5]] * 2), past_key_values=cache)
-    _refused(deepseek, "a cache of 2 tokens", lambda: deepseek(**prompt, past_key_values=cache))
+    deepseek(input_ids=torch.tensor([[1, 5]] * 2), **{cache_argument(deepseek): cache})
+    _refused(
+        deepseek,
+        "a cache of 2 tokens",
+        lambda: deepseek(**prompt, **{cache_argument(deepseek): cache}),
+    )
     encoding = {k: v for k, v in prompt.items() if k not in ("input_ids", "attention_mask")}
     outside = {"image": deepseek.model.get_image_features(**encoding, return_dict=True)}
     ids = {k: prompt[k] for k in ("input_ids", "attention_mask")}
@@ -563,7 +568,10 @@ def test_generate_cannot_go_on_from_a_pruned_cache(deepseek, prompt):
         mask = torch.nn.functional.pad(prompt["attention_mask"], (0, STEPS + 2), value=1)
         with pytest.raises(ValueError, match="do not give generate a pruned cache"):
             deepseek.generate(
-                ids, attention_mask=mask, past_key_values=made.past_key_values, max_new_tokens=2
+                ids,
+                attention_mask=mask,
+                **{cache_argument(deepseek): cache_in(made)},
+                max_new_tokens=2,
             )
 
 
@@ -572,9 +580,11 @@ def test_a_cache_that_was_reset_takes_another_prompt(deepseek, prompt):
     ids = torch.tensor([[1, 7, 8, 9]])
     dense = deepseek.generate(ids, **NO_STOP, do_sample=False)
     with RTPrune(keep_tokens=0.5).attach(deepseek):
-        deepseek(**_first(prompt), past_key_values=cache)
+        deepseek(**_first(prompt), **{cache_argument(deepseek): cache})
         cache.reset()
-        made = deepseek.generate(ids, **NO_STOP, do_sample=False, past_key_values=cache)
+        made = deepseek.generate(
+            ids, **NO_STOP, do_sample=False, **{cache_argument(deepseek): cache}
+        )
     assert torch.equal(made, dense)
 
 

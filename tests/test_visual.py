@@ -44,6 +44,7 @@ from transformers import (
     UnlimitedOcrImageProcessor,
     UnlimitedOcrProcessor,
 )
+from transformers.models.got_ocr2.processing_got_ocr2 import GotOcr2ProcessorKwargs
 
 from compress.models.deepseek_ocr_layout import QWEN_FIXED, SAM_FIXED, SAM_SIZES
 from compress.models.deepseek_ocr_layout import TEXT as TEXT_SETTINGS
@@ -282,6 +283,8 @@ def _got_ocr2():
     image_processor = GotOcr2ImageProcessor(size={"height": 256, "width": 256})
     processor = GotOcr2Processor(image_processor, tokenizer)
     processor.num_image_tokens = 16
+    if "num_image_tokens" not in vars(GotOcr2Processor):  # below transformers 5.23
+        GotOcr2ProcessorKwargs._defaults["images_kwargs"]["num_image_tokens"] = 16
     return GotOcr2ForConditionalGeneration(config), processor
 
 

@@ -27,6 +27,7 @@ from compress.fastocr.calibration import default_count
 from compress.fastocr.fixation import budget
 from compress.fastocr.method import FastOCR
 from compress.fastocr.state import Counts, Pages, Request
+from compress.models.cache_argument import cache_argument
 from compress.models.deepseek_ocr_views import view_tokens
 from compress.models.visual import VisualLayout, text_model
 
@@ -391,7 +392,8 @@ def _end_to_end_ways(
 
     def step_of(network: Any, cache: DynamicCache) -> Callable[[], Any]:
         text = text_model(network)
-        return lambda: text(inputs_embeds=embeds, past_key_values=cache, position_ids=places)
+        given = {"inputs_embeds": embeds, "position_ids": places, cache_argument(text): cache}
+        return lambda: text(**given)
 
     ways: dict[str, Callable[[], Any]] = {}
     for name, implementation in dense_backends(device, shape.dtype).items():

@@ -15,6 +15,7 @@ from compress.bench.building import built
 from compress.bench.rows import SEED, Dtype, Row, against, make_row
 from compress.bench.timing import Bench, Ceilings, Marks, costliest, summarise_spans, time_spans
 from compress.eval.latency import Latency
+from compress.models.cache_argument import cache_in
 from compress.models.deepseek_ocr_layout import TEXT, native_config
 from compress.models.deepseek_ocr_views import MODES, page_tokens
 from compress.models.visual import text_model
@@ -211,7 +212,7 @@ def _prefill(
         stack.enter_context(watched(marks.span))
         with torch.no_grad(), marks.span("prefill"):
             output = model(**inputs, use_cache=True, logits_to_keep=1)
-        lengths[name] = output.past_key_values.get_seq_length()
+        lengths[name] = cache_in(output).get_seq_length()
 
 
 def _mark_call(stack: ExitStack, marks: Marks, name: str, owner: Any, method: str) -> None:

@@ -29,6 +29,7 @@ from transformers.generation import GenerationMode
 from compress.fastocr.attention import NAME, REQUEST, register
 from compress.fastocr.crossover import crossover, read_table
 from compress.fastocr.state import Counts, Gaze, Pages, Request
+from compress.models.cache_argument import cache_in
 from compress.models.visual import (
     ADAPTERS,
     VISUAL_LAYOUTS,
@@ -157,7 +158,7 @@ class Handle:
         if self.asleep:
             return args, kwargs
         inputs, self._inputs, self._own = self._inputs, {}, None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         given: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         batch, new = given.shape[:2]
         if _length(cache) == 0:
@@ -193,7 +194,7 @@ class Handle:
         """Begin a request where a prompt was read into a cache."""
         if self.asleep:
             return
-        cache, length = output.past_key_values, output.last_hidden_state.shape[1]
+        cache, length = cache_in(output), output.last_hidden_state.shape[1]
         own, self._own = self._own, None
         if cache is None or _length(cache) != length:
             return

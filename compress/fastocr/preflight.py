@@ -8,6 +8,7 @@ import torch
 from compress.fastocr.gaze import MovingGaze
 from compress.fastocr.patch import attached
 from compress.fastocr.state import Gaze, Pages
+from compress.models.cache_argument import NAMES
 
 STEPS = 2
 
@@ -27,7 +28,7 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
     ------
     ValueError : with a sentence that says what is missing.
     """
-    inputs = {name: value for name, value in inputs.items() if name != "past_key_values"}
+    inputs = {name: value for name, value in inputs.items() if name not in NAMES}
     before = _logits(model, inputs)
     with attached(model, _everything) as handle:
         after = _logits(model, inputs)

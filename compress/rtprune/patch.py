@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
+from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import VISUAL_LAYOUTS, VisualLayout, adapter_for, text_model
 from compress.rtprune.encoder_attention import EncoderAttention
 from compress.rtprune.method import RTPrune
@@ -156,7 +157,7 @@ class _Patch:
     def shorten(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Shorten a prompt with pages; give later steps the mask of what is in the cache."""
         call, self.call = self.call, None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         filled = 0 if cache is None else int(cache.get_seq_length())
         if cache is not None and not filled:
             self.requests.pop(cache, None)  # of an earlier prompt: the cache was reset
@@ -187,7 +188,7 @@ class _Patch:
         layouts = page_layouts(places, [self.pages[features].grid for features in encoded])
         where = pages_in(layouts)
         pruned = self._pruned(encoded, where, embeds, attended & ~places)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if all(values is None for _, values in pruned):
             return kwargs
         stays, embeds = attended.clone(), embeds.clone()
@@ -217,7 +218,7 @@ class _Patch:
             "inputs_embeds": embeds.gather(1, source[..., None].expand(-1, -1, dim)),
             "attention_mask": mask.long(),
             "position_ids": ids.gather(1, source),
-            "past_key_values": cache,
+            cache_argument(text_model(self.model)): cache,
             VISUAL_LAYOUTS: [
                 VisualLayout(
                     *(part.to(ids.device) for part in (at.positions, at.grid, at.image_of))

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from compress.models.cache_argument import cache_in
+
 
 @dataclass(frozen=True)
 class Request:
@@ -31,7 +33,7 @@ class Request:
         Parameters
         ----------
         filled : places of the cache that are in use.
-        kwargs : of the decoder, ``past_key_values`` among them.
+        kwargs : of the decoder, the cache among them.
 
         Raises
         ------
@@ -59,7 +61,7 @@ class Request:
             ids = torch.arange(new, device=answer.device)[None] + filled + self.dropped
         # where all layers slide over the answer, masks count places from where the window begins,
         # those of the prompt too: put them there (unpruned, transformers 5.23 looks beside them)
-        cache = kwargs["past_key_values"]
+        cache = cache_in(kwargs)
         slid = min(int(cache.get_mask_sizes(new, i)[1]) for i in range(len(cache.layers)))
         mask = torch.cat([answer[:, :slid], self.mask, answer[:, slid:]], 1)
         return kwargs | {"attention_mask": mask.long(), "position_ids": ids}
