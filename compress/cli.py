@@ -449,8 +449,8 @@ def tables(
         typer.Argument(
             metavar="[NAME]...",
             help="All when none is named: diffusion's main, ablation, attempts and allocation; "
-            "readers, rtprune, fastocr, fastocr_periphery and fastocr_deepseek; bench_gradflow, "
-            "bench_rtprune and bench_fastocr.",
+            "processes; readers, rtprune, fastocr, fastocr_periphery and fastocr_deepseek; "
+            "bench_gradflow, bench_rtprune, bench_fastocr and bench_kernels.",
         ),
     ] = None,
     results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
@@ -464,22 +464,27 @@ def tables(
     """Run what the comparison tables lack, one run at a time, and print them. Resumable."""
     _check_versions()
     _quieten()
-    from compress import experiments, reader_experiments
+    from compress import experiments, process_experiments, reader_experiments
     from compress.eval.tables import fill_file
 
-    known = (*experiments.TABLES, *reader_experiments.NAMES)
+    known = (*experiments.TABLES, process_experiments.NAME, *reader_experiments.NAMES)
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"tables are {', '.join(known)}; got {', '.join(unknown)}; name one")
     chosen = [name for name in names or known if name in experiments.TABLES]
     readers = [name for name in names or known if name in reader_experiments.NAMES]
+    on_processes = process_experiments.NAME in (names or known)
     if not only_render:
         part = experiments.parse_shard(shard)
         for line in experiments.run_missing(chosen, results, seeds=range(seeds), shard=part):
+            _say(line)
+        for line in process_experiments.run_missing(results, Path("runs")) if on_processes else ():
             _say(line)
         for name in readers:
             for line in reader_experiments.run_missing(name, results, Path("runs")):
                 _say(line)
     made = {name: experiments.render_table(name, results, range(seeds)) for name in chosen}
+    if on_processes:
+        made[process_experiments.NAME] = process_experiments.render_table(results)
     made |= {name: reader_experiments.render_table(name, results) for name in readers}
     if update is not None:
         fill_file(update, made)

@@ -232,7 +232,16 @@ def test_readme_names_commands_and_recipes_that_exist():
     for recipe in re.findall(r"recipes/(\w+\.yaml)", text):
         assert (ROOT / "recipes" / recipe).is_file()
     benches = (f"bench_{name}" for name in ("gradflow", "rtprune", "fastocr", "kernels"))
-    for table in ("main", "ablation", "attempts", "readers", "fastocr", "rtprune", *benches):
+    for table in (
+        "main",
+        "ablation",
+        "attempts",
+        "readers",
+        "fastocr",
+        "rtprune",
+        "processes",
+        *benches,
+    ):
         assert text.count(f"<!-- table:{table} -->") == text.count(f"<!-- /table:{table} -->") == 1
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from compress import experiments, reader_experiments
+from compress import experiments, process_experiments, reader_experiments
 from compress.eval import tables
 from compress.experiments import main_table, render_table, run_missing
 
@@ -395,3 +397,54 @@ def test_rows_in_the_repository_say_how_they_were_made():
             if path.name.startswith("ddpm_digits"):
                 assert set(tables.QUALITY) <= set(content["values"])
             json.dumps(content, allow_nan=False)
+
+
+# ---- one recipe on several processes -------------------------------------------------------
+
+
+def finished(folder: Path, *, soft: float = 0.0, last: float = 1.0, weight: float = 0.0) -> Path:
+    """What `compress run` leaves of masks and weights; one soft mask and one weight are moved."""
+    masks = torch.tensor([[0.9, 0.8, 0.7], [0.5 + soft, 0.9, 0.3], [last, 1.0, 0.0]])
+    (folder / process_experiments.WEIGHTS.parent).mkdir(parents=True)
+    save_file({"masks": masks}, folder / "trace.safetensors")
+    weights = {"a": torch.ones(2, 3), "b": torch.full((2,), weight)}
+    save_file(weights, folder / process_experiments.WEIGHTS)
+    facts = {"processes": 2, "seed": 0, "device": "cpu", "threads": 1, "versions": {}}
+    measured = dict.fromkeys(
+        tables.QUALITY, {"compressed": {"value": 0.25, "ci95": [0.125, 0.5], "n": 3}}
+    )
+    content = {"run": {**facts, "train_seconds": 1.0}, "metrics": measured}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_runs_on_several_processes_are_compared_by_masks_and_weights(tmp_path):
+    first = finished(tmp_path / "first")
+    same = process_experiments.compare(first, first)
+    assert same == {"soft_mask_difference": 0, "same_kept": True, "weight_difference": 0}
+    near = finished(tmp_path / "near", soft=0.25, weight=-0.5)
+    assert process_experiments.compare(near, first) == {
+        "soft_mask_difference": 0.25,
+        "same_kept": True,
+        "weight_difference": 0.5,
+    }
+    other = finished(tmp_path / "other", last=0.0)
+    found = process_experiments.compare(other, first)
+    # the last masks are binary: how far they are apart is no rounding
+    assert not found["same_kept"] and found["soft_mask_difference"] == 0
+
+
+def test_the_table_of_processes_shows_its_rows(tmp_path):
+    results = tmp_path / "rows.jsonl"
+    assert "No rows yet" in process_experiments.render_table(results)
+    first = finished(tmp_path / "first")
+    row = process_experiments.make_row(finished(tmp_path / "far", last=0.0, weight=2.0), first)
+    tables.append_row(process_experiments.results_file(results), row)
+    [line] = cells(process_experiments.render_table(results).split("\n\n")[0])
+    assert line[0] == "2" and line[-3:] == ["0.0e+00", "NO", "2.0e+00"]
+    assert line[1] == "0.25 [0.12, 0.50]" and line[2] == "250.00 [125.00, 500.00]"
+
+
+def test_the_table_of_processes_in_the_readme_is_generated_from_the_rows():
+    results = ROOT / "eval" / "results" / "ddpm_digits.jsonl"
+    assert place("processes") == process_experiments.render_table(results)

@@ -1,0 +1,137 @@
+"""The table of one recipe on 1, 2 and 4 processes: the same masks, the same metrics."""
+
+import datetime
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from compress.eval import tables
+from compress.experiments import commit
+from compress.files import read_json
+
+NAME = "processes"
+RECIPE = "ddpm_gradflow"
+PROCESSES = (1, 2, 4)
+WEIGHTS = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
+
+
+def results_file(results: Path) -> Path:
+    """Where the rows are kept, beside those of the other tables."""
+    return results.with_name(f"{results.stem}_{NAME}{results.suffix}")
+
+
+def run_missing(results: Path, runs: Path) -> Iterator[str]:
+    """Run the recipe on each number of processes that has no row yet.
+
+    Parameters
+    ----------
+    results : rows of another table; these go beside it.
+    runs : where the runs are; all of them are needed, since they are compared with the first.
+
+    Yields
+    ------
+    Lines to show.
+
+    Raises
+    ------
+    ValueError : when a run fails.
+    """
+    path = results_file(results)
+    if len(tables.read_rows(path)) == len(PROCESSES):
+        return
+    path.unlink(missing_ok=True)
+    for processes in PROCESSES:
+        yield f"{RECIPE} on {processes} process(es)"
+        folder = runs / f"table_processes_{processes}"
+        command = ["run", RECIPE, "--processes", str(processes), "--output", str(folder)]
+        command += ["--resume"] if folder.exists() else []
+        # -P: a checkout's kernels/ must not be found as a top-level module
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "compress.cli", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ValueError(
+                f"expected {RECIPE} to run on {processes} processes; it ended with "
+                f"{done.returncode}: {done.stderr.strip()[-500:]}; mend that and run again"
+            )
+        tables.append_row(path, make_row(folder, runs / f"table_processes_{PROCESSES[0]}"))
+
+
+def make_row(folder: Path, first: Path) -> dict[str, Any]:
+    """A finished run's metrics, and how far its masks and weights are from another run's."""
+    metrics = read_json(folder / "metrics.json")
+    facts = metrics["run"]
+    return {
+        "command": f"compress tables {NAME}",
+        "recipe": RECIPE,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{name: facts[name] for name in ("processes", "seed", "device", "threads", "versions")},
+        "train_seconds": round(facts["train_seconds"], 1),
+        "metrics": {name: metrics["metrics"][name]["compressed"] for name in tables.QUALITY},
+        **compare(folder, first),
+    }
+
+
+def compare(folder: Path, first: Path) -> dict[str, Any]:
+    """How far two runs are apart.
+
+    Returns
+    -------
+    ``soft_mask_difference``, the largest of the traced units at any update before the last, where
+    masks are binary; ``same_kept``, whether the last are equal; ``weight_difference``, the largest
+    of the slim weights, which have the same shapes and stay close for equal kept sets only.
+    """
+    (mine, ours), (other, theirs) = (
+        (load_file(run / "trace.safetensors")["masks"], load_file(run / WEIGHTS))
+        for run in (folder, first)
+    )
+    weights = [(ours[name].float() - tensor.float()).abs().max() for name, tensor in theirs.items()]
+    return {
+        "soft_mask_difference": (mine[:-1] - other[:-1]).abs().max().item(),
+        "same_kept": torch.equal(mine[-1], other[-1]),
+        "weight_difference": max(weights).item(),
+    }
+
+
+def render_table(results: Path) -> str:
+    """The table in Markdown from the rows that are there."""
+    path = results_file(results)
+    rows = tables.read_rows(path)
+    if not rows:
+        return f"*No rows yet: run `compress tables {NAME}`.*"
+    headings = [tables.COLUMNS[name][0] for name in tables.QUALITY]
+    apart = ["soft masks apart, at most", "same kept units", "slim weights apart, at most"]
+    columns = ["processes", *headings, *apart]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [str(row["processes"])]
+        cells += [_cell(name, row["metrics"][name]) for name in tables.QUALITY]
+        cells += [f"{row['soft_mask_difference']:.1e}", "yes" if row["same_kept"] else "NO"]
+        cells.append(f"{row['weight_difference']:.1e}")
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"`{RECIPE}` as it ships, on the CPU over gloo, the same batch in all shared between the "
+        "processes; masks and weights against those of one process. 95% intervals over sampling "
+        f"seeds. Made by `compress tables {NAME} --update README.md`; rows in "
+        f"`eval/results/{path.name}`."
+    )
+    return "\n".join(lines) + f"\n\n{note}"
+
+
+def _cell(name: str, measured: dict[str, Any]) -> str:
+    _, decimals, _ = tables.COLUMNS[name]
+    scale = tables.SCALE.get(name, 1.0)
+    shown = f"{measured['value'] * scale:.{decimals}f}"
+    if measured["ci95"] is None:
+        return shown
+    low, high = (f"{end * scale:.{decimals}f}" for end in measured["ci95"])
+    return f"{shown} [{low}, {high}]"
