@@ -394,7 +394,7 @@ def calibrate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="gradflow, rtprune or fastocr.")],
+    what: Annotated[str, typer.Argument(help="gradflow, rtprune, fastocr or kernels.")],
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -415,7 +415,7 @@ def bench(
     as_json: Json = False,
     device: Device = None,
 ) -> None:
-    """Time a method against the best dense way, in one run."""
+    """Time a method, or the kernels, against the best dense way, in one run."""
     _check_versions()
     _quieten()
     from compress.bench.suite import bench as rows_of

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -37,9 +37,13 @@ CIFAR10: dict[str, Any] = {
     "flip_sin_to_cos": False,
     "downsample_padding": 0,
 }
-DENSE: dict[str, Callable[[], UNet2DModel]] = {
+# stable-diffusion-v1-5, unet/config.json, where it differs from diffusers' defaults: 860 million
+SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+UNet = UNet2DModel | UNet2DConditionModel
+DENSE: dict[str, Callable[[], UNet]] = {
     "ddpm-cifar10": lambda: UNet2DModel(**CIFAR10),
     "ddpm-digits": lambda: build_unet(dropout=0.0),
+    "sd15": lambda: UNet2DConditionModel(**SD15),
 }
 
 
@@ -49,14 +53,14 @@ class UNetShape:
 
     Parameters
     ----------
-    model : architecture.
-    keep_macs : asked of the slim model.
+    model : architecture; "sd15" is Stable Diffusion 1.5's, with a prompt beside each image.
+    keep_macs : asked of the slim model; the legal widths of "ddpm-cifar10" have few shares.
     batch : images.
     dtype : of weights and images.
     """
 
-    model: Literal["ddpm-cifar10", "ddpm-digits"] = "ddpm-cifar10"
-    keep_macs: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    model: Literal["ddpm-cifar10", "ddpm-digits", "sd15"] = "ddpm-cifar10"
+    keep_macs: Annotated[float, Field(gt=0, lt=1)] = 0.57
     batch: Annotated[int, Field(ge=1)] = 1
     dtype: Dtype = "float32"
 
@@ -64,15 +68,30 @@ class UNetShape:
 def default_shapes(device: str) -> list[UNetShape]:
     """What is timed where nobody asks for a shape."""
     if torch.device(device).type == "cuda":
-        return [UNetShape(batch=n, dtype=d) for n in (1, 16, 64) for d in ("float32", "bfloat16")]
-    return [UNetShape(batch=1), UNetShape(batch=16)]
+        sizes: list[Any] = [
+            *({"batch": n, "dtype": d} for n in (1, 16, 64) for d in ("float32", "bfloat16")),
+            *({"model": "sd15", "batch": n, "dtype": "bfloat16"} for n in (1, 16)),
+        ]
+        return [UNetShape(**size) for size in sizes]
+    return [UNetShape(batch=1), UNetShape(batch=16), UNetShape(model="sd15")]
 
 
-def slim_builder(dense: UNet2DModel, keep_macs: float) -> Callable[[], UNet2DModel]:
+def slim_builder(dense: UNet, keep_macs: float) -> Callable[[], UNet]:
     """What builds the slim UNet that gradflow's surgery would: its configuration, new weights."""
     groups = find_groups(dense)
     layout = build_layout(dense, groups, choose_widths(dense, groups, keep_macs))
-    return lambda: UNet2DModel.from_config(slim_config(dense, layout))
+    return lambda: type(dense).from_config(slim_config(dense, layout))
+
+
+def random_inputs(unet: UNet, batch: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Inputs of a step: noise in place of images and prompts, all at the first time step."""
+    generator = torch.Generator(device).manual_seed(SEED)
+
+    def noise(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, device=device, generator=generator).to(dtype)
+
+    zeros = unet_inputs(unet, batch, device)
+    return {name: noise(t) if t.is_floating_point() else t for name, t in zeros.items()}
 
 
 def run(shape: UNetShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
@@ -80,10 +99,7 @@ def run(shape: UNetShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     dtype, device = getattr(torch, shape.dtype), bench.device
     models = {"dense": built(DENSE[shape.model], dtype, device)}
     models["slim"] = built(slim_builder(models["dense"], shape.keep_macs), dtype, device)
-    inputs = unet_inputs(models["dense"], shape.batch, device)
-    generator = torch.Generator(device).manual_seed(SEED)
-    inputs["sample"] = torch.randn(inputs["sample"].shape, device=device, generator=generator)
-    inputs["sample"] = inputs["sample"].to(dtype)
+    inputs = random_inputs(models["dense"], shape.batch, dtype, device)
     costs = {name: cost(model, inputs) for name, model in models.items()}
     ways = {name: lambda m=model: m(**inputs) for name, model in models.items()}
     timing = time_ways(ways, bench)

@@ -70,8 +70,17 @@ def transport_plans(
     return [plan_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
 
 
-def plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
-    """:func:`transport_plan` of one page's ``(kept, pruned)`` as POT solves it, on any device."""
+def plan_by_pot(
+    scores: torch.Tensor, dustbin: float, iterations: int, numpy: bool = False
+) -> torch.Tensor:
+    """:func:`transport_plan` of one page by POT.
+
+    Parameters
+    ----------
+    scores : ``(kept, pruned)``, in float32.
+    dustbin, iterations : as in :func:`transport_plan`.
+    numpy : through POT's NumPy backend, on the CPU, in place of torch's.
+    """
     from ot.bregman import sinkhorn_log  # slow to import: recipes are read without it
 
     rows, columns = scores.shape
@@ -79,10 +88,11 @@ def plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.
     source, target = scores.new_ones(rows + 1), scores.new_ones(columns + 1)
     source[-1], target[-1] = columns, rows
     total = rows + columns
-    plan = sinkhorn_log(
-        source / total, target / total, cost, 1.0, numItermax=iterations, stopThr=0, warn=False
-    )
-    return plan[:-1, :-1] * total
+    problem = [source / total, target / total, cost]
+    if numpy:
+        problem = [part.cpu().numpy() for part in problem]
+    plan = sinkhorn_log(*problem, 1.0, numItermax=iterations, stopThr=0, warn=False)
+    return torch.as_tensor(plan).to(scores)[:-1, :-1] * total
 
 
 def _padded(
