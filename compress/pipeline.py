@@ -10,16 +10,17 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import save
+from torch.utils.data import Dataset, Subset
 
 from compress import distributed
 from compress.checkpoint import save_slim
-from compress.cost import unet_cost, unet_inputs
+from compress.cost import unet_cost
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
@@ -29,13 +30,22 @@ from compress.files import write_bytes, write_json, write_text
 from compress.gradflow import GradFlow, OneShot, Training
 from compress.gradflow.free_width import inner_width
 from compress.gradflow.groups import dense_widths
+from compress.gradflow.objective import Inputs, inputs_of, noise_schedule
 from compress.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.journal import Journal
 from compress.launch import launched
 from compress.method import Compressed, Event, RunResult
 from compress.models import load_pipeline, model_hash
+from compress.models.pipelines import (
+    check_pipeline,
+    default_guidance,
+    image_shape,
+    placed,
+    wanted,
+    with_parts,
+)
 from compress.output_folder import check_same_settings, check_target, claim
-from compress.recipe import ReaderRecipe, Recipe, dump, load_recipe
+from compress.recipe import Columns, Evaluate, ReaderRecipe, Recipe, dump, load_recipe
 from compress.report import write_report
 
 # more real images than this change a distance's third digit, and cost time and memory
@@ -61,6 +71,8 @@ class _Job:
     pipeline: DiffusionPipeline
     data: ImageData
     training: Training
+    inputs: Inputs
+    settings: diffusion.SamplingSettings
     device: str
 
 
@@ -152,7 +164,7 @@ def _run_events(
         if main:
             write_text(job.folder / "recipe.yaml", _resolved(job))
         pruned = yield from pruning.events()
-        compressed = _with_unet(job.pipeline, pruned.unet)
+        compressed = with_parts(job.pipeline, {"unet": pruned.unet})
         metrics = yield from _evaluate(job, compressed, pruned)
         yield Event("report", 0, 2)
         checkpoint = distributed.from_main(lambda: _finish(job, compressed, pruned, metrics))
@@ -194,7 +206,8 @@ def apply(
     pipeline : with a ``unet`` and a ``scheduler``.
     method : what to do.
     data : a data source as in a recipe, or a data set of ``(channels, height, width)`` images in
-        [-1, 1], whose every tenth image is held out.
+        [-1, 1], whose every tenth image is held out; an ``ImageData`` with conditions, or a source
+        with columns "text" or "label", for a pipeline that takes captions or labels.
     training : how weights are trained.
     device : CUDA where there is any when None.
 
@@ -205,31 +218,34 @@ def apply(
     unet = pipeline.unet
     check_trainable(pipeline)
     if isinstance(data, str):
-        data = load_images(data, unet.config.sample_size, unet.config.in_channels)
+        data = load_images(data, *image_shape(pipeline), wanted(pipeline))
     elif not isinstance(data, ImageData):
         data = ImageData.split("data", data)
-    run_ = PruningRun(
-        copy.deepcopy(unet),
-        pipeline.scheduler,
-        data,
-        method,
-        training or Training(),
-        Journal(),
-        device=distributed.join(choose_device(device)),
-    )
-    events = run_.events()
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            pruned: Pruned = stop.value
-            break
+    where, inputs = distributed.join(choose_device(device)), inputs_of(pipeline)
+    with placed(inputs.modules, where):
+        run_ = PruningRun(
+            copy.deepcopy(unet),
+            pipeline.scheduler,
+            data,
+            method,
+            training or Training(),
+            Journal(),
+            device=where,
+            inputs=inputs,
+        )
+        events = run_.events()
+        while True:
+            try:
+                next(events)
+            except StopIteration as stop:
+                pruned: Pruned = stop.value
+                break
     report = {
         **pruned.report,
         "method": asdict(method),
         "widths": _widths(unet, pruned),
     }
-    return Compressed(_with_unet(pipeline, pruned.unet), report)
+    return Compressed(with_parts(pipeline, {"unet": pruned.unet}), report)
 
 
 def dry_run(
@@ -292,10 +308,21 @@ def evaluate_model(
     steps: int = 20,
     sampler: str = "ddim",
     sampling_seeds: int = 3,
+    guidance_scale: float | None = None,
+    batch: int = 128,
+    columns: Columns | None = None,
     inception_weights: str | None = None,
     device: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measure any unconditional diffusers pipeline with the diffusion suite.
+    """Measure any diffusers pipeline that can be trained here with the diffusion suite.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a hub id, or a local diffusers folder.
+    columns : where the data has captions or labels.
+    data, samples, steps, sampler, sampling_seeds, guidance_scale, batch, inception_weights : as in
+        a recipe.
+    device : CUDA where there is any when None.
 
     Returns
     -------
@@ -307,11 +334,18 @@ def evaluate_model(
     pipeline = load(model)
     unet = _unet_of(pipeline, model)
     check_trainable(pipeline)
-    images = load_images(data, unet.config.sample_size, unet.config.in_channels)
-    settings = diffusion.SamplingSettings(
-        samples=samples, sampler=sampler, steps=steps, sampling_seeds=sampling_seeds
+    images = _load_data(data, pipeline, columns or Columns())
+    asked = Evaluate(
+        samples=samples,
+        sampler=sampler,
+        steps=steps,
+        sampling_seeds=sampling_seeds,
+        guidance_scale=guidance_scale,
+        batch=batch,
     )
-    validation = distributed.from_main(lambda: _validation(unet, images, pipeline.scheduler, where))
+    settings, inputs = _sampling(asked, pipeline, images), inputs_of(pipeline)
+    inputs.check(images)
+    validation = distributed.from_main(lambda: _validation(pipeline, images, inputs, where))
     found = diffusion.evaluate(
         pipeline,
         reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
@@ -322,7 +356,9 @@ def evaluate_model(
         extra={"validation_loss": validation},
     )
     found |= distributed.from_main(
-        lambda: diffusion.speed({"model": unet}, settings, device=where)["model"]
+        lambda: diffusion.speed({"model": unet}, settings, device=where, batch=_timed(settings))[
+            "model"
+        ]
     )
     names = [n for n in diffusion.METRICS if n in found and not n.endswith("_to_dense")]
     return {
@@ -337,8 +373,8 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
     # what the hub has, one process downloads, and the others find it
     with distributed.main_first():
         pipeline = load_pipeline(typed.model)
-        unet = _unet_of(pipeline, typed.model)
-        data = load_images(typed.data, *_image_shape(pipeline, unet))
+        _unet_of(pipeline, typed.model)
+        data = _load_data(typed.data, pipeline, typed.columns)
     recover = typed.recover.model_dump()
     train = typed.train.model_dump()
     training = Training(
@@ -348,7 +384,8 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
         seed=typed.seed,
     )
     folder = Path(output or typed.output or "runs/compress")
-    return _Job(typed, folder, pipeline, data, training, where)
+    settings = _sampling(typed.evaluate, pipeline, data)
+    return _Job(typed, folder, pipeline, data, training, inputs_of(pipeline), settings, where)
 
 
 def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
@@ -361,14 +398,48 @@ def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
     return unet
 
 
-def _image_shape(pipeline: DiffusionPipeline, unet: Any) -> tuple[int, int]:
-    """Side and channels of the images that a pipeline draws: its VAE's, where it has one."""
-    config = unet.config
-    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    if vae is None:
-        return config.sample_size, config.in_channels
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    return config.sample_size * scale, vae.config.in_channels
+def _load_data(source: str, pipeline: DiffusionPipeline, columns: Columns) -> ImageData:
+    """Images as a pipeline draws them, with what its UNet must know about each."""
+    wants = wanted(pipeline)
+    column = None if wants is None else getattr(columns, wants)
+    return load_images(source, *image_shape(pipeline), wants, column)
+
+
+def _sampling(
+    asked: Evaluate, pipeline: DiffusionPipeline, data: ImageData
+) -> diffusion.SamplingSettings:
+    """How images are drawn: prompts are held-out captions; labels are spread over the classes.
+
+    Raises
+    ------
+    ValueError : for guidance where there are no prompts.
+    """
+    default, wants = default_guidance(pipeline), wanted(pipeline)
+    if asked.guidance_scale is not None and default is None:
+        raise ValueError(
+            f"guidance_scale is for pipelines that take prompts; {type(pipeline).__name__} takes "
+            f"none; got {asked.guidance_scale:g}; leave it out"
+        )
+    conditions: tuple[Any, ...] = ()
+    if wants == "caption":
+        held_out = data.held_out_conditions or ()
+        conditions = tuple(held_out[i] for i in range(min(len(held_out), REFERENCE_LIMIT)))
+    elif wants == "label":
+        conditions = tuple(sorted({*(data.train_conditions or ())}))
+    return diffusion.SamplingSettings(
+        samples=asked.samples,
+        sampler=asked.sampler,
+        steps=asked.steps,
+        sampling_seeds=asked.sampling_seeds,
+        batch=asked.batch,
+        conditions=conditions,
+        guidance_scale=default if asked.guidance_scale is None else asked.guidance_scale,
+    )
+
+
+def _timed(settings: diffusion.SamplingSettings) -> int:
+    """Batch of the timed passes: no larger than what sampling is trusted with."""
+    return min(64, settings.batch)
 
 
 def check_trainable(pipeline: DiffusionPipeline) -> None:
@@ -376,18 +447,10 @@ def check_trainable(pipeline: DiffusionPipeline) -> None:
 
     Raises
     ------
-    ValueError : for latents, prompts or labels, which no data source gives yet.
+    ValueError : naming what is not supported.
     """
-    unet = pipeline.unet
-    needs = [name for name in ("vae", "vqvae") if getattr(pipeline, name, None) is not None]
-    inputs = unet_inputs(unet)
-    needs += [name for name in inputs if name not in ("sample", "timestep")]
-    if needs:
-        raise ValueError(
-            "compress trains and samples unconditional pipelines in pixel space; "
-            f"{type(pipeline).__name__} also needs {', '.join(needs)}; plan with --dry-run, and "
-            "cut with compress.gradflow.surgery"
-        )
+    check_pipeline(pipeline)
+    noise_schedule(pipeline.scheduler)
 
 
 def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> PruningRun:
@@ -400,6 +463,7 @@ def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> Prunin
         journal,
         device=job.device,
         resume=resume,
+        inputs=job.inputs,
     )
 
 
@@ -416,6 +480,8 @@ def _check_space(job: _Job) -> None:
     params = sum(p.numel() for p in job.pipeline.unet.parameters())
     # one state more than are kept, since the oldest goes when the newest is complete
     needed = ((job.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
+    # the checkpoint holds the frozen parts as they are
+    needed += sum(p.numel() * p.element_size() for m in job.inputs.modules for p in m.parameters())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
@@ -425,33 +491,37 @@ def _check_space(job: _Job) -> None:
         )
 
 
-def _with_unet(pipeline: DiffusionPipeline, unet: UNet2DModel) -> DiffusionPipeline:
-    return type(pipeline)(**(pipeline.components | {"unet": unet}))
-
-
 def _extractor(data: str) -> str:
     return fidelity.DIGITS if data == "builtin:digits" else fidelity.INCEPTION
 
 
-def _validation(unet: Any, data: ImageData, scheduler, device: str) -> diffusion.Value:
+def _validation(
+    pipeline: DiffusionPipeline, data: ImageData, inputs: Inputs, device: str
+) -> diffusion.Value:
     count = min(VALIDATION_LIMIT, len(data.held_out))
-    images = torch.stack([data.held_out[i] for i in range(count)]).to(device)
-    unet = unet.to(device).eval()
-    loss = validation_loss(lambda x, t: unet(x, t).sample, images, scheduler)
+    unet, scheduler = pipeline.unet.to(device).eval(), noise_schedule(pipeline.scheduler)
+    with placed(inputs.modules, device):
+        loss = validation_loss(
+            lambda x, t, **condition: unet(x, t, **condition).sample,
+            cast(Images, Subset(cast(Dataset, data.held_out), range(count))),
+            scheduler,
+            inputs=inputs,
+            conditions=data.held_out_conditions,
+            device=device,
+        )
     how = "denoising MSE on held-out images, fixed noise and stratified timesteps, 2 draws each"
+    kind = scheduler.config.prediction_type
+    told = [f"prediction_type {kind}"] if kind != "epsilon" else []
+    told += ["of latents"] if inputs.encode.modules else []
+    told += [f"each with its {inputs.wants}"] if inputs.wants else []
+    how = "; ".join([how, *told])
     return diffusion.Value(loss, f"{how}, {torch.device(device).type}", count)
 
 
 def _evaluate(
     job: _Job, compressed: DiffusionPipeline, pruned: Pruned
 ) -> Generator[Event, None, dict[str, Any]]:
-    asked = job.recipe.evaluate
-    settings = diffusion.SamplingSettings(
-        samples=asked.samples,
-        sampler=asked.sampler,
-        steps=asked.steps,
-        sampling_seeds=asked.sampling_seeds,
-    )
+    asked, settings = job.recipe.evaluate, job.settings
     key = diffusion.samples_key(model_hash(job.recipe.model, job.pipeline), settings, job.device)
     cache = diffusion.samples_cache_path(key)
     images: dict[str, diffusion.Samples] = {}
@@ -476,7 +546,7 @@ def _evaluate(
     found = {}
     for name, pipeline in (("dense", job.pipeline), ("compressed", compressed)):
         validation = distributed.from_main(
-            partial(_validation, pipeline.unet, job.data, job.pipeline.scheduler, job.device)
+            partial(_validation, pipeline, job.data, job.inputs, job.device)
         )
         found[name] = diffusion.evaluate(
             pipeline,
@@ -490,7 +560,9 @@ def _evaluate(
             extra={"validation_loss": validation},
         )
     unets = {"dense": job.pipeline.unet, "compressed": compressed.unet}
-    speed = distributed.from_main(lambda: diffusion.speed(unets, settings, device=job.device))
+    speed = distributed.from_main(
+        lambda: diffusion.speed(unets, settings, device=job.device, batch=_timed(settings))
+    )
     for name, values in speed.items():
         found[name] |= values
     table = diffusion.side_by_side(found["dense"], found["compressed"])

@@ -50,6 +50,21 @@ class Recover(_Section):
     distill_features: float = Field(0.0, ge=0)
 
 
+class Columns(_Section):
+    """Where a data source keeps what a model wants to know about each image.
+
+    Parameters
+    ----------
+    caption : column of a ``hub:`` data set, or key in the ``metadata.jsonl`` of a folder, for
+        pipelines that take prompts.
+    label : column of a ``hub:`` data set, for class-conditional UNets. The classes of a folder are
+        its subfolders.
+    """
+
+    caption: str = Field("text", min_length=1)
+    label: str = Field("label", min_length=1)
+
+
 class Train(_Section):
     """How optimiser steps are executed, whatever they optimise.
 
@@ -63,6 +78,8 @@ class Train(_Section):
     gradient_checkpointing : compute activations again in the backward pass instead of keeping
         them: less memory, about a third more time.
     flip : mirror half of the training images from left to right.
+    condition_dropout : share of the captions that training replaces by the pipeline's own empty
+        one, which classifier-free guidance needs; labels are never replaced.
     workers : processes that read images for each training process; 0 reads in the process itself.
     prefetch : batches that each worker reads ahead.
     """
@@ -74,6 +91,7 @@ class Train(_Section):
     keep_states: int = Field(2, ge=1, le=99)
     gradient_checkpointing: bool = False
     flip: bool = False
+    condition_dropout: float = Field(0.1, ge=0, le=1)
     workers: int = Field(0, ge=0)
     prefetch: int = Field(2, ge=1)
 
@@ -87,6 +105,9 @@ class Evaluate(_Section):
     samples : images drawn per sampling seed.
     sampler : ``ddim`` (deterministic, eta 0) or ``ddpm`` (ancestral).
     steps : denoising steps per image.
+    guidance_scale : of classifier-free guidance, for pipelines that take prompts; 1 is none, null
+        the pipeline's own default.
+    batch : images that are drawn together; no effect on the noise of an image.
     sampling_seeds : independent repetitions that the confidence intervals come from.
     against : the reference of every ratio.
     inception_weights : file with the FID Inception weights, for models that need it; without it
@@ -97,6 +118,8 @@ class Evaluate(_Section):
     samples: int = Field(512, ge=2)
     sampler: Literal["ddim", "ddpm"] = "ddim"
     steps: int = Field(20, ge=1)
+    guidance_scale: float | None = Field(None, ge=1)
+    batch: int = Field(128, ge=1)
     sampling_seeds: int = Field(3, ge=1)
     against: Literal["dense"] = "dense"
     inception_weights: str | None = Field(None, min_length=1)
@@ -179,6 +202,7 @@ class Recipe(_Section):
     model : ``builtin:NAME``, a hub id, or a local diffusers folder.
     data : ``builtin:digits``, ``folder:PATH`` or ``hub:NAME``.
     method : the compression method and its knobs; ``name`` chooses which.
+    columns : see the class; for models that take captions or labels.
     recover, train, evaluate : see the classes.
     seed : of every random draw in the run.
     output : the run's folder; ``load_recipe`` fills in ``runs/NAME-OF-THE-RECIPE``.
@@ -187,6 +211,7 @@ class Recipe(_Section):
     model: str = Field(min_length=1)
     data: str = Field(min_length=1)
     method: AnyWeightMethod
+    columns: Columns = Columns()
     recover: Recover = Recover()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

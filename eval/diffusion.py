@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 from scipy import stats
+from torch.utils._pytree import tree_map
 
 from compress import distributed
 from compress.cost import unet_cost, unet_inputs
@@ -37,7 +38,7 @@ JUDGE_CONFIDENCE = 0.9
 METRICS = {
     "params": ("lower", "parameters"),
     "macs": ("lower", "MACs per forward"),
-    "validation_loss": ("lower", "MSE of predicted noise"),
+    "validation_loss": ("lower", "MSE of the prediction"),
     "fid": ("lower", "distance"),
     "fid_digits": ("lower", "distance"),
     "kid": ("lower", "squared MMD"),
@@ -75,6 +76,9 @@ class SamplingSettings:
         from their spread, so at least 2 give one.
     seed : the first sampling seed; the others follow it.
     batch : images per forward pass; no effect on the noise.
+    conditions : prompts or class labels, for pipelines that take them: sample ``i`` of every seed
+        has the ``i``-th of them, in turn.
+    guidance_scale : of prompts; the pipeline's own default when None.
     """
 
     samples: int = 512
@@ -83,6 +87,8 @@ class SamplingSettings:
     sampling_seeds: int = 3
     seed: int = 0
     batch: int = 128
+    conditions: tuple[Any, ...] = ()
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "sampling_seeds", "batch"):
@@ -101,9 +107,12 @@ class SamplingSettings:
 
     def __str__(self) -> str:
         """Say it as ``3 seeds x 512 images, DDIM, 20 steps``."""
+        told = f", {len(self.conditions)} conditions in turn" if self.conditions else ""
+        if self.guidance_scale is not None:
+            told += f", guidance {self.guidance_scale:g}"
         return (
             f"{self.sampling_seeds} seeds x {self.samples} images, {self.sampler.upper()}, "
-            f"{self.steps} steps"
+            f"{self.steps} steps{told}"
         )
 
 
@@ -144,6 +153,8 @@ def draw_batches(
             batch=settings.batch,
             device=device,
             first=first,
+            conditions=settings.conditions,
+            guidance_scale=settings.guidance_scale,
         )
 
     yield from distributed.shared_out(parts, draw_one)
@@ -166,7 +177,14 @@ def samples_key(
     model_hash: str, settings: SamplingSettings, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
     """Everything that decides the pixels of a model's samples; the batch size does not."""
-    return {
+    told: dict[str, Any] = {}
+    if settings.conditions:
+        text = json.dumps(settings.conditions)
+        told = {
+            "conditions": hashlib.sha256(text.encode()).hexdigest(),
+            "guidance_scale": settings.guidance_scale,
+        }
+    return told | {
         "model": model_hash,
         "samples": settings.samples,
         "sampler": settings.sampler,
@@ -258,7 +276,7 @@ def evaluate(
 
     Parameters
     ----------
-    pipeline : unconditional diffusers pipeline, ours or a stranger's.
+    pipeline : diffusers pipeline, ours or a stranger's.
     reference : real images, uint8 ``(n, channels, height, width)``.
     settings : how images are drawn.
     samples : the pipeline's images where they are at hand, drawn with the same settings.
@@ -411,11 +429,11 @@ def speed(
     device = torch.device(device)
     copies = {name: copy.deepcopy(unet).eval().to(device) for name, unet in unets.items()}
     first = next(iter(copies.values()))
-    one, many = (
-        {k: v.to(device) for k, v in unet_inputs(first, size, "cpu").items()} for size in (1, batch)
-    )
-    for inputs in (one, many):
-        inputs["sample"] = inputs["sample"].to(first.dtype)
+
+    def placed(value: torch.Tensor) -> torch.Tensor:
+        return value.to(device, first.dtype) if value.is_floating_point() else value.to(device)
+
+    one, many = (tree_map(placed, unet_inputs(first, size, "cpu")) for size in (1, batch))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     where = f"{device_name(device)}{threads}"
     single = latency(copies, one, device=device, repeats=repeats)

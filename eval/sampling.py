@@ -1,16 +1,26 @@
-"""Images from an unconditional diffusers pipeline, with noise that depends on the sample alone."""
+"""Images from a diffusers pipeline, with noise and condition that depend on the sample alone."""
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
+from compress.models.pipelines import (
+    PIXELS,
+    autoencoder_of,
+    fresh_scheduler,
+    kind_of,
+    placed,
+    supported,
+    wanted,
+    with_parts,
+)
+
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
-# what a UNet's config says when it needs more than noise
-CONDITIONS = ("class_embed_type", "num_class_embeds", "cross_attention_dim")
+# what a UNet's config says when it needs more than noise and a label
+CONDITIONS = ("cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -41,6 +51,8 @@ def sample(
     batch: int = 128,
     device: str | torch.device = "cpu",
     first: int = 0,
+    conditions: Sequence[Any] = (),
+    guidance_scale: float | None = None,
 ) -> torch.Tensor:
     """Draw images; see `sample_batches`, which this concatenates.
 
@@ -57,6 +69,8 @@ def sample(
         batch=batch,
         device=device,
         first=first,
+        conditions=conditions,
+        guidance_scale=guidance_scale,
     )
     return torch.cat(list(batches))
 
@@ -71,16 +85,22 @@ def sample_batches(
     batch: int = 128,
     device: str | torch.device = "cpu",
     first: int = 0,
+    conditions: Sequence[Any] = (),
+    guidance_scale: float | None = None,
 ) -> Iterator[torch.Tensor]:
     """Draw images batch by batch, so that the caller can show progress.
 
     Sample ``i`` of a seed starts from the same noise in every pipeline of the same image shape:
     images of a dense and of a compressed model can be compared one to one. The pipeline is left as
-    it was: own scheduler object, training flags and device of the UNet restored after each batch.
+    it was: own scheduler object, training flags and devices of its parts restored after each batch.
+
+    Where there are latents or prompts, the pipeline itself draws, without its safety checker, which
+    would blacken images. A class-conditional UNet gets its labels from us, since no pipeline of
+    diffusers hands it any.
 
     Parameters
     ----------
-    pipeline : unconditional, with a UNet2DModel as ``unet`` and a ``scheduler``; e.g. DDPMPipeline.
+    pipeline : a UNet and a scheduler, or one of ``compress.models.pipelines.KINDS``.
     count : number of images.
     steps : denoising steps; more costs proportionally more time.
     sampler : ``ddim`` (eta 0: the noise decides the image) or ``ddpm``.
@@ -88,6 +108,8 @@ def sample_batches(
     batch : images per forward pass; memory grows with it, the noise does not depend on it.
     device : where the UNet runs.
     first : index of the first sample; what is drawn for an index does not depend on it.
+    conditions : prompts, or class labels; sample ``i`` has the ``i``-th of them, in turn.
+    guidance_scale : for prompts; the pipeline's own default when None.
 
     Yields
     ------
@@ -95,17 +117,36 @@ def sample_batches(
 
     Raises
     ------
-    ValueError : for an unknown sampler, impossible counts or steps, a pipeline that needs more than
-        noise, or a model whose output is not finite.
+    ValueError : for an unknown sampler, impossible counts or steps, a pipeline that is not
+        supported or lacks conditions, or a model whose output is not finite.
     """
     scheduler = _scheduler(pipeline, sampler, steps)
     for name, value in (("count", count), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
-    shape = _image_shape(pipeline.unet)
+    pixels = kind_of(pipeline) is PIXELS
+    shape = _image_shape(pipeline.unet) if pixels else (0, 0, 0)
+    needed = wanted(pipeline)
+    if bool(conditions) != bool(needed):
+        raise ValueError(
+            f"{type(pipeline).__name__} takes {f'a {needed}' if needed else 'nothing'} for each "
+            f"image (num_class_embeds is {pipeline.unet.config.get('num_class_embeds')}); got "
+            f"{len(conditions)} conditions; give as many as there are different ones, or none"
+        )
     for start in range(first, first + count, batch):
-        noise = generators(seed, start, min(batch, first + count - start))
-        yield _denoise(pipeline.unet, scheduler, shape, noise, torch.device(device))
+        indices = range(start, min(start + batch, first + count))
+        noise = generators(seed, start, len(indices))
+        given = [conditions[i % len(conditions)] for i in indices] if needed else []
+        if pixels:
+            images = _denoise(pipeline.unet, scheduler, shape, noise, given, torch.device(device))
+        else:
+            images = _draw(pipeline, scheduler, steps, noise, given, guidance_scale, device)
+        if not torch.isfinite(images).all():
+            raise ValueError(
+                "samples should be finite; the model produced NaN or infinity, so its weights have "
+                "diverged: train again with a lower learning rate"
+            )
+        yield to_uint8(images).cpu()
 
 
 @torch.no_grad()
@@ -114,38 +155,60 @@ def _denoise(
     scheduler: Any,
     shape: tuple[int, int, int],
     noise: list[torch.Generator],
+    labels: Sequence[int],
     device: torch.device,
 ) -> torch.Tensor:
-    """Run the sampler from the generators' noise to uint8 images."""
-    home, training = unet.device, {module: module.training for module in unet.modules()}
-    unet.eval().to(device)
-    try:
+    """Run the sampler from the generators' noise to images in about [-1, 1]."""
+    known = {"class_labels": torch.tensor(labels, device=device)} if labels else {}
+    with placed([unet], device):
         # the sampler's own arithmetic stays in float32 whatever the UNet's dtype
         images = torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
         for timestep in scheduler.timesteps:
-            output = unet(images.to(unet.dtype), timestep.to(device)).sample.float()
+            output = unet(images.to(unet.dtype), timestep.to(device), **known).sample.float()
             images = scheduler.step(output, timestep, images, generator=noise).prev_sample
-    finally:
-        unet.to(home)
-        for module, flag in training.items():
-            module.training = flag
-    if not torch.isfinite(images).all():
-        raise ValueError(
-            "samples should be finite; the model produced NaN or infinity, so its weights have "
-            "diverged: train again with a lower learning rate"
-        )
-    return to_uint8(images).cpu()
+    return images
+
+
+def _draw(
+    pipeline: DiffusionPipeline,
+    scheduler: Any,
+    steps: int,
+    noise: list[torch.Generator],
+    prompts: Sequence[str],
+    guidance_scale: float | None,
+    device: str | torch.device,
+) -> torch.Tensor:
+    """Let the pipeline draw with our scheduler and noise; images in [-1, 1]."""
+    parts = {"scheduler": scheduler}
+    if "safety_checker" in pipeline.components:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    ours = with_parts(pipeline, parts)
+    ours.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"prompt": list(prompts)} if prompts else {"batch_size": len(noise)}
+    if prompts and guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    modules = [part for part in ours.components.values() if isinstance(part, torch.nn.Module)]
+    with placed(modules, device):
+        images = ours(
+            generator=noise, num_inference_steps=steps, output_type="np", **options
+        ).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
 
 def _scheduler(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
     """Build a fresh sampler with the noise schedule of the pipeline's scheduler."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}; got {sampler!r}; name one")
-    parts = set(getattr(pipeline, "components", {}))
-    if parts != {"unet", "scheduler"}:
+    kind = kind_of(pipeline)
+    if kind is None:
         raise ValueError(
-            "sampling handles unconditional pipelines, made of a unet and a scheduler; got "
-            f"{type(pipeline).__name__} with {sorted(parts)}; use a DDPMPipeline or DDIMPipeline"
+            f"sampling handles {supported()}; got {type(pipeline).__name__} with "
+            f"{sorted(getattr(pipeline, 'components', {}))}; use one of these"
+        )
+    if sampler == "ddpm" and not kind.passes_generator:
+        raise ValueError(
+            f"{type(pipeline).__name__} hands its scheduler no generator, so ancestral steps could "
+            "not be repeated; got sampler='ddpm'; use ddim"
         )
     config = pipeline.scheduler.config
     needed = {"num_train_timesteps", "beta_schedule", "prediction_type"}
@@ -160,22 +223,21 @@ def _scheduler(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
             f"steps must lie in 1..{config['num_train_timesteps']}, the length of the pipeline's "
             f"noise schedule; got steps={steps}; change steps"
         )
-    kind = SAMPLERS[sampler]
-    known = inspect.signature(kind.__init__).parameters
-    # only the keys that both schedulers know: from_config would print the others on stderr
-    scheduler = kind(**{key: config[key] for key in config if key in known})
+    # samplers that know nothing of clipping do not clip; latents have no bounds
+    defaults = {"clip_sample": False} if autoencoder_of(pipeline) is not None else {}
+    scheduler = fresh_scheduler(SAMPLERS[sampler], defaults | dict(config))
     scheduler.set_timesteps(steps)
     return scheduler
 
 
 def _image_shape(unet: Any) -> tuple[int, int, int]:
-    """``(channels, height, width)`` of the images that an unconditional UNet makes."""
+    """``(channels, height, width)`` of the images that a UNet makes."""
     config, size = unet.config, unet.config.sample_size
     conditions = [name for name in CONDITIONS if config.get(name)]
     if conditions:
         raise ValueError(
-            f"sampling handles unconditional UNets; {type(unet).__name__} has "
-            f"{', '.join(conditions)} in its config; use a UNet2DModel without conditions"
+            f"sampling gives a UNet noise and a label at most; {type(unet).__name__} has "
+            f"{', '.join(conditions)} in its config; use a UNet2DModel"
         )
     if size is None:
         raise ValueError(

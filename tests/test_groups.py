@@ -8,7 +8,6 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from compress.gradflow.groups import (
-    check_scheduler,
     dense_widths,
     find_groups,
     narrowed_queries,
@@ -136,8 +135,6 @@ def test_unsupported_blocks_are_refused_by_name(models):
         ("time_embedding_type", "fourier"),
         ("downsample_type", "resnet"),
         ("upsample_type", "resnet"),
-        ("class_embed_type", "timestep"),
-        ("num_class_embeds", 10),
     ],
 )
 def test_unsupported_options_are_refused_by_name(models, option, value):
@@ -161,10 +158,3 @@ def test_an_odd_first_level_is_refused(models):
     unet = models.build("odd_norm_groups", block_out_channels=(9, 18))
     with pytest.raises(ValueError, match=r"block_out_channels\[0\]"):
         find_groups(unet)
-
-
-@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_schedulers_that_do_not_predict_noise_are_refused(models, kind):
-    with pytest.raises(ValueError, match=kind):
-        check_scheduler(models.scheduler(prediction_type=kind))
-    check_scheduler(models.scheduler())

@@ -1,21 +1,44 @@
 """Batches, noise and timesteps as functions of (seed, step, sample): no data state to resume."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
+
+# what tells apart the draws of one (seed, step, sample)
+FLIP = 1
+
+
+class Examples(NamedTuple):
+    """Images ``(batch, channels, height, width)`` and what the data says about each of them."""
+
+    images: torch.Tensor
+    conditions: Sequence[Any] | None = None
+
+    def chunk(self, count: int) -> list["Examples"]:
+        """Cut into at most ``count`` parts of equal size, but for the last."""
+        parts, start = [], 0
+        for images in self.images.chunk(count):
+            stop = start + len(images)
+            given = None if self.conditions is None else self.conditions[start:stop]
+            parts.append(Examples(images, given))
+            start = stop
+        return parts
 
 
 class Batch(NamedTuple):
     """One denoising batch.
 
-    Images and noise are ``(batch, channels, height, width)``, timesteps ``(batch,)``.
+    Images (clean samples: pixels or latents) and noise are ``(batch, channels, height, width)``,
+    timesteps ``(batch,)``; ``condition`` holds further inputs of the UNet by name.
     """
 
     images: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
+    condition: Mapping[str, Any] = MappingProxyType({})
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -72,12 +95,34 @@ def flipped(images: torch.Tensor, seed: int, step: int, first: int = 0) -> torch
     images : ``(batch, channels, height, width)``.
     seed, step, first : as in :func:`noise_and_timesteps`; the draw is another one.
     """
-    chosen = [
-        bool(torch.rand((), generator=_generator(seed, step, first + i, 1)) < 0.5)
-        for i in range(len(images))
-    ]
+    chosen = by_chance(len(images), 0.5, seed, step, first, FLIP)
     mirror = torch.tensor(chosen, device=images.device)[:, None, None, None]
     return torch.where(mirror, images.flip(-1), images)
+
+
+def by_chance(
+    count: int, share: float, seed: int, step: int, first: int, purpose: int
+) -> list[bool]:
+    """For each of ``count`` samples, whether it is among a random ``share``.
+
+    Parameters
+    ----------
+    seed, step, first : as in :func:`noise_and_timesteps`.
+    purpose : draws for different purposes are different ones.
+    """
+    return [
+        bool(torch.rand((), generator=_generator(seed, step, first + i, purpose)) < share)
+        for i in range(count)
+    ]
+
+
+def noise_of(like: torch.Tensor, seed: int, step: int, first: int, purpose: int) -> torch.Tensor:
+    """Standard normal values shaped like ``(batch, ...)``, drawn as in :func:`by_chance`."""
+    drawn = [
+        torch.randn(like.shape[1:], generator=_generator(seed, step, first + i, purpose))
+        for i in range(len(like))
+    ]
+    return torch.stack(drawn).to(like)
 
 
 class StepSampler(Sampler[list[int]]):

@@ -1,18 +1,25 @@
 """Where images come from: `builtin:digits`, `folder:PATH`, `hub:NAME`."""
 
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch.utils.data import Dataset, Subset
 
-from compress.data.digits import digits
+from compress.data.batches import Examples
+from compress.data.digits import HALVES, digits
+
+Wanted = Literal["caption", "label"]
 
 # recognised without a look into the file; any other file is an image if Pillow says so
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 # splits of a data set that are held out, in this order, where it has them
 HELD_OUT_SPLITS = ("test", "validation", "valid", "val")
+# where captions of a folder are, as `datasets` has it; paths in it begin at its own folder
+METADATA = "metadata.jsonl"
 
 
 class Images(Protocol):
@@ -75,29 +82,91 @@ class HubImages(Dataset[torch.Tensor]):
         return to_tensor(self.rows[index][self.column], self.size, self.channels)
 
 
+class HubColumn(Sequence[Any]):
+    """One column of a `datasets` split, read row by row and without the images beside it."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows.select_columns([column]), column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index][self.column]
+
+
+class Chosen(Sequence[Any]):
+    """Some items of a sequence."""
+
+    def __init__(self, items: Sequence[Any], indices: Sequence[int]) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[self.indices[index]]
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A training set and the held-out images that serve as validation and metric reference.
 
-    ``train`` and ``held_out`` yield ``(channels, height, width)`` float32 in [-1, 1].
+    ``train`` and ``held_out`` yield ``(channels, height, width)`` float32 in [-1, 1]. The
+    conditions say something about each of their images, in the same order: a caption, or a label.
     """
 
     name: str
     train: Images
     held_out: Images
+    train_conditions: Sequence[Any] | None = None
+    held_out_conditions: Sequence[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("train", "held_out"):
+            images, given = getattr(self, part), getattr(self, f"{part}_conditions")
+            if given is not None and len(given) != len(images):
+                raise ValueError(
+                    f"one condition is expected for each image; {self.name} has {len(images)} "
+                    f"images in {part} and {len(given)} conditions; give as many"
+                )
 
     @classmethod
-    def split(cls, name: str, images: Images) -> "ImageData":
+    def split(
+        cls, name: str, images: Images, conditions: Sequence[Any] | None = None
+    ) -> "ImageData":
         """Hold out every tenth image of a data set (our own choice: deterministic, spread out)."""
         count = len(images)
         if count < 2:
             raise ValueError(
                 f"at least 2 images expected in {name}; found {count}; give it more images"
             )
-        train = [i for i in range(count) if i % 10]
         whole = cast(Dataset[torch.Tensor], images)
-        held_out = list(range(0, count, 10))
-        return cls(name, cast(Images, Subset(whole, train)), cast(Images, Subset(whole, held_out)))
+        parts = [i for i in range(count) if i % 10], list(range(0, count, 10))
+        train, held_out = (cast(Images, Subset(whole, indices)) for indices in parts)
+        if conditions is None:
+            return cls(name, train, held_out)
+        return cls(name, train, held_out, *(Chosen(conditions, indices) for indices in parts))
+
+
+class Pairs(Dataset[tuple[torch.Tensor, Any]]):
+    """Images with what is said about them, None where nothing is."""
+
+    def __init__(self, images: Images, conditions: Sequence[Any] | None) -> None:
+        self.images, self.conditions = images, conditions
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        given = None if self.conditions is None else self.conditions[index]
+        return self.images[index], given
+
+
+def stacked(pairs: Iterable[tuple[torch.Tensor, Any]]) -> Examples:
+    """Put images of :class:`Pairs` together."""
+    images, given = zip(*pairs, strict=True)
+    return Examples(torch.stack(images), None if given[0] is None else list(given))
 
 
 def to_tensor(image, size: int, channels: int) -> torch.Tensor:
@@ -112,7 +181,13 @@ def to_tensor(image, size: int, channels: int) -> torch.Tensor:
     return vision.center_crop(vision.pil_to_tensor(image), [size, size]).float() / 127.5 - 1
 
 
-def load_images(source: str, size: int, channels: int) -> ImageData:
+def load_images(
+    source: str,
+    size: int,
+    channels: int,
+    wanted: Wanted | None = None,
+    column: str | None = None,
+) -> ImageData:
     """Open a data source of a recipe.
 
     Parameters
@@ -121,29 +196,50 @@ def load_images(source: str, size: int, channels: int) -> ImageData:
         ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`). A test or
         validation split is held out; without one, every tenth image is.
     size, channels : what the model takes.
+    wanted : what must be known about each image. Captions of a folder are in ``metadata.jsonl``
+        (``file_name`` and the column), its labels are the names of the innermost subfolders, in
+        alphabetical order.
+    column : of the captions or labels; "text" or "label" when None.
 
     Raises
     ------
-    ValueError : for an unknown source, an empty folder, or a size that the source does not have.
+    ValueError : for an unknown source, an empty folder, a size that the source does not have, or
+        captions or labels that are missing.
     """
     kind, _, name = source.partition(":")
+    column = column or {"caption": "text", "label": "label", None: ""}[wanted]
     if source == "builtin:digits":
         if (size, channels) != (16, 1):
             raise ValueError(
                 "builtin:digits has 16x16 images with 1 channel; the model takes "
                 f"{size}x{size} with {channels}; choose data that fits the model"
             )
-        return ImageData(source, TensorImages(digits("a")[0]), TensorImages(digits("b")[0]))
+        return _digits(source, wanted)
     if kind == "folder" and name:
-        return _folder(source, Path(name), size, channels)
+        return _folder(source, Path(name), size, channels, wanted, column)
     if kind == "hub" and name:
-        return _hub(source, name, size, channels)
+        return _hub(source, name, size, channels, wanted, column)
     raise ValueError(
         f"data must be builtin:digits, folder:PATH or hub:NAME; got {source!r}; name one of these"
     )
 
 
-def _folder(source: str, folder: Path, size: int, channels: int) -> ImageData:
+def _digits(source: str, wanted: Wanted | None) -> ImageData:
+    if wanted == "caption":
+        raise ValueError(
+            f"the model takes captions, and {source} has only labels; choose a folder with "
+            f"{METADATA}, or a data set of the hub with a column of texts"
+        )
+    halves = [digits(half) for half in HALVES]
+    images = [TensorImages(half[0]) for half in halves]
+    if wanted is None:
+        return ImageData(source, *images)
+    return ImageData(source, *images, *(half[1].tolist() for half in halves))
+
+
+def _folder(
+    source: str, folder: Path, size: int, channels: int, wanted: Wanted | None, column: str
+) -> ImageData:
     if not folder.is_dir():
         raise ValueError(f"data folder expected at {folder}, which does not exist; check the path")
     files = sorted(path for path in folder.rglob("*") if _is_image(path))
@@ -152,7 +248,53 @@ def _folder(source: str, folder: Path, size: int, channels: int) -> ImageData:
             f"at least 2 images expected under {folder}; found {len(files)}; point folder: at "
             "images"
         )
-    return ImageData.split(source, FileImages(files, size, channels))
+    conditions: Sequence[Any] | None = None
+    if wanted == "caption":
+        conditions = _folder_captions(folder, files, column)
+    elif wanted == "label":
+        conditions = _folder_labels(folder, files)
+    return ImageData.split(source, FileImages(files, size, channels), conditions)
+
+
+def _folder_captions(folder: Path, files: Sequence[Path], column: str) -> list[str]:
+    known: dict[Path, str] = {}
+    tables = sorted(folder.rglob(METADATA))
+    for table in tables:
+        for number, line in enumerate(table.read_text(encoding="utf8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                known[table.parent / row["file_name"]] = row[column]
+                fits = isinstance(row[column], str)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"line {number} of {table} should be a JSON object with texts for file_name "
+                    f"and {column}; got {line[:80]}; mend it, or name the column with "
+                    "columns.caption"
+                )
+    lacking = [path for path in files if path not in known]
+    if lacking:
+        where = f"none in {len(tables)} files called {METADATA}" if tables else f"no {METADATA}"
+        raise ValueError(
+            f"the model takes captions, so each image under {folder} needs a line with file_name "
+            f"and {column} in a {METADATA} of its folder or one above; {lacking[0]} and "
+            f"{len(lacking) - 1} others have {where}; add them"
+        )
+    return [known[path] for path in files]
+
+
+def _folder_labels(folder: Path, files: Sequence[Path]) -> list[int]:
+    names = [path.parent.name for path in files]
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        raise ValueError(
+            f"the model takes class labels, so a subfolder for each class is expected in {folder}; "
+            f"all {len(files)} images lie in {files[0].parent}; sort them into subfolders"
+        )
+    return [classes.index(name) for name in names]
 
 
 def _is_image(path: Path) -> bool:
@@ -170,7 +312,9 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _hub(source: str, name: str, size: int, channels: int) -> ImageData:
+def _hub(
+    source: str, name: str, size: int, channels: int, wanted: Wanted | None, column: str
+) -> ImageData:
     import datasets
 
     try:
@@ -192,8 +336,35 @@ def _hub(source: str, name: str, size: int, channels: int) -> ImageData:
             f"{source} must have exactly one image column; found {columns or 'none'} among "
             f"{list(rows.features)}; choose another data set or export it to a folder"
         )
-    images = HubImages(rows, columns[0], size, channels)
+
+    def images_of(rows: Any) -> Images:
+        return HubImages(rows, columns[0], size, channels)
+
+    def conditions_of(rows: Any) -> Sequence[Any] | None:
+        return None if wanted is None else _hub_conditions(source, rows, wanted, column)
+
+    conditions = conditions_of(rows)
     for split in HELD_OUT_SPLITS:
         if split in loaded:
-            return ImageData(source, images, HubImages(loaded[split], columns[0], size, channels))
-    return ImageData.split(source, images)
+            held_out = loaded[split]
+            return ImageData(
+                source, images_of(rows), images_of(held_out), conditions, conditions_of(held_out)
+            )
+    return ImageData.split(source, images_of(rows), conditions)
+
+
+def _hub_conditions(source: str, rows: Any, wanted: Wanted, column: str) -> Sequence[Any]:
+    import datasets
+
+    feature = rows.features.get(column)
+    kind = getattr(feature, "dtype", None)
+    if wanted == "caption" and kind in ("string", "large_string"):
+        return HubColumn(rows, column)
+    if wanted == "label" and isinstance(feature, datasets.ClassLabel | datasets.Value):
+        if "int" in str(kind):
+            return [int(label) for label in rows[column]]
+    what = {"caption": "captions, a column of texts", "label": "labels, a column of integers"}
+    raise ValueError(
+        f"the model takes {what[wanted]}; {source} has {column!r} = {feature} among "
+        f"{list(rows.features)}; name the column with columns.{wanted}, or choose another data set"
+    )

@@ -16,6 +16,7 @@ from compress import distributed
 from compress.data import Batch
 from compress.gradflow.layout import Layout
 from compress.gradflow.masks import SoftUNet
+from compress.gradflow.objective import prediction_target
 
 Tensors = dict[str, torch.Tensor]
 LossOf = Callable[[Batch], torch.Tensor]
@@ -39,7 +40,7 @@ def full_precision() -> Iterator[None]:
 
 
 def denoising_loss(soft: SoftUNet, scheduler, mask: torch.Tensor | None = None) -> LossOf:
-    """Mean squared error of the predicted noise for a batch, in float32.
+    """Mean squared error of the prediction for a batch, in float32.
 
     ``SoftUNet.forward`` is called on the class: accelerate replaces the instance's forward by one
     that enters autocast.
@@ -47,8 +48,8 @@ def denoising_loss(soft: SoftUNet, scheduler, mask: torch.Tensor | None = None) 
 
     def loss(batch: Batch) -> torch.Tensor:
         noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-        predicted = SoftUNet.forward(soft, noisy, batch.timesteps, mask)
-        return (predicted - batch.noise).square().mean()
+        predicted = SoftUNet.forward(soft, noisy, batch.timesteps, mask, batch.condition)
+        return (predicted - prediction_target(scheduler, batch)).square().mean()
 
     return loss
 
@@ -267,7 +268,7 @@ def diff_pruning_scores(
             for k in range(timesteps):
                 t = min(length - 1, round(k * length / timesteps))
                 batch = batches[k % len(batches)]
-                batch = Batch(batch.images, batch.noise, torch.full_like(batch.timesteps, t))
+                batch = batch._replace(timesteps=torch.full_like(batch.timesteps, t))
                 gradient, value = mean_gradient(loss, parameters, [batch])
                 losses.append(value)
                 gradients.append(gradient)

@@ -1,10 +1,12 @@
 """Distillation from the dense network: its prediction, and its block outputs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +27,11 @@ class Teacher:
     """
 
     def __init__(
-        self, dense: UNet2DModel, output_weight: float, feature_weight: float, layout: Layout
+        self,
+        dense: UNet2DModel | UNet2DConditionModel,
+        output_weight: float,
+        feature_weight: float,
+        layout: Layout,
     ) -> None:
         self.dense, self.layout = dense, layout
         self.output_weight, self.feature_weight = output_weight, feature_weight
@@ -57,6 +63,7 @@ class Teacher:
         predicted: torch.Tensor,
         features: dict[str, torch.Tensor],
         mask: torch.Tensor,
+        condition: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
         """Distillation loss of a student's prediction and features.
 
@@ -66,11 +73,12 @@ class Teacher:
         predicted : its output ``(batch, channels, height, width)``.
         features : from :meth:`watch`; of dense width (masked student) or of slim width.
         mask : ``(units,)``; binary for a slim student.
+        condition : further inputs of both UNets, by name.
         """
         if not (self.output_weight or self.feature_weight):
             return predicted.new_zeros(())
         with torch.no_grad(), self.watch(self.dense) as dense_features:
-            target = self.dense(noisy, timesteps).sample
+            target = self.dense(noisy, timesteps, **condition).sample
         loss = self.output_weight * F.mse_loss(predicted.float(), target)
         extended = self.layout.extend(mask)
         errors: dict[str, torch.Tensor] = {}
@@ -90,7 +98,9 @@ class Teacher:
         return loss
 
 
-def _block_indices(unet: UNet2DModel, layout: Layout) -> dict[str, torch.Tensor]:
+def _block_indices(
+    unet: UNet2DModel | UNet2DConditionModel, layout: Layout
+) -> dict[str, torch.Tensor]:
     """For every block, the mask index of its output channels: those of its last convolution."""
     indices = {}
     blocks = [(f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)]

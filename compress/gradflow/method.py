@@ -122,6 +122,8 @@ class Training:
     save_every, keep_states : optimiser steps between saved states, and how many are kept.
     gradient_checkpointing : compute activations again in the backward pass, to save memory.
     flip : mirror half of the training images, chosen by (seed, step, sample).
+    condition_dropout : share of the captions that training replaces by the pipeline's own empty
+        one, which classifier-free guidance needs; 0.1 as Stable Diffusion 1.x was trained with.
     workers, prefetch : processes that read images, and batches that each reads ahead.
     seed : of batches, noise, timesteps, flips and the random criterion.
     """
@@ -139,6 +141,7 @@ class Training:
     keep_states: Count = 2
     gradient_checkpointing: bool = False
     flip: bool = False
+    condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     workers: Annotated[int, Field(ge=0)] = 0
     prefetch: Count = 2
     seed: int = 0

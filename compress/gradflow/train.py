@@ -3,33 +3,38 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from compress import distributed
 from compress.cost import unet_cost
-from compress.data import Batch, ImageData, StepSampler, flipped, noise_and_timesteps
+from compress.data import Batch, Examples, ImageData, StepSampler, flipped
+from compress.data.sources import Images, Pairs, stacked
 from compress.gradflow import criterion as scoring
 from compress.gradflow import surgery
 from compress.gradflow.allocation import plan
 from compress.gradflow.distill import Teacher
-from compress.gradflow.groups import check_scheduler, find_groups
+from compress.gradflow.groups import find_groups
 from compress.gradflow.layout import Layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.method import GradFlow, OneShot, Training
 from compress.gradflow.mover import MaskMover, MaskState
+from compress.gradflow.objective import Inputs, noise_schedule, prediction_target
 from compress.journal import Journal, Saved, Tensors
 from compress.method import Event
 
 WARM_UP = 20
 VALIDATION_DRAWS = 2
+VALIDATED_AT_ONCE = 256
+COMPARED = 64
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -45,36 +50,56 @@ class Pruned:
 
 
 def validation_loss(
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    images: torch.Tensor,
+    predict: Callable[..., torch.Tensor],
+    images: Images | torch.Tensor,
     scheduler,
     draws: int = VALIDATION_DRAWS,
+    *,
+    inputs: Inputs | None = None,
+    conditions: Sequence[Any] | None = None,
+    device: torch.device | str | None = None,
 ) -> float:
-    """Mean squared error of predicted noise over all images, with fixed noise and timesteps.
+    """Mean squared error of the prediction over all images, with fixed noise and timesteps.
 
     Parameters
     ----------
-    predict : maps noisy images ``(batch, channels, height, width)`` and timesteps ``(batch,)``
-        to predicted noise.
+    predict : maps noisy samples ``(batch, channels, height, width)``, timesteps ``(batch,)`` and
+        further inputs of the UNet, by name, to the prediction.
     images : ``(n, channels, height, width)`` in [-1, 1].
-    scheduler : for ``add_noise``.
+    scheduler : for ``add_noise`` and the target.
     draws : noise draws per image.
+    inputs : makes clean samples and conditions; pixels alone by default.
+    conditions : what the data says about each image.
+    device : where ``predict`` works; where the images are when None.
     """
+    inputs = inputs or Inputs()
+    pairs, count = Pairs(images, conditions), len(images)
     total, length = 0.0, scheduler.config.num_train_timesteps
     with torch.no_grad():
         for draw in range(draws):
-            full = noise_and_timesteps(images, length, seed=99, step=draw)
-            for part in zip(*(tensor.split(256) for tensor in full), strict=True):
-                batch = Batch(*part)
+            for first in range(0, count, VALIDATED_AT_ONCE):
+                part = range(first, min(first + VALIDATED_AT_ONCE, count))
+                examples = stacked(pairs[index] for index in part)
+                examples = examples._replace(images=examples.images.to(device))
+                batch = inputs.batch(examples, length, 99, draw, first, count)
                 noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-                error = (predict(noisy, batch.timesteps) - batch.noise).square()
+                predicted = predict(noisy, batch.timesteps, **batch.condition)
+                error = (predicted - prediction_target(scheduler, batch)).square()
                 total += error.mean(dim=(1, 2, 3)).sum().item()
-    return total / (draws * len(images))
+    return total / (draws * count)
 
 
-def _sample(output: Any) -> torch.Tensor:
-    """The predicted noise of a UNet's or a soft UNet's output."""
-    return output if isinstance(output, torch.Tensor) else output.sample
+def _predicted(
+    call: Callable[..., Any],
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Mapping[str, Any],
+) -> torch.Tensor:
+    """What a UNet or a soft UNet predicts; ``call`` runs it, ``model`` says which of them it is."""
+    if isinstance(model, SoftUNet):
+        return call(noisy, timesteps, condition=condition)
+    return call(noisy, timesteps, **condition).sample
 
 
 class PruningRun:
@@ -90,12 +115,13 @@ class PruningRun:
     ----------
     unet : the dense model; never modified.
     scheduler : its noise scheduler.
-    data : training images and held-out images.
+    data : training images and held-out images, with captions or labels where the model takes them.
     method, training : the knobs.
     journal : where log and state go.
     device : where to train, a process's own where there are several; accelerate's choice when
         None.
     resume : go on from the journal's state if it has one.
+    inputs : makes the UNet's clean samples and conditions; pixels alone by default.
 
     Raises
     ------
@@ -113,9 +139,12 @@ class PruningRun:
         *,
         device: str | None = None,
         resume: bool = False,
+        inputs: Inputs | None = None,
     ) -> None:
-        self.scheduler, self.data, self.method, self.training = scheduler, data, method, training
-        self.journal = journal
+        self.scheduler = noise_schedule(scheduler)
+        self.data, self.method, self.training, self.journal = data, method, training, journal
+        self.inputs = inputs or Inputs()
+        self.inputs.check(data)
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation,
@@ -131,14 +160,14 @@ class PruningRun:
             )
         self.device = self.accelerator.device
         self.dense = unet.to(self.device).eval()
-        check_scheduler(scheduler)
+        self.inputs.to(self.device)
         self.groups = find_groups(unet)
         layout, allocator = plan(unet, self.groups, method)
         self.widths = layout.widths
         self.mover = MaskMover(
             method,
             layout,
-            scheduler,
+            self.scheduler,
             self._criterion_batches,
             step_rate=training.lr,
             seed=training.seed,
@@ -225,36 +254,31 @@ class PruningRun:
                 self._save()
             yield Event(stage, self.step - first, stop - first, values)
 
-    def _optimise(self, images: torch.Tensor) -> float:
+    def _optimise(self, examples: Examples) -> float:
         """One optimiser step on this process's share of the global batch."""
         # dropout, if there is any
         process = self.accelerator.process_index
         torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        first = process * len(images)
-        images = images.to(self.device)
+        first = process * len(examples.images)
+        images = examples.images.to(self.device)
         if self.training.flip:
             images = flipped(images, self.training.seed, self.step, first)
-        chunks = images.chunk(self.training.gradient_accumulation)
+        chunks = examples._replace(images=images).chunk(self.training.gradient_accumulation)
         total = 0.0
         for chunk in chunks:
             with self.accelerator.accumulate(self.model):
-                batch = noise_and_timesteps(
-                    chunk,
-                    self.scheduler.config.num_train_timesteps,
-                    self.training.seed,
-                    self.step,
-                    first,
-                    self.training.batch,
-                )
-                first += len(chunk)
+                batch = self._batch(chunk, self.training.seed, self.step, first)
+                first += len(chunk.images)
                 noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
                 with self.teacher.watch(self._unet()) as features:
-                    predicted = _sample(self.model(noisy, batch.timesteps))
-                loss = F.mse_loss(predicted.float(), batch.noise)
+                    predicted = _predicted(
+                        self.model, self._plain(), noisy, batch.timesteps, batch.condition
+                    )
+                loss = F.mse_loss(predicted.float(), prediction_target(self.scheduler, batch))
                 loss = loss + self.teacher.loss(
-                    noisy, batch.timesteps, predicted, features, self._mask()
+                    noisy, batch.timesteps, predicted, features, self._mask(), batch.condition
                 )
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -298,15 +322,18 @@ class PruningRun:
         if not self.mover.state.binary:
             self._binarise(soft)
         slim = surgery.perform(soft.unet, self.layout, soft.mask)
-        images = self._held_out()[:64]
+        batch = self._compared()
+        images, condition = batch.images, batch.condition
         times = torch.linspace(
             0, self.scheduler.config.num_train_timesteps - 1, len(images), device=self.device
         ).long()
         soft.eval()
         slim.eval()
         with torch.no_grad(), scoring.full_precision():
-            masked_output = SoftUNet.forward(soft, images, times)
-            difference = (masked_output - slim(images, times).sample).abs().max().item()
+            masked_output = SoftUNet.forward(soft, images, times, condition=condition)
+            difference = (
+                (masked_output - slim(images, times, **condition).sample).abs().max().item()
+            )
         self.surgery_facts |= {
             "loss_masked": self._held_out_loss(soft),
             "loss_slim": self._held_out_loss(slim),
@@ -339,7 +366,19 @@ class PruningRun:
         cosine = 0.5 * (1 + math.cos(math.pi * after))
         return self.training.lr * min(1.0, (step + 1) / WARM_UP) * cosine
 
-    def _batches(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+    def _batch(self, examples: Examples, seed: int, step: int, first: int) -> Batch:
+        """Our share of a global batch; ``first`` is the index of its first sample."""
+        return self.inputs.batch(
+            examples,
+            self.scheduler.config.num_train_timesteps,
+            seed,
+            step,
+            first,
+            self.training.batch,
+            dropout=self.training.condition_dropout,
+        )
+
+    def _batches(self, start: int, stop: int) -> Iterator[Examples]:
         sampler = StepSampler(
             len(self.data.train),
             self.training.batch,
@@ -354,15 +393,13 @@ class PruningRun:
     def _loader(self, sampler: StepSampler) -> DataLoader:
         workers = self.training.workers
         return DataLoader(
-            self._train_set(),
+            Pairs(self.data.train, self.data.train_conditions),
             batch_sampler=sampler,
             num_workers=workers,
+            collate_fn=stacked,
             prefetch_factor=self.training.prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
         )
-
-    def _train_set(self) -> Dataset[torch.Tensor]:
-        return cast(Dataset[torch.Tensor], self.data.train)
 
     def _criterion_batches(self, number: int) -> list[Batch]:
         """Our share of the minibatches of estimate ``number``, a function of (seed, number)."""
@@ -378,27 +415,41 @@ class PruningRun:
             process,
             self.accelerator.num_processes,
         )
-        length = self.scheduler.config.num_train_timesteps
         return [
-            noise_and_timesteps(
-                images.to(self.device), length, seed, step, process * len(images), batch
+            self._batch(
+                examples._replace(images=examples.images.to(self.device)),
+                seed,
+                step,
+                process * len(examples.images),
             )
-            for step, images in enumerate(self._loader(sampler), start=number * count)
+            for step, examples in enumerate(self._loader(sampler), start=number * count)
         ]
 
-    def _held_out(self) -> torch.Tensor:
-        count = min(256, len(self.data.held_out))
-        return torch.stack([self.data.held_out[i] for i in range(count)]).to(self.device)
+    def _held_out(self, count: int) -> Examples:
+        pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
+        examples = stacked(pairs[i] for i in range(min(count, len(pairs))))
+        return examples._replace(images=examples.images.to(self.device))
+
+    def _compared(self) -> Batch:
+        """Held-out samples on which the masked and the slim network must agree."""
+        length = self.scheduler.config.num_train_timesteps
+        return self.inputs.batch(self._held_out(COMPARED), length, self.training.seed, 0)
 
     def _held_out_loss(self, model) -> float:
         """Validation loss on at most 256 held-out images with one noise draw: cheap."""
         training = model.training
         model.eval()
-
-        def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return _sample(type(model).forward(model, sample, timestep))
-
-        loss = validation_loss(predict, self._held_out(), self.scheduler, draws=1)
+        held_out = self._held_out(VALIDATED_AT_ONCE)
+        # called on the class: accelerate's own forward enters autocast
+        call = partial(type(model).forward, model)
+        loss = validation_loss(
+            lambda noisy, t, **condition: _predicted(call, model, noisy, t, condition),
+            held_out.images,
+            self.scheduler,
+            draws=1,
+            inputs=self.inputs,
+            conditions=held_out.conditions,
+        )
         model.train(training)
         return loss
 

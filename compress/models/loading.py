@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 
 from compress.files import folder_hash, read_json
@@ -116,16 +116,30 @@ def check_folder(folder: Path) -> None:
 
 def _check_complete(folder: Path, part: torch.nn.Module) -> None:
     """Refuse weights that lack a tensor: diffusers leaves such a parameter without a value."""
-    stored: set[str] = set()
+    stored: dict[str, None] = {}
     for weights in folder.glob("*.safetensors"):
         with safe_open(weights, "pt") as file:
-            stored.update(file.keys())
-    missing = sorted(set(part.state_dict()) - stored)
+            stored |= dict.fromkeys(file.keys())
+    if isinstance(part, ModelMixin):
+        # names of attention layers from before diffusers 0.12, as Stable Diffusion's VAE has them
+        part._fix_state_dict_keys_on_load(stored)
+    # transformers reads names with and without the prefix of a base model, such as text_model
+    known = {ending for name in stored for ending in _endings(name)}
+    missing = sorted(
+        name
+        for name in part.state_dict()
+        if name not in known and not any(ending in stored for ending in _endings(name))
+    )
     if stored and missing:
         raise ValueError(
             f"{folder} should hold weights for all parameters; {len(missing)} are missing, among "
             f"them {missing[0]}; restore the weights"
         )
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1)]
 
 
 def _from_hub(model: str) -> DiffusionPipeline:

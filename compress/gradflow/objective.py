@@ -1,0 +1,339 @@
+"""What the UNet of a pipeline is trained on: clean samples, conditions, and the target.
+
+Autoencoder and text encoders are used as they are: evaluated without gradients, never trained.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from torch import nn
+
+from compress.data.batches import Batch, Examples, by_chance, noise_and_timesteps, noise_of
+from compress.data.sources import ImageData, Wanted
+from compress.models.pipelines import (
+    autoencoder_of,
+    fresh_scheduler,
+    image_shape,
+    kind_of,
+    wanted,
+)
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# an autoencoder's activations are much larger than its images
+ENCODED_AT_ONCE = 8
+# tells the draws of a step apart; flips are 1
+DROPPED, POSTERIOR = 2, 3
+# LDMTextToImagePipeline pads to this length, whatever its tokenizer says
+LDM_TOKENS = 77
+
+
+def noise_schedule(scheduler: Any) -> DDPMScheduler:
+    """The noise schedule that a pipeline's scheduler stands for, for training.
+
+    Samplers such as Euler's add noise in their own scaling; the UNet was trained on this one.
+
+    Raises
+    ------
+    ValueError : naming a scheduler without such a schedule, or an unknown prediction type.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    needed = {"num_train_timesteps", "beta_schedule"}
+    if not needed <= set(config):
+        raise ValueError(
+            f"gradflow trains on a discrete schedule with {', '.join(sorted(needed))}; {name} "
+            "has another one; choose a pipeline with a DDPM-like scheduler"
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f"gradflow trains models with prediction_type in {', '.join(PREDICTIONS)}; this "
+            f"pipeline's scheduler has {prediction!r}; choose another pipeline"
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(
+            f"gradflow trains on discrete timesteps; {name} has timestep_type "
+            f"{config['timestep_type']!r}; choose another pipeline"
+        )
+    return fresh_scheduler(DDPMScheduler, config)
+
+
+def prediction_target(scheduler: Any, batch: Batch) -> torch.Tensor:
+    """What the UNet should predict, ``(batch, channels, height, width)``.
+
+    The noise, the clean sample, or the velocity ``sqrt(a) noise - sqrt(1 - a) sample``, as the
+    scheduler's ``prediction_type`` says.
+    """
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return batch.images
+    if kind == "v_prediction":
+        return scheduler.get_velocity(batch.images, batch.noise, batch.timesteps)
+    return batch.noise
+
+
+class Encoder(Protocol):
+    """Turns images ``(batch, channels, height, width)`` in [-1, 1] into clean samples."""
+
+    modules: Sequence[nn.Module]
+
+    def __call__(self, images: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
+        """Draws, if any, are functions of (seed, step, sample); ``first`` as for noise."""
+        ...
+
+
+class Conditioner(Protocol):
+    """Turns what the data says about images into inputs of the UNet, by name."""
+
+    modules: Sequence[nn.Module]
+
+    def __call__(
+        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+    ) -> dict[str, Any]:
+        """``dropped`` says of each sample whether the UNet shall not know its condition."""
+        ...
+
+
+class Pixels:
+    """Images are the clean samples."""
+
+    modules: Sequence[nn.Module] = ()
+
+    def __call__(self, images: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
+        """Give the images back."""
+        return images
+
+
+class Latents:
+    """Latents times ``scaling_factor``: a draw of AutoencoderKL's posterior, or VQModel's vectors.
+
+    VQModel quantises when it decodes, so what is trained on is not quantised.
+    """
+
+    def __init__(self, autoencoder: Any) -> None:
+        self.autoencoder = autoencoder
+        self.modules: Sequence[nn.Module] = (autoencoder,)
+
+    def __call__(self, images: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
+        """Encode ``(batch, channels, height, width)``; the draw is one of (seed, step, sample)."""
+        encoded = [self.autoencoder.encode(part) for part in images.split(ENCODED_AT_ONCE)]
+        if hasattr(encoded[0], "latents"):
+            latents = torch.cat([part.latents for part in encoded])
+        else:
+            mean = torch.cat([part.latent_dist.mean for part in encoded])
+            spread = torch.cat([part.latent_dist.std for part in encoded])
+            latents = mean + spread * noise_of(mean, seed, step, first, POSTERIOR)
+        return latents * self.autoencoder.config.scaling_factor
+
+
+class Unconditional:
+    """The UNet takes nothing but noisy samples and timesteps."""
+
+    modules: Sequence[nn.Module] = ()
+
+    def __call__(
+        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+    ) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+class Labels:
+    """Class labels, never dropped: a ``UNet2DModel`` has no label that means none."""
+
+    modules: Sequence[nn.Module] = ()
+
+    def __init__(self, classes: int | None) -> None:
+        self.classes = classes
+
+    def __call__(
+        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+    ) -> dict[str, Any]:
+        """``class_labels`` ``(batch,)``."""
+        return {"class_labels": torch.tensor(given, dtype=torch.long, device=device)}
+
+
+class Prompts:
+    """Captions through the pipeline's own text encoder; a dropped one is the empty prompt.
+
+    Parameters
+    ----------
+    tokenizer, encoder : of the pipeline.
+    length : tokens that a prompt is padded to; the tokenizer's own when None.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any, length: int | None = None) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.length = length or tokenizer.model_max_length
+        self.modules: Sequence[nn.Module] = (encoder,)
+
+    def __call__(
+        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+    ) -> dict[str, Any]:
+        """``encoder_hidden_states`` ``(batch, tokens, width)``."""
+        texts = _without(given, dropped)
+        tokens = _tokens(self.tokenizer, texts, self.length, device)
+        mask = None
+        if getattr(self.encoder.config, "use_attention_mask", False):
+            mask = tokens.attention_mask
+        return {"encoder_hidden_states": self.encoder(tokens.input_ids, attention_mask=mask)[0]}
+
+
+class XLPrompts:
+    """Captions as SDXL takes them: two encoders, a pooled text, sizes and crop.
+
+    The sizes and the crop are those that the pipeline samples with by default: the image as the
+    UNet sees it, cut nowhere. A dropped caption becomes what the pipeline takes for no prompt:
+    zeros, or the encoded empty prompt.
+
+    Parameters
+    ----------
+    pairs : tokenizer and encoder, twice; the second gives the pooled text.
+    zeros : the pipeline's ``force_zeros_for_empty_prompt``.
+    size : side of the images.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Any, Any]], *, zeros: bool, size: int) -> None:
+        self.pairs, self.zeros, self.size = pairs, zeros, size
+        self.modules: Sequence[nn.Module] = tuple(encoder for _, encoder in pairs)
+
+    def __call__(
+        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+    ) -> dict[str, Any]:
+        """``encoder_hidden_states`` ``(batch, tokens, width)`` and ``added_cond_kwargs``."""
+        texts = _without(given, dropped)
+        hidden, pooled = [], torch.empty(0)
+        for tokenizer, encoder in self.pairs:
+            tokens = _tokens(tokenizer, texts, tokenizer.model_max_length, device)
+            encoded = encoder(tokens.input_ids, output_hidden_states=True)
+            hidden.append(encoded.hidden_states[-2])
+            pooled = encoded[0]
+        states = torch.cat(hidden, dim=-1)
+        if self.zeros:
+            gone = torch.tensor(list(dropped), device=device)
+            states = states.masked_fill(gone[:, None, None], 0)
+            pooled = pooled.masked_fill(gone[:, None], 0)
+        sizes = [self.size, self.size, 0, 0, self.size, self.size]
+        times = torch.tensor(sizes, dtype=states.dtype, device=device).expand(len(texts), -1)
+        added = {"text_embeds": pooled, "time_ids": times}
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+
+
+def _without(given: Sequence[Any] | None, dropped: Sequence[bool]) -> list[str]:
+    return ["" if gone else text for text, gone in zip(given or (), dropped, strict=True)]
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> Any:
+    return tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).to(device)
+
+
+class Inputs:
+    """Makes the batches of a pipeline's UNet from what the data gives.
+
+    Parameters
+    ----------
+    wants : what the data must say about each image.
+    encode : gives clean samples; pixels by default.
+    condition : gives the UNet's further inputs; none by default.
+    """
+
+    def __init__(
+        self,
+        wants: Wanted | None = None,
+        encode: Encoder | None = None,
+        condition: Conditioner | None = None,
+    ) -> None:
+        self.wants = wants
+        self.encode: Encoder = encode or Pixels()
+        self.condition: Conditioner = condition or Unconditional()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The frozen parts."""
+        return (*self.encode.modules, *self.condition.modules)
+
+    def check(self, data: ImageData) -> None:
+        """Refuse data that does not say what the UNet takes.
+
+        Raises
+        ------
+        ValueError : for captions or labels that are missing, or labels that the UNet lacks.
+        """
+        if self.wants is None:
+            return
+        if data.train_conditions is None or data.held_out_conditions is None:
+            raise ValueError(
+                f"the model takes a {self.wants} with each image; {data.name} gives images alone; "
+                f"load it with compress.data.load_images(..., wanted={self.wants!r}), or hand over "
+                "an ImageData with conditions"
+            )
+        if isinstance(self.condition, Labels) and self.condition.classes is not None:
+            found = {*data.train_conditions, *data.held_out_conditions}
+            if not found <= set(range(self.condition.classes)):
+                raise ValueError(
+                    f"the model knows labels from 0 to {self.condition.classes - 1}; {data.name} "
+                    f"has labels from {min(found)} to {max(found)}; choose data that fits the model"
+                )
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        """Move the frozen parts, and put them into evaluation mode."""
+        for module in self.modules:
+            module.eval().to(device)
+        return self
+
+    @torch.no_grad()
+    def batch(
+        self,
+        examples: Examples,
+        timesteps: int,
+        seed: int,
+        step: int,
+        first: int = 0,
+        total: int | None = None,
+        *,
+        dropout: float = 0.0,
+    ) -> Batch:
+        """A denoising batch; every draw is a function of (seed, step, sample).
+
+        Parameters
+        ----------
+        examples : images on the device, with what the data says about them.
+        timesteps, seed, step, first, total : as in
+            :func:`compress.data.batches.noise_and_timesteps`.
+        dropout : share of the captions that are dropped, for classifier-free guidance.
+        """
+        images = examples.images
+        clean = self.encode(images, seed, step, first)
+        dropped = by_chance(len(images), dropout, seed, step, first, DROPPED)
+        condition = self.condition(examples.conditions, dropped, images.device)
+        batch = noise_and_timesteps(clean, timesteps, seed, step, first, total)
+        return batch._replace(condition=condition)
+
+
+def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
+    """What the UNet of a pipeline is trained on.
+
+    Of a pipeline that ``check_pipeline`` refuses, nothing but pixels: enough to plan with.
+    """
+    kind, wants = kind_of(pipeline), wanted(pipeline)
+    parts = [part for pair in kind.encoders for part in pair] if kind else []
+    if kind is None or any(getattr(pipeline, part, None) is None for part in parts):
+        return Inputs()
+    encode = Latents(autoencoder_of(pipeline)) if kind.autoencoder else None
+    pairs = [(getattr(pipeline, a), getattr(pipeline, b)) for a, b in kind.encoders]
+    condition: Conditioner | None = None
+    if wants == "label":
+        condition = Labels(pipeline.unet.config.num_class_embeds)
+    if len(pairs) == 1:
+        length = LDM_TOKENS if kind.encoders[0][1] == "bert" else None
+        condition = Prompts(pairs[0][0], pairs[0][1], length)
+    elif pairs:
+        condition = XLPrompts(
+            pairs,
+            zeros=pipeline.config.force_zeros_for_empty_prompt,
+            size=image_shape(pipeline)[0],
+        )
+    return Inputs(wants, encode, condition)

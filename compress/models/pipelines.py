@@ -1,0 +1,212 @@
+"""Diffusers pipelines that compress trains and samples: their parts, and what their UNet takes."""
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from torch import nn
+
+from compress.cost import unet_inputs
+from compress.data.sources import Wanted
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of pipelines.
+
+    Attributes
+    ----------
+    autoencoder : the part that turns images into latents, if there is one.
+    encoders : the parts that encode a prompt, each with its tokenizer.
+    inputs : what the pipeline hands to its UNet beside noisy images and timesteps.
+    passes_generator : whether its scheduler gets the samples' generators at every step.
+    """
+
+    autoencoder: str | None = None
+    encoders: tuple[tuple[str, str], ...] = ()
+    inputs: frozenset[str] = frozenset()
+    passes_generator: bool = True
+
+
+PIXELS = Kind(inputs=frozenset({"class_labels"}))
+# by the name of the class, since importing them all takes seconds
+KINDS: Mapping[str, Kind] = {
+    "LDMPipeline": Kind("vqvae", passes_generator=False),
+    "LDMTextToImagePipeline": Kind(
+        "vqvae",
+        (("tokenizer", "bert"),),
+        frozenset({"encoder_hidden_states"}),
+        passes_generator=False,
+    ),
+    "StableDiffusionPipeline": Kind(
+        "vae", (("tokenizer", "text_encoder"),), frozenset({"encoder_hidden_states"})
+    ),
+    "StableDiffusionXLPipeline": Kind(
+        "vae",
+        (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+        frozenset({"encoder_hidden_states", "added_cond_kwargs"}),
+    ),
+}
+
+
+def kind_of(pipeline: Any) -> Kind | None:
+    """The family of a pipeline; None for one that compress neither trains nor samples."""
+    if set(getattr(pipeline, "components", {})) == {"unet", "scheduler"}:
+        return PIXELS
+    return next((KINDS[c.__name__] for c in type(pipeline).__mro__ if c.__name__ in KINDS), None)
+
+
+def supported() -> str:
+    """The families, for a message."""
+    return f"unconditional pipelines made of a unet and a scheduler, {', '.join(KINDS)}"
+
+
+def wanted(pipeline: Any) -> Wanted | None:
+    """What the data must say about each image for this pipeline: a caption, a label or nothing."""
+    kind = kind_of(pipeline)
+    if kind is None:
+        return None
+    if kind.encoders:
+        return "caption"
+    config = pipeline.unet.config
+    labelled = config.get("class_embed_type") or config.get("num_class_embeds") is not None
+    return "label" if labelled else None
+
+
+def check_pipeline(pipeline: DiffusionPipeline) -> None:
+    """Refuse, by name, what cannot be trained and sampled here.
+
+    Raises
+    ------
+    ValueError : for another family, a part that is missing or of another class, or a UNet that
+        needs what its pipeline or the data do not give.
+    """
+    name, unet, kind = type(pipeline).__name__, pipeline.unet, kind_of(pipeline)
+    if kind is None:
+        given = {key for key, part in pipeline.components.items() if part is not None}
+        others = sorted(given - {"unet", "scheduler"})
+        raise ValueError(
+            f"compress trains and samples {supported()}; {name} also has {', '.join(others)}; "
+            "plan with --dry-run, and cut with compress.gradflow.surgery"
+        )
+    size = unet.config.sample_size
+    if size is None or (kind.autoencoder and not isinstance(size, int)):
+        raise ValueError(
+            "the UNet's config should say its sample_size, one number where there are latents; got "
+            f"{size}; set it"
+        )
+    extra = {k: v for k, v in unet_inputs(unet).items() if k not in ("sample", "timestep")}
+    needs = [key for key in extra if key not in kind.inputs]
+    if "class_labels" in extra and extra["class_labels"].is_floating_point():
+        needs = ["class_labels as vectors"]
+    if kind is PIXELS and not isinstance(unet, UNet2DModel):
+        needs = sorted({*needs, *extra}) or [type(unet).__name__]
+    if needs:
+        raise ValueError(
+            f"compress gives the UNet of a {name} {', '.join(sorted(kind.inputs)) or 'nothing'}; "
+            f"this one needs {', '.join(needs)}; plan with --dry-run, and cut with "
+            "compress.gradflow.surgery"
+        )
+    for part in [p for pair in kind.encoders for p in pair] + [kind.autoencoder or "unet"]:
+        if getattr(pipeline, part, None) is None:
+            raise ValueError(
+                f"a {name} needs its {part} to be trained and sampled; this one has none; load "
+                "the whole pipeline"
+            )
+    if unet.config.in_channels != unet.config.out_channels:
+        raise ValueError(
+            f"compress trains UNets that predict as many channels as they read; this one reads "
+            f"{unet.config.in_channels} and predicts {unet.config.out_channels}; choose a model "
+            "without learned variance and without further images as input"
+        )
+    if kind.autoencoder:
+        _check_autoencoder(getattr(pipeline, kind.autoencoder), unet)
+
+
+def _check_autoencoder(autoencoder: Any, unet: Any) -> None:
+    kinds = ("AutoencoderKL", "VQModel")
+    if type(autoencoder).__name__ not in kinds:
+        raise ValueError(
+            f"latents come from {' or '.join(kinds)}; this pipeline has "
+            f"{type(autoencoder).__name__}; choose another model"
+        )
+    config = autoencoder.config
+    # VQModel quantises vectors of a width of their own, if it says so
+    channels = config.get("vq_embed_dim") or config.latent_channels
+    if channels != unet.config.in_channels:
+        raise ValueError(
+            f"latents have {channels} channels, so the UNet should read as many; it reads "
+            f"{unet.config.in_channels}; choose a model that takes nothing beside latents"
+        )
+    moved = [key for key in ("latents_mean", "shift_factor") if config.get(key) is not None]
+    if moved:
+        raise ValueError(
+            f"latents are scaled by scaling_factor alone; this {type(autoencoder).__name__} has "
+            f"{', '.join(moved)} in its config; choose another model"
+        )
+
+
+def autoencoder_of(pipeline: Any) -> Any | None:
+    """The part that turns images into latents, of any pipeline that has one."""
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+
+
+def image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Side and channels of the images that a pipeline draws: its autoencoder's, if it has one."""
+    config = pipeline.unet.config
+    autoencoder = autoencoder_of(pipeline)
+    if autoencoder is None:
+        return config.sample_size, config.in_channels
+    scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return config.sample_size * scale, autoencoder.config.in_channels
+
+
+def with_parts(pipeline: DiffusionPipeline, parts: Mapping[str, Any]) -> DiffusionPipeline:
+    """A pipeline of the same class with some parts or options replaced; the rest is shared."""
+    kind = type(pipeline)
+    # what the constructor takes and the config remembers, such as force_zeros_for_empty_prompt
+    options = {
+        key: pipeline.config[key]
+        for key in inspect.signature(kind.__init__).parameters
+        if key in pipeline.config and key not in pipeline.components
+    }
+    return kind(**(options | pipeline.components | dict(parts)))
+
+
+def fresh_scheduler(kind: type, config: Mapping[str, Any]) -> Any:
+    """A scheduler of another class with the noise schedule of ``config``.
+
+    Only the keys that both know are taken: ``from_config`` would print the others on stderr.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{key: config[key] for key in config if key in known})
+
+
+def default_guidance(pipeline: Any) -> float | None:
+    """The ``guidance_scale`` that a pipeline uses when not told; None where it knows none."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    return parameters["guidance_scale"].default if "guidance_scale" in parameters else None
+
+
+@contextlib.contextmanager
+def placed(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Let modules be in evaluation mode on a device; training flags and places return on exit."""
+    found = [(module, _device(module)) for module in modules]
+    training = {part: part.training for module, _ in found for part in module.modules()}
+    try:
+        for module, _ in found:
+            module.eval().to(device)
+        yield
+    finally:
+        for module, home in found:
+            module.to(home)
+        for part, flag in training.items():
+            part.training = flag
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
