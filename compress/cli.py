@@ -224,7 +224,15 @@ def evaluate(
     inception_weights: Annotated[
         str | None, typer.Option(help="diffusion: FID Inception weights.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="ocr: pages read together.")] = 8,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="diffusion: of prompts (the pipeline's own).")
+    ] = None,
+    caption_column: Annotated[str, typer.Option(help="diffusion: captions in the data.")] = "text",
+    label_column: Annotated[str, typer.Option(help="diffusion: labels in the data.")] = "label",
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images drawn together (128), or pages read together (8)."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="ocr: what is asked of the model.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="ocr: of a page.")] = None,
     dtype: Annotated[str, typer.Option(help="ocr: float32, bfloat16 or float16.")] = "float32",
@@ -255,6 +263,10 @@ def evaluate(
             "steps": steps,
             "sampler": sampler,
             "sampling-seeds": sampling_seeds,
+            "guidance-scale": guidance_scale,
+            "caption-column": caption_column,
+            "label-column": label_column,
+            "batch": batch,
             "inception-weights": inception_weights,
             "device": device,
             "processes": processes,
@@ -271,7 +283,7 @@ def evaluate(
             model=model,
             data=data,
             samples=samples or 64,
-            batch=batch,
+            batch=batch or 8,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             dtype=dtype,
@@ -291,6 +303,7 @@ def evaluate(
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf8"))["metrics"]
     else:
         from compress.pipeline import evaluate_model
+        from compress.recipe import Columns
 
         metrics = evaluate_model(
             model,
@@ -299,6 +312,9 @@ def evaluate(
             steps=steps,
             sampler=sampler,
             sampling_seeds=sampling_seeds,
+            guidance_scale=guidance_scale,
+            batch=batch or 128,
+            columns=Columns(caption=caption_column, label=label_column),
             inception_weights=inception_weights,
             device=device,
         )

@@ -7,7 +7,7 @@ import errno
 import math
 import shutil
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +45,7 @@ from compress.models.pipelines import (
     with_parts,
 )
 from compress.output_folder import check_same_settings, check_target, claim
-from compress.recipe import Columns, Evaluate, ReaderRecipe, Recipe, dump, load_recipe
+from compress.recipe import Columns, ReaderRecipe, Recipe, dump, load_recipe
 from compress.report import write_report
 
 # more real images than this change a distance's third digit, and cost time and memory
@@ -335,15 +335,19 @@ def evaluate_model(
     unet = _unet_of(pipeline, model)
     check_trainable(pipeline)
     images = _load_data(data, pipeline, columns or Columns())
-    asked = Evaluate(
-        samples=samples,
-        sampler=sampler,
-        steps=steps,
-        sampling_seeds=sampling_seeds,
-        guidance_scale=guidance_scale,
-        batch=batch,
+    settings = _with_conditions(
+        diffusion.SamplingSettings(
+            samples=samples,
+            sampler=sampler,
+            steps=steps,
+            sampling_seeds=sampling_seeds,
+            batch=batch,
+            guidance_scale=guidance_scale,
+        ),
+        pipeline,
+        images,
     )
-    settings, inputs = _sampling(asked, pipeline, images), inputs_of(pipeline)
+    inputs = inputs_of(pipeline)
     inputs.check(images)
     validation = distributed.from_main(lambda: _validation(pipeline, images, inputs, where))
     found = diffusion.evaluate(
@@ -384,7 +388,19 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
         seed=typed.seed,
     )
     folder = Path(output or typed.output or "runs/compress")
-    settings = _sampling(typed.evaluate, pipeline, data)
+    asked = typed.evaluate
+    settings = _with_conditions(
+        diffusion.SamplingSettings(
+            samples=asked.samples,
+            sampler=asked.sampler,
+            steps=asked.steps,
+            sampling_seeds=asked.sampling_seeds,
+            batch=asked.batch,
+            guidance_scale=asked.guidance_scale,
+        ),
+        pipeline,
+        data,
+    )
     return _Job(typed, folder, pipeline, data, training, inputs_of(pipeline), settings, where)
 
 
@@ -405,36 +421,29 @@ def _load_data(source: str, pipeline: DiffusionPipeline, columns: Columns) -> Im
     return load_images(source, *image_shape(pipeline), wants, column)
 
 
-def _sampling(
-    asked: Evaluate, pipeline: DiffusionPipeline, data: ImageData
+def _with_conditions(
+    settings: diffusion.SamplingSettings, pipeline: DiffusionPipeline, data: ImageData
 ) -> diffusion.SamplingSettings:
-    """How images are drawn: prompts are held-out captions; labels are spread over the classes.
+    """Say what images are drawn of: held-out captions, or labels spread over the classes.
 
     Raises
     ------
     ValueError : for guidance where there are no prompts.
     """
-    default, wants = default_guidance(pipeline), wanted(pipeline)
-    if asked.guidance_scale is not None and default is None:
+    guidance, default = settings.guidance_scale, default_guidance(pipeline)
+    if guidance is not None and default is None:
         raise ValueError(
             f"guidance_scale is for pipelines that take prompts; {type(pipeline).__name__} takes "
-            f"none; got {asked.guidance_scale:g}; leave it out"
+            f"none; got {guidance:g}; leave it out"
         )
-    conditions: tuple[Any, ...] = ()
-    if wants == "caption":
+    conditions: Sequence[Any] = ()
+    if wanted(pipeline) == "caption":
         held_out = data.held_out_conditions or ()
-        conditions = tuple(held_out[i] for i in range(min(len(held_out), REFERENCE_LIMIT)))
-    elif wants == "label":
-        conditions = tuple(sorted({*(data.train_conditions or ())}))
-    return diffusion.SamplingSettings(
-        samples=asked.samples,
-        sampler=asked.sampler,
-        steps=asked.steps,
-        sampling_seeds=asked.sampling_seeds,
-        batch=asked.batch,
-        conditions=conditions,
-        guidance_scale=default if asked.guidance_scale is None else asked.guidance_scale,
-    )
+        conditions = [held_out[i] for i in range(min(len(held_out), REFERENCE_LIMIT))]
+    elif wanted(pipeline) == "label":
+        conditions = sorted({*(data.train_conditions or ())})
+    guidance = default if guidance is None else guidance
+    return replace(settings, conditions=tuple(conditions), guidance_scale=guidance)
 
 
 def _timed(settings: diffusion.SamplingSettings) -> int:

@@ -56,6 +56,17 @@ AUTOENCODER = {
     "norm_num_groups": 4,
     "sample_size": SIZE,
 }
+# every family, with a share of the MACs that the grid of its widths has
+KEEP = {
+    "ddpm": 0.5,
+    "ddim": 0.5,
+    "labels": 0.5,
+    "ldm": 0.48,
+    "sd1": 0.55,
+    "sd2": 0.32,
+    "sdxl": 0.56,
+    "ldm_text": 0.73,
+}
 LATENT_NOISE = {"num_train_timesteps": STEPS, "steps_offset": 1, "beta_schedule": "scaled_linear"}
 
 

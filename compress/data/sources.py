@@ -230,11 +230,11 @@ def _digits(source: str, wanted: Wanted | None) -> ImageData:
             f"the model takes captions, and {source} has only labels; choose a folder with "
             f"{METADATA}, or a data set of the hub with a column of texts"
         )
-    halves = [digits(half) for half in HALVES]
-    images = [TensorImages(half[0]) for half in halves]
+    train, held_out = (digits(half) for half in HALVES)
+    images = TensorImages(train[0]), TensorImages(held_out[0])
     if wanted is None:
-        return ImageData(source, *images)
-    return ImageData(source, *images, *(half[1].tolist() for half in halves))
+        return ImageData(source, images[0], images[1])
+    return ImageData(source, images[0], images[1], train[1].tolist(), held_out[1].tolist())
 
 
 def _folder(

@@ -171,7 +171,7 @@ def with_parts(pipeline: DiffusionPipeline, parts: Mapping[str, Any]) -> Diffusi
     # what the constructor takes and the config remembers, such as force_zeros_for_empty_prompt
     options = {
         key: pipeline.config[key]
-        for key in inspect.signature(kind.__init__).parameters
+        for key in inspect.signature(kind).parameters
         if key in pipeline.config and key not in pipeline.components
     }
     return kind(**(options | pipeline.components | dict(parts)))

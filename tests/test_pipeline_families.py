@@ -1,0 +1,630 @@
+"""Every family of pipelines is trained, sampled, saved and resumed by the same code."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import (
+    AutoencoderTiny,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from compress import pipeline as runs
+from compress.data import load_images
+from compress.eval import fidelity, sampling
+from compress.gradflow import GradFlow, OneShot, Training, surgery
+from compress.gradflow.groups import find_groups
+from compress.gradflow.layout import build_layout
+from compress.gradflow.masks import SoftUNet
+from compress.gradflow.objective import inputs_of
+from compress.gradflow.train import PruningRun
+from compress.journal import Journal
+from compress.models.loading import load_pipeline
+from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
+from compress.recipe import Recipe
+
+NAMES = ("ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text")
+PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
+FLOW, RECOVER = 4, 2
+METHOD = {
+    "steps": FLOW,
+    "update_every": 1,
+    "criterion_every": 2,
+    "criterion_batches": 1,
+    "max_move": 0.8,
+    "settle": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def build(pipelines, tmp_path_factory):
+    """Pipelines by name, made when first asked for; nobody may change them."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = pipelines.build(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pictures(pipelines, tmp_path_factory) -> Path:
+    return pipelines.pictures(tmp_path_factory.mktemp("data") / "pictures", 40)
+
+
+@pytest.fixture
+def start(build, pictures, pipelines):
+    """Begin a pruning run of a family."""
+
+    def begin(name: str, folder=None, *, resume=False, criterion="taylor", **changes):
+        pipeline = build(name)
+        size = image_shape(pipeline)
+        source = "builtin:digits" if size == (16, 1) else f"folder:{pictures}"
+        settings = {"recover_steps": RECOVER, "batch": 4, "save_every": 1} | changes
+        return PruningRun(
+            copy.deepcopy(pipeline.unet),
+            pipeline.scheduler,
+            load_images(source, *size, wanted(pipeline)),
+            GradFlow(keep_macs=pipelines.KEEP[name], criterion=criterion, **METHOD),
+            Training(**settings),
+            Journal(folder),
+            device="cpu",
+            resume=resume,
+            inputs=inputs_of(pipeline),
+        )
+
+    return begin
+
+
+def finish(run: PruningRun):
+    events = run.events()
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+def losses(run: PruningRun) -> list[float]:
+    return [row["loss"] for row in run.journal.rows if "loss" in row]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def frozen(pipeline) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module) and name != "unet"
+        for key, value in part.state_dict().items()
+    }
+
+
+# ---- training ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_goes_through_flow_surgery_and_recovery(build, start, name):
+    before = frozen(build(name))
+    run = start(name, distill_features=0.1, criterion="gradient_flow")
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in run.model.parameters()}
+    pruned = finish(run)
+    dense, slim = build(name).unet, pruned.unet
+    assert type(slim) is type(dense)
+    assert tuple(slim.config.block_out_channels) == pruned.widths
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters())
+    facts = pruned.report["surgery"]
+    assert facts["loss_slim"] == pytest.approx(facts["loss_masked"], abs=1e-4)
+    assert facts["max_difference"] < 1e-3
+    assert len(losses(run)) == FLOW + RECOVER and all(0 < loss < 10 for loss in losses(run))
+    assert same(frozen(build(name)), before)
+    slim_pipeline = with_parts(build(name), {"unet": slim})
+    conditions = {"caption": ["red"], "label": [1], None: ()}[wanted(slim_pipeline)]
+    images = sampling.sample(
+        slim_pipeline, count=2, steps=2, sampler="ddim", seed=0, conditions=conditions
+    )
+    size, channels = image_shape(slim_pipeline)
+    assert images.shape == (2, channels, size, size)
+
+
+@pytest.mark.parametrize("step", [1, FLOW + 1], ids=["in the flow", "in the recovery"])
+def test_a_resumed_run_ends_with_the_same_weights(start, tmp_path, step):
+    options = {"condition_dropout": 0.5}
+    whole = finish(start("sd1", **options))
+    events = start("sd1", tmp_path, **options).events()
+    for _ in range(step):
+        next(events)
+    events.close()
+    resumed = start("sd1", tmp_path, resume=True, **options)
+    assert resumed.step == step
+    assert same(finish(resumed).unet.state_dict(), whole.unet.state_dict())
+
+
+def test_captions_and_their_dropout_matter_to_the_loss(start):
+    found = {}
+    for share in (0.0, 1.0):
+        run = start("sd1", condition_dropout=share)
+        finish(run)
+        found[share] = losses(run)
+    assert found[0.0] != found[1.0]
+    assert found[0.0] == pytest.approx(found[1.0], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_checkpointed_activations_give_the_same_losses(start, name):
+    plain, checkpointed = start(name), start(name, gradient_checkpointing=True)
+    for run in (plain, checkpointed):
+        finish(run)
+    assert losses(plain) == pytest.approx(losses(checkpointed), rel=1e-4)
+
+
+def test_accumulated_gradients_see_the_same_batch(start):
+    one, two = start("sd1"), start("sd1", gradient_accumulation=2)
+    for run in (one, two):
+        next(run.events())
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+
+
+def test_bf16_trains_what_takes_prompts(start):
+    # accelerate keeps one precision per process
+    AcceleratorState._reset_state(True)
+    try:
+        run = start("sdxl", mixed_precision="bf16")
+        pruned = finish(run)
+    finally:
+        AcceleratorState._reset_state(True)
+    plain = start("sdxl")
+    finish(plain)
+    assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
+    assert losses(run) != losses(plain)
+    assert losses(run) == pytest.approx(losses(plain), rel=0.05)
+
+
+def test_apply_gives_the_frozen_parts_back_as_they_were(build, pictures, pipelines):
+    pipeline = copy.deepcopy(build("sd1"))
+    pipeline.vae.train()
+    pipeline.text_encoder.requires_grad_(False)
+    before, unet = frozen(pipeline), copy.deepcopy(pipeline.unet.state_dict())
+    compressed = runs.apply(
+        pipeline,
+        OneShot(keep_macs=pipelines.KEEP["sd1"], steps=0, criterion="magnitude"),
+        data=f"folder:{pictures}",
+        training=Training(recover_steps=1, batch=2),
+        device="cpu",
+    )
+    assert same(frozen(pipeline), before) and same(pipeline.unet.state_dict(), unet)
+    assert pipeline.vae.training and not pipeline.text_encoder.training
+    assert type(compressed.model) is StableDiffusionPipeline
+    assert compressed.model.vae is pipeline.vae
+    with pytest.raises(ValueError, match="takes a caption"):
+        images = load_images(f"folder:{pictures}", 16, 3).train
+        runs.apply(pipeline, OneShot(keep_macs=0.55, steps=0), data=images, device="cpu")
+
+
+@pytest.mark.parametrize("changes", [{"num_class_embeds": 7}, {"class_embed_type": "timestep"}])
+def test_a_class_conditional_unet_masked_is_the_slim_one(models, changes):
+    unet = models.build("plain", **changes)
+    layout = build_layout(unet, find_groups(unet), (4, 12))
+    soft = SoftUNet(unet, layout).eval()
+    noisy, times = models.inputs(unet)
+    known = {"class_labels": torch.tensor([1, 5])}
+    with torch.no_grad():
+        dense = unet(noisy, times, **known).sample
+        assert (soft(noisy, times, condition=known) - dense).abs().max() <= 1e-5
+        assert (
+            unet(noisy, times, class_labels=torch.tensor([5, 1])).sample - dense
+        ).abs().max() > 0
+    soft.mask.copy_(models.binary_mask(layout))
+    soft.fade.zero_()
+    soft.adopt_slim_membership()
+    slim = surgery.perform(unet, layout, soft.mask).eval()
+    with torch.no_grad():
+        expected = slim(noisy, times, **known).sample
+        assert (expected - dense).abs().max() > 0.01
+        assert (soft(noisy, times, condition=known) - expected).abs().max() <= 1e-5
+
+
+# ---- from a recipe to a folder -------------------------------------------------------------
+
+
+def recipe(model: Path, data: Path, keep: float, **evaluate) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": str(model),
+            "data": f"folder:{data}",
+            "columns": {"caption": "words"},
+            "method": {"name": "gradflow", "keep_macs": keep, **METHOD},
+            "recover": {"steps": RECOVER, "batch": 4},
+            "evaluate": {"samples": 6, "steps": 2, "sampling_seeds": 2, "batch": 4} | evaluate,
+        }
+    )
+
+
+def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and_samples(
+    build, pipelines, tmp_path, monkeypatch
+):
+    # Inception's weights are not at hand; the pictures have the size of the digits
+    monkeypatch.setattr(runs, "_extractor", lambda data: fidelity.DIGITS)
+    data = pipelines.pictures(tmp_path / "pictures", 40, column="words")
+    build("sd1").save_pretrained(tmp_path / "model")
+    asked = recipe(tmp_path / "model", data, pipelines.KEEP["sd1"])
+    assert runs.dry_run(asked, device="cpu")["problems"] == []
+    result = runs.run(asked, output=tmp_path / "run", device="cpu")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "run" / "checkpoint")
+    assert type(loaded) is StableDiffusionPipeline
+    assert tuple(loaded.unet.config.block_out_channels) == (4, 12)
+    assert same(frozen(loaded), frozen(build("sd1")))
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded("red 4", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    table = result.metrics["metrics"]
+    assert {"fid_digits", "ssim_to_dense", "validation_loss", "latency_ms"} <= set(table)
+    assert "4 conditions in turn, guidance 7.5" in table["ssim_to_dense"]["how"]
+    assert "of latents; each with its caption" in table["validation_loss"]["how"]
+    # the same numbers as a stranger would measure of the two folders
+    for side, folder in (("dense", tmp_path / "model"), ("compressed", result.checkpoint)):
+        found = runs.evaluate_model(
+            str(folder),
+            data=f"folder:{data}",
+            columns=runs.Columns(caption="words"),
+            samples=6,
+            steps=2,
+            sampling_seeds=2,
+            device="cpu",
+        )
+        for name in ("validation_loss", "fid_digits", "params"):
+            assert found[name]["value"] == pytest.approx(table[name][side]["value"], rel=1e-3)
+
+
+def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(
+    build, pipelines, tmp_path
+):
+    build("sd1").save_pretrained(tmp_path / "model")
+    data = pipelines.pictures(tmp_path / "pictures", 8)
+    asked = recipe(tmp_path / "model", data, 0.55)
+    with pytest.raises(ValueError, match="texts for file_name and words"):
+        runs.run(asked, output=tmp_path / "run", device="cpu")
+    assert "texts for file_name and words" in runs.dry_run(asked)["problems"][0]
+    build("ddpm").save_pretrained(tmp_path / "plain")
+    guided = recipe(tmp_path / "plain", data, 0.5, guidance_scale=3.0)
+    with pytest.raises(ValueError, match="guidance_scale is for pipelines that take prompts"):
+        runs.run(guided, output=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("old", ["text_encoder", "vae"])
+def test_names_of_older_weights_are_no_missing_weights(build, tmp_path, old):
+    # as Stable Diffusion 1.5 lies on the hub
+    build("sd1").save_pretrained(tmp_path)
+    (weights,) = (tmp_path / old).glob("*.safetensors")
+
+    def renamed(name: str) -> str:
+        if old == "text_encoder":
+            return f"text_model.{name}"
+        for new, before in {
+            "to_q": "query",
+            "to_k": "key",
+            "to_v": "value",
+            "to_out.0": "proj_attn",
+        }.items():
+            name = name.replace(new, before)
+        return name
+
+    stored = load_file(weights)
+    changed = {renamed(name): value for name, value in stored.items()}
+    assert set(changed) != set(stored)
+    save_file(changed, weights, metadata={"format": "pt"})
+    loaded = getattr(load_pipeline(str(tmp_path)), old)
+    assert same(loaded.state_dict(), getattr(build("sd1"), old).state_dict())
+    save_file(dict(list(changed.items())[:-1]), weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 are missing"):
+        load_pipeline(str(tmp_path))
+
+
+# ---- sampling ------------------------------------------------------------------------------
+
+CAPTIONS = ("red 1", "blue 2", "red and blue")
+
+
+def draw(pipeline, **changes) -> torch.Tensor:
+    settings = {"count": 5, "steps": 3, "sampler": "ddim", "seed": 2} | changes
+    return sampling.sample(pipeline, **settings)
+
+
+@pytest.mark.parametrize("name", ["ldm", *PROMPTED])
+def test_samples_are_those_of_the_pipeline_itself(build, name):
+    pipeline = build(name)
+    prompted = {"conditions": CAPTIONS, "guidance_scale": 3.0} if name in PROMPTED else {}
+    found = draw(pipeline, **prompted)
+    # from_config would take another class's defaults for what was left to the default
+    config = {k: v for k, v in pipeline.scheduler.config.items() if k != "_use_default_values"}
+    scheduler = sampling.SAMPLERS["ddim"].from_config(config, clip_sample=False)
+    theirs = with_parts(pipeline, {"scheduler": scheduler})
+    theirs.set_progress_bar_config(disable=True)
+    given = {"batch_size": 5}
+    if prompted:
+        given = {"prompt": [CAPTIONS[k % 3] for k in range(5)], "guidance_scale": 3.0}
+    images = theirs(
+        generator=sampling.generators(2, 0, 5), num_inference_steps=3, output_type="np", **given
+    ).images
+    expected = (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round()
+    assert (found.float() - expected).abs().max() <= 1
+    assert found.float().std() > 1
+
+
+@pytest.mark.parametrize("name", ["sd1", "labels"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_neither_batches_nor_shares_decide_a_sample(build, name, sampler):
+    conditions = CAPTIONS if name == "sd1" else (4, 7)
+    options = {"sampler": sampler, "conditions": conditions}
+    together = draw(build(name), **options).int()
+    apart = draw(build(name), **options, batch=2).int()
+    tail = draw(build(name), **options, count=2, first=3).int()
+    assert (together - apart).abs().max() <= 1 and (together[3:] - tail).abs().max() <= 1
+    assert not torch.equal(together, draw(build(name), **options, seed=3))
+
+
+def test_prompts_guidance_and_labels_decide_the_images(build):
+    plain = draw(build("sd1"), conditions=CAPTIONS, guidance_scale=1.0)
+    guided = draw(build("sd1"), conditions=CAPTIONS, guidance_scale=7.5)
+    assert not torch.equal(plain, guided)
+    assert torch.equal(draw(build("sd1"), conditions=CAPTIONS), guided)  # the pipeline's default
+    other = draw(build("sd1"), conditions=("green", *CAPTIONS[1:]), guidance_scale=7.5)
+    changed = [not torch.equal(a, b) for a, b in zip(guided, other, strict=True)]
+    assert changed == [True, False, False, True, False]
+    labelled = [draw(build("labels"), conditions=labels) for labels in ((1, 2), (1, 3))]
+    changed = [not torch.equal(a, b) for a, b in zip(*labelled, strict=True)]
+    assert changed == [False, True, False, True, False]
+
+
+def test_labels_are_what_the_unet_is_given(build):
+    pipeline = build("labels")
+    alone = [draw(pipeline, conditions=(label,), count=1)[0] for label in range(3)]
+    assert not torch.equal(alone[0], alone[1])
+    assert torch.equal(draw(pipeline, conditions=range(3), count=1)[0], alone[0])
+
+
+def test_a_safety_checker_blackens_no_sample(build):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=small, projection_dim=4))
+    checker.forward = lambda clip_input, images: (images * 0, [True] * len(images))
+    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
+    checked = with_parts(build("sd1"), {"safety_checker": checker, "feature_extractor": processor})
+    assert torch.equal(draw(checked, conditions=CAPTIONS), draw(build("sd1"), conditions=CAPTIONS))
+    assert checked.safety_checker is checker
+
+
+def test_a_sampled_pipeline_is_left_as_it_was(build):
+    pipeline = copy.deepcopy(build("sd1"))
+    pipeline.unet.train()
+    pipeline.text_encoder.train()
+    scheduler, before = pipeline.scheduler, frozen(pipeline)
+    draw(pipeline, conditions=CAPTIONS)
+    assert pipeline.unet.training and pipeline.text_encoder.training and not pipeline.vae.training
+    assert pipeline.scheduler is scheduler and same(frozen(pipeline), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sd1", {}, "StableDiffusionPipeline takes a caption .* got 0 conditions"),
+        ("labels", {}, "DDPMPipeline takes a label .* got 0 conditions"),
+        ("ddpm", {"conditions": (1,)}, "DDPMPipeline takes nothing"),
+        ("ldm", {"sampler": "ddpm"}, "LDMPipeline hands its scheduler no generator"),
+    ],
+)
+def test_conditions_and_samplers_that_do_not_fit_are_refused(build, name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        draw(build(name), **changes)
+
+
+def test_options_of_a_pipeline_survive_another_unet(build, pipelines, tmp_path):
+    pipeline = pipelines.stable_diffusion_xl(tmp_path, zeros=False)
+    changed = with_parts(pipeline, {"unet": copy.deepcopy(pipeline.unet)})
+    assert changed.config.force_zeros_for_empty_prompt is False
+    assert with_parts(build("sd1"), {}).config.requires_safety_checker is False
+    assert changed.unet is not pipeline.unet and changed.vae is pipeline.vae
+
+
+def test_placed_modules_come_back_even_after_a_failure():
+    # the one other device that every machine has; what was there cannot come back
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).to("meta")
+    module[0].eval()
+    flags = [part.training for part in module.modules()]
+    moved = []
+    module.to = lambda device: moved.append(str(device))
+    with pytest.raises(RuntimeError, match="inside"), placed([module], "cpu"):
+        assert moved == ["cpu"] and not any(part.training for part in module.modules())
+        raise RuntimeError("inside")
+    assert moved == ["cpu", "meta"]
+    assert [part.training for part in module.modules()] == flags
+
+
+# ---- what is refused -----------------------------------------------------------------------
+
+
+def inpainting(build) -> DiffusionPipeline:
+    parts = build("sd1").components | {"image_encoder": None}
+    return StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+
+
+def changed(build, name: str, **parts) -> DiffusionPipeline:
+    return with_parts(build(name), parts)
+
+
+def unet(build, name: str, **changes):
+    dense = build(name).unet
+    config = {key: value for key, value in dense.config.items() if not key.startswith("_")}
+    return type(dense)(**config | changes)
+
+
+REFUSED = {
+    "another family": (inpainting, "StableDiffusionImg2ImgPipeline also has text_encoder"),
+    "no text encoder": (
+        lambda b: changed(b, "sd1", text_encoder=None),
+        "needs its text_encoder",
+    ),
+    "labels beside prompts": (
+        lambda b: changed(b, "sd1", unet=unet(b, "sd1", num_class_embeds=3)),
+        "needs class_labels",
+    ),
+    "labels beside latents": (
+        lambda b: changed(b, "ldm", unet=unet(b, "ldm", num_class_embeds=3)),
+        "needs class_labels",
+    ),
+    "labels as vectors": (
+        lambda b: changed(b, "ddpm", unet=unet(b, "ddpm", class_embed_type="identity")),
+        "class_labels as vectors",
+    ),
+    "sizes without SDXL": (
+        lambda b: changed(b, "sd1", unet=b("sdxl").unet),
+        "needs added_cond_kwargs",
+    ),
+    "prompts without a pipeline": (
+        lambda b: DDPMPipeline(b("sd1").unet, DDPMScheduler(50)),
+        "needs encoder_hidden_states",
+    ),
+    "learned variance": (
+        lambda b: changed(b, "ddpm", unet=unet(b, "ddpm", out_channels=2)),
+        "reads 1 and predicts 2",
+    ),
+    "more than latents": (
+        lambda b: changed(b, "sd1", unet=unet(b, "sd1", in_channels=9, out_channels=9)),
+        "latents have 4 channels.* reads 9",
+    ),
+    "another autoencoder": (
+        lambda b: changed(
+            b,
+            "sd1",
+            vae=AutoencoderTiny(
+                encoder_block_out_channels=(8, 8),
+                decoder_block_out_channels=(8, 8),
+                num_encoder_blocks=(1, 1),
+                num_decoder_blocks=(1, 1),
+            ),
+        ),
+        "AutoencoderTiny",
+    ),
+    "shifted latents": (
+        lambda b: changed(
+            b,
+            "sd1",
+            vae=type(b("sd1").vae).from_config(b("sd1").vae.config, latents_mean=[0.0] * 4),
+        ),
+        "latents_mean",
+    ),
+    "no size": (
+        lambda b: changed(b, "ddpm", unet=unet(b, "ddpm", sample_size=None)),
+        "sample_size",
+    ),
+    "latents that are not square": (
+        lambda b: changed(b, "ldm", unet=unet(b, "ldm", sample_size=(8, 4))),
+        "sample_size, one number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name(build, name):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(make(build))
+
+
+def test_the_families_are_not_refused(build):
+    for name in NAMES:
+        runs.check_trainable(build(name))
+
+
+# ---- several processes ---------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[1])
+import pipeline_models as pipelines
+from compress import distributed
+from compress.data import load_images
+from compress.gradflow import GradFlow, Training
+from compress.gradflow.objective import inputs_of
+from compress.gradflow.train import PruningRun
+from compress.journal import Journal
+torch.set_num_threads(1)
+name, folder, method = sys.argv[2], Path(sys.argv[3]), eval(sys.argv[4])
+device = distributed.join("cpu")
+pipeline = pipelines.build(name, folder / f"words of {distributed.process()}")
+run = PruningRun(
+    pipeline.unet, pipeline.scheduler,
+    load_images(f"folder:{folder / 'pictures'}", 16, 3, "caption"),
+    GradFlow(keep_macs=pipelines.KEEP[name], **method),
+    Training(recover_steps=2, batch=4, condition_dropout=0.5), Journal(),
+    device=device, inputs=inputs_of(pipeline),
+)
+events = run.events()
+while True:
+    try:
+        next(events)
+    except StopIteration as stop:
+        pruned = stop.value
+        break
+if distributed.is_main():
+    losses = torch.tensor([row["loss"] for row in run.journal.rows if "loss" in row])
+    kept = {"losses": losses, "kept": run.kept, **pruned.trace}
+    save_file(kept, folder / f"{distributed.processes()}.safetensors")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_two_processes_do_what_one_does(pipelines, tmp_path, name):
+    pipelines.pictures(tmp_path / "pictures", 40)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-P", str(tmp_path / "driver.py"), str(Path(__file__).parent)]
+    command += [name, str(tmp_path), repr(METHOD)]
+    for count in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children = []
+        for rank in range(count):
+            where = {
+                "WORLD_SIZE": str(count),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
+            children.append(subprocess.Popen(command, env=os.environ | where, cwd=tmp_path))
+        assert [child.wait(timeout=300) for child in children] == [0] * count
+    one, two = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
+    assert torch.equal(one["kept"], two["kept"])
+    assert torch.allclose(one["masks"], two["masks"], atol=1e-5)
+    assert torch.allclose(one["losses"], two["losses"], atol=1e-4)
