@@ -1,5 +1,6 @@
 """Images and batches: halves that share nothing, draws made by (seed, step, index) alone."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -17,6 +18,7 @@ from compress.data import (
     noise_and_timesteps,
 )
 from compress.data.digits import SIZE
+from compress.data.sources import Pairs, TensorImages, stacked
 
 STEPS = 1000
 
@@ -364,3 +366,155 @@ def test_flips_are_a_function_of_seed_step_and_sample():
     assert torch.equal(flipped(images[32:], seed=1, step=2, first=32), whole[32:])
     assert not torch.equal(flipped(images, seed=1, step=3), whole)
     assert not torch.equal(flipped(images, seed=2, step=2), whole)
+
+
+# ---- captions and labels -------------------------------------------------------------------
+
+
+def red_level(image: torch.Tensor) -> int:
+    return round((float(image[0].mean()) + 1) * 127.5)
+
+
+@pytest.fixture
+def told(tmp_path):
+    """24 pictures in two subfolders; picture k is as red as its caption says."""
+    for k in range(24):
+        folder = tmp_path / "deep" / ("dark" if k < 12 else "bright")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * k, 0, 0)).save(folder / f"{k:02}.png")
+    tables = {
+        tmp_path: [{"file_name": f"deep/dark/{k:02}.png", "text": str(10 * k)} for k in range(12)],
+        tmp_path / "deep" / "bright": [
+            {"file_name": f"{k:02}.png", "text": str(10 * k), "words": f"it is {k}"}
+            for k in range(12, 24)
+        ],
+    }
+    for folder, rows in tables.items():
+        lines = [json.dumps(row) for row in reversed(rows)]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    return tmp_path
+
+
+def test_captions_of_a_folder_stay_with_their_images(told):
+    data = load_images(f"folder:{told}", 8, 3, "caption")
+    parts = [(data.train, data.train_conditions), (data.held_out, data.held_out_conditions)]
+    assert [len(images) for images, _ in parts] == [21, 3]
+    for images, captions in parts:
+        for index, image in enumerate(images):
+            assert red_level(image) == int(captions[index])
+    # without captions it is a folder like any other
+    assert load_images(f"folder:{told}", 8, 3).train_conditions is None
+
+
+def test_labels_of_a_folder_are_its_subfolders_in_order(told):
+    data = load_images(f"folder:{told}", 8, 3, "label")
+    for images, labels in (
+        (data.train, data.train_conditions),
+        (data.held_out, data.held_out_conditions),
+    ):
+        # bright comes before dark
+        assert [int(red_level(image) < 120) for image in images] == list(labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "metadata.jsonl").unlink(), r"00\.png and 11 others have none in 1 files"),
+        (lambda f: Image.new("L", (8, 8)).save(f / "new.png"), r"new\.png and 0 others"),
+        (
+            lambda f: (f / "metadata.jsonl").write_text('{"file_name": "a.png"}\n'),
+            r"line 1 of .*metadata\.jsonl should be .* with texts for file_name and text",
+        ),
+        (
+            lambda f: (f / "metadata.jsonl").write_text('\n{"file_name": "a.png", "text": 3}\n'),
+            "line 2 of .*name the column with columns.caption",
+        ),
+        (lambda f: (f / "metadata.jsonl").write_text("nothing\n"), "got nothing"),
+        (lambda f: (f / "metadata.jsonl").write_text("[1]\n"), r"got \[1\]"),
+    ],
+    ids=["no table", "a picture more", "no text", "a number", "no JSON", "a list"],
+)
+def test_captions_that_are_missing_are_named(told, change, message):
+    change(told)
+    with pytest.raises(ValueError, match=message):
+        load_images(f"folder:{told}", 8, 3, "caption")
+
+
+def test_another_column_of_captions(told):
+    (told / "metadata.jsonl").unlink()
+    data = load_images(f"folder:{told / 'deep' / 'bright'}", 8, 3, "caption", "words")
+    assert list(data.held_out_conditions) == ["it is 12", "it is 22"]
+
+
+def test_labels_and_captions_that_cannot_be(told):
+    with pytest.raises(ValueError, match="all 12 images lie in .*sort them into subfolders"):
+        load_images(f"folder:{told / 'deep' / 'dark'}", 8, 3, "label")
+    with pytest.raises(ValueError, match="takes captions, and builtin:digits has only labels"):
+        load_images("builtin:digits", 16, 1, "caption")
+
+
+def test_labels_of_the_digits():
+    data = load_images("builtin:digits", 16, 1, "label")
+    assert data.train_conditions == digits("a")[1].tolist()
+    assert data.held_out_conditions == digits("b")[1].tolist()
+
+
+@pytest.fixture
+def told_hub(tmp_path, hub_cache):
+    """A data set as it lies on the hub, with texts and labels."""
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "prompt": datasets.Value("string"),
+            "kind": datasets.ClassLabel(names=["even", "odd"]),
+            "label": datasets.Value("float32"),
+        }
+    )
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split, count in (("train", 12), ("test", 5)):
+        rows = {
+            "image": [Image.new("RGB", (8, 8), (10 * k, 0, 0)) for k in range(count)],
+            "prompt": [f"{10 * k}" for k in range(count)],
+            "kind": [k % 2 for k in range(count)],
+            "label": [0.5] * count,
+        }
+        made = datasets.Dataset.from_dict(rows, features=features)
+        made.to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    return f"hub:{tmp_path / 'set'}"
+
+
+def test_columns_of_the_hub(told_hub):
+    captions = load_images(told_hub, 8, 3, "caption", "prompt")
+    labels = load_images(told_hub, 8, 3, "label", "kind")
+    for part, count in (("train", 12), ("held_out", 5)):
+        texts = getattr(captions, f"{part}_conditions")
+        assert len(texts) == count
+        for k, image in enumerate(getattr(captions, part)):
+            assert red_level(image) == int(texts[k])
+        assert getattr(labels, f"{part}_conditions") == [k % 2 for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "column", "message"),
+    [
+        ("caption", None, "'text' = None among .*'prompt'.*columns.caption"),
+        ("caption", "kind", "a column of texts; .*'kind' = ClassLabel"),
+        ("label", None, "a column of integers; .*'label' = Value.*float32.*columns.label"),
+        ("label", "prompt", "a column of integers"),
+    ],
+)
+def test_columns_that_the_hub_does_not_have(told_hub, wanted, column, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(told_hub, 8, 3, wanted, column)
+
+
+def test_pictures_come_with_what_is_said_about_them():
+    images = TensorImages(torch.arange(3.0).view(3, 1, 1, 1))
+    pairs = Pairs(images, ["zero", "one", "two"])
+    found = stacked(pairs[index] for index in (2, 0))
+    assert found.images.flatten().tolist() == [2, 0] and found.conditions == ["two", "zero"]
+    assert stacked([Pairs(images, None)[1]]).conditions is None
+    assert [part.conditions for part in found.chunk(2)] == [["two"], ["zero"]]
+    assert [len(part.images) for part in found.chunk(2)] == [1, 1]

@@ -66,11 +66,11 @@ def pictures(pipelines, tmp_path_factory) -> Path:
     return pipelines.pictures(tmp_path_factory.mktemp("data") / "pictures", 40)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(build, pictures, pipelines):
     """Begin a pruning run of a family."""
 
-    def begin(name: str, folder=None, *, resume=False, criterion="taylor", **changes):
+    def begin(name: str, folder=None, *, resume=False, **changes):
         pipeline = build(name)
         size = image_shape(pipeline)
         source = "builtin:digits" if size == (16, 1) else f"folder:{pictures}"
@@ -79,8 +79,8 @@ def start(build, pictures, pipelines):
             copy.deepcopy(pipeline.unet),
             pipeline.scheduler,
             load_images(source, *size, wanted(pipeline)),
-            GradFlow(keep_macs=pipelines.KEEP[name], criterion=criterion, **METHOD),
-            Training(**settings),
+            GradFlow(keep_macs=pipelines.KEEP[name], criterion="gradient_flow", **METHOD),
+            Training(**{"condition_dropout": 0.5, "distill_features": 0.1} | settings),
             Journal(folder),
             device="cpu",
             resume=resume,
@@ -97,6 +97,20 @@ def finish(run: PruningRun):
             next(events)
         except StopIteration as stop:
             return stop.value
+
+
+@pytest.fixture(scope="module")
+def finished(start):
+    """A run of every family to the end, made when first asked for."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            run = start(name)
+            made[name] = (run, finish(run))
+        return made[name]
+
+    return get
 
 
 def losses(run: PruningRun) -> list[float]:
@@ -120,12 +134,11 @@ def frozen(pipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_family_goes_through_flow_surgery_and_recovery(build, start, name):
+def test_every_family_goes_through_flow_surgery_and_recovery(build, finished, name):
     before = frozen(build(name))
-    run = start(name, distill_features=0.1, criterion="gradient_flow")
+    run, pruned = finished(name)
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in run.model.parameters()}
-    pruned = finish(run)
     dense, slim = build(name).unet, pruned.unet
     assert type(slim) is type(dense)
     assert tuple(slim.config.block_out_channels) == pruned.widths
@@ -145,56 +158,52 @@ def test_every_family_goes_through_flow_surgery_and_recovery(build, start, name)
 
 
 @pytest.mark.parametrize("step", [1, FLOW + 1], ids=["in the flow", "in the recovery"])
-def test_a_resumed_run_ends_with_the_same_weights(start, tmp_path, step):
-    options = {"condition_dropout": 0.5}
-    whole = finish(start("sd1", **options))
-    events = start("sd1", tmp_path, **options).events()
+def test_a_resumed_run_ends_with_the_same_weights(start, finished, tmp_path, step):
+    events = start("sd1", tmp_path).events()
     for _ in range(step):
         next(events)
     events.close()
-    resumed = start("sd1", tmp_path, resume=True, **options)
+    resumed = start("sd1", tmp_path, resume=True)
     assert resumed.step == step
-    assert same(finish(resumed).unet.state_dict(), whole.unet.state_dict())
+    assert same(finish(resumed).unet.state_dict(), finished("sd1")[1].unet.state_dict())
 
 
-def test_captions_and_their_dropout_matter_to_the_loss(start):
-    found = {}
+def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
+    found = [losses(finished("sd1")[0])]
     for share in (0.0, 1.0):
         run = start("sd1", condition_dropout=share)
-        finish(run)
-        found[share] = losses(run)
-    assert found[0.0] != found[1.0]
-    assert found[0.0] == pytest.approx(found[1.0], rel=0.2)
+        next(run.events())
+        found.append(losses(run))
+    assert len({row[0] for row in found}) == 3
+    assert all(row[0] == pytest.approx(found[0][0], rel=0.2) for row in found)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_checkpointed_activations_give_the_same_losses(start, name):
-    plain, checkpointed = start(name), start(name, gradient_checkpointing=True)
-    for run in (plain, checkpointed):
-        finish(run)
-    assert losses(plain) == pytest.approx(losses(checkpointed), rel=1e-4)
+def test_checkpointed_activations_give_the_same_losses(start, finished, name):
+    checkpointed = start(name, gradient_checkpointing=True)
+    finish(checkpointed)
+    assert losses(finished(name)[0]) == pytest.approx(losses(checkpointed), rel=1e-4)
 
 
-def test_accumulated_gradients_see_the_same_batch(start):
-    one, two = start("sd1"), start("sd1", gradient_accumulation=2)
-    for run in (one, two):
-        next(run.events())
-    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+def test_accumulated_gradients_see_the_same_batch(start, finished):
+    run = start("sd1", gradient_accumulation=2, distill_features=0.0)
+    next(run.events())
+    plain = start("sd1", distill_features=0.0)
+    next(plain.events())
+    assert losses(plain) == pytest.approx(losses(run), rel=1e-5)
 
 
-def test_bf16_trains_what_takes_prompts(start):
+def test_bf16_trains_what_takes_prompts(start, finished):
     # accelerate keeps one precision per process
+    plain = losses(finished("sdxl")[0])
     AcceleratorState._reset_state(True)
     try:
         run = start("sdxl", mixed_precision="bf16")
         pruned = finish(run)
     finally:
         AcceleratorState._reset_state(True)
-    plain = start("sdxl")
-    finish(plain)
     assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
-    assert losses(run) != losses(plain)
-    assert losses(run) == pytest.approx(losses(plain), rel=0.05)
+    assert losses(run) != plain and losses(run) == pytest.approx(plain, rel=0.05)
 
 
 def test_apply_gives_the_frozen_parts_back_as_they_were(build, pictures, pipelines):
