@@ -259,6 +259,12 @@ def test_eval_hands_its_settings_on(invoke, library):
     [call] = library.calls
     assert (call["model"], call["samples"], call["sampler"]) == ("some/model", 64, "ddpm")
     assert "1.5 [1.4, 1.6]" in invoke("eval", "some/model").stdout
+    assert library.calls[-1]["guidance_scale"] is None and library.calls[-1]["batch"] == 128
+    options = ("--guidance-scale", "3", "--batch", "4", "--caption-column", "words")
+    assert invoke("eval", "some/model", *options).exit_code == 0
+    call = library.calls[-1]
+    assert (call["guidance_scale"], call["batch"]) == (3.0, 4)
+    assert (call["columns"].caption, call["columns"].label) == ("words", "label")
     other = invoke("eval", "some/model", "--suite", "audio")
     assert other.exit_code == 2 and "got audio" in other.stderr
 

@@ -103,7 +103,16 @@ def test_cache_path_follows_the_key_and_the_environment(tmp_path, monkeypatch):
         diffusion.samples_key("abd", SETTINGS),
         *(
             diffusion.samples_key("abc", SamplingSettings(**base | change))
-            for change in ({"samples": 9}, {"steps": 3}, {"sampler": "ddpm"}, {"seed": 1})
+            for change in (
+                {"samples": 9},
+                {"steps": 3},
+                {"sampler": "ddpm"},
+                {"seed": 1},
+                {"conditions": ("a cat", "a dog")},
+                {"conditions": ("a cat", "a dog"), "guidance_scale": 3.0},
+                {"conditions": ("a dog", "a cat")},
+                {"conditions": (1, 2)},
+            )
         ),
     ]
     assert len({diffusion.samples_cache_path(k) for k in others} | {path}) == len(others) + 1
@@ -113,6 +122,12 @@ def test_cache_path_follows_the_key_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     home = tmp_path / "home" / ".cache" / "compress"
     assert diffusion.samples_cache_path(key).is_relative_to(home)
+
+
+def test_what_images_are_drawn_of_is_said_beside_the_numbers():
+    told = SamplingSettings(samples=8, steps=2, conditions=("a", "b"), guidance_scale=7.5)
+    assert str(told) == ("3 seeds x 8 images, DDIM, 2 steps, 2 conditions in turn, guidance 7.5")
+    assert str(SamplingSettings(samples=8, steps=2)) == "3 seeds x 8 images, DDIM, 2 steps"
 
 
 def test_samples_come_back_from_the_cache(tmp_path, dense_samples):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,15 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from compress import pipeline as runs
 from compress.data import load_images
+from compress.data.sources import Pairs, TensorImages, stacked
 from compress.eval import fidelity, sampling
+from compress.eval.diffusion import SamplingSettings
 from compress.gradflow import GradFlow, OneShot, Training, surgery
 from compress.gradflow.groups import find_groups
 from compress.gradflow.layout import build_layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.objective import inputs_of
-from compress.gradflow.train import PruningRun
+from compress.gradflow.train import PruningRun, validation_loss
 from compress.journal import Journal
 from compress.models.loading import load_pipeline
 from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
@@ -155,6 +158,40 @@ def test_every_family_goes_through_flow_surgery_and_recovery(build, finished, na
     )
     size, channels = image_shape(slim_pipeline)
     assert images.shape == (2, channels, size, size)
+
+
+@pytest.mark.parametrize("name", ["ddim", "labels", "sd2", "sdxl"])
+def test_losses_are_those_of_the_definition(build, start, name):
+    run, dense = start(name, distill=0.0, distill_features=0.0, condition_dropout=0.0), build(name)
+    scheduler = DDPMScheduler(50, beta_schedule=dense.scheduler.config.beta_schedule)
+
+    def target(batch) -> torch.Tensor:
+        return {
+            "ddim": lambda: batch.images,
+            "sd2": lambda: scheduler.get_velocity(*batch[:3]),
+        }.get(name, lambda: batch.noise)()
+
+    # training: before anything is masked or trained
+    (given,) = run._batches(0, 1)
+    batch = run.inputs.batch(given, 50, 0, 0, 0, 4)
+    with torch.no_grad():
+        noisy = scheduler.add_noise(*batch[:3])
+        predicted = dense.unet(noisy, batch.timesteps, **batch.condition).sample
+    expected = (predicted - target(batch)).square().mean().item()
+    assert run._optimise(given) == pytest.approx(expected, rel=1e-5)
+    # validation: what a network that says nothing is off by
+    data, pairs = run.data, Pairs(run.data.held_out, run.data.held_out_conditions)
+    examples = stacked(pairs[i] for i in range(4))
+    batches = [run.inputs.batch(examples, 50, 99, draw) for draw in range(2)]
+    found = validation_loss(
+        lambda noisy, t, **condition: torch.zeros_like(noisy),
+        TensorImages(examples.images),
+        run.scheduler,
+        inputs=run.inputs,
+        conditions=data.held_out_conditions,
+    )
+    squares = [target(batch).square().mean().item() for batch in batches]
+    assert found == pytest.approx(sum(squares) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, FLOW + 1], ids=["in the flow", "in the recovery"])
@@ -299,6 +336,19 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
         )
         for name in ("validation_loss", "fid_digits", "params"):
             assert found[name]["value"] == pytest.approx(table[name][side]["value"], rel=1e-3)
+
+
+def test_images_are_drawn_of_held_out_captions_and_of_all_classes(build, pictures):
+    settings = SamplingSettings(samples=4)
+    data = load_images(f"folder:{pictures}", 16, 3, "caption")
+    found = runs._with_conditions(settings, build("sdxl"), data)
+    assert found.conditions == ("blue 0", "blue 20", "red 1", "red 21")
+    assert found.guidance_scale == 5.0  # SDXL's own default
+    asked = runs._with_conditions(replace(settings, guidance_scale=2.0), build("sd1"), data)
+    assert asked.guidance_scale == 2.0
+    data = load_images("builtin:digits", 16, 1, "label")
+    assert runs._with_conditions(settings, build("labels"), data).conditions == tuple(range(10))
+    assert runs._with_conditions(settings, build("ddpm"), data) == settings
 
 
 def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(
