@@ -24,8 +24,8 @@ SEEDS = (0, 1, 2)
 KEEPS = ("0.5", "0.3")
 ONE_SHOT = ("random", "magnitude", "taylor", "diff_pruning")
 CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
-# keys of `train` that change how a run is executed, not what comes out
-UNDECIDING = ("save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch")
+# keys of `train` and `evaluate` that change how a run is executed, not what comes out
+UNDECIDING = ("save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch", "batch")
 PROCESSES = ("soft flow", "hard iterative", "one-shot")
 # allocation, granularity, keep_macs; a uniform 0.3 lands on 0.273, so that global has both
 VARIANTS = (
@@ -35,7 +35,13 @@ VARIANTS = (
     ("global", "fine", "0.273"),
 )
 # knobs that are younger than the first rows: where they are not set, the rows' keys stay
-YOUNGER = {"allocation": "uniform", "granularity": "fine", "flip": False}
+YOUNGER = {
+    "allocation": "uniform",
+    "granularity": "fine",
+    "flip": False,
+    "condition_dropout": 0.1,
+    "guidance_scale": None,
+}
 # tables whose times are compared: their runs are made in one sitting, in a file of their own
 TIMED = ("allocation",)
 COST = ("macs_share", "params_share", "latency_share", "prune_cpu_seconds", "criterion_share")
@@ -90,10 +96,13 @@ class Experiment:
     def key(self) -> str:
         """Hash of everything in the recipe that decides the result."""
         content = self.recipe().model_dump(mode="json")
-        content.pop("output")
-        for name in UNDECIDING:
-            content["train"].pop(name)
-        for part in ("method", "train"):
+        # the built-in data have no columns
+        for name in ("output", "columns"):
+            content.pop(name)
+        for part in ("train", "evaluate"):
+            for name in UNDECIDING:
+                content[part].pop(name, None)
+        for part in ("method", "train", "evaluate"):
             for knob, old in YOUNGER.items():
                 if content[part].get(knob, ...) == old:
                     del content[part][knob]
