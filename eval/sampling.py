@@ -234,6 +234,8 @@ def _image_shape(unet: Any) -> tuple[int, int, int]:
     """``(channels, height, width)`` of the images that a UNet makes."""
     config, size = unet.config, unet.config.sample_size
     conditions = [name for name in CONDITIONS if config.get(name)]
+    if config.get("class_embed_type") not in (None, "timestep"):
+        conditions.append("class_embed_type")
     if conditions:
         raise ValueError(
             f"sampling gives a UNet noise and a label at most; {type(unet).__name__} has "

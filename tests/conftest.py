@@ -93,3 +93,16 @@ def ocr_models():
 def pipelines():
     """The builders in tests/pipeline_models.py."""
     return _builders("pipeline_models")
+
+
+@pytest.fixture(scope="session")
+def family(pipelines, tmp_path_factory: pytest.TempPathFactory):
+    """Tiny pipelines by family, made when first asked for; nobody may change them."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = pipelines.build(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get

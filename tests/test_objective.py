@@ -27,19 +27,6 @@ PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
 CAPTIONS = ["a red square", "", "blue 7 blue 7 blue 7 and much more", "!"]
 
 
-@pytest.fixture(scope="module")
-def build(pipelines, tmp_path_factory):
-    """Pipelines by name, made when first asked for; nobody may change them."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            made[name] = pipelines.build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
-
-
 def examples(count: int = 4, channels: int = 3, conditions=None) -> Examples:
     generator = torch.Generator().manual_seed(7)
     images = torch.rand(count, channels, 16, 16, generator=generator) * 2 - 1
@@ -116,8 +103,8 @@ def test_other_schedulers_are_refused_by_name(scheduler, message):
 
 
 @pytest.mark.parametrize("name", ["ddim", "sd2", "sdxl", "labels"])
-def test_the_criterions_loss_is_that_of_the_unet_with_its_condition(build, name):
-    pipeline = build(name)
+def test_the_criterions_loss_is_that_of_the_unet_with_its_condition(family, name):
+    pipeline = family(name)
     given = examples(channels=pipeline.unet.config.in_channels) if name == "ddim" else examples()
     if name == "labels":
         given = examples(channels=1, conditions=[3, 0, 9, 3])
@@ -143,8 +130,8 @@ def test_the_criterions_loss_is_that_of_the_unet_with_its_condition(build, name)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "ldm_text"])
-def test_latents_are_a_scaled_draw_of_the_posterior(build, name):
-    pipeline, given = build(name), examples(11, conditions=["x"] * 11)
+def test_latents_are_a_scaled_draw_of_the_posterior(family, name):
+    pipeline, given = family(name), examples(11, conditions=["x"] * 11)
     autoencoder = getattr(pipeline, "vae", None) or pipeline.vqvae
     with torch.no_grad():
         posterior = autoencoder.encode(given.images).latent_dist
@@ -164,8 +151,8 @@ def test_latents_are_a_scaled_draw_of_the_posterior(build, name):
     assert not torch.allclose(drawn, batch_of(pipeline, given).noise, atol=0.1)
 
 
-def test_vq_latents_are_scaled_and_not_quantised(build):
-    pipeline, given = build("ldm"), examples(11)
+def test_vq_latents_are_scaled_and_not_quantised(family):
+    pipeline, given = family("ldm"), examples(11)
     with torch.no_grad():
         latents = pipeline.vqvae.encode(given.images).latents
     found = batch_of(pipeline, given).images
@@ -173,18 +160,18 @@ def test_vq_latents_are_scaled_and_not_quantised(build):
     assert pipeline.vqvae.config.scaling_factor != 1
 
 
-def test_pixels_are_the_images_themselves(build):
+def test_pixels_are_the_images_themselves(family):
     given = examples(channels=1)
-    batch = batch_of(build("ddpm"), given)
+    batch = batch_of(family("ddpm"), given)
     assert batch.images is given.images and batch.condition == {}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_shares_of_a_batch_put_together_are_the_whole(build, name):
+def test_shares_of_a_batch_put_together_are_the_whole(family, name):
     given = examples(6, conditions=[f"picture {k}" for k in range(6)])
-    whole = batch_of(build(name), given, dropout=0.5)
+    whole = batch_of(family(name), given, dropout=0.5)
     parts = [
-        batch_of(build(name), part, first=2 * k, total=6, dropout=0.5)
+        batch_of(family(name), part, first=2 * k, total=6, dropout=0.5)
         for k, part in enumerate(given.chunk(3))
     ]
     for key in ("images", "noise", "timesteps"):
@@ -229,8 +216,8 @@ def check_condition(pipeline, condition, expected, prefix: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PROMPTED)
-def test_captions_reach_the_unet_as_in_the_pipeline_itself(build, name):
-    pipeline = build(name)
+def test_captions_reach_the_unet_as_in_the_pipeline_itself(family, name):
+    pipeline = family(name)
     condition = batch_of(pipeline, examples(conditions=CAPTIONS)).condition
     check_condition(pipeline, condition, encoded_by_the_pipeline(pipeline, CAPTIONS), "")
     states = condition["encoder_hidden_states"]
@@ -240,12 +227,12 @@ def test_captions_reach_the_unet_as_in_the_pipeline_itself(build, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*PROMPTED, "sdxl without zeros"])
 def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(
-    build, name, pipelines, tmp_path
+    family, name, pipelines, tmp_path
 ):
     if name == "sdxl without zeros":
         pipeline = pipelines.stable_diffusion_xl(tmp_path, zeros=False)
     else:
-        pipeline = build(name)
+        pipeline = family(name)
     dropped = batch_of(pipeline, examples(conditions=CAPTIONS), dropout=1.0).condition
     check_condition(pipeline, dropped, encoded_by_the_pipeline(pipeline, CAPTIONS), "no ")
     if name != "sdxl":
@@ -255,14 +242,14 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(
         assert not dropped["encoder_hidden_states"].any()
 
 
-def test_the_asked_share_of_captions_is_dropped_by_seed_step_and_sample(build, monkeypatch):
+def test_the_asked_share_of_captions_is_dropped_by_seed_step_and_sample(family, monkeypatch):
     seen = []
 
     def condition(given, dropped, device):
         seen.append(list(dropped))
         return {}
 
-    inputs = inputs_of(build("sd1"))
+    inputs = inputs_of(family("sd1"))
     monkeypatch.setattr(inputs, "encode", objective.Pixels())
     monkeypatch.setattr(inputs, "condition", condition)
     given = examples(64, conditions=["x"] * 64)
@@ -277,15 +264,15 @@ def test_the_asked_share_of_captions_is_dropped_by_seed_step_and_sample(build, m
     assert not any(seen[-1])
 
 
-def test_labels_reach_the_unet_and_are_never_dropped(build):
+def test_labels_reach_the_unet_and_are_never_dropped(family):
     given = examples(channels=1, conditions=[3, 0, 9, 3])
-    condition = batch_of(build("labels"), given, dropout=1.0).condition
+    condition = batch_of(family("labels"), given, dropout=1.0).condition
     assert condition["class_labels"].tolist() == [3, 0, 9, 3]
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "ldm", "ldm_text"])
-def test_frozen_parts_are_used_without_a_trace(build, name):
-    pipeline = copy.deepcopy(build(name))
+def test_frozen_parts_are_used_without_a_trace(family, name):
+    pipeline = copy.deepcopy(family(name))
     inputs = inputs_of(pipeline).to("cpu")
     before = [copy.deepcopy(module.state_dict()) for module in inputs.modules]
     torch.manual_seed(3)
@@ -308,15 +295,15 @@ def images(count: int = 4) -> TensorImages:
 
 
 @pytest.mark.parametrize(("name", "what"), [("sd1", "caption"), ("labels", "label")])
-def test_data_without_conditions_is_refused(build, name, what):
+def test_data_without_conditions_is_refused(family, name, what):
     data = ImageData("mine", images(), images())
     with pytest.raises(ValueError, match=f"takes a {what} .* mine gives images alone"):
-        inputs_of(build(name)).check(data)
-    inputs_of(build("ddpm")).check(data)
+        inputs_of(family(name)).check(data)
+    inputs_of(family("ddpm")).check(data)
 
 
-def test_labels_that_the_unet_does_not_know_are_refused(build):
-    inputs = inputs_of(build("labels"))
+def test_labels_that_the_unet_does_not_know_are_refused(family):
+    inputs = inputs_of(family("labels"))
     inputs.check(ImageData("mine", images(), images(), [0, 9, 1, 1], [5] * 4))
     for label in (10, -1):
         data = ImageData("mine", images(), images(), [0, 9, 1, 1], [label] * 4)

@@ -52,29 +52,16 @@ METHOD = {
 
 
 @pytest.fixture(scope="module")
-def build(pipelines, tmp_path_factory):
-    """Pipelines by name, made when first asked for; nobody may change them."""
-    made = {}
-
-    def get(name: str):
-        if name not in made:
-            made[name] = pipelines.build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
 def pictures(pipelines, tmp_path_factory) -> Path:
     return pipelines.pictures(tmp_path_factory.mktemp("data") / "pictures", 40)
 
 
 @pytest.fixture(scope="module")
-def start(build, pictures, pipelines):
+def start(family, pictures, pipelines):
     """Begin a pruning run of a family."""
 
     def begin(name: str, folder=None, *, resume=False, **changes):
-        pipeline = build(name)
+        pipeline = family(name)
         size = image_shape(pipeline)
         source = "builtin:digits" if size == (16, 1) else f"folder:{pictures}"
         settings = {"recover_steps": RECOVER, "batch": 4, "save_every": 1} | changes
@@ -137,12 +124,12 @@ def frozen(pipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_family_goes_through_flow_surgery_and_recovery(build, finished, name):
-    before = frozen(build(name))
+def test_every_family_goes_through_flow_surgery_and_recovery(family, finished, name):
+    before = frozen(family(name))
     run, pruned = finished(name)
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in run.model.parameters()}
-    dense, slim = build(name).unet, pruned.unet
+    dense, slim = family(name).unet, pruned.unet
     assert type(slim) is type(dense)
     assert tuple(slim.config.block_out_channels) == pruned.widths
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters())
@@ -150,8 +137,8 @@ def test_every_family_goes_through_flow_surgery_and_recovery(build, finished, na
     assert facts["loss_slim"] == pytest.approx(facts["loss_masked"], abs=1e-4)
     assert facts["max_difference"] < 1e-3
     assert len(losses(run)) == FLOW + RECOVER and all(0 < loss < 10 for loss in losses(run))
-    assert same(frozen(build(name)), before)
-    slim_pipeline = with_parts(build(name), {"unet": slim})
+    assert same(frozen(family(name)), before)
+    slim_pipeline = with_parts(family(name), {"unet": slim})
     conditions = {"caption": ["red"], "label": [1], None: ()}[wanted(slim_pipeline)]
     images = sampling.sample(
         slim_pipeline, count=2, steps=2, sampler="ddim", seed=0, conditions=conditions
@@ -161,8 +148,8 @@ def test_every_family_goes_through_flow_surgery_and_recovery(build, finished, na
 
 
 @pytest.mark.parametrize("name", ["ddim", "labels", "sd2", "sdxl"])
-def test_losses_are_those_of_the_definition(build, start, name):
-    run, dense = start(name, distill=0.0, distill_features=0.0, condition_dropout=0.0), build(name)
+def test_losses_are_those_of_the_definition(family, start, name):
+    run, dense = start(name, distill=0.0, distill_features=0.0, condition_dropout=0.0), family(name)
     scheduler = DDPMScheduler(50, beta_schedule=dense.scheduler.config.beta_schedule)
 
     def target(batch) -> torch.Tensor:
@@ -243,8 +230,8 @@ def test_bf16_trains_what_takes_prompts(start, finished):
     assert losses(run) != plain and losses(run) == pytest.approx(plain, rel=0.05)
 
 
-def test_apply_gives_the_frozen_parts_back_as_they_were(build, pictures, pipelines):
-    pipeline = copy.deepcopy(build("sd1"))
+def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures, pipelines):
+    pipeline = copy.deepcopy(family("sd1"))
     pipeline.vae.train()
     pipeline.text_encoder.requires_grad_(False)
     before, unet = frozen(pipeline), copy.deepcopy(pipeline.unet.state_dict())
@@ -304,19 +291,19 @@ def recipe(model: Path, data: Path, keep: float, **evaluate) -> Recipe:
 
 
 def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and_samples(
-    build, pipelines, tmp_path, monkeypatch
+    family, pipelines, tmp_path, monkeypatch
 ):
     # Inception's weights are not at hand; the pictures have the size of the digits
     monkeypatch.setattr(runs, "_extractor", lambda data: fidelity.DIGITS)
     data = pipelines.pictures(tmp_path / "pictures", 40, column="words")
-    build("sd1").save_pretrained(tmp_path / "model")
+    family("sd1").save_pretrained(tmp_path / "model")
     asked = recipe(tmp_path / "model", data, pipelines.KEEP["sd1"])
     assert runs.dry_run(asked, device="cpu")["problems"] == []
     result = runs.run(asked, output=tmp_path / "run", device="cpu")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "run" / "checkpoint")
     assert type(loaded) is StableDiffusionPipeline
     assert tuple(loaded.unet.config.block_out_channels) == (4, 12)
-    assert same(frozen(loaded), frozen(build("sd1")))
+    assert same(frozen(loaded), frozen(family("sd1")))
     loaded.set_progress_bar_config(disable=True)
     assert loaded("red 4", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     table = result.metrics["metrics"]
@@ -338,29 +325,29 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
             assert found[name]["value"] == pytest.approx(table[name][side]["value"], rel=1e-3)
 
 
-def test_images_are_drawn_of_held_out_captions_and_of_all_classes(build, pictures):
+def test_images_are_drawn_of_held_out_captions_and_of_all_classes(family, pictures):
     settings = SamplingSettings(samples=4)
     data = load_images(f"folder:{pictures}", 16, 3, "caption")
-    found = runs._with_conditions(settings, build("sdxl"), data)
+    found = runs._with_conditions(settings, family("sdxl"), data)
     assert found.conditions == ("blue 0", "blue 20", "red 1", "red 21")
     assert found.guidance_scale == 5.0  # SDXL's own default
-    asked = runs._with_conditions(replace(settings, guidance_scale=2.0), build("sd1"), data)
+    asked = runs._with_conditions(replace(settings, guidance_scale=2.0), family("sd1"), data)
     assert asked.guidance_scale == 2.0
     data = load_images("builtin:digits", 16, 1, "label")
-    assert runs._with_conditions(settings, build("labels"), data).conditions == tuple(range(10))
-    assert runs._with_conditions(settings, build("ddpm"), data) == settings
+    assert runs._with_conditions(settings, family("labels"), data).conditions == tuple(range(10))
+    assert runs._with_conditions(settings, family("ddpm"), data) == settings
 
 
 def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(
-    build, pipelines, tmp_path
+    family, pipelines, tmp_path
 ):
-    build("sd1").save_pretrained(tmp_path / "model")
+    family("sd1").save_pretrained(tmp_path / "model")
     data = pipelines.pictures(tmp_path / "pictures", 8)
     asked = recipe(tmp_path / "model", data, 0.55)
     with pytest.raises(ValueError, match="texts for file_name and words"):
         runs.run(asked, output=tmp_path / "run", device="cpu")
     assert "texts for file_name and words" in runs.dry_run(asked)["problems"][0]
-    build("ddpm").save_pretrained(tmp_path / "plain")
+    family("ddpm").save_pretrained(tmp_path / "plain")
     guided = recipe(tmp_path / "plain", data, 0.5, guidance_scale=3.0)
     with pytest.raises(ValueError, match="guidance_scale is for pipelines that take prompts"):
         runs.run(guided, output=tmp_path / "run", device="cpu")
@@ -368,9 +355,9 @@ def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(
 
 
 @pytest.mark.parametrize("old", ["text_encoder", "vae"])
-def test_names_of_older_weights_are_no_missing_weights(build, tmp_path, old):
+def test_names_of_older_weights_are_no_missing_weights(family, tmp_path, old):
     # as Stable Diffusion 1.5 lies on the hub
-    build("sd1").save_pretrained(tmp_path)
+    family("sd1").save_pretrained(tmp_path)
     (weights,) = (tmp_path / old).glob("*.safetensors")
 
     def renamed(name: str) -> str:
@@ -390,7 +377,7 @@ def test_names_of_older_weights_are_no_missing_weights(build, tmp_path, old):
     assert set(changed) != set(stored)
     save_file(changed, weights, metadata={"format": "pt"})
     loaded = getattr(load_pipeline(str(tmp_path)), old)
-    assert same(loaded.state_dict(), getattr(build("sd1"), old).state_dict())
+    assert same(loaded.state_dict(), getattr(family("sd1"), old).state_dict())
     save_file(dict(list(changed.items())[:-1]), weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 are missing"):
         load_pipeline(str(tmp_path))
@@ -407,8 +394,8 @@ def draw(pipeline, **changes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["ldm", *PROMPTED])
-def test_samples_are_those_of_the_pipeline_itself(build, name):
-    pipeline = build(name)
+def test_samples_are_those_of_the_pipeline_itself(family, name):
+    pipeline = family(name)
     prompted = {"conditions": CAPTIONS, "guidance_scale": 3.0} if name in PROMPTED else {}
     found = draw(pipeline, **prompted)
     # from_config would take another class's defaults for what was left to the default
@@ -429,37 +416,37 @@ def test_samples_are_those_of_the_pipeline_itself(build, name):
 
 @pytest.mark.parametrize("name", ["sd1", "labels"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_neither_batches_nor_shares_decide_a_sample(build, name, sampler):
+def test_neither_batches_nor_shares_decide_a_sample(family, name, sampler):
     conditions = CAPTIONS if name == "sd1" else (4, 7)
     options = {"sampler": sampler, "conditions": conditions}
-    together = draw(build(name), **options).int()
-    apart = draw(build(name), **options, batch=2).int()
-    tail = draw(build(name), **options, count=2, first=3).int()
+    together = draw(family(name), **options).int()
+    apart = draw(family(name), **options, batch=2).int()
+    tail = draw(family(name), **options, count=2, first=3).int()
     assert (together - apart).abs().max() <= 1 and (together[3:] - tail).abs().max() <= 1
-    assert not torch.equal(together, draw(build(name), **options, seed=3))
+    assert not torch.equal(together, draw(family(name), **options, seed=3))
 
 
-def test_prompts_guidance_and_labels_decide_the_images(build):
-    plain = draw(build("sd1"), conditions=CAPTIONS, guidance_scale=1.0)
-    guided = draw(build("sd1"), conditions=CAPTIONS, guidance_scale=7.5)
+def test_prompts_guidance_and_labels_decide_the_images(family):
+    plain = draw(family("sd1"), conditions=CAPTIONS, guidance_scale=1.0)
+    guided = draw(family("sd1"), conditions=CAPTIONS, guidance_scale=7.5)
     assert not torch.equal(plain, guided)
-    assert torch.equal(draw(build("sd1"), conditions=CAPTIONS), guided)  # the pipeline's default
-    other = draw(build("sd1"), conditions=("green", *CAPTIONS[1:]), guidance_scale=7.5)
+    assert torch.equal(draw(family("sd1"), conditions=CAPTIONS), guided)  # the pipeline's default
+    other = draw(family("sd1"), conditions=("green", *CAPTIONS[1:]), guidance_scale=7.5)
     changed = [not torch.equal(a, b) for a, b in zip(guided, other, strict=True)]
     assert changed == [True, False, False, True, False]
-    labelled = [draw(build("labels"), conditions=labels) for labels in ((1, 2), (1, 3))]
+    labelled = [draw(family("labels"), conditions=labels) for labels in ((1, 2), (1, 3))]
     changed = [not torch.equal(a, b) for a, b in zip(*labelled, strict=True)]
     assert changed == [False, True, False, True, False]
 
 
-def test_labels_are_what_the_unet_is_given(build):
-    pipeline = build("labels")
+def test_labels_are_what_the_unet_is_given(family):
+    pipeline = family("labels")
     alone = [draw(pipeline, conditions=(label,), count=1)[0] for label in range(3)]
     assert not torch.equal(alone[0], alone[1])
     assert torch.equal(draw(pipeline, conditions=range(3), count=1)[0], alone[0])
 
 
-def test_a_safety_checker_blackens_no_sample(build):
+def test_a_safety_checker_blackens_no_sample(family):
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
     small = {
@@ -473,13 +460,13 @@ def test_a_safety_checker_blackens_no_sample(build):
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=small, projection_dim=4))
     checker.forward = lambda clip_input, images: (images * 0, [True] * len(images))
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
-    checked = with_parts(build("sd1"), {"safety_checker": checker, "feature_extractor": processor})
-    assert torch.equal(draw(checked, conditions=CAPTIONS), draw(build("sd1"), conditions=CAPTIONS))
+    checked = with_parts(family("sd1"), {"safety_checker": checker, "feature_extractor": processor})
+    assert torch.equal(draw(checked, conditions=CAPTIONS), draw(family("sd1"), conditions=CAPTIONS))
     assert checked.safety_checker is checker
 
 
-def test_a_sampled_pipeline_is_left_as_it_was(build):
-    pipeline = copy.deepcopy(build("sd1"))
+def test_a_sampled_pipeline_is_left_as_it_was(family):
+    pipeline = copy.deepcopy(family("sd1"))
     pipeline.unet.train()
     pipeline.text_encoder.train()
     scheduler, before = pipeline.scheduler, frozen(pipeline)
@@ -497,21 +484,28 @@ def test_a_sampled_pipeline_is_left_as_it_was(build):
         ("ldm", {"sampler": "ddpm"}, "LDMPipeline hands its scheduler no generator"),
     ],
 )
-def test_conditions_and_samplers_that_do_not_fit_are_refused(build, name, changes, message):
+def test_conditions_and_samplers_that_do_not_fit_are_refused(family, name, changes, message):
     with pytest.raises(ValueError, match=message):
-        draw(build(name), **changes)
+        draw(family(name), **changes)
 
 
-def test_options_of_a_pipeline_survive_another_unet(build, pipelines, tmp_path):
+def test_labels_as_vectors_are_not_sampled(family):
+    pipeline = changed(family, "ddpm", unet=unet(family, "ddpm", class_embed_type="identity"))
+    assert wanted(pipeline) is None
+    with pytest.raises(ValueError, match="class_embed_type"):
+        draw(pipeline)
+
+
+def test_options_of_a_pipeline_survive_another_unet(family, pipelines, tmp_path):
     pipeline = pipelines.stable_diffusion_xl(tmp_path, zeros=False)
     changed = with_parts(pipeline, {"unet": copy.deepcopy(pipeline.unet)})
     assert changed.config.force_zeros_for_empty_prompt is False
-    assert with_parts(build("sd1"), {}).config.requires_safety_checker is False
+    assert with_parts(family("sd1"), {}).config.requires_safety_checker is False
     assert changed.unet is not pipeline.unet and changed.vae is pipeline.vae
 
 
 def test_placed_modules_come_back_even_after_a_failure():
-    # the one other device that every machine has; what was there cannot come back
+    # the one other device that every machine has
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).to("meta")
     module[0].eval()
     flags = [part.training for part in module.modules()]
@@ -527,23 +521,23 @@ def test_placed_modules_come_back_even_after_a_failure():
 # ---- what is refused -----------------------------------------------------------------------
 
 
-def inpainting(build) -> DiffusionPipeline:
-    parts = build("sd1").components | {"image_encoder": None}
+def image_to_image(family) -> DiffusionPipeline:
+    parts = family("sd1").components | {"image_encoder": None}
     return StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
 
 
-def changed(build, name: str, **parts) -> DiffusionPipeline:
-    return with_parts(build(name), parts)
+def changed(family, name: str, **parts) -> DiffusionPipeline:
+    return with_parts(family(name), parts)
 
 
-def unet(build, name: str, **changes):
-    dense = build(name).unet
+def unet(family, name: str, **changes):
+    dense = family(name).unet
     config = {key: value for key, value in dense.config.items() if not key.startswith("_")}
     return type(dense)(**config | changes)
 
 
 REFUSED = {
-    "another family": (inpainting, "StableDiffusionImg2ImgPipeline also has text_encoder"),
+    "another family": (image_to_image, "StableDiffusionImg2ImgPipeline also has text_encoder"),
     "no text encoder": (
         lambda b: changed(b, "sd1", text_encoder=None),
         "needs its text_encoder",
@@ -609,15 +603,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_trained_is_refused_by_name(build, name):
+def test_what_cannot_be_trained_is_refused_by_name(family, name):
     make, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        check_pipeline(make(build))
+        check_pipeline(make(family))
 
 
-def test_the_families_are_not_refused(build):
+def test_the_families_are_not_refused(family):
     for name in NAMES:
-        runs.check_trainable(build(name))
+        runs.check_trainable(family(name))
 
 
 # ---- several processes ---------------------------------------------------------------------

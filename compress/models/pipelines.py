@@ -73,7 +73,8 @@ def wanted(pipeline: Any) -> Wanted | None:
     if kind.encoders:
         return "caption"
     config = pipeline.unet.config
-    labelled = config.get("class_embed_type") or config.get("num_class_embeds") is not None
+    embedding, classes = config.get("class_embed_type"), config.get("num_class_embeds")
+    labelled = embedding == "timestep" or (embedding is None and classes is not None)
     return "label" if labelled else None
 
 
@@ -182,7 +183,7 @@ def fresh_scheduler(kind: type, config: Mapping[str, Any]) -> Any:
 
     Only the keys that both know are taken: ``from_config`` would print the others on stderr.
     """
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind).parameters
     return kind(**{key: config[key] for key in config if key in known})
 
 
