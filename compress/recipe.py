@@ -107,7 +107,8 @@ class Evaluate(_Section):
     steps : denoising steps per image.
     guidance_scale : of classifier-free guidance, for pipelines that take prompts; 1 is none, null
         the pipeline's own default.
-    batch : images that are drawn together; no effect on the noise of an image.
+    batch : images that are drawn together; no effect on the noise of an image. Throughput and peak
+        memory are measured at this batch, or at 64 if that is less.
     sampling_seeds : independent repetitions that the confidence intervals come from.
     against : the reference of every ratio.
     inception_weights : file with the FID Inception weights, for models that need it; without it

@@ -128,10 +128,11 @@ def sample_batches(
     shape = _image_shape(pipeline.unet) if pixels else (0, 0, 0)
     needed = wanted(pipeline)
     if bool(conditions) != bool(needed):
+        classes = pipeline.unet.config.get("num_class_embeds")
+        what = f"a {needed}" if needed else "nothing"
         raise ValueError(
-            f"{type(pipeline).__name__} takes {f'a {needed}' if needed else 'nothing'} for each "
-            f"image (num_class_embeds is {pipeline.unet.config.get('num_class_embeds')}); got "
-            f"{len(conditions)} conditions; give as many as there are different ones, or none"
+            f"{type(pipeline).__name__} takes {what} for each image (num_class_embeds of its UNet "
+            f"is {classes}); got {len(conditions)} conditions; give what it takes, in turn"
         )
     for start in range(first, first + count, batch):
         indices = range(start, min(start + batch, first + count))

@@ -225,6 +225,22 @@ def test_captions_reach_the_unet_as_in_the_pipeline_itself(family, name):
 
 
 @torch.no_grad()
+def test_an_encoder_that_wants_a_mask_gets_it(family):
+    pipeline = copy.deepcopy(family("sd1"))
+    pipeline.text_encoder.config.use_attention_mask = True
+    condition = batch_of(pipeline, examples(conditions=CAPTIONS)).condition
+    check_condition(pipeline, condition, encoded_by_the_pipeline(pipeline, CAPTIONS), "")
+    without = batch_of(family("sd1"), examples(conditions=CAPTIONS)).condition
+    key = "encoder_hidden_states"
+    assert (condition[key] - without[key]).abs().max() > 1e-3
+
+
+def test_a_caption_that_is_no_text_is_named(family):
+    with pytest.raises(ValueError, match="captions should be texts; got None"):
+        batch_of(family("sd1"), examples(conditions=["a", None, "b", "c"]))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [*PROMPTED, "sdxl without zeros"])
 def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(
     family, name, pipelines, tmp_path

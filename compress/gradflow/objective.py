@@ -221,6 +221,12 @@ class XLPrompts:
 
 
 def _without(given: Sequence[Any] | None, dropped: Sequence[bool]) -> list[str]:
+    for text in given or ():
+        if not isinstance(text, str):
+            raise ValueError(
+                f"captions should be texts; got {text!r}; mend the data, or name another column "
+                "with columns.caption"
+            )
     return ["" if gone else text for text, gone in zip(given or (), dropped, strict=True)]
 
 

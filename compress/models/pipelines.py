@@ -72,6 +72,8 @@ def wanted(pipeline: Any) -> Wanted | None:
         return None
     if kind.encoders:
         return "caption"
+    if "class_labels" not in kind.inputs:
+        return None
     config = pipeline.unet.config
     embedding, classes = config.get("class_embed_type"), config.get("num_class_embeds")
     labelled = embedding == "timestep" or (embedding is None and classes is not None)
