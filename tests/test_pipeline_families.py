@@ -496,6 +496,10 @@ def test_labels_as_vectors_are_not_sampled(family):
         draw(pipeline)
 
 
+def test_no_labels_are_asked_for_where_no_pipeline_hands_them_on(family):
+    assert wanted(changed(family, "ldm", unet=unet(family, "ldm", num_class_embeds=3))) is None
+
+
 def test_options_of_a_pipeline_survive_another_unet(family, pipelines, tmp_path):
     pipeline = pipelines.stable_diffusion_xl(tmp_path, zeros=False)
     changed = with_parts(pipeline, {"unet": copy.deepcopy(pipeline.unet)})
