@@ -87,3 +87,9 @@ def models():
 def ocr_models():
     """The builders in tests/ocr_models.py."""
     return _builders("ocr_models")
+
+
+@pytest.fixture(scope="session")
+def pipelines():
+    """The builders in tests/pipeline_models.py."""
+    return _builders("pipeline_models")

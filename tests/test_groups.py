@@ -136,8 +136,6 @@ def test_unsupported_blocks_are_refused_by_name(models):
         ("time_embedding_type", "fourier"),
         ("downsample_type", "resnet"),
         ("upsample_type", "resnet"),
-        ("class_embed_type", "timestep"),
-        ("num_class_embeds", 10),
     ],
 )
 def test_unsupported_options_are_refused_by_name(models, option, value):

@@ -119,14 +119,13 @@ def check_supported(unet: nn.Module) -> None:
         "time_embedding_type": ("positional",),
         "downsample_type": ("conv",),
         "upsample_type": ("conv",),
-        "class_embed_type": (None,),
-        "num_class_embeds": (None,),
+        "class_embed_type": (None, "timestep", "identity"),
     }
     for option, known in options.items():
         if unet.config[option] not in known:
             raise ValueError(
-                f"gradflow expects {option} = {known[0]!r}; this UNet's config has "
-                f"{unet.config[option]!r}; choose a model with the supported value"
+                f"gradflow expects {option} = {' or '.join(map(repr, known))}; this UNet's config "
+                f"has {unet.config[option]!r}; choose a model with the supported value"
             )
 
 
@@ -219,10 +218,11 @@ def find_groups(unet: UNet2DModel | UNet2DConditionModel) -> tuple[ChannelGroup,
 def _is_root(name: str, module: nn.Module) -> bool:
     """Whether a module's output channels may start a group.
 
-    The time embedding and the image keep their widths; projections of the embedding only follow
-    (with scale and shift they are twice as wide as the channels that they act on).
+    The embeddings of time and label keep their widths, and so does the image; projections of an
+    embedding only follow (with scale and shift they are twice as wide as the channels that they
+    act on).
     """
-    fixed = name.startswith("time_embedding.") or name == "conv_out"
+    fixed = name.startswith(("time_embedding.", "class_embedding.")) or name == "conv_out"
     follows = name.endswith("time_emb_proj")
     return isinstance(module, nn.Conv2d | nn.Linear) and not fixed and not follows
 

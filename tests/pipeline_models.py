@@ -1,0 +1,217 @@
+"""Tiny real pipelines of every family; read through the fixture `pipelines`."""
+
+import json
+import string
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LDMPipeline,
+    LDMTextToImagePipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+STEPS = 50
+SIZE = 16
+TOKENS = 12
+PIXEL_UNET = {
+    "sample_size": SIZE,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+PROMPT_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+    "sample_size": SIZE,
+}
+LATENT_NOISE = {"num_train_timesteps": STEPS, "steps_offset": 1, "beta_schedule": "scaled_linear"}
+
+
+def tokenizer(folder: Path, tokens: int = TOKENS) -> CLIPTokenizer:
+    """CLIP's tokenizer with single characters for a vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    signs = list(string.printable[:94])
+    words = [*signs, *(f"{sign}</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return CLIPTokenizer(*files, model_max_length=tokens)
+
+
+def text_config(given: CLIPTokenizer, **changes) -> CLIPTextConfig:
+    options = {
+        "vocab_size": len(given),
+        "hidden_size": 12,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": given.model_max_length,
+        "bos_token_id": given.bos_token_id,
+        "eos_token_id": given.eos_token_id,
+        "pad_token_id": given.pad_token_id,
+    }
+    return CLIPTextConfig(**options | changes)
+
+
+def conditional_unet(**changes) -> UNet2DConditionModel:
+    return UNet2DConditionModel(**PROMPT_UNET | changes)
+
+
+def pixels(kind: type = DDPMPipeline, prediction: str = "epsilon", **changes) -> DiffusionPipeline:
+    unet = UNet2DModel(**PIXEL_UNET | changes)
+    scheduler = DDIMScheduler if kind is DDIMPipeline else DDPMScheduler
+    return kind(unet, scheduler(num_train_timesteps=STEPS, prediction_type=prediction))
+
+
+def unconditional_latent() -> LDMPipeline:
+    unet = UNet2DModel(**PIXEL_UNET | {"sample_size": 8, "in_channels": 3, "out_channels": 3})
+    scheduler = DDIMScheduler(**LATENT_NOISE, clip_sample=False)
+    return LDMPipeline(VQModel(**AUTOENCODER, num_vq_embeddings=16), unet, scheduler)
+
+
+def stable_diffusion(folder: Path, prediction: str = "epsilon", **changes) -> DiffusionPipeline:
+    """1.x, and 2.x with ``prediction="v_prediction"`` and a list of heads."""
+    tokens = tokenizer(folder)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(**AUTOENCODER),
+        text_encoder=CLIPTextModel(text_config(tokens)),
+        tokenizer=tokens,
+        unet=conditional_unet(**changes),
+        # as Stable Diffusion comes: a scheduler without `get_velocity`
+        scheduler=PNDMScheduler(**LATENT_NOISE, skip_prk_steps=True, prediction_type=prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl(folder: Path, *, zeros: bool = True) -> DiffusionPipeline:
+    tokens = tokenizer(folder / "1"), tokenizer(folder / "2")
+    unet = conditional_unet(
+        block_out_channels=(16, 32),
+        cross_attention_dim=28,
+        attention_head_dim=(1, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=10 + 6 * 8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**AUTOENCODER),
+        text_encoder=CLIPTextModel(text_config(tokens[0])),
+        text_encoder_2=CLIPTextModelWithProjection(
+            text_config(tokens[1], hidden_size=16, projection_dim=10)
+        ),
+        tokenizer=tokens[0],
+        tokenizer_2=tokens[1],
+        unet=unet,
+        # adds noise in a scaling of its own
+        scheduler=EulerDiscreteScheduler(**LATENT_NOISE),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+
+
+def latent_text_to_image(folder: Path) -> DiffusionPipeline:
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
+        LDMBertConfig,
+        LDMBertModel,
+    )
+
+    tokens = tokenizer(folder, 77)
+    bert = LDMBertModel(
+        LDMBertConfig(
+            vocab_size=len(tokens),
+            max_position_embeddings=77,
+            encoder_layers=1,
+            encoder_ffn_dim=16,
+            encoder_attention_heads=2,
+            head_dim=6,
+            d_model=12,
+            pad_token_id=tokens.pad_token_id,
+        )
+    )
+    # the pipeline takes an autoencoder with 8 pixels a latent for granted
+    four = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (4, 4, 4, 4),
+    }
+    return LDMTextToImagePipeline(
+        vqvae=AutoencoderKL(**AUTOENCODER | four),
+        bert=bert,
+        tokenizer=tokens,
+        unet=conditional_unet(sample_size=2),
+        scheduler=DDIMScheduler(**LATENT_NOISE, clip_sample=False),
+    )
+
+
+def build(name: str, folder: Path) -> DiffusionPipeline:
+    """A seeded pipeline in evaluation mode, silent."""
+    torch.manual_seed(1)
+    makers = {
+        "ddpm": pixels,
+        "ddim": lambda: pixels(DDIMPipeline, "sample"),
+        "labels": lambda: pixels(num_class_embeds=10),
+        "ldm": unconditional_latent,
+        "sd1": lambda: stable_diffusion(folder / "words"),
+        "sd2": lambda: stable_diffusion(
+            folder / "words", "v_prediction", attention_head_dim=(1, 2), use_linear_projection=True
+        ),
+        "sdxl": lambda: stable_diffusion_xl(folder / "words"),
+        "ldm_text": lambda: latent_text_to_image(folder / "words"),
+    }
+    pipeline = makers[name]()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pictures(folder: Path, count: int = 24, size: int = SIZE, column: str = "text") -> Path:
+    """Pictures of two colours in two subfolders, with a caption each."""
+    colours = {"blue": (20, 30, 220), "red": (230, 20, 30)}
+    rows = []
+    for k in range(count):
+        name = sorted(colours)[k % 2]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (size, size), colours[name])
+        picture.putpixel((k % size, k % 7), (255, 255, 255))
+        picture.save(folder / name / f"{k:02}.png")
+        rows.append({"file_name": f"{name}/{k:02}.png", column: f"{name} {k}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
