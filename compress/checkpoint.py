@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from compress.exporting import export
 from compress.files import atomic_folder, read_json, sha256, write_json, write_text
 from compress.gradflow.free_width import FreeWidthUNet2DModel
 from compress.models.loading import check_folder, load_pipeline
@@ -27,7 +28,9 @@ FREE_WIDTHS_INTRODUCTION = (
 )
 
 
-def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) -> Path:
+def save_slim(
+    pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any], *, source: Path | None = None
+) -> Path:
     """Write a pipeline folder that plain diffusers loads, with the facts of its making.
 
     A UNet with free inner widths has a class of ours: diffusers loads it where compress is
@@ -40,6 +43,8 @@ def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) 
     pipeline : with the slim UNet.
     folder : where to.
     facts : JSON values: base model and its hash, recipe, widths, metrics.
+    source : the folder that all parts but the UNet were read from; they are then copied byte by
+        byte, and otherwise written as diffusers and transformers write them.
 
     Raises
     ------
@@ -47,11 +52,15 @@ def save_slim(pipeline: DiffusionPipeline, folder: Path, facts: dict[str, Any]) 
     """
     with atomic_folder(folder) as temporary:
         try:
-            pipeline.save_pretrained(temporary, safe_serialization=True)
+            if source is None:
+                pipeline.save_pretrained(temporary, safe_serialization=True)
+            else:
+                export(pipeline, source, temporary)
         except SafetensorError as error:  # how safetensors says that a disk is full
             raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
         free = isinstance(getattr(pipeline, "unet", None), FreeWidthUNet2DModel)
-        write_text(temporary / "README.md", _model_card(facts, free_widths=free))
+        card = _model_card(facts, kind=type(pipeline).__name__, free_widths=free)
+        write_text(temporary / "README.md", card)
         made = {"format": FORMAT, "kind": "slim", **facts, "files": file_hashes(temporary)}
         write_json(temporary / FACTS, made)
     return folder
@@ -134,7 +143,7 @@ def verify(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _model_card(facts: dict[str, Any], *, free_widths: bool) -> str:
+def _model_card(facts: dict[str, Any], *, kind: str, free_widths: bool) -> str:
     base = facts.get("base_model", "unknown")
     licence = facts.get("base_licence", "unknown: see the base model")
     lines = [
@@ -148,9 +157,9 @@ def _model_card(facts: dict[str, Any], *, free_widths: bool) -> str:
         f"Licence of the base model: {licence}",
         "",
         *(FREE_WIDTHS_INTRODUCTION if free_widths else PLAIN_INTRODUCTION),
-        "from diffusers import DDPMPipeline",
+        f"from diffusers import {kind}",
         "",
-        'pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")',
+        f'pipeline = {kind}.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]

@@ -27,6 +27,7 @@ from compress.data.sources import Images
 from compress.environment import choose_device, device_name, versions_of
 from compress.eval import diffusion, fidelity
 from compress.files import write_bytes, write_json, write_text
+from compress.forecast import forecast
 from compress.gradflow import GradFlow, OneShot, Training
 from compress.gradflow.free_width import inner_width
 from compress.gradflow.groups import dense_widths
@@ -35,7 +36,7 @@ from compress.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.journal import Journal
 from compress.launch import launched
 from compress.method import Compressed, Event, RunResult
-from compress.models import load_pipeline, model_hash
+from compress.models import load_pipeline, model_hash, pipeline_folder
 from compress.models.pipelines import (
     check_pipeline,
     default_guidance,
@@ -179,7 +180,8 @@ def _finish(
 ) -> Path:
     """Write checkpoint, trace and metrics."""
     facts = _provenance(job, pruned, metrics["metrics"])
-    checkpoint = save_slim(compressed, job.folder / "checkpoint", facts)
+    source = pipeline_folder(job.recipe.model)
+    checkpoint = save_slim(compressed, job.folder / "checkpoint", facts, source=source)
     if pruned.trace:
         write_bytes(job.folder / "trace.safetensors", save(pruned.trace))
     write_json(job.folder / "metrics.json", metrics)
@@ -255,10 +257,10 @@ def dry_run(
 
     Returns
     -------
-    ``params``, ``macs`` (bounds where the scores decide), ``keep_macs`` (achieved; at most, where
-    the scores decide), ``widths`` (of the levels), ``optimiser_steps``, ``memory_mb``
-    (weights, gradients and Adam's moments; activations come on top) and ``problems``; for readers
-    see :func:`compress.reader_run.dry_run`.
+    What :func:`compress.forecast.forecast` predicts, ``optimiser_steps``, ``memory_mb`` (weights,
+    gradients and Adam's moments; activations come on top), ``not_trainable`` (why a pipeline that
+    can be cut cannot be trained here, if so) and ``problems``; for readers see
+    :func:`compress.reader_run.dry_run`.
     """
     try:
         if not isinstance(recipe, Recipe | ReaderRecipe):
@@ -268,33 +270,28 @@ def dry_run(
 
             return dry_run_of_reader(recipe, device=device)
         job = _open(recipe, None, device)
-        pruning = _pruning_run(job, Journal())
+        source, method = pipeline_folder(recipe.model), recipe.method
+        predicted = forecast(job.pipeline, source, method, job.training)
     except (ValueError, FileNotFoundError) as error:
         return {"problems": [str(error)]}
-    problems = []
+    refused, problems = [], []
     try:
         check_trainable(job.pipeline)
     except ValueError as error:
-        problems.append(str(error))
+        refused.append(str(error))
     try:
         check_target(job.folder, resume=False, overwrite=False)
     except FileExistsError as error:
         problems.append(str(error))
-    unet = job.pipeline.unet
-    before = unet_cost(unet)
-    params, macs = pruning.slim_cost()
     # weights, gradients, two moments and a teacher of dense size
-    memory = 5 * 4 * before.params / 2**20
+    memory = 5 * 4 * unet_cost(job.pipeline.unet).params / 2**20
     return {
         "model": job.recipe.model,
-        "params": [f"{before.params:,} -> {_span(params)}"],
-        "macs": [f"{before.macs:,} -> {_span(macs)}"],
-        "keep_macs": round(macs[1] / before.macs, 4),
-        "widths": [f"{tuple(dense_widths(unet))} -> {tuple(pruning.widths)}"],
-        "norms_that_switch_membership": len(pruning.layout.unaligned),
-        "optimiser_steps": pruning.total_steps,
+        **predicted,
+        "optimiser_steps": method.steps + job.training.recover_steps,
         "memory_mb": round(memory, 1),
         "output": str(job.folder),
+        "not_trainable": refused,
         "problems": problems,
     }
 
@@ -618,12 +615,6 @@ def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _span(bounds: Sequence[int]) -> str:
-    """A predicted number, or its bounds where it depends on the scores."""
-    low, high = bounds
-    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _widths(unet: UNet2DModel, pruned: Pruned) -> list[dict[str, Any]]:

@@ -363,7 +363,7 @@ def test_a_run_makes_the_model_that_was_predicted(unet, kind):
     if kind == "one shot":
         method = OneShot(keep_macs=KEEP, allocation="global", steps=2, criterion_batches=1)
     run = run_of(unet, method)
-    params, macs = run.slim_cost()
+    params, macs = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
     pruned = finish(run.events())
     assert isinstance(pruned.unet, FreeWidthUNet2DModel)
     assert pruned.inner_widths == dict(pruned.unet.config.inner_widths)

@@ -162,6 +162,10 @@ class Allocator:
         """The smallest number of units that each block may come to keep, ``(blocks,)``."""
         return self._with_steps([0] * len(self.free)).quota
 
+    def most_quota(self) -> torch.Tensor:
+        """The largest number of units that each block may come to keep, ``(blocks,)``."""
+        return self._with_steps([f.most - f.least for f in self.free]).quota
+
     def macs_range(self) -> tuple[int, int]:
         """Bounds of the slim model's MACs, whatever the scores are."""
         steps = [f.macs * f.step for f in self.free if f.most > f.least]

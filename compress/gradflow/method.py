@@ -145,3 +145,12 @@ class Training:
     workers: Annotated[int, Field(ge=0)] = 0
     prefetch: Count = 2
     seed: int = 0
+
+    def check_batch(self, processes: int) -> None:
+        """Raise ValueError unless the batch divides by what it is cut into."""
+        parts = processes * self.gradient_accumulation
+        if self.batch % parts:
+            raise ValueError(
+                f"batch must divide by processes x gradient_accumulation = {parts}; got "
+                f"batch={self.batch}; change one of them"
+            )

@@ -14,9 +14,14 @@ from compress.gradflow.layout import Layout
 UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
 
 
+def public_config(unet: UNet2DModel | UNet2DConditionModel) -> dict:
+    """The configuration of a UNet without diffusers' notes of where it came from."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
 def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dict:
     """The configuration of the slim UNet: plain diffusers keys only."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    config = public_config(unet)
     config["block_out_channels"] = tuple(layout.widths)
     if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
         config["attention_head_dim"] = [

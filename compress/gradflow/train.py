@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from compress import distributed
-from compress.cost import unet_cost
 from compress.data import Batch, Examples, ImageData, StepSampler, flipped
 from compress.data.sources import Images, Pairs, stacked
 from compress.gradflow import criterion as scoring
@@ -152,12 +151,7 @@ class PruningRun:
             project_dir=journal.folder,
             cpu=device == "cpu",
         )
-        parts = self.accelerator.num_processes * training.gradient_accumulation
-        if training.batch % parts:
-            raise ValueError(
-                f"batch must divide by processes x gradient_accumulation = {parts}; got "
-                f"batch={training.batch}; change one of them"
-            )
+        training.check_batch(self.accelerator.num_processes)
         self.device = self.accelerator.device
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
@@ -195,14 +189,6 @@ class PruningRun:
     def layout(self) -> Layout:
         """Which unit masks what, and how many units stay; quotas move where widths are free."""
         return self.mover.layout
-
-    def slim_cost(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Bounds of the slim model's parameters and MACs; equal unless the scores decide them."""
-        if (allocator := self.mover.allocator) is not None:
-            return allocator.params_range(), allocator.macs_range()
-        with torch.device("meta"):
-            found = unet_cost(surgery.slim_unet(self.dense, self.layout))
-        return (found.params, found.params), (found.macs, found.macs)
 
     # ---- what happens, in order -------------------------------------------------------------
 

@@ -82,6 +82,19 @@ def local_folder(model: str) -> Path | None:
     return None
 
 
+def pipeline_folder(model: str) -> Path:
+    """The folder that :func:`load_pipeline` has read a model from; of a hub id its snapshot.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as :func:`load_pipeline`.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    return Path(DiffusionPipeline.download(model, use_safetensors=True, local_files_only=True))
+
+
 def check_folder(folder: Path) -> None:
     """Check that a folder is a pipeline whose configuration and weights can be read.
 

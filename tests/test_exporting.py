@@ -1,0 +1,350 @@
+"""Exported pipelines: only the UNet is new, plain diffusers draws the same, the size is known."""
+
+import copy
+import hashlib
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DModel,
+)
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from transformers import CLIPTextModel
+
+from compress.checkpoint import load, save_slim
+from compress.cost import unet_cost
+from compress.exporting import export, exported_bytes, model_bytes, part_files
+from compress.gradflow import GradFlow, surgery
+from compress.gradflow.allocation import plan
+from compress.gradflow.groups import dense_widths, find_groups
+from compress.gradflow.masks import SoftUNet
+from compress.models import load_pipeline, pipeline_folder
+from compress.pipeline import dry_run
+from compress.recipe import Recipe
+
+# diffusers' Euler scheduler converts tensors in a way that NumPy 2 has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+TOLERANCE = 1e-5
+UPSCALE = "upscale"  # a class-conditional UNet2DConditionModel: the label is a noise level
+NAMES = ["ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text", UPSCALE]
+OURS = {"README.md", "compress.json"}
+# images of any pipeline; what a stranger runs as well
+DRAW = """
+import numpy as np
+import torch
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    kind = type(pipeline).__name__
+    options = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5)}
+    unet = pipeline.unet
+    labels = getattr(unet.config, "num_class_embeds", None) and kind == "DDPMPipeline"
+    if labels:  # diffusers has no pipeline that hands labels on
+        images = torch.randn(2, 1, 16, 16, generator=options["generator"])
+        pipeline.scheduler.set_timesteps(3)
+        with torch.no_grad():
+            for t in pipeline.scheduler.timesteps:
+                noise = unet(images, t, class_labels=torch.tensor([1, 7])).sample
+                step = pipeline.scheduler.step(noise, t, images, generator=options["generator"])
+                images = step.prev_sample
+        return images.numpy()
+    if "Upscale" in kind:
+        options |= {"image": torch.linspace(0, 1, 192).view(1, 3, 8, 8), "noise_level": 3}
+        options |= {"prompt": "a red page"}
+    elif kind == "LDMTextToImagePipeline":
+        options |= {"prompt": ["a red page"], "height": 32, "width": 32}
+    elif kind.startswith("Stable"):
+        options |= {"prompt": "a red page", "negative_prompt": "blue", "height": 16, "width": 16}
+    else:
+        options |= {"batch_size": 2}
+    return np.asarray(pipeline(**options, output_type="np").images)
+"""
+STRANGER = (
+    """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "compress":
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Absent())
+"""
+    + DRAW
+    + """
+from pathlib import Path
+from diffusers import DiffusionPipeline
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+found = {}
+for name in sys.argv[2:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder / name, local_files_only=True)
+    found[name] = draw(pipeline)
+    if name == "sdxl":
+        assert not pipeline.config.force_zeros_for_empty_prompt
+np.savez(folder / "images.npz", **found)
+assert not [name for name in sys.modules if name.split(".")[0] == "compress"]
+"""
+)
+_shared: dict = {}
+exec(DRAW, _shared)  # the same lines, so that what is compared is the UNet alone
+draw = _shared["draw"]
+
+
+def upscaler(pipelines, folder) -> DiffusionPipeline:
+    torch.manual_seed(1)
+    tokens = pipelines.tokenizer(folder)
+    four = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (4, 4, 4),
+    }
+    return StableDiffusionUpscalePipeline(
+        vae=AutoencoderKL(**pipelines.AUTOENCODER | four, scaling_factor=0.08333),
+        text_encoder=CLIPTextModel(pipelines.text_config(tokens)),
+        tokenizer=tokens,
+        unet=pipelines.conditional_unet(in_channels=7, out_channels=4, num_class_embeds=50),
+        low_res_scheduler=DDPMScheduler(num_train_timesteps=50),
+        scheduler=DDIMScheduler(**pipelines.LATENT_NOISE, clip_sample=False),
+        max_noise_level=40,
+    )
+
+
+def write_source(pipelines, name, folder):
+    """A dense pipeline's folder, with files beside the weights that nobody reads."""
+    if name == UPSCALE:
+        pipeline = upscaler(pipelines, folder / "words")
+    elif name == "sdxl":
+        torch.manual_seed(1)
+        pipeline = pipelines.stable_diffusion_xl(folder / "words", zeros=False)
+    else:
+        pipeline = pipelines.build(name, folder / "words")
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            if parameter.dim() == 1:  # far from 0 and 1: a removed channel has something to leak
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    source = folder / "dense"
+    pipeline.save_pretrained(source)
+    # another tool's formatting, which writing anew would not keep
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"_diffusers_version": "0.40.0"}))
+    part = next(p for p in ("text_encoder", "vqvae", "unet") if (source / p).is_dir())
+    save_file({"a": torch.zeros(3)}, source / part / "model.fp16.safetensors")
+    (source / part / "pytorch_model.bin").write_bytes(b"pickled")
+    return source
+
+
+def slim_unet(unet, method, models):
+    groups = find_groups(unet)
+    layout, _ = plan(unet, groups, method)
+    soft = SoftUNet(unet, layout).eval()
+    soft.mask.copy_(models.binary_mask(layout))
+    soft.fade.zero_()
+    soft.adopt_slim_membership()
+    return soft, surgery.perform(unet, layout, soft.mask).eval()
+
+
+def masked_unet(unet, soft):
+    """The dense UNet to look at, the masked one to call."""
+    masked = copy.deepcopy(unet)
+
+    def forward(sample, timestep, *given, return_dict=True, **inputs):
+        names = list(inspect.signature(type(unet).forward).parameters)[3:]
+        inputs |= dict(zip(names, given, strict=False))
+        output = soft(
+            sample, timestep, condition={k: v for k, v in inputs.items() if v is not None}
+        )
+        return type("Output", (), {"sample": output})() if return_dict else (output,)
+
+    masked.forward = forward
+    return masked
+
+
+@pytest.fixture(scope="module")
+def made(models, pipelines, tmp_path_factory):
+    """For each family: the source, the masked images, the slim UNet, what was predicted."""
+    folder = tmp_path_factory.mktemp("families")
+    found = {}
+    for name in NAMES:
+        source = write_source(pipelines, name, folder / name)
+        pipeline = load_pipeline(str(source))
+        dense = pipeline.unet.eval()
+        method = GradFlow(keep_macs=pipelines.KEEP.get(name, 0.55))
+        soft, slim = slim_unet(dense, method, models)
+        dense_images = draw(pipeline)
+        pipeline.register_modules(unet=masked_unet(dense, soft))
+        masked_images = draw(pipeline)
+        pipeline.register_modules(unet=slim)
+        save_slim(pipeline, folder / "slim" / name, {"base_model": name}, source=source)
+        found[name] = (source, dense, slim, dense_images, masked_images, method)
+    command = [sys.executable, "-P", "-W", "ignore", "-c", STRANGER, str(folder / "slim"), *NAMES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "slim", found, np.load(folder / "slim" / "images.npz")
+
+
+def files_of(folder) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_diffusers_draws_what_the_masked_pipeline_draws(made, name):
+    _, found, images = made
+    _, _, _, dense, masked, _ = found[name]
+    assert images[name].shape == masked.shape
+    assert np.abs(images[name] - masked).max() <= TOLERANCE
+    # a blank picture would agree with anything
+    assert masked.std() > 0.01 and np.abs(masked - dense).max() > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_part_but_the_unet_is_the_sources_file_for_file(made, name):
+    folder, found, _ = made
+    source, _, slim, _, _, _ = found[name]
+    before, after = files_of(source), files_of(folder / name)
+    unused = {path for path in before if path.endswith(("fp16.safetensors", ".bin"))}
+    assert len(unused) == 2
+
+    def others(paths):
+        return {path for path in paths if not path.startswith("unet/")}
+
+    assert others(after) - OURS == others(before) - unused
+    for path in others(after) - OURS:
+        assert after[path] == before[path], path
+    assert after["unet/config.json"] != before["unet/config.json"]
+    assert (
+        after["unet/diffusion_pytorch_model.safetensors"]
+        != before["unet/diffusion_pytorch_model.safetensors"]
+    )
+    loaded = load(folder / name)
+    assert dense_widths(loaded.unet) == dense_widths(slim)
+    for key, value in slim.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_predicts_groups_widths_macs_and_every_byte(made, pipelines, tmp_path, name):
+    folder, found, _ = made
+    source, dense, slim, _, _, method = found[name]
+    data = pipelines.pictures(tmp_path / "pictures")
+    recipe = {
+        "model": str(source),
+        "data": f"folder:{data}",
+        "method": {"name": "gradflow", "keep_macs": method.keep_macs},
+        "output": str(tmp_path / "run"),
+    }
+    prediction = dry_run(Recipe.model_validate(recipe), device="cpu")
+    assert prediction["problems"] == []
+    before, after = unet_cost(dense), unet_cost(slim)
+    assert prediction["macs"] == [f"{before.macs:,} -> {after.macs:,}"]
+    assert prediction["params"] == [f"{before.params:,} -> {after.params:,}"]
+    assert prediction["widths"] == [f"{dense_widths(dense)} -> {dense_widths(slim)}"]
+    size = sum(
+        path.stat().st_size
+        for path in (folder / name).rglob("*")
+        if path.is_file() and path.name not in OURS
+    )
+    assert prediction["bytes"][0].endswith(f" -> {size:,}")
+    groups = find_groups(dense)
+    assert prediction["groups"][0].startswith(f"{len(groups)} in all")
+    levels = [int(line.split()[2].rstrip(",")) for line in prediction["groups"][1:]]
+    assert sum(levels) == len(groups) and len(levels) == len(dense_widths(dense))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- sizes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_models_size_is_that_of_its_files(models, tmp_path, dtype):
+    unet = models.build("deeper").to(dtype)
+    unet.save_pretrained(tmp_path)
+    assert model_bytes(unet) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_model_in_several_files_is_counted_with_its_index(models, tmp_path, monkeypatch):
+    unet = models.build("deeper")
+    unet.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    monkeypatch.setattr("compress.exporting.SHARD", "50KB")
+    assert model_bytes(unet) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_flat_folder_is_exported_with_a_folder_for_each_part(pipelines, tmp_path):
+    pipeline = pipelines.build("ddpm", tmp_path)
+    flat, target = tmp_path / "flat", tmp_path / "target"
+    pipeline.unet.save_pretrained(flat)
+    pipeline.scheduler.save_pretrained(flat)
+    pipeline.save_config(flat)
+    target.mkdir()
+    loaded = load_pipeline(str(flat))
+    assert part_files(flat, "scheduler") == []
+    export(loaded, flat, target)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    assert exported_bytes(loaded, flat, loaded.unet) == size
+    again = load_pipeline(str(target))
+    assert np.array_equal(draw(again), draw(loaded))
+    assert again.scheduler.config.num_train_timesteps == pipelines.STEPS
+
+
+def test_a_model_of_the_hub_is_exported_from_its_snapshot(pipelines, tmp_path, monkeypatch):
+    # a cache as the hub's client lays it out
+    cache = tmp_path / "models--somebody--model"
+    snapshot = cache / "snapshots" / "0123abcd"
+    pipelines.build("ldm", tmp_path).save_pretrained(snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert pipeline_folder("somebody/model") == snapshot
+    assert pipeline_folder(str(snapshot)) == snapshot
+
+
+def test_bounds_hold_where_the_scores_decide_the_widths(models, tmp_path):
+    from diffusers import DDPMPipeline
+
+    unet = models.build("built_in")
+    source = tmp_path / "dense"
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50)).save_pretrained(source)
+    recipe = {
+        "model": str(source),
+        "data": "builtin:digits",
+        "method": {"name": "gradflow", "keep_macs": 0.5, "allocation": "global"},
+        "output": str(tmp_path / "run"),
+    }
+    prediction = dry_run(Recipe.model_validate(recipe), device="cpu")
+    low, high = (
+        int(n.replace(",", "")) for n in prediction["bytes"][0].split(" -> ")[1].split("to")
+    )
+    pipeline = load_pipeline(str(source))
+    dense = pipeline.unet
+    layout, allocator = plan(dense, find_groups(dense), GradFlow(allocation="global"))
+    for seed in range(3):
+        scores = torch.rand(layout.units, generator=torch.Generator().manual_seed(seed))
+        slim = surgery.slim_unet(dense, allocator.layout(scores))
+        assert type(slim) is not UNet2DModel
+        pipeline.register_modules(unet=slim)
+        folder = save_slim(pipeline, tmp_path / f"slim{seed}", {}, source=source)
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index["unet"] == ["compress.gradflow.free_width", "FreeWidthUNet2DModel"]
+        files = [p for p in folder.rglob("*") if p.is_file() and p.name not in OURS]
+        assert low <= sum(p.stat().st_size for p in files) <= high
+        assert type(load(folder).unet) is type(slim)
+    # a thin layer is cheap in MACs or in parameters, as its place has it: the bounds are wide
+    assert high < model_bytes(dense)
