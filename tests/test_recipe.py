@@ -1,6 +1,7 @@
 """Laws of recipes: shipped ones load, what is dumped loads again, all mistakes come at once."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 
 
 def test_there_are_as_many_recipes_as_we_ship():
-    assert len(RECIPES) == 14
+    assert len(RECIPES) == 17
     assert [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
 
 
@@ -62,6 +63,16 @@ def test_every_shipped_recipe_says_what_it_does_and_how_to_run_it(path):
     lines = path.read_text().splitlines()
     assert len(lines[0]) > 20 and lines[0].startswith("# ")
     assert f"compress run recipes/{path.name}" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["ddpm_cifar10", "ddpm_celeba64", "ddpm_church256", "sd15"])
+def test_a_recipe_of_a_paper_says_what_it_takes_and_what_to_beat(name):
+    [path] = [path for path in RECIPES if path.stem == f"{name}_gradflow"]
+    head = path.read_text().split("model:")[0]
+    for what in ("# Hardware: ", "# Time: ", "# Published, to beat: ", "# Protocol: "):
+        assert head.count(what) == 1
+    assert "NOT RUN by the authors" in head
+    assert re.search(r"FID \d+\.\d", head) and re.search(r"arXiv \d{4}\.\d{5}", head)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
