@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 MOST_GIB = 16
@@ -105,6 +106,11 @@ def test_stable_diffusion_1_5_is_planned_cut_and_run_by_plain_diffusers(tmp_path
     recipe = tmp_path / "sd.yaml"
     pictures = tmp_path / "pictures"
     pictures.mkdir()
+    captions = []
+    for name in ("black.png", "white.png"):
+        Image.new("RGB", (512, 512), name.removesuffix(".png")).save(pictures / name)
+        captions.append(json.dumps({"file_name": name, "text": "a"}))
+    (pictures / "metadata.jsonl").write_text("\n".join(captions))
     recipe.write_text(
         json.dumps(
             {
