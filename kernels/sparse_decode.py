@@ -12,6 +12,7 @@ result.
 
 **Sparse** (:func:`sparse_decode`): the rows are a list, gathered where they lie and never copied
 together, and behind it a range, which needs no list. What a mask excludes is not loaded.
+:func:`sparse_decode_lse` gives the lse as well: with another piece's, outputs add up as splits do.
 
 **Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
 final lse, which nobody has while the keys pass: their logits are stored, and the second kernel
@@ -258,6 +259,40 @@ def sparse_decode(
     ------
     ValueError : for shapes that do not fit each other, or what :func:`obstacle` names.
     """
+    return _sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)[0]
+
+
+def sparse_decode_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_decode`, and the logsumexp of the logits, by which more can be added.
+
+    Returns
+    -------
+    The output, and ``(batch, heads)`` in float32; -inf where a sequence attends to nothing.
+    """
+    output, parts = _sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
+    return output, (parts / LOG2_E).logsumexp(2)
+
+
+def _sparse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check and launch :func:`sparse_decode`; its output, and each split's lse as :func:`_read`."""
     _check(query, key, value, rows_mask, dense_mask)
     batch, length, (start, stop) = len(query), key.shape[2], dense
     if rows.ndim != 2 or len(rows) != batch or not 0 <= start <= stop <= length:
@@ -302,7 +337,7 @@ def focal_decode(
         _check_mask("mask", mask.expand(batch, -1, -1, -1), (batch, 1, 1, length))
         mask = mask[:, 0, 0].expand(batch, -1)
     weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
-    output = _read(query, key, value, None, None, (0, length), mask, scaling, weights)
+    output, _ = _read(query, key, value, None, None, (0, length), mask, scaling, weights)
     return output, weights
 
 
@@ -399,8 +434,11 @@ def _read(
     dense_mask: torch.Tensor | None,
     scaling: float,
     weights: torch.Tensor | None,
-) -> torch.Tensor:
-    """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels; ``weights`` (batch, length) are written where they are given.
+
+    The output, and the lse of each split in base 2, ``(batch, heads, splits)``.
+    """
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     picked = 0 if rows is None else rows.shape[1]
@@ -469,7 +507,7 @@ def _read(
                 BLOCK_ROWS=SCORES,
                 num_warps=WARPS,
             )
-    return output
+    return output, lse
 
 
 def _block(size: int) -> int:

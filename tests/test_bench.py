@@ -75,8 +75,14 @@ def test_ratios_of_a_prefill_by_hand():
 
 
 def _measured(visual, ratio, batch=1, device="cpu", part="end_to_end"):
-    shape = {"visual": visual, "batch": batch, "model": "tiny"}
-    return {"part": part, "device": device, "shape": shape, "ratio": ratio, "date": "2026-01-01"}
+    return {
+        "part": part,
+        "device": device,
+        "shape": {"visual": visual, "batch": batch, "model": "tiny", "dtype": "float32"},
+        "ratio": ratio,
+        "threads": 1,
+        "date": "2026-01-01",
+    }
 
 
 def test_the_crossover_is_where_everything_above_is_faster():

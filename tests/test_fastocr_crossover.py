@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.bench.fastocr import crossovers
+from compress.eval.tables import read_rows
 from compress.fastocr import FastOCR
 from compress.fastocr.crossover import SHIPPED, crossover, read_table
 from compress.models.visual import build_prompt, visual_layouts
@@ -68,5 +70,8 @@ def test_a_damaged_table_is_refused(content, tmp_path):
         read_table(path)
 
 
-def test_the_shipped_table_can_be_read():
-    assert isinstance(read_table(SHIPPED), dict)
+def test_the_shipped_table_is_what_the_rows_say():
+    rows = read_rows(Path(__file__).parents[1] / "eval" / "results" / "bench_fastocr.jsonl")
+    table = read_table(SHIPPED)
+    assert table == crossovers(rows)
+    assert crossover(torch.device("cpu"), table) == (table["cpu"]["min_visual"], "measured on cpu")

@@ -6,6 +6,7 @@ import torch
 from compress.fastocr.attention import peripheral_decode, sparse_decode
 from compress.fastocr.fixation import Fixation
 from compress.fastocr.periphery import Periphery, alike
+from compress.kernels.sparse_decode import gathered
 
 BATCH, HEADS, KV_HEADS, TEXT, VISUAL, DIM = 3, 6, 2, 5, 17, 8
 
@@ -30,6 +31,24 @@ def _read(key, value, fixation, valid, summaries):
     mask = torch.cat([fixation.valid, torch.ones(BATCH, TEXT, dtype=torch.bool)], 1)
     around = Periphery.of(key[:, :, TEXT:], value[:, :, TEXT:], valid, summaries)
     return rows, mask, around
+
+
+def _decode(query, key, value, rows, mask, around, fixation):
+    """The last text tokens are read as a range."""
+    listed = rows.shape[1] - 2
+    dense_mask = mask[:, listed:]
+    return peripheral_decode(
+        query,
+        key,
+        value,
+        rows[:, :listed],
+        mask[:, :listed],
+        (TEXT - 2, TEXT),
+        dense_mask,
+        0.4,
+        around,
+        fixation,
+    )
 
 
 def _oracle(query, key, value, fixation, valid, member, scaling):
@@ -66,7 +85,7 @@ def test_it_is_attention_with_the_means_in_place_of_what_is_outside(summaries, a
     query, key, value, fixation, valid = _case(valid)
     rows, mask, around = _read(key, value, fixation, valid, summaries)
     given = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if added else mask
-    found, read = peripheral_decode(query, key, value, rows, given, 0.4, around, fixation)
+    found, read = _decode(query, key, value, rows, given, around, fixation)
     wanted, summed = _oracle(query, key, value, fixation, valid, around.member, 0.4)
     torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=0)
     assert int(read) == summed
@@ -78,7 +97,7 @@ def test_copies_are_summarised_without_loss():
     for part in (key, value):
         part[:, :, TEXT:] = part[:, :, TEXT : TEXT + 5][:, :, kinds]
     rows, mask, around = _read(key, value, fixation, valid, 5)
-    found, read = peripheral_decode(query, key, value, rows, mask, 0.4, around, fixation)
+    found, read = _decode(query, key, value, rows, mask, around, fixation)
     everything = torch.arange(TEXT + VISUAL).expand(BATCH, -1)
     dense = sparse_decode(query, key, value, everything, None, (0, 0), None, 0.4)
     torch.testing.assert_close(found, dense, atol=2e-6, rtol=0)
@@ -89,7 +108,7 @@ def test_with_everything_in_the_fixation_nothing_is_summarised():
     query, key, value, _, valid = _case()
     fixation = Fixation(torch.arange(VISUAL).expand(BATCH, -1), valid)
     rows, mask, around = _read(key, value, fixation, valid, 4)
-    found, read = peripheral_decode(query, key, value, rows, mask, 0.4, around, fixation)
+    found, read = _decode(query, key, value, rows, mask, around, fixation)
     dense = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
     torch.testing.assert_close(found, dense, atol=1e-6, rtol=0)
     assert int(read) == 0
@@ -133,7 +152,27 @@ def test_a_page_without_visual_tokens_has_nothing_around():
     valid = torch.zeros(BATCH, VISUAL, dtype=torch.bool)
     fixation = Fixation(torch.zeros(BATCH, 1, dtype=torch.long), valid[:, :1])
     rows, mask, around = _read(key, value, fixation, valid, 4)
-    found, read = peripheral_decode(query, key, value, rows, mask, 0.4, around, fixation)
+    found, read = _decode(query, key, value, rows, mask, around, fixation)
     plain = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
     torch.testing.assert_close(found, plain)
     assert int(read) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_summaries_join_what_was_read_by_its_logsumexp(dtype):
+    """Without the kernel: plain attention to some rows, its lse, and the summaries beside it."""
+    query, key, value, fixation, valid = _case()
+    query, key, value = (part.to(dtype) for part in (query, key, value))
+    rows, mask, around = _read(key, value, fixation, valid, 4)
+    wanted, _ = _decode(query, key, value, rows, mask, around, fixation)
+    keys, values = gathered(key, value, rows)
+    group = HEADS // KV_HEADS
+    logits = query.float() @ keys.float().repeat_interleave(group, 1).transpose(2, 3) * 0.4
+    logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+    output = (logits.softmax(3) @ values.float().repeat_interleave(group, 1)).to(dtype)
+    fixated = fixation.index.shape[1]
+    outside = around.outside(fixation, keys[:, :, :fixated], values[:, :, :fixated])
+    found = outside.joined(query, output, logits.logsumexp(3)[:, :, 0], 0.4)
+    assert found.dtype == dtype
+    atol = 2e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=0)

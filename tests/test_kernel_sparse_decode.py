@@ -133,6 +133,17 @@ def _oracle(case, seen):
     return weights @ value, weights.mean((1, 2))
 
 
+def _check_lse(shape, dtype, lse):
+    """The logsumexp of the logits that are seen, which the kernel keeps in float32."""
+    case = _case(shape, dtype)
+    query, key = case["query"].double(), case["key"].double()
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = (query @ key.transpose(2, 3))[:, :, 0] * 0.2
+    wanted = logits.masked_fill(~_listed(case)[:, None], -torch.inf).logsumexp(2)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.cpu().double(), wanted, atol=5e-6, rtol=0)
+
+
 def _check(shape, dtype, sparse, focal, weights, tolerances):
     case = _case(shape, dtype)
     atol, weights_atol = tolerances[dtype]
@@ -194,6 +205,7 @@ for splits in ("one", "many"):
             case, name = cases._case(shape, dtype), f"{splits} {dtype} {number}"
             hidden = cases._hidden(case, cases._listed(case))
             made[f"{name} sparse"] = cases._sparse(hidden, cases.kernels.sparse_decode)
+            made[f"{name} lse"] = cases._sparse(hidden, cases.kernels.sparse_decode_lse)[1]
             hidden = cases._hidden(case, case["mask"][:, 0, 0])
             focal, weights = cases._focal(hidden, cases.kernels.focal_decode)
             made |= {f"{name} focal": focal, f"{name} weights": weights}
@@ -225,20 +237,25 @@ def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits,
         interpreted[f"{splits} {dtype} {number} {what}"] for what in ("sparse", "focal", "weights")
     ]
     _check(SMALL[number], dtype, *found, KERNEL)
+    _check_lse(SMALL[number], dtype, interpreted[f"{splits} {dtype} {number} lse"])
 
 
 @TRITON
 @pytest.mark.parametrize(
-    "chosen",
+    "file, chosen",
     [
-        "static_cache and qwen2_5_vl",
-        # the interpreter multiplies bfloat16 by its bits, and serves one thread
-        pytest.param("not half_precision and not two_threads", marks=pytest.mark.slow),
+        ("test_fastocr.py", "static_cache and qwen2_5_vl"),
+        # the kernels take no added mask; the interpreter multiplies bfloat16 by its bits, and
+        # serves one thread
+        ("test_fastocr_periphery.py", "not added and not bfloat16"),
+        pytest.param(
+            "test_fastocr.py", "not half_precision and not two_threads", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_fastocr_decodes_with_interpreted_kernels(chosen):
-    """As tests/test_fastocr.py wants it: every family, padding, caches, knobs."""
-    tests = Path(__file__).parent / "test_fastocr.py"
+def test_fastocr_decodes_with_interpreted_kernels(file, chosen):
+    """As these tests want it: every family, padding, caches, knobs, summaries."""
+    tests = Path(__file__).parent / file
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, str(tests), "-k", chosen],
@@ -357,6 +374,7 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
     hidden = _on_gpu(_hidden(case, case["mask"][:, 0, 0]))
     focal, weights = _focal(hidden, kernels.focal_decode)
     _check(shape, dtype, sparse, focal, weights, KERNEL)
+    _check_lse(shape, dtype, _sparse(_on_gpu(case), kernels.sparse_decode_lse)[1])
 
 
 @pytest.mark.gpu

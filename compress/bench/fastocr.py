@@ -446,6 +446,8 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             "measured": sizes,
             "batch": sorted({row["shape"]["batch"] for row in here}),
             "models": sorted({row["shape"]["model"] for row in here}),
+            "dtypes": sorted({row["shape"]["dtype"] for row in here}),
+            "threads": sorted({row["threads"] for row in here}),
             "date": max(row["date"] for row in here),
         }
     return found

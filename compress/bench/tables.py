@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from compress.bench.fastocr import crossovers
+from compress.bench.fastocr import MODELS, crossovers
 from compress.bench.rows import Row
 
 CEILINGS = ("copy", "matrix")
@@ -172,7 +172,13 @@ def _rtprune(rows: Sequence[Row]) -> str:
     )
 
 
+def _size(row: Row) -> tuple[Any, ...]:
+    shape = row["shape"]
+    return row["device"], *(shape[key] for key in ("model", "dtype", "visual", "batch"))
+
+
 def _fastocr(rows: Sequence[Row]) -> str:
+    rows = sorted(rows, key=_size)
     attention = [row for row in rows if row["part"] == "attention"]
     whole = [row for row in rows if row["part"] == "end_to_end"]
     common: dict[str, Callable[[Row], str]] = {
@@ -188,6 +194,10 @@ def _fastocr(rows: Sequence[Row]) -> str:
                 attention,
                 {
                     **common,
+                    "layers": lambda row: (
+                        f"{row['shape']['layers']} of "
+                        f"{MODELS[row['shape']['model']]['num_hidden_layers']}"
+                    ),
                     "dense, SDPA": _ms("sdpa"),
                     "dense, two products": _ms("matmul"),
                     "fastocr": _ms("fastocr"),
@@ -198,7 +208,7 @@ def _fastocr(rows: Sequence[Row]) -> str:
                     "GB/s, of copying": _speed,
                     "costliest operators": _profile,
                 },
-                "Attention of one decode step through all layers, 5% of the visual tokens kept, "
+                "Attention of one decode step through these layers, 5% of the visual tokens read, "
                 "256 tokens of text, a seventh of the layers focal, the method's own work "
                 "included. The speed-up is over the faster dense way; the byte bound is the ratio "
                 "of the cached bytes that must be read.",

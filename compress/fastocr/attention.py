@@ -1,9 +1,10 @@
 """Attention of one decode step, and the function that transformers calls for it.
 
-Two pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
-:func:`focal_decode` reads all and says how attention lies on them. On a GPU they are the kernels of
-:mod:`compress.kernels.sparse_decode`, elsewhere the plain torch beside them. A third one,
-:func:`peripheral_decode`, reads summaries of the other rows besides, in plain torch everywhere.
+Three pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
+:func:`peripheral_decode` summaries of the others besides, and :func:`focal_decode` reads all and
+says how attention lies on them. On a GPU they are the kernels of
+:mod:`compress.kernels.sparse_decode` (what the few summaries add is plain torch), elsewhere the
+plain torch beside them.
 
 Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
 the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
@@ -19,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.fastocr.fixation import Fixation
-from compress.fastocr.periphery import Periphery
+from compress.fastocr.periphery import Outside, Periphery
 from compress.kernels import sparse_decode as kernels
 from compress.kernels.backend import takes_triton
 
@@ -63,7 +64,9 @@ def peripheral_decode(
     key: torch.Tensor,
     value: torch.Tensor,
     rows: torch.Tensor,
-    mask: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
     scaling: float,
     periphery: Periphery,
     fixation: Fixation,
@@ -73,7 +76,8 @@ def peripheral_decode(
     Parameters
     ----------
     query, key, value : see the module.
-    rows, mask, scaling : as :func:`sparse_decode`; the fixation's rows come first.
+    rows, rows_mask, dense, dense_mask, scaling : as :func:`sparse_decode`; the fixation's rows come
+        first.
     periphery : of the layer.
     fixation : the visual tokens that ``rows`` begin with.
 
@@ -83,9 +87,28 @@ def peripheral_decode(
     outside the fixation has the mean key and value of those of its group that are outside too; and
     how many summaries were read, summed over the sequences.
     """
-    picked_key, picked_value = kernels.gathered(key, value, rows)
-    fixated = fixation.index.shape[1]
-    outside = periphery.outside(fixation, picked_key[:, :, :fixated], picked_value[:, :, :fixated])
+    fixated = kernels.gathered(key, value, rows[:, : fixation.index.shape[1]])
+    outside = periphery.outside(fixation, *fixated)
+    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
+    if takes_triton("sparse_decode", query.device, obstacle):
+        read = kernels.sparse_decode_lse(
+            query, key, value, rows, rows_mask, dense, dense_mask, scaling
+        )
+        return outside.joined(query, *read, scaling), outside.read()
+    rows, mask = kernels.listed(rows, rows_mask, dense, dense_mask)
+    output = _beside(outside, query, *kernels.gathered(key, value, rows), mask, scaling)
+    return output, outside.read()
+
+
+def _beside(
+    outside: Outside,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention to keys, with their mask ``(batch, read)``, and to the summaries behind them."""
     added = mask
     if mask.dtype == torch.bool:
         added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
@@ -93,12 +116,12 @@ def peripheral_decode(
     read = added[:, None].expand(-1, sizes.shape[1], -1)
     output = scaled_dot_product_attention(
         kernels.packed(query, key.shape[1]),
-        torch.cat([picked_key, outside.keys.to(key.dtype)], 2),
-        torch.cat([picked_value, outside.values.to(value.dtype)], 2),
+        torch.cat([key, outside.keys.to(key.dtype)], 2),
+        torch.cat([value, outside.values.to(value.dtype)], 2),
         attn_mask=torch.cat([read, sizes], 2)[:, :, None],
         scale=scaling,
     )
-    return output.reshape(len(query), query.shape[1], 1, -1), outside.read()
+    return output.reshape(len(query), query.shape[1], 1, -1)
 
 
 def focal_decode(

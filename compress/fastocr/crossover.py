@@ -1,7 +1,11 @@
 """From how many visual tokens on a decode step is faster than a dense one: measured, by device.
 
-``compress bench fastocr --crossover FILE`` writes such a table; ``crossover.json`` beside this
-module is the one that ships. ``COMPRESS_CROSSOVERS`` names another file to use instead.
+``compress bench fastocr --results ROWS --crossover FILE`` writes such a table from the rows of
+whole decode steps: per device the smallest number from which on no measured step was slower than
+the fastest dense way, with the sizes, dtypes and threads that were measured. ``crossover.json``
+beside this module is the one that ships, from ``eval/results/bench_fastocr.jsonl``. It is of a
+model of three billion parameters on one thread of one CPU; other models and CPUs cross elsewhere.
+``COMPRESS_CROSSOVERS`` names another file to use instead.
 """
 
 import os

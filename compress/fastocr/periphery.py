@@ -36,6 +36,30 @@ class Outside:
         """How many summaries have tokens in them, over all sequences, in the fullest head."""
         return self.log_sizes.isfinite().sum(2).amax(1).sum()
 
+    def joined(
+        self, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention to the summaries and to what was read, from that to the latter alone.
+
+        With ``l = logaddexp(lse, logsumexp_s(scaling q.k_s + log n_s))`` over the summaries s of
+        n_s tokens it is ``exp(lse - l) output + sum_s exp(scaling q.k_s + log n_s - l) v_s``.
+
+        Parameters
+        ----------
+        query : ``(batch, heads, 1, dim)``; ``heads`` is a multiple of the summaries' heads.
+        output : attention to what was read, ``(batch, heads, 1, dim)``.
+        lse : logsumexp of its logits, ``(batch, heads)``.
+        scaling : of the dot products.
+        """
+        batch, kv_heads, summaries, _ = self.keys.shape
+        packed = query.reshape(batch, kv_heads, -1, query.shape[3]).float()
+        logits = packed @ self.keys.transpose(2, 3) * scaling + self.log_sizes[:, :, None]
+        whole = torch.logaddexp(lse, logits.logsumexp(3).view(lse.shape))[..., None, None]
+        weights = (logits.view(*lse.shape, 1, summaries) - whole).exp()
+        summed = weights.view(logits.shape) @ self.values
+        read = output.float() * (lse[..., None, None] - whole).exp()
+        return (read + summed.view(read.shape)).to(output.dtype)
+
 
 @dataclass(frozen=True)
 class Periphery:

@@ -9,7 +9,6 @@ import torch
 from compress.fastocr.attention import focal_decode, peripheral_decode, sparse_decode
 from compress.fastocr.fixation import Fixation, visual_scores
 from compress.fastocr.periphery import Periphery
-from compress.kernels.sparse_decode import listed
 from compress.models.visual import VisualLayout
 
 SUMMED = 64  # counts of a layer that wait to be summed
@@ -172,17 +171,14 @@ class Request:
         """Attention of a decode step; shapes as in :mod:`compress.fastocr.attention`."""
         fixation = self.gaze.fixation(layer)
         if fixation is not None:
-            rows, allowed, dense, dense_allowed, attended = self._read(fixation, key.shape[2], mask)
+            *read, attended = self._read(fixation, key.shape[2], mask)
             self.counts.attend(layer, attended)
             if not self.gaze.periphery:
-                return sparse_decode(
-                    query, key, value, rows, allowed, dense, dense_allowed, scaling
-                )
+                return sparse_decode(query, key, value, *read, scaling)
             if layer not in self._around:
                 self._around[layer] = self._grouped(key, value)
-            rows, allowed = listed(rows, allowed, dense, dense_allowed)
             output, summaries = peripheral_decode(
-                query, key, value, rows, allowed, scaling, self._around[layer], fixation
+                query, key, value, *read, scaling, self._around[layer], fixation
             )
             self.counts.attend(layer, summaries)
             return output
