@@ -51,6 +51,9 @@ def run_missing(results: Path, runs: Path) -> Iterator[str]:
         folder = runs / f"table_processes_{processes}"
         command = ["run", RECIPE, "--processes", str(processes), "--output", str(folder)]
         command += ["--resume"] if folder.exists() else []
+        if (folder / "metrics.json").exists():  # finished, but for its row
+            tables.append_row(path, make_row(folder, runs / f"table_processes_{PROCESSES[0]}"))
+            continue
         # -P: a checkout's kernels/ must not be found as a top-level module
         done = subprocess.run(
             [sys.executable, "-P", "-m", "compress.cli", *command],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -39,7 +39,7 @@ CIFAR10: dict[str, Any] = {
 }
 # stable-diffusion-v1-5, unet/config.json, where it differs from diffusers' defaults: 860 million
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
-UNet = UNet2DModel | UNet2DConditionModel
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 DENSE: dict[str, Callable[[], UNet]] = {
     "ddpm-cifar10": lambda: UNet2DModel(**CIFAR10),
     "ddpm-digits": lambda: build_unet(dropout=0.0),

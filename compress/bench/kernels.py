@@ -6,6 +6,7 @@ place.
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -147,7 +148,7 @@ def _decode(shape: KernelShape, device: str) -> _Task:
         obstacle = attention.obstacle(query, key, value)
         found = {"triton": fast} if takes_triton(shape.kernel, query.device, obstacle) else {}
         found["torch"] = plain
-        return {name: lambda f=f: f(query, key, value, *given) for name, f in found.items()}
+        return {name: partial(f, query, key, value, *given) for name, f in found.items()}
 
     if shape.kernel == "focal_decode":
         ways = ours(attention.focal_decode, attention.focal_decode_reference, None, scaling)

@@ -12,6 +12,7 @@ from compress.fastocr.periphery import Periphery
 from compress.models.visual import VisualLayout
 
 SUMMED = 64  # counts of a layer that wait to be summed
+Read = tuple[torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Request:
         """Attention of a decode step; shapes as in :mod:`compress.fastocr.attention`."""
         fixation = self.gaze.fixation(layer)
         if fixation is not None:
-            *read, attended = self._read(fixation, key.shape[2], mask)
+            read, attended = self._read(fixation, key.shape[2], mask)
             self.counts.attend(layer, attended)
             if not self.gaze.periphery:
                 return sparse_decode(query, key, value, *read, scaling)
@@ -207,13 +208,11 @@ class Request:
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
-    ) -> tuple[
-        torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor | None, int | torch.Tensor
-    ]:
+    ) -> tuple[Read, torch.Tensor]:
         """What to read of the prompt and of what was written since, each with its mask.
 
-        The rows of the prompt, their mask, the range of what was written, its mask, and how many
-        visual tokens are read; the same for many layers.
+        The rows of the prompt, their mask, the range of what was written and its mask; and how many
+        visual tokens are read. The same for many layers.
         """
         key = id(fixation), id(mask), stored, self.length
         if self._last and self._last[0] == key:
@@ -226,7 +225,7 @@ class Request:
         dense = pages.length, min(stored, self.length)
         dense_allowed = None if mask is None else _row_mask(mask, len(rows))[:, slice(*dense)]
         attended = _number(allowed[:, : fixation.index.shape[1]])
-        read = rows, allowed, dense, dense_allowed, attended
+        read = (rows, allowed, dense, dense_allowed), attended
         self._last = key, read, fixation, mask  # both are held so that nothing takes their ids
         return read
 

@@ -7,6 +7,7 @@ plain torch beside it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def plan_by_pot(
     source, target = scores.new_ones(rows + 1), scores.new_ones(columns + 1)
     source[-1], target[-1] = columns, rows
     total = rows + columns
-    problem = [source / total, target / total, cost]
+    problem: list[Any] = [source / total, target / total, cost]
     if numpy:
         problem = [part.cpu().numpy() for part in problem]
     plan = sinkhorn_log(*problem, 1.0, numItermax=iterations, stopThr=0, warn=False)
