@@ -315,7 +315,7 @@ class _FilledLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new token."""
         self.keys[:, :, -1:] = key_states
