@@ -20,7 +20,6 @@ from torch.utils.data import Dataset, Subset
 
 from compress import distributed
 from compress.checkpoint import save_slim
-from compress.cost import unet_cost
 from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
@@ -284,7 +283,7 @@ def dry_run(
     except FileExistsError as error:
         problems.append(str(error))
     # weights, gradients, two moments and a teacher of dense size
-    memory = 5 * 4 * unet_cost(job.pipeline.unet).params / 2**20
+    memory = 5 * 4 * _parameters(job.pipeline.unet) / 2**20
     return {
         "model": job.recipe.model,
         **predicted,
@@ -480,10 +479,14 @@ def _plan(job: _Job, pruning: PruningRun) -> str:
     )
 
 
+def _parameters(unet: torch.nn.Module) -> int:
+    return sum(p.numel() for p in unet.parameters())
+
+
 def _check_space(job: _Job) -> None:
     """Refuse a disk that cannot hold the states and the checkpoint."""
     existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.exists())
-    params = sum(p.numel() for p in job.pipeline.unet.parameters())
+    params = _parameters(job.pipeline.unet)
     # one state more than are kept, since the oldest goes when the newest is complete
     needed = ((job.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
     # the checkpoint holds the frozen parts as they are
