@@ -7,10 +7,10 @@ import sys
 import pytest
 from PIL import Image
 
+from compress.bench.gradflow import SD15
+
 pytestmark = pytest.mark.slow
 MOST_GIB = 16
-# stable-diffusion-v1-5, unet/config.json, where it differs from diffusers' defaults
-UNET = {"sample_size": 64, "cross_attention_dim": 768}
 # each in a process of its own, whose peak memory is that of the work alone; the parts around the
 # UNet are tiny but as wide as its inputs
 WRITE = """
@@ -102,7 +102,7 @@ def run(*command: str) -> str:
 
 
 def test_stable_diffusion_1_5_is_planned_cut_and_run_by_plain_diffusers(tmp_path):
-    run("-c", WRITE, str(tmp_path), json.dumps(UNET))
+    run("-c", WRITE, str(tmp_path), json.dumps(SD15))
     recipe = tmp_path / "sd.yaml"
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -317,7 +317,7 @@ class _FilledLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new token."""
+        """Write the new token; ``kwargs`` is what transformers 5.24 hands to layers by name."""
         self.keys[:, :, -1:] = key_states
         self.values[:, :, -1:] = value_states
         return self.keys, self.values
