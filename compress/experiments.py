@@ -214,8 +214,11 @@ COMPARE_WITHIN: dict[str, tuple[str, ...]] = {
 
 def results_of(name: str, results: Path) -> Path:
     """The file of a table's rows: the given one, or one beside it for a table that is timed."""
-    if name not in TIMED:
-        return results
+    return beside(results, name) if name in TIMED else results
+
+
+def beside(results: Path, name: str) -> Path:
+    """A file of rows of its own, next to the others' results."""
     return results.with_name(f"{results.stem}_{name}{results.suffix}")
 
 

@@ -1,10 +1,10 @@
 """The table of one recipe on 1, 2 and 4 processes: the same masks, the same metrics."""
 
-import datetime
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress.eval import tables
-from compress.experiments import commit
+from compress.experiments import beside, commit
 from compress.files import read_json
 
 NAME = "processes"
@@ -23,7 +23,7 @@ WEIGHTS = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
 
 def results_file(results: Path) -> Path:
     """Where the rows are kept, beside those of the other tables."""
-    return results.with_name(f"{results.stem}_{NAME}{results.suffix}")
+    return beside(results, NAME)
 
 
 def run_missing(results: Path, runs: Path) -> Iterator[str]:
@@ -75,14 +75,18 @@ def make_row(folder: Path, first: Path) -> dict[str, Any]:
     """A finished run's metrics, and how far its masks and weights are from another run's."""
     metrics = read_json(folder / "metrics.json")
     facts = metrics["run"]
+    measured = {name: metrics["metrics"][name]["compressed"] for name in tables.QUALITY}
     return {
+        "key": f"{RECIPE} on {facts['processes']}",
         "command": f"compress tables {NAME}",
         "recipe": RECIPE,
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": facts["created"],
         **{name: facts[name] for name in ("processes", "seed", "device", "threads", "versions")},
         "train_seconds": round(facts["train_seconds"], 1),
-        "metrics": {name: metrics["metrics"][name]["compressed"] for name in tables.QUALITY},
+        "widths": [w["compressed"] for w in metrics["widths"]],
+        "values": {name: found["value"] for name, found in measured.items()},
+        "ci95": {name: found["ci95"] for name, found in measured.items()},
         **compare(folder, first),
     }
 
@@ -114,30 +118,27 @@ def render_table(results: Path) -> str:
     rows = tables.read_rows(path)
     if not rows:
         return f"*No rows yet: run `compress tables {NAME}`.*"
-    headings = [tables.COLUMNS[name][0] for name in tables.QUALITY]
-    apart = ["soft masks apart, at most", "same kept units", "slim weights apart, at most"]
-    columns = ["processes", *headings, *apart]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [str(row["processes"])]
-        cells += [_cell(name, row["metrics"][name]) for name in tables.QUALITY]
-        cells += [f"{row['soft_mask_difference']:.1e}", "yes" if row["same_kept"] else "NO"]
-        cells.append(f"{row['weight_difference']:.1e}")
-        lines.append(f"| {' | '.join(cells)} |")
+    columns: dict[str, Callable[[tables.Row], str]] = {
+        "processes": lambda row: str(row["processes"]),
+        **{tables.COLUMNS[name][0]: partial(_cell, name) for name in tables.QUALITY},
+        "soft masks apart, at most": lambda row: f"{row['soft_mask_difference']:.1e}",
+        "same kept units": lambda row: "yes" if row["same_kept"] else "NO",
+        "slim weights apart, at most": lambda row: f"{row['weight_difference']:.1e}",
+    }
     note = (
         f"`{RECIPE}` as it ships, on the CPU over gloo, the same batch in all shared between the "
         "processes; masks and weights against those of one process. 95% intervals over sampling "
         f"seeds. Made by `compress tables {NAME} --update README.md`; rows in "
         f"`eval/results/{path.name}`."
     )
-    return "\n".join(lines) + f"\n\n{note}"
+    return f"{tables.cell_table(rows, columns)}\n\n{note}"
 
 
-def _cell(name: str, measured: dict[str, Any]) -> str:
+def _cell(name: str, row: tables.Row) -> str:
     _, decimals, _ = tables.COLUMNS[name]
     scale = tables.SCALE.get(name, 1.0)
-    shown = f"{measured['value'] * scale:.{decimals}f}"
-    if measured["ci95"] is None:
+    shown = f"{row['values'][name] * scale:.{decimals}f}"
+    if row["ci95"][name] is None:
         return shown
-    low, high = (f"{end * scale:.{decimals}f}" for end in measured["ci95"])
+    low, high = (f"{end * scale:.{decimals}f}" for end in row["ci95"][name])
     return f"{shown} [{low}, {high}]"

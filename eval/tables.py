@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ def render(
             text = f"{mean:.{decimals}f}" + ("" if math.isnan(std) else f" ± {std:.{decimals}f}")
             cells.append(f"**{text}**" if mean == best and len(rivals) > 1 else text)
         lines.append("| " + " | ".join([*key, str(len(found[key])), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def cell_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+    """A Markdown table, a line for each row; a column has a heading and what it says of a row."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
     return "\n".join(lines)
 
 

@@ -410,10 +410,11 @@ def finished(folder: Path, *, soft: float = 0.0, last: float = 1.0, weight: floa
     weights = {"a": torch.ones(2, 3), "b": torch.full((2,), weight)}
     save_file(weights, folder / process_experiments.WEIGHTS)
     facts = {"processes": 2, "seed": 0, "device": "cpu", "threads": 1, "versions": {}}
+    facts["created"] = "2026-01-01"
     measured = dict.fromkeys(
         tables.QUALITY, {"compressed": {"value": 0.25, "ci95": [0.125, 0.5], "n": 3}}
     )
-    content = {"run": {**facts, "train_seconds": 1.0}, "metrics": measured}
+    content = {"run": {**facts, "train_seconds": 1.0}, "metrics": measured, "widths": []}
     (folder / "metrics.json").write_text(json.dumps(content))
     return folder
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from compress.bench.fastocr import MODELS, crossovers
 from compress.bench.rows import Row
+from compress.eval.tables import cell_table
 
 CEILINGS = ("copy", "matrix")
 TABLES = ("bench_gradflow", "bench_rtprune", "bench_fastocr", "bench_kernels")
@@ -93,9 +94,7 @@ def _where(row: Row) -> str:
 
 
 def _markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], note: str) -> str:
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
-    return "\n".join(lines) + f"\n\n{note}"
+    return f"{cell_table(rows, columns)}\n\n{note}"
 
 
 def _ms(way: str) -> Callable[[Row], str]:
