@@ -57,14 +57,15 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("COMPRESS_CACHE", str(base))
 
 
-@pytest.fixture(autouse=True)
-def _no_crossovers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    # tiny models have few visual tokens: FastOCR shall do what it does, however slow
+@pytest.fixture(autouse=True, scope="session")
+def _no_crossovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # tiny models have few visual tokens: FastOCR shall do what it does, however slow; for the runs
+    # of module-wide fixtures too, which begin before any test
     table = tmp_path_factory.getbasetemp() / "no-crossovers.json"
     table.write_text("{}")
-    monkeypatch.setenv("COMPRESS_CROSSOVERS", str(table))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESS_CROSSOVERS", str(table))
+        yield
 
 
 def _builders(name: str):
