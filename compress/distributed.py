@@ -14,7 +14,15 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, reduce
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    gather_object,
+    reduce,
+)
+
+from compress import sharding
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,11 +51,11 @@ def join(device: str) -> str:
     ValueError : for a device with a number on several processes, or a way to share a model between
         processes (accelerate's configuration) that pruning does not support.
     """
-    # only accelerate's own state knows of DeepSpeed and the like; FSDP it notices too late
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        _refuse("FSDP")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    # this state does not know of FSDP, which accelerate decides on when a run begins
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        sharding.check(FullyShardedDataParallelPlugin(), device)
     if ":" in device:
         raise ValueError(
             f"every process takes its own GPU, so expected cpu or cuda; got --device {device}; "
@@ -55,16 +63,12 @@ def join(device: str) -> str:
         )
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if state.distributed_type not in SUPPORTED:
-        _refuse(state.distributed_type.value)
+        raise ValueError(
+            "expected processes that share data (DDP) or cut weights by FSDP; accelerate's "
+            f"configuration asks for {state.distributed_type.value}; set distributed_type to "
+            "MULTI_GPU, MULTI_CPU or FSDP"
+        )
     return str(state.device)
-
-
-def _refuse(kind: str) -> None:
-    raise ValueError(
-        f"expected processes that share data (DDP); accelerate's configuration asks for {kind}, "
-        "which cuts weights into parts, while masks and surgery act on whole ones; set "
-        "distributed_type to MULTI_GPU or MULTI_CPU"
-    )
 
 
 def processes() -> int:

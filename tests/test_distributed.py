@@ -20,15 +20,19 @@ FLOW, RECOVER, STOP = 6, 2, 3
 DRIVER = """
 import json
 import os
+import shutil
 import socket
 import sys
 import warnings
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from compress import distributed
 from compress.data import ImageData, digits
@@ -50,9 +54,29 @@ def unet():
     return UNet2DModel(**job["unet"])
 
 
+def cut_weights(blocks):
+    # accelerate cuts weights on GPUs only; the same code of its runs on a CPU when told so
+    state = Accelerator(cpu=True).state
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=blocks,
+    )
+
+
+def numbers(tensors):
+    cut = [t for t in tensors if isinstance(t, DTensor)]
+    return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
+
+
 def prune(name, folder=None, stop=None, resume=False):
     scenario = job["runs"][name]
     AcceleratorState._reset_state(False)
+    if distributed.processes() > 1:
+        PartialState().distributed_type = DistributedType.MULTI_CPU
+    if "blocks" in scenario:
+        cut_weights(scenario["blocks"])
     images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
     run = PruningRun(
@@ -81,7 +105,10 @@ def keep(name, run, pruned):
         return
     tensors = dict(pruned.unet.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
     save_file(tensors | {"kept": run.kept}, root / f"{name}.safetensors")
-    (root / f"{name}.json").write_text(json.dumps({"log": run.journal.rows}))
+    facts = {"model": type(run.model).__name__, "log": run.journal.rows}
+    facts["ema"] = numbers(run.ema.values())
+    facts["moments"] = numbers(state["exp_avg"] for state in run.optimizer.state.values())
+    (root / f"{name}.json").write_text(json.dumps(facts))
 
 
 def measure(name):
@@ -115,8 +142,9 @@ def others(count):
 
 def work(count):
     distributed.join("cpu")
-    for name in job["runs"]:
-        keep(f"{name} x{count}", *prune(name))
+    for name, scenario in job["runs"].items():
+        if count > 1 or "blocks" not in scenario:
+            keep(f"{name} x{count}", *prune(name))
     if "soft" not in job["runs"]:
         return
     state = root / f"state of {count}"
@@ -124,6 +152,10 @@ def work(count):
     prune("soft", state, stop=job["stop"])
     elsewhere = root / f"state of {3 - count}"
     if elsewhere.exists():
+        if distributed.is_main():
+            shutil.copytree(elsewhere, root / "state of cut")
+        prune("cut", root / "state of cut", stop=1, resume=True)
+        keep("resumed cut", *prune("cut", root / "state of cut", resume=True))
         keep(f"resumed x{count}", *prune("soft", elsewhere, resume=True))
     measure(f"measured x{count}")
     texts = {"differ": differ(), "gone": others(count)}
@@ -179,7 +211,8 @@ SOFT = {
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
 TRAINING = {"recover_steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
-RUNS = {"soft": {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}}
+SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
+RUNS = {"soft": SOFTLY, "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]}}
 SLOW_RUNS = {
     "flow": {
         "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
@@ -191,6 +224,10 @@ SLOW_RUNS = {
         "method": SOFT | {"steps": 6},
         "training": TRAINING | {"recover_steps": 2, "mixed_precision": "bf16"},
     },
+}
+SLOW_RUNS |= {
+    f"cut {name}": SLOW_RUNS[name] | {"blocks": ["AttnDownBlock2D", "ResnetBlock2D"]}
+    for name in ("flow", "one-shot", "bf16")
 }
 
 
@@ -254,15 +291,50 @@ def test_so_they_do_with_every_criterion_and_way_to_train(slowly_driven, name):
     same(slowly_driven, name)
 
 
+def same_as_whole(folder, name, cut):
+    one, two = pair(folder, name, cut)
+    assert torch.equal(one["kept"], two["kept"])
+    assert (one["trace/masks"] - two["trace/masks"]).abs().max() <= 1e-5
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-4)
+    assert losses(folder, f"{name} x1") == pytest.approx(losses(folder, cut), abs=1e-5)
+
+
+def facts(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_processes_that_cut_the_weights_keep_what_one_keeps(driven):
+    same_as_whole(driven, "soft", "cut x2")
+    found, whole = facts(driven, "cut x2"), facts(driven, "soft x2")
+    assert found["model"] == "FSDPUNet2DModel" and whole["ema"]["cut"] == 0
+    slim = [t for name, t in pair(driven, "soft")[0].items() if name.endswith(("weight", "bias"))]
+    assert found["ema"]["cut"] == found["moments"]["cut"] == len(slim)
+    # half of everything, but for tensors that two do not divide
+    for key in ("ema", "moments"):
+        assert found[key]["here"] == pytest.approx(sum(t.numel() for t in slim) / 2, rel=0.02)
+
+
+def test_a_whole_run_goes_on_with_cut_weights_and_again(driven):
+    same_as_whole(driven, "soft", "resumed cut")
+
+
 def test_soft_masks_are_really_soft(driven):
     masks = pair(driven, "soft")[0]["trace/masks"]
     assert ((masks > 0.05) & (masks < 0.95)).any()
 
 
 @pytest.mark.slow
-def test_bf16_trains_on_two_processes(slowly_driven):
+@pytest.mark.parametrize("name", ["flow", "one-shot"])
+def test_so_do_cut_weights(slowly_driven, name):
+    same_as_whole(slowly_driven, name, f"cut {name} x2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["bf16", "cut bf16"])
+def test_bf16_trains_on_two_processes(slowly_driven, way):
     # products are rounded to 8 bits, and differently for every size of batch
-    found = [losses(slowly_driven, f"bf16 x{n}") for n in (1, 2)]
+    found = [losses(slowly_driven, name) for name in ("bf16 x1", f"{way} x2")]
     assert found[0] == pytest.approx(found[1], rel=0.05)
     assert found[0] != found[1] and len(found[0]) == 8
 
@@ -331,13 +403,28 @@ def test_a_fingerprint_sees_names_types_shapes_and_bits():
     assert distributed.fingerprint(dict(reversed(base.items()))) == prints[0]
 
 
-def test_fsdp_and_numbered_gpus_are_refused(monkeypatch):
+def test_numbered_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="cpu or cuda; got --device cuda:1"):
         distributed.join("cuda:1")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="asks for FSDP"):
-        distributed.join("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "message"),
+    [
+        ("cuda", {}, "expected fsdp_version: 2 in accelerate's configuration; got 1"),
+        ("cpu", {"FSDP_VERSION": "2"}, "on GPUs only; got --device cpu"),
+        ("cuda", {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "without the m"),
+        ("cuda", {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+    ],
+)
+def test_ways_to_cut_weights_that_pruning_cannot_follow_are_refused(
+    monkeypatch, device, asked, message
+):
+    for name, value in asked.items() | {("ACCELERATE_USE_FSDP", "true"), ("WORLD_SIZE", "2")}:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.join(device)
 
 
 SLURM = {

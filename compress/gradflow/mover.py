@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress import sharding
 from compress.data import Batch
 from compress.gradflow import criterion as scoring
 from compress.gradflow import flow
@@ -198,21 +199,8 @@ class MaskMover:
         started = time.perf_counter()
         state, method = self.state, self.method
         batches = self.batches(state.estimates)
-        if method.criterion == "diff_pruning":
-            raw = scoring.diff_pruning_scores(
-                soft, self.scheduler, batches, threshold=method.threshold
-            )
-        else:
-            raw = scoring.raw_scores(
-                soft,
-                self.scheduler,
-                batches,
-                criterion=method.criterion,
-                reduction=method.reduction,
-                hvp=method.hvp,
-                horizon=self.horizon,
-                seed=self.seed,
-            )
+        with sharding.whole(soft):
+            raw = self._raw_scores(soft, batches)
         fresh = scoring.normalise(raw, self._layout, method.criterion)
         shared = scoring.normalise(raw, self._layout, "lookahead")
         rank = None
@@ -230,6 +218,23 @@ class MaskMover:
         state.estimates += 1
         state.seconds += time.perf_counter() - started
         return None if rank is None or math.isnan(rank) else rank
+
+    def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
+        method = self.method
+        if method.criterion == "diff_pruning":
+            return scoring.diff_pruning_scores(
+                soft, self.scheduler, batches, threshold=method.threshold
+            )
+        return scoring.raw_scores(
+            soft,
+            self.scheduler,
+            batches,
+            criterion=method.criterion,
+            reduction=method.reduction,
+            hvp=method.hvp,
+            horizon=self.horizon,
+            seed=self.seed,
+        )
 
     def binarise(self, soft: SoftUNet, step: int) -> int:
         """Set every mask to 0 or 1 and let unaligned norms take the slim net's membership.

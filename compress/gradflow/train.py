@@ -1,5 +1,6 @@
 """One pruning run: soft flow, binarisation, surgery, recovery; resumable at any step."""
 
+import contextlib
 import math
 import time
 import warnings
@@ -14,7 +15,7 @@ from diffusers import UNet2DModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from compress import distributed
+from compress import distributed, sharding
 from compress.data import Batch, Examples, ImageData, StepSampler, flipped
 from compress.data.sources import Images, Pairs, stacked
 from compress.gradflow import criterion as scoring
@@ -101,11 +102,17 @@ def _predicted(
     return call(noisy, timesteps, **condition).sample
 
 
+def _unet_of(model: torch.nn.Module) -> Any:
+    """The UNet inside a soft one, or the model itself."""
+    return model.unet if isinstance(model, SoftUNet) else model
+
+
 class PruningRun:
     """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`, on one process or several.
 
-    All processes hold the same weights, masks and scores, and each has its share of every batch;
-    gradients, those of the criterion too, are averaged. Batches, noise, timesteps and flips are
+    All processes hold the same masks and scores, and the same weights or, with FSDP, a part of
+    each; every one has its share of every batch; gradients, those of the criterion too, are
+    averaged. Batches, noise, timesteps and flips are
     functions of (seed, step, sample), so the number of processes changes rounding only; dropout
     draws by (seed, step, process). Checksums are compared whenever the mask moves, after surgery
     and before each state.
@@ -152,6 +159,7 @@ class PruningRun:
             cpu=device == "cpu",
         )
         training.check_batch(self.accelerator.num_processes)
+        sharding.settle(self.accelerator)
         self.device = self.accelerator.device
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
@@ -277,13 +285,14 @@ class PruningRun:
     # ---- binarisation and surgery -----------------------------------------------------------
 
     def _binarise(self, soft: SoftUNet) -> None:
-        before = self._held_out_loss(soft)
-        switched = self.mover.binarise(soft, self.step)
-        self.surgery_facts = {
-            "loss_before_binarise": before,
-            "loss_after_binarise": self._held_out_loss(soft),
-            "switched_norms": switched,
-        }
+        with sharding.whole(soft):
+            before = self._held_out_loss(soft)
+            switched = self.mover.binarise(soft, self.step)
+            self.surgery_facts = {
+                "loss_before_binarise": before,
+                "loss_after_binarise": self._held_out_loss(soft),
+                "switched_norms": switched,
+            }
 
     def _move_mask(self) -> None:
         """Before an optimiser step: move the mask when it is due, binarise at the end."""
@@ -307,29 +316,18 @@ class PruningRun:
         soft: SoftUNet = self._plain()
         if not self.mover.state.binary:
             self._binarise(soft)
-        slim = surgery.perform(soft.unet, self.layout, soft.mask)
-        batch = self._compared()
-        images, condition = batch.images, batch.condition
-        times = torch.linspace(
-            0, self.scheduler.config.num_train_timesteps - 1, len(images), device=self.device
-        ).long()
-        soft.eval()
-        slim.eval()
-        with torch.no_grad(), scoring.full_precision():
-            masked_output = SoftUNet.forward(soft, images, times, condition=condition)
-            difference = (
-                (masked_output - slim(images, times, **condition).sample).abs().max().item()
-            )
-        self.surgery_facts |= {
-            "loss_masked": self._held_out_loss(soft),
-            "loss_slim": self._held_out_loss(slim),
-            "max_difference": difference,
-            "groups": len(self.groups),
-            "unaligned_norms": len(self.layout.unaligned),
-        }
+        with sharding.whole(soft):
+            slim = surgery.perform(soft.unet, self.layout, soft.mask)
+            self.surgery_facts |= {
+                "max_difference": self._max_difference(soft, slim),
+                "loss_masked": self._held_out_loss(soft),
+                "loss_slim": self._held_out_loss(slim),
+                "groups": len(self.groups),
+                "unaligned_norms": len(self.layout.unaligned),
+            }
         self.journal.log(stage="surgery", step=self.step, **self.surgery_facts)
         moments = {
-            key: surgery.cut(tensors, self.layout, soft.mask)
+            key: surgery.cut(sharding.gathered(tensors), self.layout, soft.mask)
             for key, tensors in self._moments().items()
         }
         self.kept = soft.mask.detach().clone()
@@ -338,7 +336,20 @@ class PruningRun:
         self.stage = "recover"
         self._prepare(slim)
         self._load_moments(moments)
-        self.ema = {name: p.detach().clone() for name, p in slim.named_parameters()}
+        self.ema = {name: p.detach().clone() for name, p in self._unet().named_parameters()}
+
+    def _max_difference(self, soft: SoftUNet, slim: UNet2DModel) -> float:
+        """How far the masked and the slim network are apart on held-out samples."""
+        batch = self._compared()
+        images, condition = batch.images, batch.condition
+        times = torch.linspace(
+            0, self.scheduler.config.num_train_timesteps - 1, len(images), device=self.device
+        ).long()
+        soft.eval()
+        slim.eval()
+        with torch.no_grad(), scoring.full_precision():
+            masked = SoftUNet.forward(soft, images, times, condition=condition)
+            return (masked - slim(images, times, **condition).sample).abs().max().item()
 
     # ---- small pieces -----------------------------------------------------------------------
 
@@ -448,7 +459,7 @@ class PruningRun:
 
     def _averaged(self) -> UNet2DModel:
         slim = surgery.slim_unet(self.dense, self.layout)
-        slim.load_state_dict({name: t.cpu() for name, t in self.ema.items()})
+        slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
         return slim.eval()
 
     def _plain(self):
@@ -456,8 +467,7 @@ class PruningRun:
 
     def _unet(self) -> UNet2DModel:
         """The UNet that holds the trained parameters."""
-        plain = self._plain()
-        return plain.unet if isinstance(plain, SoftUNet) else plain
+        return _unet_of(self._plain())
 
     def _mask(self) -> torch.Tensor:
         """The mask while it moves, the kept units after surgery."""
@@ -482,7 +492,9 @@ class PruningRun:
         model.train()
         if self.training.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        masked = isinstance(model, SoftUNet)
+        with sharding.one_unit(self.accelerator) if masked else contextlib.nullcontext():
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _enter(self, saved: Saved | None) -> None:
         """Start at the beginning, or at a saved state."""
@@ -495,18 +507,24 @@ class PruningRun:
             model: Any = SoftUNet(self.dense, self.layout)
         else:
             model = surgery.slim_unet(self.dense, self.layout)
+        if saved is not None:
+            weights = saved.part("model")
+            with torch.no_grad():
+                for name, p in _unet_of(model).named_parameters():
+                    p.copy_(weights[name])
         self._prepare(model.to(self.device))
         if saved is None:
             return
         facts = saved.facts
         self._check_same_machine(facts)
-        weights = saved.part("model")
-        with torch.no_grad():
-            for name, p in self._unet().named_parameters():
-                p.copy_(weights[name])
         self.step, self.train_seconds = facts["step"], facts["train_seconds"]
         self._load_moments({key: saved.part(key) for key in MOMENTS})
-        self.ema = {name: t.to(self.device) for name, t in saved.part("ema").items()}
+        ema = saved.part("ema")
+        self.ema = {
+            name: sharding.cut_like(ema[name], p)
+            for name, p in self._unet().named_parameters()
+            if name in ema
+        }
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.surgery_facts = facts["surgery"]
@@ -529,13 +547,16 @@ class PruningRun:
             if name in moments["exp_avg"]:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(self.step)),
-                    "exp_avg": moments["exp_avg"][name].to(p.device).clone(),
-                    "exp_avg_sq": moments["exp_avg_sq"][name].to(p.device).clone(),
+                    "exp_avg": sharding.cut_like(moments["exp_avg"][name], p),
+                    "exp_avg_sq": sharding.cut_like(moments["exp_avg_sq"][name], p),
                 }
 
     def _save(self) -> None:
-        self._check_same("the step before a state", dict(self._unet().named_parameters()))
-        tensors = {f"model/{n}": t for n, t in self._unet().named_parameters()}
+        weights = dict(self._unet().named_parameters())
+        # of weights that are cut every process has another part
+        compared = {} if self.accelerator.is_fsdp2 else weights
+        self._check_same("the step before a state", compared)
+        tensors = {f"model/{n}": t for n, t in weights.items()}
         for key, moments in self._moments().items():
             tensors |= {f"{key}/{n}": t for n, t in moments.items()}
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
@@ -543,6 +564,7 @@ class PruningRun:
         if self.stage == "flow":
             masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
         tensors |= {f"masks/{n}": t for n, t in masks.items()}
+        tensors = sharding.gathered(tensors, keep=self.accelerator.is_main_process)
         scaler = self.accelerator.scaler
         self.journal.save(
             tensors,

@@ -1,0 +1,113 @@
+"""Weights that are cut over the processes: FSDP2, where accelerate's configuration asks for it.
+
+Masks, scores and surgery act on whole weights. So the masked network is one unit: its weights are
+gathered for a step and cut again after it, while gradients, Adam's moments and averages stay cut.
+The slim network after surgery is wrapped as the configuration says.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def check(plugin: FullyShardedDataParallelPlugin, device: str) -> None:
+    """Raise ValueError for a way to cut weights that pruning does not support.
+
+    Parameters
+    ----------
+    plugin : accelerate's configuration of FSDP.
+    device : where the processes work.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"expected fsdp_version: 2 in accelerate's configuration; got {plugin.fsdp_version}, "
+            "which flattens weights, while pruning needs their shapes; set fsdp_version to 2"
+        )
+    if not device.startswith("cuda"):
+        raise ValueError(
+            f"accelerate cuts weights (FSDP) on GPUs only; got --device {device}; take GPUs, or "
+            "set distributed_type to MULTI_CPU, where processes share data (DDP)"
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "expected fsdp_activation_checkpointing: false, got true, which would compute "
+            "activations again without the masks; set it to false, and gradient_checkpointing: "
+            "true in the recipe"
+        )
+    if plugin.cpu_offload:
+        raise ValueError(
+            "expected fsdp_offload_params: false; got true, where Adam's moments would lie "
+            "elsewhere than what pruning makes of them; set it to false"
+        )
+
+
+def settle(accelerator: Accelerator) -> None:
+    """Let accelerate gather weights in float32, from processes that have all read them.
+
+    The criterion needs float32; autocast makes the network's own operations cheaper as it does
+    where weights are not cut. Does nothing where they are not.
+    """
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = None
+        plugin.cpu_ram_efficient_loading = False
+
+
+@contextlib.contextmanager
+def one_unit(accelerator: Accelerator) -> Iterator[None]:
+    """A network that is prepared inside is gathered at once, not block by block."""
+    if not accelerator.is_fsdp2:
+        yield
+        return
+    plugin = accelerator.state.fsdp_plugin
+    policy, plugin.auto_wrap_policy = plugin.auto_wrap_policy, None
+    try:
+        yield
+    finally:
+        plugin.auto_wrap_policy = policy
+
+
+@contextlib.contextmanager
+def whole(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, the parameters of ``network`` are plain whole tensors on every process."""
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+
+
+def gathered(
+    tensors: Mapping[str, torch.Tensor], *, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """Whole tensors in place of those that are cut, which come to the CPU one by one.
+
+    Parameters
+    ----------
+    tensors : by name, the same on every process.
+    keep : whether this process wants them; all must take part.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.detach().full_tensor()
+            tensor = tensor.cpu() if keep else tensor
+        if keep:
+            found[name] = tensor
+    return found
+
+
+def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of ``tensor`` where ``parameter`` is, cut as it is if it is cut."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor.clone()
