@@ -54,9 +54,9 @@ def unet():
     return UNet2DModel(**job["unet"])
 
 
-def cut_weights(blocks):
+def cut_weights(blocks, precision):
     # accelerate cuts weights on GPUs only; the same code of its runs on a CPU when told so
-    state = Accelerator(cpu=True).state
+    state = Accelerator(cpu=True, mixed_precision=precision).state
     PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -76,7 +76,7 @@ def prune(name, folder=None, stop=None, resume=False):
     if distributed.processes() > 1:
         PartialState().distributed_type = DistributedType.MULTI_CPU
     if "blocks" in scenario:
-        cut_weights(scenario["blocks"])
+        cut_weights(scenario["blocks"], scenario["training"].get("mixed_precision", "no"))
     images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
     run = PruningRun(
