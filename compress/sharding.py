@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -39,23 +39,21 @@ def check(plugin: FullyShardedDataParallelPlugin, device: str) -> None:
             "activations again without the masks; set it to false, and gradient_checkpointing: "
             "true in the recipe"
         )
-    if plugin.cpu_offload:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError(
             "expected fsdp_offload_params: false; got true, where Adam's moments would lie "
             "elsewhere than what pruning makes of them; set it to false"
         )
 
 
-def settle(accelerator: Accelerator) -> None:
-    """Let accelerate gather weights in float32, from processes that have all read them.
+def gather_in_float32(accelerator: Accelerator) -> None:
+    """Let accelerate gather weights, and reduce gradients, in float32.
 
-    The criterion needs float32; autocast makes the network's own operations cheaper as it does
-    where weights are not cut. Does nothing where they are not.
+    The criterion needs it; autocast makes the network's own operations cheaper, as it does where
+    weights are not cut. Does nothing where they are not.
     """
     if accelerator.is_fsdp2:
-        plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = None
-        plugin.cpu_ram_efficient_loading = False
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
 @contextlib.contextmanager
@@ -85,9 +83,7 @@ def whole(network: torch.nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-def gathered(
-    tensors: Mapping[str, torch.Tensor], *, keep: bool = True
-) -> dict[str, torch.Tensor]:
+def gathered(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[str, torch.Tensor]:
     """Whole tensors in place of those that are cut, which come to the CPU one by one.
 
     Parameters

@@ -159,7 +159,7 @@ class PruningRun:
             cpu=device == "cpu",
         )
         training.check_batch(self.accelerator.num_processes)
-        sharding.settle(self.accelerator)
+        sharding.gather_in_float32(self.accelerator)
         self.device = self.accelerator.device
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
