@@ -7,25 +7,19 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from compress.exporting import export
+from compress.exporting import export, export_code
 from compress.files import atomic_folder, read_json, sha256, write_json, write_text
 from compress.gradflow.free_width import FreeWidthUNet2DModel
 from compress.models.loading import check_folder, load_pipeline
 
 FORMAT = 1
 FACTS = "compress.json"
-PLAIN_INTRODUCTION = (
-    "A plain diffusers pipeline with smaller widths; it needs no extra package:",
-    "",
-    "```python",
-)
-FREE_WIDTHS_INTRODUCTION = (
-    "A diffusers pipeline whose inner widths differ from layer to layer, which no class of",
-    "diffusers has: the package `compress-models` must be installed, and the class imported first.",
-    "",
-    "```python",
-    "import compress.gradflow.free_width",
-)
+PLAIN_INTRODUCTION = "A plain diffusers pipeline with smaller widths; it needs no extra package:"
+FREE_WIDTHS_INTRODUCTION = f"""\
+A diffusers pipeline whose inner widths differ from layer to layer, which no class of diffusers has.
+The class comes with the folder, in `unet/{FreeWidthUNet2DModel.__module__}.py`, and needs diffusers
+alone; `trust_remote_code=True` lets diffusers run that file. (`compress.load` runs no code of a
+folder: it has the class.)"""
 
 
 def save_slim(
@@ -33,8 +27,8 @@ def save_slim(
 ) -> Path:
     """Write a pipeline folder that plain diffusers loads, with the facts of its making.
 
-    A UNet with free inner widths has a class of ours: diffusers loads it where compress is
-    installed and ``compress.gradflow.free_width`` has been imported.
+    A UNet with free inner widths has a class of ours, which is written beside its weights:
+    diffusers loads it with ``trust_remote_code=True``.
 
     Written to a temporary sibling and renamed: ``folder`` is complete or absent.
 
@@ -50,15 +44,17 @@ def save_slim(
     ------
     OSError : when the disk is full or the folder cannot be written.
     """
+    free = isinstance(getattr(pipeline, "unet", None), FreeWidthUNet2DModel)
     with atomic_folder(folder) as temporary:
         try:
             if source is None:
                 pipeline.save_pretrained(temporary, safe_serialization=True)
+                if free:
+                    export_code(pipeline.unet, temporary / "unet")
             else:
                 export(pipeline, source, temporary)
         except SafetensorError as error:  # how safetensors says that a disk is full
             raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
-        free = isinstance(getattr(pipeline, "unet", None), FreeWidthUNet2DModel)
         card = _model_card(facts, kind=type(pipeline).__name__, free_widths=free)
         write_text(temporary / "README.md", card)
         made = {"format": FORMAT, "kind": "slim", **facts, "files": file_hashes(temporary)}
@@ -146,6 +142,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def _model_card(facts: dict[str, Any], *, kind: str, free_widths: bool) -> str:
     base = facts.get("base_model", "unknown")
     licence = facts.get("base_licence", "unknown: see the base model")
+    trust = ", trust_remote_code=True" if free_widths else ""
     lines = [
         "---",
         "library_name: diffusers",
@@ -156,10 +153,12 @@ def _model_card(facts: dict[str, Any], *, kind: str, free_widths: bool) -> str:
         f"Base model: `{base}` (SHA-256 `{facts.get('base_hash', 'unknown')}`).",
         f"Licence of the base model: {licence}",
         "",
-        *(FREE_WIDTHS_INTRODUCTION if free_widths else PLAIN_INTRODUCTION),
+        FREE_WIDTHS_INTRODUCTION if free_widths else PLAIN_INTRODUCTION,
+        "",
+        "```python",
         f"from diffusers import {kind}",
         "",
-        f'pipeline = {kind}.from_pretrained("path/to/this/folder")',
+        f'pipeline = {kind}.from_pretrained("path/to/this/folder"{trust})',
         "```",
         "",
     ]

@@ -1,7 +1,8 @@
 """The files of an exported pipeline: a new UNet, and every other part as it was.
 
 Text encoders, tokenizers, autoencoder and scheduler are copied byte by byte from the folder that
-the dense pipeline was read from; only the UNet is written anew.
+the dense pipeline was read from; only the UNet is written anew, and beside it its class where
+diffusers has no such class.
 """
 
 import json
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from compress.files import read_json, write_json
+from compress.gradflow import free_width
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -65,11 +67,28 @@ def export(pipeline: DiffusionPipeline, source: Path, target: Path) -> None:
     """
     _write_other_parts(pipeline, source, target)
     pipeline.unet.save_pretrained(target / "unet", safe_serialization=True)
+    export_code(pipeline.unet, target / "unet")
     index = _index(source, pipeline.unet)
     if index is None:
         shutil.copyfile(source / INDEX, target / INDEX)
     else:
         write_json(target / INDEX, index)
+
+
+def export_code(unet: ModelMixin, folder: Path) -> None:
+    """Put the class of a UNet beside its weights where diffusers has no such class.
+
+    diffusers runs the file that is called as ``model_index.json`` calls the module, where
+    ``trust_remote_code=True`` allows it.
+
+    Parameters
+    ----------
+    unet : whose weights lie in ``folder``.
+    folder : the UNet's own, of a pipeline.
+    """
+    code = _code(unet)
+    if code is not None:
+        shutil.copyfile(code, folder / f"{type(unet).__module__}.py")
 
 
 def exported_bytes(pipeline: DiffusionPipeline, source: Path, unet: ModelMixin) -> int:
@@ -82,6 +101,8 @@ def exported_bytes(pipeline: DiffusionPipeline, source: Path, unet: ModelMixin) 
     unet : takes the place of the pipeline's; may be on the meta device.
     """
     size = model_bytes(unet)
+    code = _code(unet)
+    size += 0 if code is None else code.stat().st_size
     index = _index(source, unet)
     if index is None:
         size += (source / INDEX).stat().st_size
@@ -116,6 +137,11 @@ def _index(source: Path, unet: ModelMixin) -> dict | None:
     if index["unet"][1] == type(unet).__name__:
         return None
     return index | {"unet": [type(unet).__module__, type(unet).__name__]}
+
+
+def _code(unet: ModelMixin) -> Path | None:
+    ours = isinstance(unet, free_width.FreeWidthUNet2DModel)
+    return Path(free_width.__file__) if ours else None
 
 
 def model_bytes(model: ModelMixin) -> int:

@@ -149,7 +149,7 @@ def test_model_card_says_base_licence_widths_and_metrics(made):
         "| macs | 2 |",
     ):
         assert words in card
-    assert "DDPMPipeline.from_pretrained" in card
+    assert 'DDPMPipeline.from_pretrained("path/to/this/folder")' in card
 
 
 def test_a_model_card_without_facts_does_not_invent_a_licence(pipeline, tmp_path):
@@ -319,7 +319,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_message(monkeypatch):
         assert kwargs["use_safetensors"] is True
         raise OSError("no network\nlong explanation")
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
+    monkeypatch.setattr(DiffusionPipeline, "download", offline)
     with pytest.raises(ValueError, match="somebody/model.*no network; check") as caught:
         load_pipeline("somebody/model")
     assert "\n" not in str(caught.value)

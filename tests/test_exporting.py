@@ -228,11 +228,9 @@ def test_every_part_but_the_unet_is_the_sources_file_for_file(made, name):
     assert others(after) - OURS == others(before) - unused
     for path in others(after) - OURS:
         assert after[path] == before[path], path
-    assert after["unet/config.json"] != before["unet/config.json"]
-    assert (
-        after["unet/diffusion_pytorch_model.safetensors"]
-        != before["unet/diffusion_pytorch_model.safetensors"]
-    )
+    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert set(after) - others(after) == unet
+    assert all(after[path] != before[path] for path in unet)
     loaded = load(folder / name)
     assert dense_widths(loaded.unet) == dense_widths(slim)
     for key, value in slim.state_dict().items():
@@ -344,7 +342,9 @@ def test_bounds_hold_where_the_scores_decide_the_widths(models, tmp_path):
         index = json.loads((folder / "model_index.json").read_text())
         assert index["unet"] == ["compress.gradflow.free_width", "FreeWidthUNet2DModel"]
         files = [p for p in folder.rglob("*") if p.is_file() and p.name not in OURS]
-        assert low <= sum(p.stat().st_size for p in files) <= high
+        assert (folder / "unet" / f"{index['unet'][0]}.py").is_file()
+        size = sum(p.stat().st_size for p in files)
+        assert low <= size <= high and exported_bytes(pipeline, source, slim) == size
         assert type(load(folder).unet) is type(slim)
     # a thin layer is cheap in MACs or in parameters, as its place has it: the bounds are wide
     assert high < model_bytes(dense)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import constants
 
 from compress.checkpoint import load, save_slim
 from compress.cost import unet_cost
 from compress.gradflow.free_width import FreeWidthUNet2DModel, inner_width
 from compress.gradflow.groups import find_groups
+from compress.models import load_pipeline
 
 INNER = {
     "down_blocks.0.resnets.0": 12,
@@ -23,23 +26,43 @@ INNER = {
     "up_blocks.1.resnets.0": 4,
 }
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-LOAD = """
+CODE = "unet/compress.gradflow.free_width.py"
+DRAW = """
+import torch
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(5)
+    return pipeline(batch_size=2, num_inference_steps=3, generator=seed, output_type="np").images
+"""
+STRANGER = (
+    """
 import sys
 
-{first}
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "compress":
+            raise ImportError(f"{name} is not here")
+
+
+sys.meta_path.insert(0, Absent())
+"""
+    + DRAW
+    + """
 import numpy as np
-import torch
 from diffusers import DDPMPipeline
 
-pipeline = DDPMPipeline.from_pretrained(sys.argv[1], local_files_only=True)
-pipeline.set_progress_bar_config(disable=True)
-with torch.no_grad():
-    images = torch.linspace(-1, 1, 128).view(2, 1, 8, 8)
-    output = pipeline.unet(images, torch.tensor([3, 700])).sample
-np.save(sys.argv[2], output.numpy())
-images = pipeline(batch_size=1, num_inference_steps=2, output_type="np").images
-print(type(pipeline.unet).__name__, images.shape)
+torch.set_num_threads(int(sys.argv[3]))
+pipeline = DDPMPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+np.save(sys.argv[2], draw(pipeline))
+print(type(pipeline.unet).__name__)
 """
+)
+_shared: dict = {}
+exec(DRAW, _shared)  # the same lines, so that the same numbers are drawn
+draw = _shared["draw"]
 
 
 def free(models, name: str = "plain", inner=INNER, **changes) -> FreeWidthUNet2DModel:
@@ -49,8 +72,12 @@ def free(models, name: str = "plain", inner=INNER, **changes) -> FreeWidthUNet2D
 
 
 @pytest.fixture
-def folder(models, tmp_path):
-    pipeline = DDPMPipeline(unet=free(models), scheduler=DDPMScheduler(num_train_timesteps=50))
+def pipeline(models):
+    return DDPMPipeline(unet=free(models), scheduler=DDPMScheduler(num_train_timesteps=50))
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path):
     return save_slim(pipeline, tmp_path / "checkpoint", {"base_model": "somebody/model"})
 
 
@@ -136,24 +163,64 @@ def test_a_changed_byte_is_named(folder):
         load(folder)
 
 
-def test_the_card_says_what_must_be_installed_and_imported(folder):
+def test_the_card_says_how_diffusers_loads_it(folder):
     card = (folder / "README.md").read_text()
-    assert "import compress.gradflow.free_width\nfrom diffusers import DDPMPipeline" in card
+    assert f"`{CODE}`" in card and (folder / CODE).is_file()
+    assert 'DDPMPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card
     assert "needs no extra package" not in card
 
 
-def test_plain_diffusers_loads_it_once_the_class_is_imported(models, folder, tmp_path):
-    def run(first: str):
-        script = LOAD.format(first=first)
-        command = [sys.executable, "-P", "-c", script, str(folder), str(tmp_path / "out.npy")]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-
-    done = run("import compress.gradflow.free_width")
+def test_plain_diffusers_draws_the_same_bit_for_bit_without_this_package(
+    pipeline, folder, tmp_path
+):
+    images = tmp_path / "images.npy"
+    threads = str(torch.get_num_threads())  # with others, sums are split in another way
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", STRANGER, str(folder), str(images), threads],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "FreeWidthUNet2DModel (1, 8, 8, 1)"
-    # another process may split sums over threads in another way
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), predict(free(models)), atol=1e-5)
-    # diffusers imports no module because a folder names it, and says which one to import
-    refused = run("")
-    assert refused.returncode != 0
-    assert "import compress.gradflow.free_width before calling" in refused.stderr
+    assert done.stdout.strip() == "FreeWidthUNet2DModel"
+    expected = draw(pipeline)
+    assert np.load(images).tobytes() == expected.tobytes()
+    assert expected.std() > 0.01
+
+
+def test_the_code_of_a_folder_is_not_run_unless_it_is_trusted(pipeline, folder):
+    (folder / CODE).write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match=f"in {CODE[5:]}[^$]*Pass `trust_remote_code=True`"):
+        DDPMPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"{CODE} is not what was saved"):
+        load(folder)
+    loaded = load_pipeline(str(folder))
+    assert type(loaded.unet) is FreeWidthUNet2DModel
+    assert np.array_equal(draw(loaded), draw(pipeline))
+
+
+def test_a_checkpoint_from_before_the_code_came_with_it_is_read(pipeline, folder):
+    (folder / CODE).unlink()
+    facts = json.loads((folder / "compress.json").read_text())
+    del facts["files"][CODE]
+    (folder / "compress.json").write_text(json.dumps(facts))
+    for loaded in (load(folder), DDPMPipeline.from_pretrained(folder)):  # the class is imported
+        assert type(loaded.unet) is FreeWidthUNet2DModel
+        assert np.array_equal(draw(loaded), draw(pipeline))
+
+
+def test_a_checkpoint_on_the_hub_is_read(pipeline, folder, tmp_path, monkeypatch):
+    # a cache as the hub's client lays it out
+    cache = tmp_path / "models--somebody--model"
+    cache.mkdir()
+    (cache / "snapshots").mkdir()
+    folder.rename(cache / "snapshots" / "0123abcd")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    loaded = load("somebody/model")
+    assert type(loaded.unet) is FreeWidthUNet2DModel
+    assert np.array_equal(draw(loaded), draw(pipeline))

@@ -2,6 +2,9 @@
 
 diffusers' own class has one width per level. Here each resnet's hidden width (between its two
 convolutions) and each attention's inner width (its heads) are entries of the configuration.
+
+Checkpoints carry a copy of this file, for those who have diffusers but not this package: it imports
+nothing else.
 """
 
 import inspect
@@ -20,8 +23,8 @@ __all__ = ["FreeWidthUNet2DModel", "ModelMixin", "inner_width"]
 class FreeWidthUNet2DModel(UNet2DModel):
     """A UNet2DModel with inner widths of its own.
 
-    ``DDPMPipeline.from_pretrained`` loads it once this module has been imported: diffusers looks
-    the class up by the module's name in ``model_index.json`` but imports no module of others.
+    ``DDPMPipeline.from_pretrained(folder, trust_remote_code=True)`` loads an exported pipeline that
+    has one, by the copy of this module in its folder; :func:`compress.load` needs no such copy.
 
     Parameters
     ----------

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from compress.files import folder_hash, read_json
 
 BUILTIN = Path(__file__).parent / "builtin"
-# diffusers finds a class that is not its own among the modules that are imported already
-OUR_CLASSES = "compress.gradflow.free_width"
+# how an index names a UNet of ours
+OUR_UNET = ["compress.gradflow.free_width", "FreeWidthUNet2DModel"]
 
 
 def builtin_names() -> list[str]:
@@ -27,7 +27,8 @@ def builtin_readers() -> list[str]:
 def load_pipeline(model: str) -> DiffusionPipeline:
     """Load ``builtin:NAME``, a local diffusers folder, or a hub id, in float32.
 
-    Only safetensors weights are read, never pickled ones.
+    Only safetensors weights are read, never pickled ones, and code that comes with a model is not
+    run.
 
     Raises
     ------
@@ -39,14 +40,25 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     if folder is None:
         return _from_hub(model)
     check_folder(folder)
-    importlib.import_module(OUR_CLASSES)
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True
-    )
+    pipeline = _from_folder(folder)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             _check_complete(folder / name, part)
     return pipeline
+
+
+def _from_folder(folder: Path) -> DiffusionPipeline:
+    """Read a UNet of ours by our own class: code that lies in a folder is never run."""
+    parts = {}
+    if read_json(folder / "model_index.json").get("unet") == OUR_UNET:
+        module, name = OUR_UNET
+        unet = getattr(importlib.import_module(module), name)
+        parts["unet"] = unet.from_pretrained(
+            folder / "unet", use_safetensors=True, local_files_only=True
+        )
+    return DiffusionPipeline.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, **parts
+    )
 
 
 def local_folder(model: str) -> Path | None:
@@ -157,7 +169,7 @@ def _endings(name: str) -> list[str]:
 
 def _from_hub(model: str) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+        return _from_folder(Path(DiffusionPipeline.download(model, use_safetensors=True)))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
