@@ -377,6 +377,9 @@ def calibrate(
     data: Annotated[str, typer.Option(help="builtin:pages, or a folder.")] = "builtin:pages",
     pages: Annotated[int, typer.Option(min=1, help="That are written densely.")] = 16,
     keep_visual: Annotated[float, typer.Option(help="Fraction of the visual tokens.")] = 0.05,
+    periphery: Annotated[
+        int, typer.Option(min=0, help="Summaries per head of what is not attended to.")
+    ] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Of a page.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Json = False,
@@ -393,6 +396,7 @@ def calibrate(
         data=data,
         pages=pages,
         keep_visual=keep_visual,
+        periphery=periphery,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         device=device,

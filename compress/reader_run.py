@@ -247,6 +247,7 @@ def calibrated_checkpoint(
     data: str = "builtin:pages",
     pages: int = 16,
     keep_visual: float = 0.05,
+    periphery: int = 0,
     max_new_tokens: int = 128,
     dtype: str = "float32",
     device: str | None = None,
@@ -261,6 +262,8 @@ def calibrated_checkpoint(
     output : the checkpoint's folder.
     data, pages : rendered validation pages, or the first of a folder.
     keep_visual, max_new_tokens : as in :func:`calibrate_on_pages`.
+    periphery : as in :class:`FastOCR`, for the checkpoint; pages are written densely, so the focal
+        layers do not depend on it.
     dtype : of the weights.
     device : CUDA where there is any when None.
 
@@ -277,7 +280,7 @@ def calibrated_checkpoint(
     check_dense(model, base)
     network, processor = load_vlm(base, DTYPES[dtype])
     network.to(choose_device(device))
-    method = FastOCR(keep_visual=keep_visual)
+    method = FastOCR(keep_visual=keep_visual, periphery=periphery)
     found = calibrate_on_pages(
         network,
         processor,

@@ -556,12 +556,13 @@ def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, 
         arguments = ["calibrate", str(qwen), "--output", str(tmp_path / "c"), "--data", str(pages)]
         return CliRunner().invoke(app, [*arguments, "--pages", "2", "--max-new-tokens", "4", *more])
 
-    found = calibrate("--keep-visual", "0.2", "--json")
+    found = calibrate("--keep-visual", "0.2", "--periphery", "3", "--json")
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
     assert len(facts["curve"]) == 8 and facts["curve"] == sorted(facts["curve"])
     _, _, applied = load_patched(tmp_path / "c")
-    assert applied.methods[0] == FastOCR(keep_visual=0.2, focal_layers=tuple(facts["focal_layers"]))
+    focal = tuple(facts["focal_layers"])
+    assert applied.methods[0] == FastOCR(keep_visual=0.2, periphery=3, focal_layers=focal)
     stored = json.loads((tmp_path / "c" / "compress.json").read_text())
     assert stored["calibration"] == facts
     again = calibrate()
