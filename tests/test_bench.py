@@ -1,22 +1,28 @@
 """The benchmarks run what they say: counted work, bounds and rows, never times."""
 
+import functools
 import json
+from unittest.mock import ANY
 
 import pytest
 import torch
+from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrModel
 from typer.testing import CliRunner
 
-from compress.bench import kernels
+from compress.bench import kernels, rtprune
 from compress.bench.fastocr import DecodeShape, crossovers, end_to_end_bound
 from compress.bench.gradflow import DENSE, UNetShape, random_inputs, slim_builder, warning
-from compress.bench.rows import parse_shapes
-from compress.bench.rtprune import derived, parts
+from compress.bench.rows import newest, parse_shapes
+from compress.bench.rtprune import PrefillShape, derived, parts
+from compress.bench.tables import render_bench
 from compress.bench.timing import Bench, Ceilings
 from compress.cli import app
 from compress.cost import unet_cost
 from compress.eval.latency import summarise
+from compress.rtprune import patch
 
 COMMON = {"bench", "part", "shape", "ms", "device", "clock", "threads", "seed", "versions", "date"}
+READER = {"model": "reader-deepseek", "text": 2}
 
 
 def test_the_byte_bound_is_what_must_be_read():
@@ -58,6 +64,44 @@ def test_the_parts_of_a_prefill_are_disjoint_and_lacking_layers_count():
     }
 
 
+def test_pages_that_were_not_encoded_count_like_those_that_were():
+    spans = {"vision": 10.0, "language_model": 20.0, "last_layer": 4.0, "prefill": 31.0}
+    found = parts(spans, lacking=2, encoded=0.25)
+    assert found["vision"] == 40.0 and found["language_model"] == 28.0
+    assert found["prefill"] == 31.0 + 30.0 + 8.0 and found["other"] == 1.0
+
+
+def test_one_encoded_page_stands_for_a_batch(monkeypatch):
+    encoded, pruned = [], []
+    encode, prune = UnlimitedOcrModel.get_image_features, patch.prune_pages
+
+    @functools.wraps(encode)
+    def _encode(self, pixel_values, *args, **kwargs):
+        encoded.append(len(pixel_values))
+        return encode(self, pixel_values, *args, **kwargs)
+
+    def _prune(method, pages, *args):
+        pruned.append(len(pages))
+        return prune(method, pages, *args)
+
+    monkeypatch.setattr(UnlimitedOcrModel, "get_image_features", _encode)
+    monkeypatch.setattr(patch, "prune_pages", _prune)
+    where, ceilings = Bench("cpu", 1), Ceilings(copy=10.0, rate={}, ms={}, shapes={})
+    whole, one = (
+        next(rtprune.run(PrefillShape(batch=2, encoded=pages, **READER), where, ceilings))
+        for pages in (None, 1)
+    )
+    calls = len(encoded) // 2
+    assert encoded == [2] * calls + [1] * calls
+    # selection, merging and the language model have as much to do
+    assert pruned and set(pruned) == {2}
+    assert whole["tokens"] == one["tokens"]
+    assert whole["timed"] == "7 of 7 layers"
+    assert one["timed"] == "7 of 7 layers; vision of 1 page(s), counted for all"
+    for way in ("dense", "rtprune"):
+        assert one["stages"][way]["vision"]["median"] < one["ms"][way]["median"]
+
+
 def test_ratios_of_a_prefill_by_hand():
     dense = {"vision": 10.0, "language_model": 80.0, "prefill": 100.0}
     ours = {"language_model": 75.0, "selection": 3.0, "merge": 1.0, "prefill": 99.0}
@@ -78,6 +122,7 @@ def _measured(visual, ratio, batch=1, device="cpu", part="end_to_end"):
     return {
         "part": part,
         "device": device,
+        "clock": "cpu",
         "shape": {"visual": visual, "batch": batch, "model": "tiny", "dtype": "float32"},
         "ratio": ratio,
         "threads": 1,
@@ -102,6 +147,20 @@ def test_the_crossover_is_where_everything_above_is_faster():
     assert found["cpu"]["measured"] == [256, 1024, 4096, 16384]
     assert found["a GPU"]["min_visual"] == 256
     assert found["slow"]["min_visual"] == 513  # beyond it nobody knows
+
+
+def test_what_was_measured_again_stands_as_it_was_measured_last():
+    rows = [
+        _measured(256, 0.9),
+        _measured(256, 1.1, batch=8),
+        _measured(256, 1.2),
+        _measured(256, 0.8, device="a GPU"),
+    ]
+    rows[2]["shape"] |= {"without": None}  # as rows have it since there is such a size
+    assert newest(rows) == [rows[2], rows[1], rows[3]]
+    assert newest([*rows, rows[0] | {"clock": "wall"}]) == [rows[2], rows[1], rows[3], ANY]
+    assert crossovers(rows)["cpu"]["min_visual"] == 256
+    assert crossovers(rows[:2])["cpu"]["min_visual"] == 257
 
 
 def test_a_warning_says_when_macs_fall_and_time_does_not():
@@ -140,8 +199,18 @@ def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
         ("rtprune", ["model=reader-deepseek,text=3"], [{"dense", "rtprune"}]),
         (
             "fastocr",
-            ["model=tiny,visual=64,text=8", "part=end_to_end,model=tiny,visual=64,layers=4"],
-            [{"sdpa", "matmul", "fastocr"}, {"sdpa", "matmul", "fastocr", "head"}],
+            [
+                "model=tiny,visual=64,text=8",
+                "model=tiny,visual=65,text=8,without=sdpa",
+                "part=end_to_end,model=tiny,visual=64,layers=4",
+                "part=end_to_end,model=tiny,visual=65,layers=4,without=sdpa",
+            ],
+            [
+                {"sdpa", "matmul", "fastocr"},
+                {"matmul", "fastocr"},
+                {"sdpa", "matmul", "fastocr", "head"},
+                {"matmul", "fastocr", "head"},
+            ],
         ),
         (
             "kernels",
@@ -168,6 +237,10 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
         assert set(row["ms"]) == expected
         assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"])
         assert row["versions"]["torch"] and row["device"] == "cpu"
+    table = render_bench(f"bench_{name}", rows, results.name)
+    assert table.count("\n| cpu") == len(ways)
+    # a dash where a way was left out
+    assert table.count("| – |") == sum({"fastocr", "sdpa"} & timed == {"fastocr"} for timed in ways)
 
 
 def test_the_kernels_rows_say_what_a_call_must_move():

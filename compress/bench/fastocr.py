@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from compress.bench.building import built, sharing_weights
-from compress.bench.rows import SEED, Dtype, Row, against, make_row
+from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
 from compress.fastocr.calibration import default_count
 from compress.fastocr.fixation import budget
@@ -77,6 +77,8 @@ class DecodeShape:
         the time of the layers is scaled to all, and that of the head is not.
     keep_visual : fraction of the visual tokens in the fixation.
     dtype : of weights and cache.
+    without : a dense way that is left out, for machines that cannot hold what it needs: SDPA for
+        grouped heads copies keys and values for every query head on a CPU. None times all.
     """
 
     part: Literal["attention", "end_to_end"] = "attention"
@@ -87,6 +89,7 @@ class DecodeShape:
     layers: Count | None = None
     keep_visual: Annotated[float, Field(gt=0, le=1)] = 0.05
     dtype: Dtype = "float32"
+    without: Literal["sdpa"] | None = None
 
     @property
     def built_layers(self) -> int:
@@ -199,7 +202,7 @@ def _attention_row(shape: DecodeShape, bench: Bench, ceilings: Ceilings) -> Row:
     ways = _attention_ways(shape, bench.device)
     timing = time_ways(ways, bench)
     ms = {name: latency.median for name, latency in timing.ms.items()}
-    dense = min(("sdpa", "matmul"), key=ms.__getitem__)
+    dense = min((name for name in ms if name != "fastocr"), key=ms.__getitem__)
     moved = {name: shape.cached_bytes(sparse=name == "fastocr") for name in (dense, "fastocr")}
     speed = {name: reached(count, ms[name]) for name, count in moved.items()}
     facts: dict[str, Any] = {
@@ -241,7 +244,8 @@ def _attention_ways(shape: DecodeShape, device: str) -> dict[str, Callable[[], A
         for layer, (key, value) in enumerate(caches):
             request.attend(layer, query, key, value, None, scaling)
 
-    return {"sdpa": sdpa, "matmul": matmul, "fastocr": fastocr}
+    ways = {"sdpa": sdpa, "matmul": matmul, "fastocr": fastocr}
+    return {name: way for name, way in ways.items() if name != shape.without}
 
 
 def two_products(
@@ -397,6 +401,8 @@ def _end_to_end_ways(
 
     ways: dict[str, Callable[[], Any]] = {}
     for name, implementation in dense_backends(device, shape.dtype).items():
+        if name == shape.without:
+            continue
         network = sharing_weights(model)
         network.set_attn_implementation({"text_config": implementation})
         ways[name] = step_of(network, _cache(caches))
@@ -432,10 +438,11 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
     Parameters
     ----------
-    rows : of this benchmark; those of attention alone are left out.
+    rows : of this benchmark; those of attention alone are left out, and those of a step that was
+        measured again.
     """
     found: dict[str, dict[str, Any]] = {}
-    mine = [row for row in rows if row["part"] == "end_to_end"]
+    mine = newest([row for row in rows if row["part"] == "end_to_end"])
     for device in dict.fromkeys(row["device"] for row in mine):
         here = [row for row in mine if row["device"] == device]
         sizes = sorted({row["shape"]["visual"] for row in here})

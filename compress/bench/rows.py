@@ -1,6 +1,7 @@
 """The rows of a benchmark: what they have in common, and the shapes that are asked for."""
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar, get_args
@@ -87,6 +88,19 @@ def make_row(
         "versions": versions_of(PACKAGES),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each cell: what was timed, at which sizes, on what and by which clock.
+
+    Earlier ones stay in their file; no table speaks of them any more.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        shape = {key: size for key, size in row["shape"].items() if size is not None}
+        cell = (row[fact] for fact in ("part", "device", "threads", "clock"))
+        found[*cell, json.dumps(shape, sort_keys=True)] = row
+    return list(found.values())
 
 
 def against(ratio: float, bound: float) -> dict[str, float]:

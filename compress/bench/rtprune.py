@@ -40,6 +40,8 @@ class PrefillShape:
     model : "deepseek-ocr" at its published size, or the built-in reader as it ships.
     mode : resolution, for the first: base and large are the paper's.
     batch : pages.
+    encoded : of them, pages that the vision encoder reads, for machines where it takes hours for
+        all. The others are given the same features, and as much time. None is all.
     text : words of the prompt behind the page.
     layers : of the first model's decoder that are built, at least 2 (one dense and one of experts),
         for machines that cannot hold all; the time of the last one then counts for those that
@@ -51,10 +53,16 @@ class PrefillShape:
     model: Literal["deepseek-ocr", "reader-deepseek"] = "deepseek-ocr"
     mode: Literal["tiny", "small", "base", "large"] = "large"
     batch: Annotated[int, Field(ge=1)] = 1
+    encoded: Annotated[int, Field(ge=1)] | None = None
     text: Annotated[int, Field(ge=1)] = 16
     layers: Annotated[int, Field(ge=2)] | None = None
     keep_tokens: Annotated[float, Field(gt=0, lt=1)] = 0.8425
     dtype: Dtype = "float32"
+
+    @property
+    def encoded_pages(self) -> int:
+        """Pages that the vision encoder reads."""
+        return min(self.encoded or self.batch, self.batch)
 
 
 def default_shapes(device: str) -> list[PrefillShape]:
@@ -80,13 +88,14 @@ def run(shape: PrefillShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     method = RTPrune(keep_tokens=shape.keep_tokens)
     lengths: dict[str, int] = {}
     ways = {
-        "dense": lambda marks: _prefill(model, inputs, None, marks, lengths, "dense"),
-        "rtprune": lambda marks: _prefill(model, inputs, method, marks, lengths, "rtprune"),
+        name: functools.partial(_prefill, shape, model, inputs, way, lengths, name)
+        for name, way in (("dense", None), ("rtprune", method))
     }
     built_layers = len(text_model(model).layers)
     all_layers = TEXT["num_hidden_layers"] if shape.model == "deepseek-ocr" else built_layers
+    lacking, share = all_layers - built_layers, shape.encoded_pages / shape.batch
     spans = {
-        name: [parts(repeat, all_layers - built_layers) for repeat in repeats_of]
+        name: [parts(repeat, lacking, share) for repeat in repeats_of]
         for name, repeats_of in time_spans(ways, bench).items()
     }
     found = {name: summarise_spans(values) for name, values in spans.items()}
@@ -96,7 +105,8 @@ def run(shape: PrefillShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
         "aim": AIM,
         "tokens": lengths,
         "timed": f"{built_layers} of {all_layers} layers"
-        + (", the last one counted for the others" if built_layers < all_layers else ""),
+        + (", the last one counted for the others" if lacking else "")
+        + (f"; vision of {shape.encoded_pages} page(s), counted for all" if share < 1 else ""),
         "stages": {
             name: {part: asdict(latency) for part, latency in stages.items() if part != "prefill"}
             for name, stages in found.items()
@@ -140,7 +150,7 @@ def derived(
     }
 
 
-def parts(spans: Mapping[str, float], lacking: int) -> dict[str, float]:
+def parts(spans: Mapping[str, float], lacking: int, encoded: float = 1.0) -> dict[str, float]:
     """Milliseconds of the disjoint parts of one prefill, and of the whole.
 
     Parameters
@@ -148,18 +158,20 @@ def parts(spans: Mapping[str, float], lacking: int) -> dict[str, float]:
     spans : as they were marked: "merge" lies inside "selection", "last_layer" inside
         "language_model", all inside "prefill".
     lacking : layers that were not built, and take as long as the last one.
+    encoded : share of the pages that the vision encoder read; the others take as long.
     """
     more = lacking * spans["last_layer"]
+    vision = spans["vision"] / encoded
     merging = spans.get("merge", 0.0)
     selecting = spans.get("selection", 0.0) - merging
     language = spans["language_model"] + more
-    whole = spans["prefill"] + more
+    whole = spans["prefill"] + more + vision - spans["vision"]
     return {
-        "vision": spans["vision"],
+        "vision": vision,
         "selection": selecting,
         "merge": merging,
         "language_model": language,
-        "other": whole - spans["vision"] - selecting - merging - language,
+        "other": whole - vision - selecting - merging - language,
         "prefill": whole,
     }
 
@@ -193,17 +205,18 @@ def _inputs(shape: PrefillShape, model: Any, device: str) -> dict[str, torch.Ten
 
 
 def _prefill(
+    shape: PrefillShape,
     model: Any,
     inputs: Mapping[str, torch.Tensor],
     method: RTPrune | None,
-    marks: Marks,
     lengths: dict[str, int],
     name: str,
+    marks: Marks,
 ) -> None:
     """Read a prompt into a new cache and mark the parts; attaching is outside the marks."""
     text = text_model(model)
     with ExitStack() as stack:
-        _mark_call(stack, marks, "vision", model.model, "get_image_features")
+        _encode(stack, marks, model.model, shape.encoded_pages)
         if method is not None:
             stack.enter_context(method.attach(model))
         # after the method's own hook, which shortens the prompt
@@ -215,16 +228,22 @@ def _prefill(
         lengths[name] = cache_in(output).get_seq_length()
 
 
-def _mark_call(stack: ExitStack, marks: Marks, name: str, owner: Any, method: str) -> None:
-    before: Callable[..., Any] = getattr(owner, method)
+def _encode(stack: ExitStack, marks: Marks, owner: Any, pages: int) -> None:
+    """Mark what the vision encoder makes of the first pages, and give it to the others as well."""
+    before: Callable[..., Any] = owner.get_image_features
 
     @functools.wraps(before)
-    def _call(*args: Any, **kwargs: Any) -> Any:
-        with marks.span(name):
-            return before(*args, **kwargs)
+    def _call(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with marks.span("vision"):
+            output = before(pixel_values[:pages], *args, **kwargs)
+        made = list(output.pooler_output)
+        # copies, as the method works but once on features that several sequences share
+        more = [made[n % pages].clone() for n in range(pages, len(pixel_values))]
+        output.pooler_output = made + more
+        return output
 
-    setattr(owner, method, _call)
-    stack.callback(delattr, owner, method)
+    owner.get_image_features = _call
+    stack.callback(delattr, owner, "get_image_features")
 
 
 def _mark_module(stack: ExitStack, marks: Marks, name: str, module: torch.nn.Module) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from compress.bench.fastocr import MODELS, crossovers
-from compress.bench.rows import Row
+from compress.bench.rows import Row, newest
 from compress.eval.tables import cell_table
 
 CEILINGS = ("copy", "matrix")
@@ -53,8 +53,11 @@ def interval(ms: Mapping[str, Any]) -> str:
 
 
 def render_bench(table: str, rows: Sequence[Row], file: str) -> str:
-    """The table of a benchmark, with the ceilings and how it was made beneath."""
-    measured = [row for row in rows if row["part"] not in CEILINGS]
+    """The table of a benchmark, with the ceilings and how it was made beneath.
+
+    What was measured again is there once, as it was measured last.
+    """
+    measured = newest([row for row in rows if row["part"] not in CEILINGS])
     text = {
         "bench_gradflow": _gradflow,
         "bench_rtprune": _rtprune,
@@ -99,6 +102,11 @@ def _markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], 
 
 def _ms(way: str) -> Callable[[Row], str]:
     return lambda row: interval(row["ms"][way]) if way in row["ms"] else "–"
+
+
+def _rate(way: str) -> Callable[[Row], str]:
+    rates = "tokens_per_second"
+    return lambda row: f"{row[rates][way]:.3g}" if way in row[rates] else "–"
 
 
 def _profile(row: Row) -> str:
@@ -214,16 +222,15 @@ def _fastocr(rows: Sequence[Row]) -> str:
             )
         )
     if whole:
-        rate = "tokens_per_second"
         parts.append(
             _markdown(
                 whole,
                 {
                     **common,
                     "layers timed": lambda row: row["timed"],
-                    "dense, SDPA": lambda row: f"{row[rate]['sdpa']:.3g}",
-                    "dense, two products": lambda row: f"{row[rate]['matmul']:.3g}",
-                    "fastocr": lambda row: f"{row[rate]['fastocr']:.3g}",
+                    "dense, SDPA": _rate("sdpa"),
+                    "dense, two products": _rate("matmul"),
+                    "fastocr": _rate("fastocr"),
                     "speed-up": lambda row: f"{row['ratio']:.3f}x",
                     "possible": lambda row: f"{row['bound']:.3f}x",
                 },
