@@ -243,7 +243,8 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
         assert row["versions"]["torch"] and row["device"] == "cpu"
     table = render_bench(f"bench_{name}", [*rows, *rows], results.name)
     assert table.count("\n| cpu") == len(ways)  # each cell once, however often it was measured
-    # a dash where a way was left out
+    # a dash where a way was left out, and why
+    assert ("A dash" in table) == any("without" in shape for shape in shapes)
     assert table.count("| – |") == sum({"fastocr", "sdpa"} & timed == {"fastocr"} for timed in ways)
 
 

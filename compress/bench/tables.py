@@ -66,10 +66,18 @@ def render_bench(table: str, rows: Sequence[Row], file: str) -> str:
     }[table](measured)
     notes = [
         "Times are ms, median [p20, p80], taking turns.",
+        *_left_out(measured),
         *_ceilings(rows),
         f"Made by `compress tables {table} --update README.md`; rows in `eval/results/{file}`.",
     ]
     return f"{text} {' '.join(notes)}"
+
+
+def _left_out(rows: Sequence[Row]) -> list[str]:
+    """What a dash says, where there is one."""
+    if not any(row["shape"].get("without") for row in rows):
+        return []
+    return ["A dash is a dense way that was left out, as what it copies did not fit in memory."]
 
 
 def _ceilings(rows: Sequence[Row]) -> list[str]:
@@ -170,7 +178,7 @@ def _rtprune(rows: Sequence[Row]) -> str:
             "vision": lambda row: share(row, "vision"),
             "selection": lambda row: share(row, "selection"),
             "merging": lambda row: share(row, "merge"),
-            "layers timed": lambda row: row["timed"],
+            "timed": lambda row: row["timed"],
         },
         "One prefill at 84.25% of the visual tokens, random weights (the reader's own where it is "
         "named). The bound is the ratio of the tokens that the language model reads; `vision`, "

@@ -3,8 +3,8 @@
 ``compress bench fastocr --results ROWS --crossover FILE`` writes such a table from the rows of
 whole decode steps: per device the smallest number from which on no measured step was slower than
 the fastest dense way, with the sizes, dtypes and threads that were measured. ``crossover.json``
-beside this module is the one that ships, from ``eval/results/bench_fastocr.jsonl``. It is of a
-model of three billion parameters on one thread of one CPU; other models and CPUs cross elsewhere.
+beside this module is the one that ships, from ``eval/results/bench_fastocr.jsonl``. It is of
+models of three and seven billion parameters on one thread of one CPU; others cross elsewhere.
 ``COMPRESS_CROSSOVERS`` names another file to use instead.
 """
 
