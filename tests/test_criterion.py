@@ -352,6 +352,22 @@ def test_mean_gradient_is_the_gradient_of_the_mean_loss(models):
         assert torch.allclose(gradient[name], tensor, rtol=1e-8, atol=1e-14)
 
 
+def test_the_order_of_batches_leaves_no_trace_in_a_mean_gradient(models):
+    soft, _, _ = softened(models, double=False)
+    parameters = parameters_of(soft)
+    size = sum(p.numel() for p in parameters.values())
+    # of very different sizes, so that float32 would round each order in another way
+    slopes = [torch.randn(size) * 10.0**k for k in (-3, 2, 0, -1)]
+
+    def loss(slope):
+        return torch.cat([p.flatten() for p in parameters.values()]) @ slope
+
+    found = [mean_gradient(loss, parameters, list(order))[0] for order in (slopes, slopes[::-1])]
+    expected = (torch.stack(slopes).double().sum(0) / 4).float()
+    for gradient in found:
+        assert torch.equal(torch.cat([g.flatten() for g in gradient.values()]), expected)
+
+
 def test_random_scores_depend_on_the_seed_alone(models):
     soft, scheduler, data = softened(models, double=False)
     first = score(soft, scheduler, data, "random", seed=3)
@@ -411,6 +427,20 @@ def test_diff_pruning_takes_the_timesteps_above_its_threshold(models):
         actual = diff_pruning_scores(soft, scheduler, data, threshold=threshold, timesteps=5)
         expected = diff_pruning_oracle(models, soft, scheduler, data, times, chosen)
         assert torch.allclose(actual.double(), expected, rtol=1e-5)
+
+
+def test_diff_pruning_takes_a_whole_minibatch_at_every_timestep(models):
+    soft, scheduler, data = softened(models)
+    halves = [
+        Batch(batch.images[at], batch.noise[at], batch.timesteps[at])
+        for batch in data
+        for at in (slice(0, 2), slice(2, 4))
+    ]
+    whole, cut = (
+        diff_pruning_scores(soft, scheduler, batches, threshold=0.05, timesteps=4, parts=parts)
+        for batches, parts in ((data, 1), (halves, 2))
+    )
+    assert torch.allclose(whole, cut, rtol=1e-8)
 
 
 @pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "lookahead"] + ["diff_pruning"])

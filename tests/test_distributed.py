@@ -51,9 +51,9 @@ root = Path(job["folder"])
 MESSAGES = {}
 
 
-def unet():
+def unet(**changes):
     torch.manual_seed(0)
-    return UNet2DModel(**job["unet"])
+    return UNet2DModel(**(job["unet"] | changes))
 
 
 def cut_weights(blocks, precision):
@@ -78,18 +78,26 @@ def numbers(tensors):
 def prune(name, folder=None, stop=None, resume=False):
     scenario = job["runs"][name]
     AcceleratorState._reset_state(False)
+    training = dict(scenario["training"])
     if distributed.processes() > 1:
         PartialState().distributed_type = DistributedType.MULTI_CPU
     if "blocks" in scenario:
-        cut_weights(scenario["blocks"], scenario["training"].get("mixed_precision", "no"))
+        cut_weights(scenario["blocks"], training.get("mixed_precision", "no"))
+    if "parts" in scenario:
+        # micro-batches of the same size on any number of processes
+        training["gradient_accumulation"] = scenario["parts"] // distributed.processes()
+    if scenario.get("double"):
+        # the last scenario of its job: nothing is set back
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double
     images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
     run = PruningRun(
-        unet(),
+        unet(**scenario.get("unet", {})),
         DDPMScheduler(num_train_timesteps=50),
         ImageData("noise", TensorImages(images[:30]), TensorImages(images[30:])),
         kind(**scenario["method"]),
-        Training(**scenario["training"]),
+        Training(**training),
         Journal(folder),
         device="cpu",
         resume=resume,
@@ -109,7 +117,8 @@ def keep(name, run, pruned):
     if not distributed.is_main():
         return
     tensors = dict(pruned.unet.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
-    save_file(tensors | {"kept": run.kept}, root / f"{name}.safetensors")
+    tensors |= {"kept": run.kept, "quota": run.layout.quota}
+    save_file(tensors, root / f"{name}.safetensors")
     units = sum(isinstance(module, FSDPModule) for module in run.model.modules())
     facts = {"units": units, "log": run.journal.rows}
     facts["ema"] = numbers(run.ema.values())
@@ -218,7 +227,11 @@ SOFT = {
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
 TRAINING = {"recover_steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
 SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
-RUNS = {"soft": SOFTLY, "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]}}
+RUNS = {
+    "soft": SOFTLY,
+    "alike": {"method": SOFT, "training": TRAINING | {"distill": 0.5}, "parts": 2},
+    "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]},
+}
 SLOW_RUNS = {
     "flow": {
         "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
@@ -230,10 +243,23 @@ SLOW_RUNS = {
         "method": SOFT | {"steps": 6},
         "training": TRAINING | {"recover_steps": 2, "mixed_precision": "bf16"},
     },
+    "global": {
+        "unet": {"block_out_channels": (16, 32)},
+        "method": SOFT
+        | {"allocation": "global", "keep_macs": 0.35, "criterion_every": 1}
+        | {"steps": 10, "max_move": 0.25},
+        "training": TRAINING | {"recover_steps": 1},
+    },
 }
 SLOW_RUNS |= {
     f"cut {name}": SLOW_RUNS[name] | {"blocks": ["AttnDownBlock2D", "ResnetBlock2D"]}
     for name in ("flow", "one-shot", "bf16")
+}
+# it changes what torch makes: nothing may follow
+SLOW_RUNS["double"] = {
+    "method": SOFT | {"steps": 40, "max_move": 0.2, "criterion": "gradient_flow"},
+    "training": TRAINING | {"recover_steps": 10, "distill_features": 0.5},
+    "double": True,
 }
 
 
@@ -324,6 +350,36 @@ def test_processes_that_cut_the_weights_keep_what_one_keeps(driven):
 
 def test_a_whole_run_goes_on_with_cut_weights_and_again(driven):
     same_as_whole(driven, "soft", "resumed cut")
+
+
+def test_equal_micro_batches_give_equal_bits(driven):
+    # two processes in one part each, and one process in two: the same convolutions, the same sums
+    one, two = pair(driven, "alike")
+    assert one.keys() == two.keys() and 0 < one["kept"].mean() < 1
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+    # to the last bit of float64, in which losses are averaged
+    assert losses(driven, "alike x1") == pytest.approx(losses(driven, "alike x2"), rel=1e-14)
+
+
+@pytest.mark.slow
+def test_in_float64_there_is_no_difference_but_rounding(slowly_driven):
+    # in float32 training amplifies rounding by the step: that is no fault of the processes
+    one, two = pair(slowly_driven, "double")
+    assert one["trace/masks"].dtype == torch.float64 and len(one["trace/masks"]) > 20
+    assert torch.equal(one["kept"], two["kept"])
+    assert (one["trace/masks"] - two["trace/masks"]).abs().max() <= 1e-11
+    found = [losses(slowly_driven, f"double x{n}") for n in (1, 2)]
+    assert found[0] == pytest.approx(found[1], rel=1e-11)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_widths_that_one_chooses(slowly_driven):
+    same(slowly_driven, "global")
+    one, two = pair(slowly_driven, "global")
+    assert torch.equal(one["quota"], two["quota"])
+    # the scores have moved them: blocks of one size no longer keep alike
+    assert len(one["quota"].unique()) > 2
 
 
 def test_soft_masks_are_really_soft(driven):

@@ -369,6 +369,20 @@ def test_accumulating_gradients_changes_nothing_but_memory():
             torch.testing.assert_close(weight, b.state_dict()[name], atol=1e-5, rtol=0)
 
 
+def test_criterion_batches_come_in_the_parts_of_gradient_accumulation():
+    method = oneshot(steps=0, criterion_batches=3)
+    whole, cut = (
+        start(method, training(gradient_accumulation=parts))._criterion_batches(2)
+        for parts in (1, 2)
+    )
+    assert [len(batch.images) for batch in cut] == [2] * 6
+    for k, batch in enumerate(whole):
+        halves = cut[2 * k : 2 * k + 2]
+        for name in ("images", "noise", "timesteps"):
+            parts = [getattr(half, name) for half in halves]
+            assert torch.equal(torch.cat(parts), getattr(batch, name)), name
+
+
 def test_distillation_adds_to_the_loss_in_both_stages():
     runs = {
         name: start(gradflow(steps=2), training(recover_steps=1, distill=output, **features))

@@ -61,18 +61,28 @@ def mean_gradient(
 
     Each process has its own, equally large, share of every batch.
     """
-    names, leaves = list(parameters), list(parameters.values())
-    total = [torch.zeros_like(p) for p in leaves]
+    leaves = list(parameters.values())
+    total = _sums(parameters)
     value = 0.0
     for batch in batches:
         current = loss(batch)
         gradients = torch.autograd.grad(current, leaves, allow_unused=True)
         value += current.item() / len(batches)
-        for sum_, gradient in zip(total, gradients, strict=True):
+        for sum_, gradient in zip(total.values(), gradients, strict=True):
             if gradient is not None:
-                sum_ += gradient / len(batches)
-    averaged = distributed.mean(dict(zip(names, total, strict=True)))
-    return averaged, distributed.mean_value(value, leaves[0].device)
+                sum_ += gradient
+    return _mean(total, parameters, len(batches)), distributed.mean_value(value, leaves[0].device)
+
+
+def _sums(parameters: Tensors) -> Tensors:
+    """Zeros to add to: in float64, so that the order of batches and processes leaves no trace."""
+    return {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+
+
+def _mean(total: Tensors, parameters: Tensors, count: int) -> Tensors:
+    """Sums of ``count`` terms on each process, averaged and rounded to the parameters' dtype."""
+    averaged = distributed.mean({name: sum_ / count for name, sum_ in total.items()})
+    return {name: averaged[name].to(p.dtype) for name, p in parameters.items()}
 
 
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:
@@ -117,7 +127,7 @@ def exact_hvp(
 ) -> Tensors:
     """Hessian-vector product by double backward: the reference of :func:`finite_hvp`."""
     names, leaves = list(parameters), list(parameters.values())
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = _sums(parameters)
     # fused attention has no second derivative
     with sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
@@ -129,8 +139,8 @@ def exact_hvp(
             second = torch.autograd.grad(product, leaves, allow_unused=True)
             for name, value in zip(names, second, strict=True):
                 if value is not None:
-                    total[name] += value / len(batches)
-    return distributed.mean(total)
+                    total[name] += value
+    return _mean(total, parameters, len(batches))
 
 
 def per_unit(
@@ -244,7 +254,13 @@ def raw_scores(
 
 
 def diff_pruning_scores(
-    soft: SoftUNet, scheduler, batches: Sequence[Batch], *, threshold: float, timesteps: int = 50
+    soft: SoftUNet,
+    scheduler,
+    batches: Sequence[Batch],
+    *,
+    threshold: float,
+    parts: int = 1,
+    timesteps: int = 50,
 ) -> torch.Tensor:
     """Keep-scores of Diff-Pruning (Fang et al., NeurIPS 2023, arXiv 2305.10924).
 
@@ -255,6 +271,7 @@ def diff_pruning_scores(
     ----------
     batches : their images and noise are used at every timestep.
     threshold : 0 takes all timesteps; 0.05 is the paper's default on CIFAR-10.
+    parts : how many consecutive batches make up the minibatch of one timestep.
     timesteps : how many evenly spaced timesteps are looked at (the paper walks all; our choice).
     """
     parameters = dict(soft.unet.named_parameters())
@@ -267,9 +284,12 @@ def diff_pruning_scores(
         with full_precision():
             for k in range(timesteps):
                 t = min(length - 1, round(k * length / timesteps))
-                batch = batches[k % len(batches)]
-                batch = batch._replace(timesteps=torch.full_like(batch.timesteps, t))
-                gradient, value = mean_gradient(loss, parameters, [batch])
+                first = k * parts % len(batches)
+                at_once = [
+                    batch._replace(timesteps=torch.full_like(batch.timesteps, t))
+                    for batch in batches[first : first + parts]
+                ]
+                gradient, value = mean_gradient(loss, parameters, at_once)
                 losses.append(value)
                 gradients.append(gradient)
     finally:

@@ -77,7 +77,7 @@ class MaskMover:
     method : the knobs.
     layout : where each unit acts.
     scheduler : for the criterion's loss.
-    batches : gives the minibatches of estimate number k.
+    batches : gives the minibatches of estimate number k, each whole or in equally many parts.
     step_rate : learning rate of the training, the unit of ``lookahead``'s horizon.
     seed : of the random criterion.
     device : where the mask lives.
@@ -223,7 +223,11 @@ class MaskMover:
         method = self.method
         if method.criterion == "diff_pruning":
             return scoring.diff_pruning_scores(
-                soft, self.scheduler, batches, threshold=method.threshold
+                soft,
+                self.scheduler,
+                batches,
+                threshold=method.threshold,
+                parts=len(batches) // method.criterion_batches,
             )
         return scoring.raw_scores(
             soft,

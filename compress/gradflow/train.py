@@ -399,7 +399,10 @@ class PruningRun:
         )
 
     def _criterion_batches(self, number: int) -> list[Batch]:
-        """Our share of the minibatches of estimate ``number``, a function of (seed, number)."""
+        """Our share of the minibatches of estimate ``number``, a function of (seed, number).
+
+        In the parts of gradient accumulation: what fits into memory there fits here.
+        """
         seed = self.training.seed + 7919
         count = self.method.criterion_batches
         process, batch = self.accelerator.process_index, self.training.batch
@@ -412,15 +415,15 @@ class PruningRun:
             process,
             self.accelerator.num_processes,
         )
-        return [
-            self._batch(
-                examples._replace(images=examples.images.to(self.device)),
-                seed,
-                step,
-                process * len(examples.images),
-            )
-            for step, examples in enumerate(self._loader(sampler), start=number * count)
-        ]
+        parts = []
+        for step, examples in enumerate(self._loader(sampler), start=number * count):
+            first = process * len(examples.images)
+            images = examples.images.to(self.device)
+            chunks = examples._replace(images=images).chunk(self.training.gradient_accumulation)
+            for chunk in chunks:
+                parts.append(self._batch(chunk, seed, step, first))
+                first += len(chunk.images)
+        return parts
 
     def _held_out(self, count: int) -> Examples:
         pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
