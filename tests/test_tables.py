@@ -438,12 +438,21 @@ def test_runs_on_several_processes_are_compared_by_masks_and_weights(tmp_path):
 def test_the_table_of_processes_shows_its_rows(tmp_path):
     results = tmp_path / "rows.jsonl"
     assert "No rows yet" in process_experiments.render_table(results)
-    first = finished(tmp_path / "first")
-    row = process_experiments.make_row(finished(tmp_path / "far", last=0.0, weight=2.0), first)
+    one, alike = finished(tmp_path / "one"), finished(tmp_path / "alike", soft=0.25, weight=0.5)
+    far = finished(tmp_path / "far", last=0.0, weight=2.0)
+    row = process_experiments.make_row(far, 3, one, alike)
     tables.append_row(process_experiments.results_file(results), row)
     [line] = cells(process_experiments.render_table(results).split("\n\n")[0])
-    assert line[0] == "2" and line[-3:] == ["0.0e+00", "NO", "2.0e+00"]
-    assert line[1] == "0.25 [0.12, 0.50]" and line[2] == "250.00 [125.00, 500.00]"
+    assert line[:2] == ["2", "3"]
+    assert line[2] == "0.25 [0.12, 0.50]" and line[3] == "250.00 [125.00, 500.00]"
+    assert line[-5:] == ["NO", "0.0e+00", "2.0e+00", "2.5e-01", "1.5e+00"]
+
+
+def test_every_run_of_the_table_of_processes_comes_after_those_that_it_is_compared_with():
+    done = set()
+    for processes, parts in process_experiments.CELLS:
+        done.add((processes, parts))
+        assert {(1, 1), (1, processes * parts)} <= done
 
 
 def test_the_table_of_processes_in_the_readme_is_generated_from_the_rows():
