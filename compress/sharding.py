@@ -94,7 +94,7 @@ def gathered(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[
     found = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            tensor = tensor.detach().full_tensor()
+            tensor = tensor.full_tensor().detach()
             tensor = tensor.cpu() if keep else tensor
         if keep:
             found[name] = tensor
