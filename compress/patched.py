@@ -92,12 +92,14 @@ def _save_dense(model: Any, processor: Any, temporary: Path, folder: Path) -> No
 def load_patched(folder: Path, dtype: Any = None) -> tuple[Any, Any, Applied]:
     """The model of a checkpoint with its methods applied, its processor, and what applies them.
 
+    Of any family: where it has no adapter the methods try the model on its first prompt, or refuse.
+
     Raises
     ------
     ValueError, FileNotFoundError : naming the file that is damaged or missing, or a base model that
         is not the one that the checkpoint refers to.
     """
-    model, processor, methods = _read(folder, dtype)
+    model, processor, methods = _read(folder, dtype, adapter=False)
     return model, processor, Applied(model, methods)
 
 
@@ -118,7 +120,7 @@ def load_reader(model: str | Path, dtype: Any = None) -> tuple[Any, Any, tuple[R
 
     folder = model_folder(model)
     if _patched_facts(folder) is not None:
-        return _read(folder, dtype)
+        return _read(folder, dtype, adapter=True)
     return *load_vlm(folder, dtype or torch.float32), ()
 
 
@@ -158,7 +160,7 @@ def _patched_facts(folder: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and facts.get("kind") == "patched" else None
 
 
-def _read(folder: Path, dtype: Any) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
+def _read(folder: Path, dtype: Any, *, adapter: bool) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
     import torch
 
     facts = verify(folder)
@@ -170,7 +172,7 @@ def _read(folder: Path, dtype: Any) -> tuple[Any, Any, tuple[RuntimeMethod, ...]
                 f"{folder} refers to {base} with hash {facts['weights']['hash'][:12]}; what is "
                 f"there now has {found[:12]}; restore that version, or save a copy of the weights"
             )
-    model, processor = load_vlm(base, dtype or torch.float32)
+    model, processor = load_vlm(base, dtype or torch.float32, adapter=adapter)
     methods = (_ADAPTER.validate_json(json.dumps(method)) for method in facts["methods"])
     return model, processor, tuple(methods)
 

@@ -33,6 +33,7 @@ from compress.models.visual import (
     text_model,
     visual_layouts,
 )
+from compress.patched import load_reader
 
 # transformers' GLM processor hands tensors to numpy.array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -954,6 +955,25 @@ def test_a_family_that_fails_is_refused_by_its_first_answer():
         model.generate(**words, max_new_tokens=2)
     after = _write(model, inputs)
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+def test_a_checkpoint_of_a_family_that_nobody_tried_is_read_back(tmp_path):
+    model, inputs = _qwen2_vl()
+    _, processor = _model("qwen2_5_vl")
+    dense = _write(model, inputs)[1]
+    method = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0)
+    with compress.apply(model, method) as applied:
+        expected = _write(model, inputs)
+        applied.save(tmp_path / "patched", processor)
+    loaded = compress.load(tmp_path / "patched")
+    assert type(loaded) is Qwen2VLForConditionalGeneration
+    loaded.generation_config.eos_token_id = None
+    found = _write(loaded, inputs)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not torch.allclose(found[1], dense)
+    # whoever has no prompt for it says so before the weights are read
+    with pytest.raises(ValueError, match="unknown architecture .model_type='qwen2_vl'"):
+        load_reader(tmp_path / "patched")
 
 
 def test_a_loop_of_one_s_own_waits_for_the_preflight():

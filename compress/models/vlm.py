@@ -17,6 +17,7 @@ from transformers import (
     UnlimitedOcrForConditionalGeneration,
     UnlimitedOcrProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from compress.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
@@ -35,7 +36,9 @@ FILES = [
 ]
 
 
-def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_vlm(
+    model: str | Path, dtype: torch.dtype = torch.float32, *, adapter: bool = True
+) -> tuple[Any, Any]:
     """Load a model and its processor.
 
     Parameters
@@ -43,6 +46,8 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
     model : ``builtin:NAME``, a folder in transformers' layout or in that of
         `deepseek-ai/DeepSeek-OCR`, or a hub id.
     dtype : of the parameters.
+    adapter : whether a family without one is refused: nobody can build its prompts but its own
+        processor. False takes what transformers has as an image-text-to-text model.
 
     Raises
     ------
@@ -70,7 +75,7 @@ def load_vlm(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any
             UnlimitedOcrForConditionalGeneration, folder, dtype, UnlimitedOcrConfig(**settings)
         )
         return network, load_processor_of(folder)
-    if kind not in ADAPTERS:
+    if kind not in ADAPTERS and (adapter or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         raise ValueError(
             f"{folder / 'config.json'} has an unknown architecture (model_type={kind!r}, "
             f"architectures={architectures}); known are {', '.join(ADAPTERS)}, and "
