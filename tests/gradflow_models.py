@@ -85,9 +85,15 @@ CONDITION_CONFIGS = {
     "ldm": (SD | {"in_channels": 3, "out_channels": 3, "freq_shift": 1}, (12, 16, 16)),
     "labels": (SD | {"num_class_embeds": 5}, (8, 16, 16)),
     "timestep_labels": (SD | {"class_embed_type": "timestep"}, (8, 16, 16)),
+    "identity_labels": (SD | {"class_embed_type": "identity"}, (8, 16, 16)),
+    "projected_labels": (
+        SD | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
+        (8, 16, 16),
+    ),
     "scale_shift": (SD | {"resnet_time_scale_shift": "scale_shift"}, (8, 16, 16)),
     "only_cross": (SD | {"only_cross_attention": True}, (8, 24, 24)),
     "plain_middle": (SD | {"mid_block_type": "UNetMidBlock2D"}, (8, 24, 24)),
+    "no_middle": (SD | {"mid_block_type": None}, (8, 24, 24)),
 }
 CIFAR = {
     "sample_size": 32,

@@ -17,6 +17,12 @@ class _Old(nn.Module):
     def forward(self, input_ids=None, past_key_values=None, **kwargs): ...
 
 
+class _Both(nn.Module):
+    """As transformers that takes the old name with a warning might have it."""
+
+    def forward(self, input_ids=None, past_key_values=None, cache=None): ...
+
+
 class _Wrapped(nn.Module):
     """As transformers decorates its models: what it wraps has the names."""
 
@@ -33,6 +39,7 @@ class _Silent(nn.Module):
     [
         (_New, "cache"),
         (_Old, "past_key_values"),
+        (_Both, "cache"),
         (_Wrapped, "cache"),
         (_Silent, "past_key_values"),
     ],
@@ -50,3 +57,18 @@ def test_the_cache_is_found_in_a_call_and_in_an_output():
     (name,) = fields & {"cache", "past_key_values"}
     assert cache_in(BaseModelOutputWithPast(**{name: cache})) is cache
     assert cache_in(BaseModelOutputWithPast()) is None
+
+
+class _Renamed(dict):
+    """An output that minds being asked for the old name, as those of transformers 5.24."""
+
+    def get(self, name, default=None):
+        raise FutureWarning(f"{name} is called cache now")
+
+    __contains__ = __getitem__ = get
+
+
+def test_an_output_is_not_asked_for_the_old_name():
+    cache = DynamicCache()
+    assert cache_in(_Renamed(logits=1, cache=cache)) is cache
+    assert cache_in(_Renamed(logits=1)) is None

@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GELU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.cost import unet_cost, unet_inputs
 from compress.gradflow import surgery
 from compress.gradflow.condition import whole_heads
-from compress.gradflow.groups import dense_widths, find_groups
+from compress.gradflow.groups import dense_widths, find_groups, level_of
 from compress.gradflow.layout import build_layout
 from compress.gradflow.masks import SoftUNet
 from compress.gradflow.widths import MacModel, choose_widths, legal_widths
 
 TOLERANCE = 1e-5
+PROJECTED = {"projection_class_embeddings_input_dim": 10}
+CONCAT = {"class_embeddings_concat": True}
 NAMES = [
     "sd1",
     "sd2",
@@ -25,9 +28,12 @@ NAMES = [
     "ldm",
     "labels",
     "timestep_labels",
+    "identity_labels",
+    "projected_labels",
     "scale_shift",
     "only_cross",
     "plain_middle",
+    "no_middle",
 ]
 
 
@@ -84,6 +90,27 @@ def test_masked_is_dense_at_ones_and_slim_when_binary(models, name, tmp_path):
         predicted = UNet2DConditionModel.from_config(surgery.slim_config(unet, layout))
     assert unet_cost(predicted) == unet_cost(slim)
     assert MacModel(unet, groups)(np.array([layout.widths]))[0] == unet_cost(slim).macs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_stand_in_the_models_order_and_share_no_place(models, name):
+    unet, groups, _ = prepared(models, name)
+    levels = len(unet.down_blocks)
+    order = [module for module, _ in unet.named_modules()]
+    assert [group.name for group in groups] == sorted((g.name for g in groups), key=order.index)
+    seen = set()
+    for group in groups:
+        producers = [slot.module for slot in group.slots if slot.side == "out"]
+        assert group.name == producers[0]
+        # levels of equal width are tied where no shortcut lies between them
+        assert group.level == min(level_of(producer, levels) for producer in producers)
+        places = [(slot.module, slot.side) for slot in group.slots]
+        assert len(set(places)) == len(places)
+        for slot in group.slots:
+            assert list(slot.positions) == sorted(slot.positions)
+            held = {(slot.module, slot.side, position) for position in slot.positions}
+            assert len(held) == len(slot.positions) and not held & seen
+            seen |= held
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
@@ -157,9 +184,21 @@ def test_chosen_widths_keep_what_was_asked(models):
             {"down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D")},
             "has SimpleCrossAttnDownBlock2D",
         ),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "has UNetMidBlock2DSimpleCrossAttn"),
+        (
+            {"up_block_types": ("SimpleCrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D")},
+            "has SimpleCrossAttnUpBlock2D",
+        ),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type"),
+        ({"class_embed_type": "simple_projection", **PROJECTED}, "class_embed_type"),
+        ({"class_embed_type": "projection", **PROJECTED, **CONCAT}, "class_embeddings_concat"),
+        ({"addition_embed_type": "text"}, "addition_embed_type"),
         ({"attention_type": "gated"}, "attention_type"),
         ({"encoder_hid_dim": 6}, "encoder_hid_dim_type"),
+        ({"cross_attention_norm": "layer_norm"}, "cross_attention_norm"),
         ({"dual_cross_attention": True}, "dual_cross_attention"),
+        ({"time_cond_proj_dim": 6}, "time_cond_proj_dim"),
+        ({"cross_attention_dim": (12, 12, 12)}, r"one cross_attention_dim.*has \(12, 12, 12\)"),
         ({"attention_head_dim": 3}, "attention_head_dim=3"),
         ({"sample_size": None}, "sample_size"),
     ],
@@ -167,3 +206,15 @@ def test_chosen_widths_keep_what_was_asked(models):
 def test_what_is_not_supported_is_refused_by_name(models, changes, message):
     with pytest.raises(ValueError, match=message):
         find_groups(models.build_condition("sd1", **changes))
+
+
+def test_layers_that_no_config_asks_for_are_refused_by_name(models):
+    unet = models.build_condition("sd1")
+    forward = unet.mid_block.attentions[0].transformer_blocks[0].ff
+    forward.net[0] = GELU(32, 128)
+    with pytest.raises(ValueError, match="GEGLU feed-forwards; mid_block.*ff has GELU"):
+        find_groups(unet)
+    unet = models.build_condition("sd1")
+    unet.up_blocks[0].resnets[1].conv_shortcut = None
+    with pytest.raises(ValueError, match="concatenation; up_blocks.0.resnets.1 has none"):
+        find_groups(unet)

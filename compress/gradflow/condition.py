@@ -54,6 +54,11 @@ def check_condition_unet(unet: UNet2DConditionModel) -> None:
                 f"gradflow expects {option} in {list(known)}; this UNet's config has "
                 f"{unet.config[option]!r}; choose a model with a supported value"
             )
+    if not isinstance(unet.config.cross_attention_dim, int):
+        raise ValueError(
+            "gradflow expects one cross_attention_dim for all levels; this UNet's config has "
+            f"{unet.config.cross_attention_dim!r}; choose a model with one"
+        )
     for name, module in unet.named_modules():
         if isinstance(module, Transformer2DModel) and module.inner_dim != module.in_channels:
             raise ValueError(
@@ -187,12 +192,11 @@ class _Walk:
         stream.add(f"{name}.norm", "norm")
         stream.add(f"{name}.proj_in", "in")
         inner = self._stream(f"{name}.proj_in")
-        for k, block in enumerate(self.modules[name].transformer_blocks):
+        for k, _ in enumerate(self.modules[name].transformer_blocks):
             prefix = f"{name}.transformer_blocks.{k}"
             for norm, attention in (("norm1", "attn1"), ("norm2", "attn2")):
-                if getattr(block, attention, None) is not None:
-                    inner.add(f"{prefix}.{norm}", "norm")
-                    self._heads(f"{prefix}.{attention}", inner)
+                inner.add(f"{prefix}.{norm}", "norm")
+                self._heads(f"{prefix}.{attention}", inner)
             inner.add(f"{prefix}.norm3", "norm")
             self._feed_forward(f"{prefix}.ff", inner)
         inner.add(f"{name}.proj_out", "in")
@@ -240,7 +244,7 @@ def _merged(slots: Iterable[Slot]) -> tuple[Slot, ...]:
         found = places.setdefault((slot.module, slot.side), {})
         found.update(zip(slot.positions, slot.channels, strict=True))
     return tuple(
-        Slot(module, side, tuple(sorted(found)), tuple(found[p] for p in sorted(found)))
+        Slot(module, side, tuple(found), tuple(found.values()))
         for (module, side), found in places.items()
     )
 
