@@ -87,7 +87,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    os.environ.update(launch.adopt_slurm(os.environ))
 
 
 @app.command()

@@ -43,13 +43,12 @@ def speaks() -> bool:
 
 
 def wanted(processes: int) -> bool:
-    """Whether this process must start that many others; first looks at who started this one.
+    """Whether this process must start that many others.
 
     Raises
     ------
     ValueError : when a launcher started another number.
     """
-    os.environ.update(adopt_slurm(os.environ))
     if launched() and processes not in (1, int(os.environ["WORLD_SIZE"])):
         raise ValueError(
             f"a launcher started {os.environ['WORLD_SIZE']} processes, but --processes is "
@@ -63,8 +62,8 @@ def adopt_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
     The main process's machine is the first of the step's node list, unless MASTER_ADDR names
     another; the port is a function of the job's number. Empty outside of a step of several tasks,
-    and where torch's own variables are set already. Written after SLURM's manual; not tried on a
-    cluster yet.
+    and where torch's own variables are set already. Before torch is imported, since that is when
+    it reads how many threads it may use. Written after SLURM's manual; not tried on a cluster yet.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "WORLD_SIZE" in environment or int(tasks) < 2:
@@ -79,6 +78,12 @@ def adopt_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "MASTER_ADDR": environment.get("MASTER_ADDR", host),
         "MASTER_PORT": environment.get("MASTER_PORT", str(20_000 + number % 20_000)),
+        # as many as srun gives a task; accelerate would take the whole machine's for each
+        "OMP_NUM_THREADS": environment.get(
+            "OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1")
+        ),
+        # a task may see one GPU, whose number is 0: accelerate would look for LOCAL_RANK's
+        "ACCELERATE_BYPASS_DEVICE_MAP": "true",
     }
 
 

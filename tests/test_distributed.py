@@ -49,6 +49,7 @@ torch.set_num_threads(1)
 job = json.loads(Path(sys.argv[1]).read_text())
 root = Path(job["folder"])
 MESSAGES = {}
+FLOAT = torch.Tensor.float
 
 
 def unet(**changes):
@@ -86,10 +87,10 @@ def prune(name, folder=None, stop=None, resume=False):
     if "parts" in scenario:
         # micro-batches of the same size on any number of processes
         training["gradient_accumulation"] = scenario["parts"] // distributed.processes()
-    if scenario.get("double"):
-        # the last scenario of its job: nothing is set back
-        torch.set_default_dtype(torch.float64)
-        torch.Tensor.float = torch.Tensor.double
+    double = "double" in scenario
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    # what training raises to float32 shall not be lowered to it
+    torch.Tensor.float = torch.Tensor.double if double else FLOAT
     images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
     run = PruningRun(
@@ -519,6 +520,8 @@ def test_a_task_of_srun_finds_its_partners(nodes, host):
         "LOCAL_RANK": "1",
         "MASTER_ADDR": host,
         "MASTER_PORT": "30003",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_BYPASS_DEVICE_MAP": "true",
     }
 
 
@@ -531,6 +534,12 @@ def test_slurm_is_left_alone_where_there_is_nothing_to_share():
     assert adopt_slurm(SLURM | {"WORLD_SIZE": "2"}) == {}
     given = SLURM | {"MASTER_ADDR": "here", "MASTER_PORT": "1", "SLURM_STEP_NODELIST": "n[1-4]"}
     assert (adopt_slurm(given)["MASTER_ADDR"], adopt_slurm(given)["MASTER_PORT"]) == ("here", "1")
+
+
+def test_a_task_of_srun_uses_the_cores_that_it_was_given():
+    assert adopt_slurm(SLURM | {"SLURM_CPUS_PER_TASK": "6"})["OMP_NUM_THREADS"] == "6"
+    given = SLURM | {"SLURM_CPUS_PER_TASK": "6", "OMP_NUM_THREADS": "3"}
+    assert adopt_slurm(given)["OMP_NUM_THREADS"] == "3"
 
 
 def test_who_starts_and_who_speaks(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,41 @@ def test_every_launcher_gives_the_run_of_one_process(place, alone, way):
     assert json.loads(done.stdout)["run"]["processes"] == 2
     assert done.stderr.count("flow  8/8") == done.stderr.count("checkpoint in") == 1
     same(alone, place / way)
+
+
+def free_port() -> int:
+    """One of the ports that a step of SLURM may get."""
+    for port in range(20_000 + os.getpid() % 10_000, 40_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)):
+                return port
+    raise LookupError("no free port")
+
+
+@pytest.mark.slow
+def test_the_tasks_of_srun_give_the_run_of_one_process(place, alone):
+    # what SLURM tells each task; nobody says how many threads it may use
+    step = {name: x for name, x in environment(place, "srun").items() if name != "OMP_NUM_THREADS"}
+    step |= {"SLURM_JOB_ID": str(free_port() - 20_000), "SLURM_STEP_ID": "0"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [
+        subprocess.Popen(
+            [*COMMAND, "run", "short.yaml", "--output", "srun", "--json"],
+            cwd=place,
+            env=step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in (0, 1)
+    ]
+    said = [task.communicate(timeout=900) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    facts = json.loads(said[0][0])["run"]
+    assert (facts["processes"], facts["threads"]) == (2, 1)
+    # one process speaks
+    assert said[1] == ("", "") and said[0][1].count("checkpoint in") == 1
+    same(alone, place / "srun")
 
 
 def child_of(launcher: int, rank: int) -> int:
