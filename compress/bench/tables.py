@@ -108,6 +108,10 @@ def _markdown(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], 
     return f"{cell_table(rows, columns)}\n\n{note}"
 
 
+def _sorted(rows: Sequence[Row], *sizes: str) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["device"], *(row["shape"][size] for size in sizes)))
+
+
 def _ms(way: str) -> Callable[[Row], str]:
     return lambda row: interval(row["ms"][way]) if way in row["ms"] else "–"
 
@@ -164,7 +168,7 @@ def _rtprune(rows: Sequence[Row]) -> str:
         return f"{spent / row['ms']['rtprune']['median']:.1%}"
 
     return _markdown(
-        rows,
+        _sorted(rows, "model", "mode", "batch"),
         {
             "device": _where,
             "model": model,
@@ -187,13 +191,8 @@ def _rtprune(rows: Sequence[Row]) -> str:
     )
 
 
-def _size(row: Row) -> tuple[Any, ...]:
-    shape = row["shape"]
-    return row["device"], *(shape[key] for key in ("model", "dtype", "visual", "batch"))
-
-
 def _fastocr(rows: Sequence[Row]) -> str:
-    rows = sorted(rows, key=_size)
+    rows = _sorted(rows, "model", "dtype", "visual", "batch")
     attention = [row for row in rows if row["part"] == "attention"]
     whole = [row for row in rows if row["part"] == "end_to_end"]
     common: dict[str, Callable[[Row], str]] = {
