@@ -33,6 +33,7 @@ from compress.models.visual import (
     text_model,
     visual_layouts,
 )
+from compress.models.vlm import load_vlm
 from compress.patched import load_reader
 
 # transformers' GLM processor hands tensors to numpy.array
@@ -974,6 +975,10 @@ def test_a_checkpoint_of_a_family_that_nobody_tried_is_read_back(tmp_path):
     # whoever has no prompt for it says so before the weights are read
     with pytest.raises(ValueError, match="unknown architecture .model_type='qwen2_vl'"):
         load_reader(tmp_path / "patched")
+    config = json.loads((tmp_path / "patched" / "config.json").read_text())
+    (tmp_path / "patched" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(ValueError, match="unknown architecture .model_type='llama'"):
+        load_vlm(tmp_path / "patched", adapter=False)
 
 
 def test_a_loop_of_one_s_own_waits_for_the_preflight():
