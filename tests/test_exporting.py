@@ -72,17 +72,7 @@ def draw(pipeline):
     return np.asarray(pipeline(**options, output_type="np").images)
 """
 STRANGER = (
-    """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "compress":
-            raise ImportError(f"{name} is not here")
-
-sys.meta_path.insert(0, Absent())
-"""
-    + DRAW
+    DRAW
     + """
 from pathlib import Path
 from diffusers import DiffusionPipeline
@@ -190,7 +180,8 @@ def made(models, pipelines, tmp_path_factory):
         pipeline.register_modules(unet=slim)
         save_slim(pipeline, folder / "slim" / name, {"base_model": name}, source=source)
         found[name] = (source, dense, slim, dense_images, masked_images, method)
-    command = [sys.executable, "-P", "-W", "ignore", "-c", STRANGER, str(folder / "slim"), *NAMES]
+    script = pipelines.NO_COMPRESS + STRANGER
+    command = [sys.executable, "-P", "-W", "ignore", "-c", script, str(folder / "slim"), *NAMES]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "slim", found, np.load(folder / "slim" / "images.npz")

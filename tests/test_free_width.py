@@ -37,19 +37,7 @@ def draw(pipeline):
     return pipeline(batch_size=2, num_inference_steps=3, generator=seed, output_type="np").images
 """
 STRANGER = (
-    """
-import sys
-
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "compress":
-            raise ImportError(f"{name} is not here")
-
-
-sys.meta_path.insert(0, Absent())
-"""
-    + DRAW
+    DRAW
     + """
 import numpy as np
 from diffusers import DDPMPipeline
@@ -171,12 +159,13 @@ def test_the_card_says_how_diffusers_loads_it(folder):
 
 
 def test_plain_diffusers_draws_the_same_bit_for_bit_without_this_package(
-    pipeline, folder, tmp_path
+    pipeline, folder, pipelines, tmp_path
 ):
+    script = pipelines.NO_COMPRESS + STRANGER
     images = tmp_path / "images.npy"
     threads = str(torch.get_num_threads())  # with others, sums are split in another way
     done = subprocess.run(
-        [sys.executable, "-P", "-c", STRANGER, str(folder), str(images), threads],
+        [sys.executable, "-P", "-c", script, str(folder), str(images), threads],
         capture_output=True,
         text=True,
         cwd=tmp_path,

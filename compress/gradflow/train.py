@@ -111,11 +111,10 @@ class PruningRun:
     """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`, on one process or several.
 
     All processes hold the same masks and scores, and the same weights or, with FSDP, a part of
-    each; every one has its share of every batch; gradients, those of the criterion too, are
-    averaged. Batches, noise, timesteps and flips are
-    functions of (seed, step, sample), so the number of processes changes rounding only; dropout
-    draws by (seed, step, process). Checksums are compared whenever the mask moves, after surgery
-    and before each state.
+    each. Every one has its share of every batch; gradients, those of the criterion too, are
+    averaged. Batches, noise, timesteps and flips are functions of (seed, step, sample), so the
+    number of processes changes rounding only; dropout draws by (seed, step, process). Checksums are
+    compared whenever the mask moves, after surgery and before each state.
 
     Parameters
     ----------
