@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -54,6 +55,27 @@ def gather_in_float32(accelerator: Accelerator) -> None:
     """
     if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def check_blocks(accelerator: Accelerator, unet: torch.nn.Module) -> None:
+    """Raise ValueError where the configuration wraps blocks that a UNet does not have.
+
+    accelerate would find out after the flow, when it wraps the slim one.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+        return
+    asked = plugin.transformer_cls_names_to_wrap or getattr(unet, "_no_split_modules", None) or []
+    there = {type(module).__name__ for module in unet.modules()}
+    absent = sorted(set(asked) - there)
+    if absent:
+        blocks = sorted(name for name in there if "Block" in name)
+        raise ValueError(
+            "expected fsdp_transformer_layer_cls_to_wrap to name blocks of the UNet, which are "
+            f"{', '.join(blocks)}; got {', '.join(absent)}; remove what is not there"
+        )
 
 
 @contextlib.contextmanager

@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from compress import distributed, sharding
@@ -495,6 +498,24 @@ def test_ways_to_cut_weights_that_pruning_cannot_follow_are_refused(
 
 def test_weights_cut_on_gpus_without_more_are_welcome():
     sharding.check(FullyShardedDataParallelPlugin(fsdp_version=2), "cuda:1")
+
+
+@pytest.mark.parametrize("policy", ["transformer_based_wrap", "no_wrap"])
+@pytest.mark.parametrize("cuts", [True, False])
+def test_blocks_that_a_unet_lacks_are_refused_before_the_flow(models, policy, cuts):
+    unet = UNet2DModel(**models.TWO_LEVELS)
+
+    def check(*blocks):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy=policy, transformer_cls_names_to_wrap=blocks
+        )
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        sharding.check_blocks(SimpleNamespace(is_fsdp2=cuts, state=state), unet)
+
+    check("ResnetBlock2D", "AttnDownBlock2D")
+    wrong = pytest.raises(ValueError, match=r"ResnetBlock2D, .*; got BasicTransformerBlock; remove")
+    with wrong if cuts and policy == "transformer_based_wrap" else nullcontext():
+        check("ResnetBlock2D", "BasicTransformerBlock")
 
 
 SLURM = {

@@ -159,6 +159,7 @@ class PruningRun:
         )
         training.check_batch(self.accelerator.num_processes)
         sharding.gather_in_float32(self.accelerator)
+        sharding.check_blocks(self.accelerator, unet)
         self.device = self.accelerator.device
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
