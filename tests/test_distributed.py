@@ -308,14 +308,15 @@ def losses(folder, name):
     return [row["loss"] for row in rows if row["stage"] in ("flow", "recover")]
 
 
-def same(folder, name):
-    one, two = pair(folder, name)
+def same(folder, name, other=None):
+    other = other or f"{name} x2"
+    one, two = pair(folder, name, other)
     assert torch.equal(one["kept"], two["kept"]) and 0 < one["kept"].mean() < 1
     assert (one["trace/masks"] - two["trace/masks"]).abs().max() <= 1e-5
     assert torch.equal(one["trace/masks"][-1], two["trace/masks"][-1])
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-4)
-    found = [losses(folder, f"{name} x{n}") for n in (1, 2)]
+    found = [losses(folder, run) for run in (f"{name} x1", other)]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
@@ -329,21 +330,12 @@ def test_so_they_do_with_every_criterion_and_way_to_train(slowly_driven, name):
     same(slowly_driven, name)
 
 
-def same_as_whole(folder, name, cut):
-    one, two = pair(folder, name, cut)
-    assert torch.equal(one["kept"], two["kept"])
-    assert (one["trace/masks"] - two["trace/masks"]).abs().max() <= 1e-5
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-4)
-    assert losses(folder, f"{name} x1") == pytest.approx(losses(folder, cut), abs=1e-5)
-
-
 def facts(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
 def test_processes_that_cut_the_weights_keep_what_one_keeps(driven):
-    same_as_whole(driven, "soft", "cut x2")
+    same(driven, "soft", "cut x2")
     found, whole = facts(driven, "cut x2"), facts(driven, "soft x2")
     # the whole, eight resnets, and the last norm, which accelerate cuts out by itself
     assert found["units"] == 10 and whole["units"] == whole["ema"]["cut"] == 0
@@ -355,7 +347,7 @@ def test_processes_that_cut_the_weights_keep_what_one_keeps(driven):
 
 
 def test_a_whole_run_goes_on_with_cut_weights_and_again(driven):
-    same_as_whole(driven, "soft", "resumed cut")
+    same(driven, "soft", "resumed cut")
 
 
 def test_equal_micro_batches_give_equal_bits(driven):
@@ -396,7 +388,7 @@ def test_soft_masks_are_really_soft(driven):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flow", "one-shot"])
 def test_so_do_cut_weights(slowly_driven, name):
-    same_as_whole(slowly_driven, name, f"cut {name} x2")
+    same(slowly_driven, name, f"cut {name} x2")
 
 
 @pytest.mark.slow
@@ -497,7 +489,8 @@ def test_ways_to_cut_weights_that_pruning_cannot_follow_are_refused(
 
 
 def test_weights_cut_on_gpus_without_more_are_welcome():
-    sharding.check(FullyShardedDataParallelPlugin(fsdp_version=2), "cuda:1")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    assert sharding.check(plugin, "cuda:1") is None
 
 
 @pytest.mark.parametrize("policy", ["transformer_based_wrap", "no_wrap"])

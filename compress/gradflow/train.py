@@ -255,16 +255,14 @@ class PruningRun:
         torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        first = process * len(examples.images)
         images = examples.images.to(self.device)
         if self.training.flip:
+            first = process * len(images)
             images = flipped(images, self.training.seed, self.step, first)
-        chunks = examples._replace(images=images).chunk(self.training.gradient_accumulation)
+        examples = examples._replace(images=images)
         total = 0.0
-        for chunk in chunks:
+        for batch in self._micro_batches(examples, self.training.seed, self.step):
             with self.accelerator.accumulate(self.model):
-                batch = self._batch(chunk, self.training.seed, self.step, first)
-                first += len(chunk.images)
                 noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
                 with self.teacher.watch(self._unet()) as features:
                     predicted = _predicted(
@@ -279,7 +277,7 @@ class PruningRun:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                total += loss.item() / len(chunks)
+                total += loss.item() / self.training.gradient_accumulation
         return distributed.mean_value(total, self.device)
 
     # ---- binarisation and surgery -----------------------------------------------------------
@@ -363,17 +361,20 @@ class PruningRun:
         cosine = 0.5 * (1 + math.cos(math.pi * after))
         return self.training.lr * min(1.0, (step + 1) / WARM_UP) * cosine
 
-    def _batch(self, examples: Examples, seed: int, step: int, first: int) -> Batch:
-        """Our share of a global batch; ``first`` is the index of its first sample."""
-        return self.inputs.batch(
-            examples,
-            self.scheduler.config.num_train_timesteps,
-            seed,
-            step,
-            first,
-            self.training.batch,
-            dropout=self.training.condition_dropout,
-        )
+    def _micro_batches(self, examples: Examples, seed: int, step: int) -> Iterator[Batch]:
+        """Our share of a global batch, in the parts of gradient accumulation."""
+        first = self.accelerator.process_index * len(examples.images)
+        for part in examples.chunk(self.training.gradient_accumulation):
+            yield self.inputs.batch(
+                part,
+                self.scheduler.config.num_train_timesteps,
+                seed,
+                step,
+                first,
+                self.training.batch,
+                dropout=self.training.condition_dropout,
+            )
+            first += len(part.images)
 
     def _batches(self, start: int, stop: int) -> Iterator[Examples]:
         sampler = StepSampler(
@@ -405,25 +406,20 @@ class PruningRun:
         """
         seed = self.training.seed + 7919
         count = self.method.criterion_batches
-        process, batch = self.accelerator.process_index, self.training.batch
         sampler = StepSampler(
             len(self.data.train),
-            batch,
+            self.training.batch,
             seed,
             number * count,
             (number + 1) * count,
-            process,
+            self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        parts = []
+        batches: list[Batch] = []
         for step, examples in enumerate(self._loader(sampler), start=number * count):
-            first = process * len(examples.images)
-            images = examples.images.to(self.device)
-            chunks = examples._replace(images=images).chunk(self.training.gradient_accumulation)
-            for chunk in chunks:
-                parts.append(self._batch(chunk, seed, step, first))
-                first += len(chunk.images)
-        return parts
+            examples = examples._replace(images=examples.images.to(self.device))
+            batches += self._micro_batches(examples, seed, step)
+        return batches
 
     def _held_out(self, count: int) -> Examples:
         pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
