@@ -5,12 +5,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.applying import apply
-    from compress.checkpoint import load, load_processor
-    from compress.fastocr import FastOCR
-    from compress.gradflow import GradFlow, OneShot, Training
-    from compress.pipeline import run
-    from compress.rtprune import RTPrune
+    from compress.api import apply
+    from compress.checkpoints.slim import load, load_processor
+    from compress.methods.fastocr import FastOCR
+    from compress.methods.gradflow import GradFlow, OneShot, Training
+    from compress.methods.rtprune import RTPrune
+    from compress.runs.diffusion import run
 
 __version__ = version("compress-models")
 __all__ = [
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FastOCR": "compress.fastocr",
-    "GradFlow": "compress.gradflow",
-    "OneShot": "compress.gradflow",
-    "Training": "compress.gradflow",
-    "RTPrune": "compress.rtprune",
-    "apply": "compress.applying",
-    "load": "compress.checkpoint",
-    "load_processor": "compress.checkpoint",
-    "run": "compress.pipeline",
+    "FastOCR": "compress.methods.fastocr",
+    "GradFlow": "compress.methods.gradflow",
+    "OneShot": "compress.methods.gradflow",
+    "Training": "compress.methods.gradflow",
+    "RTPrune": "compress.methods.rtprune",
+    "apply": "compress.api",
+    "load": "compress.checkpoints.slim",
+    "load_processor": "compress.checkpoints.slim",
+    "run": "compress.runs.diffusion",
 }
 
 

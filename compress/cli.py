@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compress import launch
+from compress.parallel import launch
 
 if TYPE_CHECKING:
     from compress.doctor import Check
-    from compress.method import Event
+    from compress.methods.base import Event
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # how often a stage reports where no progress bar can be drawn
@@ -108,13 +108,13 @@ def run(
     """Compress, recover, export, evaluate and report, as a recipe says."""
     if resume and overwrite:
         raise ValueError("expected --resume or --overwrite; got both; choose one")
-    from compress.recipe import ReaderRecipe, load_recipe
+    from compress.runs.recipe import ReaderRecipe, load_recipe
 
     typed = load_recipe(recipe, overrides or ())
     _check_versions()
     _quieten()
     if dry_run:
-        from compress.pipeline import dry_run as predict
+        from compress.runs.diffusion import dry_run as predict
 
         prediction = predict(typed, device=device)
         _print(prediction, as_json, _lines(prediction))
@@ -135,7 +135,7 @@ def run(
             flags = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
             launch.launch(processes, [*command, *(flag for flag, on in flags.items() if on)])
             return
-        from compress.pipeline import run_events
+        from compress.runs.diffusion import run_events
 
         _follow(run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device))
     if not launch.rank():
@@ -184,7 +184,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Put several runs into one table, and one plot."""
-    from compress.comparison import compare as compare_runs
+    from compress.reports.comparison import compare as compare_runs
 
     comparison = compare_runs(folders)
     if plot:
@@ -195,7 +195,7 @@ def compare(
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with compress."""
-    from compress.recipe import list_recipes
+    from compress.runs.recipe import list_recipes
 
     found = list_recipes()
     width = max(len(name) for name, _ in found)
@@ -277,7 +277,7 @@ def evaluate(
     _check_versions()
     _quieten()
     if suite == "ocr":
-        from compress.ocr_evaluation import OcrSettings, evaluate_events
+        from compress.runs.reading import OcrSettings, evaluate_events
 
         settings = OcrSettings(
             model=model,
@@ -302,8 +302,8 @@ def evaluate(
             raise typer.Exit(INTERRUPTED) from None
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf8"))["metrics"]
     else:
-        from compress.pipeline import evaluate_model
-        from compress.recipe import Columns
+        from compress.runs.diffusion import evaluate_model
+        from compress.runs.recipe import Columns
 
         metrics = evaluate_model(
             model,
@@ -339,7 +339,7 @@ def read(
     """Print the text of page images."""
     _check_versions()
     _quieten()
-    from compress.ocr_evaluation import read_files
+    from compress.runs.reading import read_files
 
     readings = read_files(
         model,
@@ -388,7 +388,7 @@ def calibrate(
     """Find the focal layers of a reader for FastOCR, and write a checkpoint with them."""
     _check_versions()
     _quieten()
-    from compress.reader_run import calibrated_checkpoint
+    from compress.runs.reader import calibrated_checkpoint
 
     found = calibrated_checkpoint(
         model,
@@ -439,7 +439,7 @@ def bench(
     _check_versions()
     _quieten()
     from compress.bench.suite import bench as rows_of
-    from compress.bench.tables import describe
+    from compress.tables.bench import describe
 
     rows, cells = [], []
     for row in rows_of(
@@ -484,8 +484,10 @@ def tables(
     """Run what the comparison tables lack, one run at a time, and print them. Resumable."""
     _check_versions()
     _quieten()
-    from compress import experiments, process_experiments, reader_experiments
     from compress.eval.tables import fill_file
+    from compress.tables import diffusion as experiments
+    from compress.tables import processes as process_experiments
+    from compress.tables import reader as reader_experiments
 
     known = (*experiments.TABLES, process_experiments.NAME, *reader_experiments.NAMES)
     if unknown := sorted(set(names or ()) - set(known)):
@@ -661,7 +663,7 @@ def _print(content: Any, as_json: bool, text: str) -> None:
 
 
 def _print_run(folder: Path, as_json: bool) -> None:
-    from compress.results import read_metrics
+    from compress.reports.run_folder import read_metrics
 
     found = read_metrics(folder)
     if not any("compressed" in entry for entry in found["metrics"].values()):
@@ -702,7 +704,7 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _variants_table(found: Mapping[str, Any]) -> str:
     """What a run on a reader compared, a line for each variant."""
-    from compress.reader_rows import keep_text, measure, series_name, used_text
+    from compress.reports.reader_rows import keep_text, measure, series_name, used_text
 
     # runs of before it was named measured this
     accuracy = found.get("accuracy", "1 - CER")

@@ -108,7 +108,7 @@ def _builtin_models() -> Iterator[Check]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from compress.files import sha256
+    from compress.common.files import sha256
 
     hint = "the installation is damaged; run: pip install --force-reinstall compress-models"
     folder = Path(str(resources.files("compress.models.builtin")))

@@ -19,17 +19,17 @@ from diffusers import DiffusionPipeline
 from scipy import stats
 from torch.utils._pytree import tree_map
 
-from compress import distributed
-from compress.cost import unet_cost, unet_inputs
+from compress.common.cost import unet_cost, unet_inputs
+from compress.common.environment import device_name
+from compress.common.files import write_bytes
 from compress.data.sources import Images
-from compress.environment import device_name
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
 from compress.eval.sampling import sample, to_uint8
 from compress.eval.values import Value, share_interval
-from compress.files import write_bytes
 from compress.models.digits_features import load_digits_features
+from compress.parallel import distributed
 
 JUDGE = "digits-judge"
 JUDGE_CONFIDENCE = 0.9

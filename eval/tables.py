@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.files import write_text
+from compress.common.files import write_text
 
 Row = dict[str, Any]
 

@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from compress.data import Batch, noise_and_timesteps
-from compress.gradflow.groups import ChannelGroup, find_groups
-from compress.gradflow.layout import Layout, build_layout
+from compress.methods.gradflow.groups import ChannelGroup, find_groups
+from compress.methods.gradflow.layout import Layout, build_layout
 from compress.models.builtin.train_ddpm_digits import build_unet
 
 TWO_LEVELS = {

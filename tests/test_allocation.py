@@ -9,18 +9,18 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
-from compress.cost import unet_cost
+from compress.common.cost import unet_cost
+from compress.common.journal import Journal
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.gradflow import GradFlow, OneShot, Training, surgery
-from compress.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
-from compress.gradflow.free_width import FreeWidthUNet2DModel
-from compress.gradflow.groups import find_groups
-from compress.gradflow.layout import build_layout
-from compress.gradflow.masks import SoftUNet
-from compress.gradflow.train import PruningRun
-from compress.gradflow.widths import TOLERANCE
-from compress.journal import Journal
+from compress.methods.gradflow import GradFlow, OneShot, Training, surgery
+from compress.methods.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
+from compress.methods.gradflow.groups import find_groups
+from compress.methods.gradflow.layout import build_layout
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.train import PruningRun
+from compress.methods.gradflow.widths import TOLERANCE
+from compress.models.free_width import FreeWidthUNet2DModel
 
 # half the widths, with a little room: 27% of the MACs and a few points between the widths' steps
 KEEP = 0.27

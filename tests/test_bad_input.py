@@ -182,7 +182,7 @@ def test_full_disk(foreseen, tmp_path):
     if subprocess.run([*private, mount], capture_output=True).returncode:
         pytest.skip("no private mounts on this machine")
     # the space is checked beforehand; without that check the disk fills while the run writes
-    unforeseen = "import compress.pipeline as p; p._check_space = lambda job: None; "
+    unforeseen = "import compress.runs.diffusion as p; p._check_space = lambda job: None; "
     code = ("" if foreseen else unforeseen) + "from compress.cli import main; main()"
     arguments = ["run", "ddpm_gradflow", *SHORT, f"--output={small / 'run'}"]
     script = f'{mount} && "$@"; code=$?; find {small} -mindepth 1; exit $code'

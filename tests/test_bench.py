@@ -10,17 +10,18 @@ import torch
 from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOcrModel
 from typer.testing import CliRunner
 
-from compress.bench import kernels, rtprune
-from compress.bench.fastocr import DecodeShape, crossovers, end_to_end_bound
-from compress.bench.gradflow import DENSE, UNetShape, random_inputs, slim_builder, warning
+from compress.bench import kernels
 from compress.bench.rows import newest, parse_shapes
-from compress.bench.rtprune import PrefillShape, derived, parts
-from compress.bench.tables import render_bench
 from compress.bench.timing import CLOCKS, Bench, Ceilings
 from compress.cli import app
-from compress.cost import unet_cost
+from compress.common.cost import unet_cost
 from compress.eval.latency import summarise
-from compress.rtprune import patch
+from compress.methods.fastocr.bench import DecodeShape, crossovers, end_to_end_bound
+from compress.methods.gradflow.bench import DENSE, UNetShape, random_inputs, slim_builder, warning
+from compress.methods.rtprune import bench as rtprune
+from compress.methods.rtprune import patch
+from compress.methods.rtprune.bench import PrefillShape, derived, parts
+from compress.tables.bench import render_bench
 
 COMMON = {"bench", "part", "shape", "ms", "device", "clock", "threads", "seed", "versions", "date"}
 READER = {"model": "reader-deepseek", "text": 2}

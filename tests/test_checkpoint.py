@@ -11,8 +11,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from compress import files
-from compress.checkpoint import load, save_slim, verify
+from compress.checkpoints.slim import load, save_slim, verify
+from compress.common import files
 from compress.models import load_pipeline
 
 FACTS = {

@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from compress import cli, doctor
-from compress.files import write_json
-from compress.method import Event
+from compress.common.files import write_json
+from compress.methods.base import Event
 
 METRICS = {
     "run": {"method": "gradflow", "seed": 0},
@@ -87,9 +87,9 @@ def library(monkeypatch):
             self.calls.append({"model": model, **settings})
             return {"fid_digits": {"value": 1.5, "ci95": [1.4, 1.6], "n": 512, "how": "digits"}}
 
-    fake = Library("compress.pipeline")
+    fake = Library("compress.runs.diffusion")
     fake.calls = []
-    monkeypatch.setitem(sys.modules, "compress.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "compress.runs.diffusion", fake)
     return fake
 
 
@@ -124,7 +124,7 @@ def test_no_verb_prints_help(invoke):
 
 
 def test_recipes_as_text_and_as_json(invoke):
-    from compress.recipe import list_recipes
+    from compress.runs.recipe import list_recipes
 
     text, data = invoke("recipes"), invoke("recipes", "--json")
     rows = json.loads(data.stdout)
@@ -282,7 +282,8 @@ def test_tables_prints_what_the_rows_say_and_fills_a_document(invoke, tmp_path):
 
 
 def test_tables_names_all_tables(invoke):
-    from compress import experiments, reader_experiments
+    from compress.tables import diffusion as experiments
+    from compress.tables import reader as reader_experiments
 
     refused = invoke("tables", "main", "nonsense")
     assert refused.exit_code == 2 and "got nonsense" in refused.stderr
@@ -303,8 +304,8 @@ def test_a_reader_where_a_pipeline_is_wanted_is_told_the_right_call():
 
 
 def test_doctor_counts_what_is_stored_and_a_dry_run_what_runs():
-    from compress.reader_run import dry_run
-    from compress.recipe import load_recipe
+    from compress.runs.reader import dry_run
+    from compress.runs.recipe import load_recipe
 
     facts = dry_run(load_recipe("reader_rtprune"), device="cpu")
     [check] = [c for c in doctor.examine() if c.name == "builtin:reader-deepseek"]

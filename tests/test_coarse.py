@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from compress.gradflow import GradFlow, surgery
-from compress.gradflow.coarse import COARSE_CHANNELS, COARSE_REFRESH, coarsen
-from compress.gradflow.flow import binarise
-from compress.gradflow.masks import SoftUNet
-from compress.gradflow.mover import MaskMover
+from compress.methods.gradflow import GradFlow, surgery
+from compress.methods.gradflow.coarse import COARSE_CHANNELS, COARSE_REFRESH, coarsen
+from compress.methods.gradflow.flow import binarise
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.mover import MaskMover
 
 CASES = [
     ("built_in", (12, 16, 32, 64)),

@@ -10,13 +10,13 @@ from diffusers.models.activations import GELU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.cost import unet_cost, unet_inputs
-from compress.gradflow import surgery
-from compress.gradflow.condition import whole_heads
-from compress.gradflow.groups import dense_widths, find_groups, level_of
-from compress.gradflow.layout import build_layout
-from compress.gradflow.masks import SoftUNet
-from compress.gradflow.widths import MacModel, choose_widths, legal_widths
+from compress.common.cost import unet_cost, unet_inputs
+from compress.methods.gradflow import surgery
+from compress.methods.gradflow.condition import whole_heads
+from compress.methods.gradflow.groups import dense_widths, find_groups, level_of
+from compress.methods.gradflow.layout import build_layout
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.widths import MacModel, choose_widths, legal_widths
 
 TOLERANCE = 1e-5
 PROJECTED = {"projection_class_embeddings_input_dim": 10}

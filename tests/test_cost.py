@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.cost import Cost, cost, layer_macs, unet_cost, unet_inputs
+from compress.common.cost import Cost, cost, layer_macs, unet_cost, unet_inputs
 
 
 def counted(model, inputs) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compress.data import Batch
-from compress.gradflow.criterion import (
+from compress.methods.gradflow.criterion import (
     CRITERIA,
     denoising_loss,
     diff_pruning_scores,
@@ -21,8 +21,8 @@ from compress.gradflow.criterion import (
     per_unit,
     raw_scores,
 )
-from compress.gradflow.flow import spearman
-from compress.gradflow.masks import SoftUNet
+from compress.methods.gradflow.flow import spearman
+from compress.methods.gradflow.masks import SoftUNet
 
 
 def softened(models, name="plain", widths=(4, 8), *, double=True, mask="soft", **changes):

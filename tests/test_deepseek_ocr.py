@@ -19,7 +19,7 @@ from transformers import (
     UnlimitedOcrForConditionalGeneration,
 )
 
-from compress.files import read_json, write_json
+from compress.common.files import read_json, write_json
 from compress.models.deepseek_ocr import load_deepseek_ocr, save_deepseek_ocr
 from compress.models.deepseek_ocr_layout import native_config, original_config, weight_shapes
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, load_processor

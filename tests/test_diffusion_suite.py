@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
-from compress.cost import unet_cost
+from compress.common.cost import unet_cost
 from compress.data import digits
 from compress.eval import diffusion, latency
 from compress.eval.consistency import mse_to, ssim_to

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compress.gradflow import surgery
-from compress.gradflow.distill import Teacher
-from compress.gradflow.masks import SoftUNet
+from compress.methods.gradflow import surgery
+from compress.methods.gradflow.distill import Teacher
+from compress.methods.gradflow.masks import SoftUNet
 
 NAMES = {"down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"}
 

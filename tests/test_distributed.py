@@ -16,8 +16,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from compress import distributed, sharding
-from compress.launch import _stopped, adopt_slurm, launched, rank, speaks, wanted
+from compress.parallel import distributed, sharding
+from compress.parallel.launch import _stopped, adopt_slurm, launched, rank, speaks, wanted
 
 FLOW, RECOVER, STOP = 6, 2, 3
 
@@ -39,13 +39,13 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from compress import distributed
+from compress.parallel import distributed
 from compress.data import ImageData, digits
 from compress.data.sources import TensorImages
 from compress.eval import diffusion
-from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.train import PruningRun
-from compress.journal import Journal
+from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow.train import PruningRun
+from compress.common.journal import Journal
 
 warnings.simplefilter("error")
 torch.set_num_threads(1)

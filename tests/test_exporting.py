@@ -22,16 +22,16 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from compress.checkpoint import load, save_slim
-from compress.cost import unet_cost
-from compress.exporting import export, exported_bytes, model_bytes, part_files
-from compress.gradflow import GradFlow, surgery
-from compress.gradflow.allocation import plan
-from compress.gradflow.groups import dense_widths, find_groups
-from compress.gradflow.masks import SoftUNet
+from compress.checkpoints.exporting import export, exported_bytes, model_bytes, part_files
+from compress.checkpoints.slim import load, save_slim
+from compress.common.cost import unet_cost
+from compress.methods.gradflow import GradFlow, surgery
+from compress.methods.gradflow.allocation import plan
+from compress.methods.gradflow.groups import dense_widths, find_groups
+from compress.methods.gradflow.masks import SoftUNet
 from compress.models import load_pipeline, pipeline_folder
-from compress.pipeline import dry_run
-from compress.recipe import Recipe
+from compress.runs.diffusion import dry_run
+from compress.runs.recipe import Recipe
 
 # diffusers' Euler scheduler converts tensors in a way that NumPy 2 has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -272,7 +272,7 @@ def test_a_model_in_several_files_is_counted_with_its_index(models, tmp_path, mo
     unet = models.build("deeper")
     unet.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    monkeypatch.setattr("compress.exporting.SHARD", "50KB")
+    monkeypatch.setattr("compress.checkpoints.exporting.SHARD", "50KB")
     assert model_bytes(unet) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
@@ -331,7 +331,7 @@ def test_bounds_hold_where_the_scores_decide_the_widths(models, tmp_path):
         pipeline.register_modules(unet=slim)
         folder = save_slim(pipeline, tmp_path / f"slim{seed}", {}, source=source)
         index = json.loads((folder / "model_index.json").read_text())
-        assert index["unet"] == ["compress.gradflow.free_width", "FreeWidthUNet2DModel"]
+        assert index["unet"] == ["compress.models.free_width", "FreeWidthUNet2DModel"]
         files = [p for p in folder.rglob("*") if p.is_file() and p.name not in OURS]
         assert (folder / "unet" / f"{index['unet'][0]}.py").is_file()
         size = sum(p.stat().st_size for p in files)

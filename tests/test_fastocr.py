@@ -20,11 +20,12 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-import compress.fastocr.state
-from compress.fastocr import FastOCR, calibrate, preflight
-from compress.fastocr.attention import NAME
-from compress.fastocr.fixation import budget, random_fixation, same_mean_budget
-from compress.fastocr.patch import decoder
+import compress.methods.fastocr.state
+from compress.checkpoints.runtime import load_reader
+from compress.methods.fastocr import FastOCR, calibrate, preflight
+from compress.methods.fastocr.attention import NAME
+from compress.methods.fastocr.fixation import budget, random_fixation, same_mean_budget
+from compress.methods.fastocr.patch import decoder
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import (
     VISUAL_LAYOUTS,
@@ -34,7 +35,6 @@ from compress.models.visual import (
     visual_layouts,
 )
 from compress.models.vlm import load_vlm
-from compress.patched import load_reader
 
 # transformers' GLM processor hands tensors to numpy.array
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -214,13 +214,13 @@ def _alone(model, processor):
 def _spied(monkeypatch):
     """Rows that each sparse layer reads from now on."""
     gathered = []
-    sparse = compress.fastocr.state.sparse_decode
+    sparse = compress.methods.fastocr.state.sparse_decode
 
     def spy(query, key, value, rows, rows_mask, dense, dense_mask, scaling):
         gathered.append(rows.shape[1] + dense[1] - dense[0])
         return sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
 
-    monkeypatch.setattr(compress.fastocr.state, "sparse_decode", spy)
+    monkeypatch.setattr(compress.methods.fastocr.state, "sparse_decode", spy)
     return gathered
 
 
@@ -290,7 +290,7 @@ def test_leaving_restores_everything_after_an_error_too(family):
 
 
 def test_long_answers_are_counted_to_the_last_step():
-    counts = compress.fastocr.state.Counts(2)
+    counts = compress.methods.fastocr.state.Counts(2)
     counts.steps, counts.offered = 150, 1500
     for step in range(150):
         counts.attend(0, 10)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.fastocr.attention import focal_decode, sparse_decode
+from compress.methods.fastocr.attention import focal_decode, sparse_decode
 
 SHAPES = [(1, 4, 4, 7, 8), (3, 6, 2, 11, 16), (2, 4, 1, 33, 8)]  # batch, heads, kv, length, dim
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from compress.fastocr.calibration import (
+from compress.methods.fastocr.calibration import (
     Recorder,
     choose_focal_layers,
     default_count,
@@ -13,7 +13,7 @@ from compress.fastocr.calibration import (
     recalls,
     summary,
 )
-from compress.fastocr.state import Pages
+from compress.methods.fastocr.state import Pages
 from compress.models.visual import VisualLayout
 
 LAYERS = 3

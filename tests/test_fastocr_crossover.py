@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.bench.fastocr import crossovers
 from compress.eval.tables import read_rows
-from compress.fastocr import FastOCR
-from compress.fastocr.crossover import SHIPPED, crossover, read_table
+from compress.methods.fastocr import FastOCR
+from compress.methods.fastocr.bench import crossovers
+from compress.methods.fastocr.crossover import SHIPPED, crossover, read_table
 from compress.models.visual import build_prompt, visual_layouts
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compress.fastocr.fixation import (
+from compress.methods.fastocr.fixation import (
     Fixation,
     budget,
     kept_mass,

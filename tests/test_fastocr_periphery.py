@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from compress.fastocr.attention import peripheral_decode, sparse_decode
-from compress.fastocr.fixation import Fixation
-from compress.fastocr.periphery import Periphery, alike
 from compress.kernels.sparse_decode import gathered
+from compress.methods.fastocr.attention import peripheral_decode, sparse_decode
+from compress.methods.fastocr.fixation import Fixation
+from compress.methods.fastocr.periphery import Periphery, alike
 
 BATCH, HEADS, KV_HEADS, TEXT, VISUAL, DIM = 3, 6, 2, 5, 17, 8
 

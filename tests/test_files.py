@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from compress import files
+from compress.common import files
 
 FULL = OSError(28, "No space left on device")
 

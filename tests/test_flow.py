@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
-from compress.gradflow.flow import (
+from compress.methods.gradflow.flow import (
     binarise,
     block_sums,
     energy_gradient,

@@ -12,11 +12,11 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import constants
 
-from compress.checkpoint import load, save_slim
-from compress.cost import unet_cost
-from compress.gradflow.free_width import FreeWidthUNet2DModel, inner_width
-from compress.gradflow.groups import find_groups
+from compress.checkpoints.slim import load, save_slim
+from compress.common.cost import unet_cost
+from compress.methods.gradflow.groups import find_groups
 from compress.models import load_pipeline
+from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 
 INNER = {
     "down_blocks.0.resnets.0": 12,
@@ -26,7 +26,7 @@ INNER = {
     "up_blocks.1.resnets.0": 4,
 }
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-CODE = "unet/compress.gradflow.free_width.py"
+CODE = "unet/compress.models.free_width.py"
 DRAW = """
 import torch
 
@@ -132,7 +132,7 @@ def test_what_is_loaded_predicts_the_same_bit_for_bit(models, folder):
     config = json.loads((folder / "unet" / "config.json").read_text())
     assert config["inner_widths"] == INNER and config["block_out_channels"] == [8, 16]
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["unet"] == ["compress.gradflow.free_width", "FreeWidthUNet2DModel"]
+    assert index["unet"] == ["compress.models.free_width", "FreeWidthUNet2DModel"]
     loaded = load(folder)
     assert type(loaded) is DDPMPipeline and type(loaded.unet) is FreeWidthUNet2DModel
     assert torch.equal(predict(loaded.unet.eval()), predict(free(models)))

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from compress.gradflow.groups import (
+from compress.methods.gradflow.groups import (
     dense_widths,
     find_groups,
     narrowed_queries,

@@ -79,7 +79,7 @@ def test_it_is_said_once_and_loudly_only_where_a_gpu_does_without(monkeypatch, c
 
 
 def test_transport_is_plain_torch_where_the_variable_says_so(monkeypatch):
-    from compress.rtprune.transport import transport_plans
+    from compress.methods.rtprune.transport import transport_plans
 
     scores = [torch.rand(3, 4), torch.rand(2, 2)]
     plain = transport_plans(scores)
@@ -106,8 +106,8 @@ import sys
 sys.modules["triton"] = None  # an import of it fails
 
 import os, torch
-from compress.fastocr.attention import focal_decode, sparse_decode
-from compress.rtprune import transport_plan
+from compress.methods.fastocr.attention import focal_decode, sparse_decode
+from compress.methods.rtprune import transport_plan
 
 query, cache = torch.ones(1, 4, 1, 8), torch.ones(1, 2, 5, 8)
 rows = torch.tensor([[0, 1]])

@@ -381,8 +381,8 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
 @TRITON
 @pytest.mark.parametrize("capture", [False, True], ids=["eager", "graph"])
 def test_a_decode_step_does_not_wait_for_the_gpu(capture):
-    from compress.fastocr.gaze import MovingGaze
-    from compress.fastocr.state import Counts, Pages, Request
+    from compress.methods.fastocr.gaze import MovingGaze
+    from compress.methods.fastocr.state import Counts, Pages, Request
     from compress.models.visual import VisualLayout
 
     layers, visual, length = 4, 500, 520

@@ -8,12 +8,12 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
-from compress.cost import unet_cost
-from compress.gradflow import surgery
-from compress.gradflow.groups import find_groups
-from compress.gradflow.layout import build_layout, kept_frequencies
-from compress.gradflow.masks import SoftUNet, masked_group_norm
-from compress.gradflow.widths import choose_widths
+from compress.common.cost import unet_cost
+from compress.methods.gradflow import surgery
+from compress.methods.gradflow.groups import find_groups
+from compress.methods.gradflow.layout import build_layout, kept_frequencies
+from compress.methods.gradflow.masks import SoftUNet, masked_group_norm
+from compress.methods.gradflow.widths import choose_widths
 
 # float32 rounding of outputs of size about 1
 TOLERANCE = 1e-5

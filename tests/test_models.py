@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.data import digits, load_images
-from compress.gradflow.train import validation_loss
+from compress.methods.gradflow.train import validation_loss
 from compress.models import builtin_names, load_pipeline, model_hash
 from compress.models.digits_features import BUILTIN, load_digits_features
 

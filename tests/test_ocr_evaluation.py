@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.common.files import folder_hash
 from compress.data.fonts import UNSEEN_FONT
 from compress.data.ocr_pages import OcrData, OcrPage, load_pages, pdf_page
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
@@ -27,11 +28,10 @@ from compress.eval.ocr import (
 from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import retention, worst_page_delta
 from compress.eval.text_metrics import ocean_scores
-from compress.files import folder_hash
 from compress.models.builtin import train_reader_qwen
 from compress.models.page_images import open_image
-from compress.ocr_evaluation import OcrSettings, evaluate_events
-from compress.ocr_report import marked
+from compress.reports.pages import marked
+from compress.runs.reading import OcrSettings, evaluate_events
 
 
 def prediction(name, text, ended=True):

@@ -24,17 +24,17 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress import pipeline as pipelines
-from compress.checkpoint import load, verify
+from compress.checkpoints.slim import load, verify
 from compress.data import load_images
 from compress.data.sources import TensorImages
 from compress.eval.diffusion import METRICS
 from compress.eval.sampling import sample
-from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.train import PruningRun, validation_loss
+from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow.train import PruningRun, validation_loss
 from compress.models import load_pipeline, model_hash
-from compress.pipeline import apply, dry_run, run_events
-from compress.recipe import Recipe, load_recipe
+from compress.runs import diffusion as pipelines
+from compress.runs.diffusion import apply, dry_run, run_events
+from compress.runs.recipe import Recipe, load_recipe
 
 FLOW, RECOVER = 4, 2
 SAMPLES, SEEDS = 16, 2
@@ -51,8 +51,8 @@ from pathlib import Path
 
 import torch
 
-import compress.pipeline as pipelines
-from compress.recipe import Recipe
+import compress.runs.diffusion as pipelines
+from compress.runs.recipe import Recipe
 
 torch.set_num_threads(1)
 job = json.loads(Path(sys.argv[1]).read_text())
@@ -97,7 +97,7 @@ def left(folder):
 
 def kill_in_checkpoint():
     pipelines._evaluate = unmeasured
-    import compress.checkpoint as checkpoint
+    import compress.checkpoints.slim as checkpoint
 
     checkpoint._model_card = kill
     go(root / "evaluated", resume=True)

@@ -22,21 +22,21 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from compress import pipeline as runs
+from compress.common.journal import Journal
 from compress.data import load_images
 from compress.data.sources import Pairs, TensorImages, stacked
 from compress.eval import fidelity, sampling
 from compress.eval.diffusion import SamplingSettings
-from compress.gradflow import GradFlow, OneShot, Training, surgery
-from compress.gradflow.groups import find_groups
-from compress.gradflow.layout import build_layout
-from compress.gradflow.masks import SoftUNet
-from compress.gradflow.objective import inputs_of
-from compress.gradflow.train import PruningRun, validation_loss
-from compress.journal import Journal
+from compress.methods.gradflow import GradFlow, OneShot, Training, surgery
+from compress.methods.gradflow.groups import find_groups
+from compress.methods.gradflow.layout import build_layout
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.objective import inputs_of
+from compress.methods.gradflow.train import PruningRun, validation_loss
 from compress.models.loading import load_pipeline
 from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
-from compress.recipe import Recipe
+from compress.runs import diffusion as runs
+from compress.runs.recipe import Recipe
 
 NAMES = ("ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text")
 PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
@@ -627,12 +627,12 @@ import torch
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 import pipeline_models as pipelines
-from compress import distributed
+from compress.parallel import distributed
 from compress.data import load_images
-from compress.gradflow import GradFlow, Training
-from compress.gradflow.objective import inputs_of
-from compress.gradflow.train import PruningRun
-from compress.journal import Journal
+from compress.methods.gradflow import GradFlow, Training
+from compress.methods.gradflow.objective import inputs_of
+from compress.methods.gradflow.train import PruningRun
+from compress.common.journal import Journal
 torch.set_num_threads(1)
 name, folder, method = sys.argv[2], Path(sys.argv[3]), eval(sys.argv[4])
 device = distributed.join("cpu")

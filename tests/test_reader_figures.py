@@ -10,16 +10,16 @@ from PIL import Image, ImageDraw
 from transformers import UnlimitedOcrImageProcessor
 
 from compress import FastOCR, RTPrune
-from compress.applied import Applied
+from compress.checkpoints.applied import Applied
 from compress.data.ocr_pages import OcrPage
-from compress.fastocr.trace import trace
+from compress.methods.fastocr.trace import trace
+from compress.methods.rtprune.pages import Page, PrunedPage, prune_pages
+from compress.methods.rtprune.transport import similarity, transport_plan
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor
 from compress.models.deepseek_ocr_views import MODES, Mode, page_views
 from compress.models.visual import ADAPTERS, ViewOnPage, views_on_page, visual_layouts
-from compress.reader_figures import KEPT, MERGED, MOVE, pruned_figure, tokens_on_page
-from compress.reader_report import _film, _pruned
-from compress.rtprune.pages import Page, PrunedPage, prune_pages
-from compress.rtprune.transport import similarity, transport_plan
+from compress.reports.reader import _film, _pruned
+from compress.reports.reader_figures import KEPT, MERGED, MOVE, pruned_figure, tokens_on_page
 
 SIZES = [(800, 1200), (1500, 700), (600, 600)]
 
@@ -155,7 +155,7 @@ def tint(colour):
 
 
 def test_kept_and_merged_tokens_are_told_apart():
-    from compress.rtprune.pages import Merged
+    from compress.methods.rtprune.pages import Merged
 
     kept = torch.tensor([0, 4, 5, 6, 9])  # token 0, a newline, tokens 5 and 6, a newline
     merged = Merged(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0.1, 0.9, 0.2, 0.1, 0.1]))
@@ -227,7 +227,7 @@ def test_a_film_that_cannot_be_drawn_has_words(ocr_models, monkeypatch):
     model, page = ocr_models.deepseek_ocr(), noisy(ocr_models)
     processor = DeepseekOcrProcessor(ocr_models.tokenizer(), ocr_models.SMALL)
     looking = FastOCR(keep_visual=0.2, focal_layers=(0,))
-    monkeypatch.setattr("compress.reader_report.FILM_TOKENS", 2)
+    monkeypatch.setattr("compress.reports.reader.FILM_TOKENS", 2)
     assert _film(looking, [], page, model, processor, None) == (
         b"", b"", "The fixation while the page is written: every step of so short an answer reads "
         "all tokens",

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from compress.common.journal import Journal
 from compress.data.page_text import ALPHABET
 from compress.data.pages import LINE, PAGE, Difficulty, page
-from compress.journal import Journal
 from compress.models.builtin import reader_training, train_reader_qwen
 from compress.models.builtin.reader_training import LEVELS, Level, Plan, Progress, Trainer
 from compress.models.builtin.train_reader_qwen import PROMPT, build_model, build_processor

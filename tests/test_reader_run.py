@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import compress
 from compress import FastOCR, RTPrune
-from compress.applied import HOLDER
+from compress.checkpoints.applied import HOLDER
+from compress.checkpoints.runtime import load_patched, save_patched
 from compress.cli import app
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import PAGE, page
@@ -23,12 +24,11 @@ from compress.models.builtin import train_reader_deepseek, train_reader_qwen
 from compress.models.builtin.reader_training import LEVELS
 from compress.models.reading import Reading, read_pages
 from compress.models.vlm import load_vlm
-from compress.ocr_evaluation import OcrSettings, evaluate_events, read_files
-from compress.patched import load_patched, save_patched
-from compress.pipeline import run_events
-from compress.reader_counts import counted
-from compress.reader_run import calibrated_checkpoint, variant_name, variants
-from compress.recipe import load_recipe
+from compress.runs.diffusion import run_events
+from compress.runs.reader import calibrated_checkpoint, variant_name, variants
+from compress.runs.reader_counts import counted
+from compress.runs.reading import OcrSettings, evaluate_events, read_files
+from compress.runs.recipe import load_recipe
 
 SMALL = LEVELS[1].difficulty
 SQUARE = train_reader_deepseek.LEVELS[2].difficulty
@@ -110,7 +110,10 @@ def test_a_run_leaves_what_a_run_leaves(finished):
     assert "data:image/gif;base64" in report and report.count("data:image/png") >= 6
     stored = json.loads((finished.folder / "metrics.json").read_text())
     assert stored["calibration"]["focal_layers"] and len(stored["calibration"]["recall"]) == 8
-    assert compress.recipe.load_recipe(finished.folder / "recipe.yaml").method[0].name == "fastocr"
+    assert (
+        compress.runs.recipe.load_recipe(finished.folder / "recipe.yaml").method[0].name
+        == "fastocr"
+    )
     shown = CliRunner().invoke(app, ["show", str(finished.folder)])
     assert shown.exit_code == 0 and "accuracy_retention" in shown.stdout
 
@@ -201,7 +204,7 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     image = [pages / "2.png"]
     assert read_files(str(folder), image, max_new_tokens=24, device="cpu") == stored[2:]
     if weights == "reference":
-        monkeypatch.setattr("compress.patched.folder_hash", lambda folder: "0" * 64)
+        monkeypatch.setattr("compress.checkpoints.runtime.folder_hash", lambda folder: "0" * 64)
         with pytest.raises(ValueError, match="refers to .* what is there now has 000000"):
             evaluated(tmp_path / "again")
 
@@ -242,7 +245,7 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
         found = [texts[image.convert("RGB").tobytes()] for image in images]
         return [Reading(text[: len(text) // share], 3, 312, True) for text in found]
 
-    monkeypatch.setattr("compress.ocr_evaluation.read_pages", read)
+    monkeypatch.setattr("compress.runs.reading.read_pages", read)
     compare = [FAST | {"focal_layers": [1], "fixation": "static"}]
     method = FAST | {"focal_layers": [1]}
     recipe = recipe_of(tmp_path, qwen, tmp_path / "bench", method, compare=compare)
@@ -334,13 +337,13 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
     )
     asked = []
     for name, place in (("read_pages", 3), ("build_prompt", 3)):
-        made = getattr(compress.reader_report, name)
+        made = getattr(compress.reports.reader, name)
 
         def spy(*args, made=made, place=place, **kwargs):
             asked.append(args[place])
             return made(*args, **kwargs)
 
-        monkeypatch.setattr(compress.reader_report, name, spy)
+        monkeypatch.setattr(compress.reports.reader, name, spy)
     result = finish(run_events(recipe, device="cpu"))
     assert asked == ["all of it", ["all of it"]]  # of the two pictures
     report = (result.folder / "report.html").read_text()

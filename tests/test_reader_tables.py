@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from compress import reader_experiments
-from compress.files import folder_hash
-from compress.method import Event, RunResult
+from compress.common.files import folder_hash
+from compress.methods.base import Event, RunResult
 from compress.models.vlm import model_folder
-from compress.reader_experiments import render_table, results_file, run_missing, write_rows
-from compress.recipe import ReaderRecipe, load_recipe
+from compress.runs.recipe import ReaderRecipe, load_recipe
+from compress.tables import reader as reader_experiments
+from compress.tables.reader import render_table, results_file, run_missing, write_rows
 
 
 def value(mean, low=None, high=None, n=64):

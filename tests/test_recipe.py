@@ -8,9 +8,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from compress.fastocr import FastOCR
-from compress.gradflow import GradFlow, OneShot
-from compress.recipe import (
+from compress.methods.fastocr import FastOCR
+from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.rtprune import RTPrune
+from compress.runs.recipe import (
     METHODS,
     WEIGHT_METHODS,
     Evaluate,
@@ -23,7 +24,6 @@ from compress.recipe import (
     list_recipes,
     load_recipe,
 )
-from compress.rtprune import RTPrune
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.y*ml"))
 MINIMAL = "model: builtin:ddpm-digits\ndata: builtin:digits\nmethod: {name: gradflow}\n"

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from compress import figures, report, results
-from compress.comparison import compare
+from compress.reports import diffusion as report
+from compress.reports import figures
+from compress.reports import run_folder as results
+from compress.reports.comparison import compare
 
 UNITS = {
     "params": ("lower", "parameters", 2_177_753, 1_088_213, 1, None),

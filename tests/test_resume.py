@@ -16,11 +16,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
+from compress.common.journal import Journal
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.train import PruningRun
-from compress.journal import Journal
+from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow.train import PruningRun
 
 FLOW, RECOVER, SAVE_EVERY = 8, 5, 2
 EVENTS = FLOW + RECOVER
@@ -38,9 +38,9 @@ from safetensors.torch import save_file
 
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.gradflow import GradFlow, OneShot, Training
-from compress.journal import Journal
-from compress.gradflow.train import PruningRun
+from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.common.journal import Journal
+from compress.methods.gradflow.train import PruningRun
 
 torch.set_num_threads(1)
 
@@ -114,7 +114,7 @@ def die(scenario, folder):
             real["replace"](*args)
             kill()
 
-        import compress.journal as state
+        import compress.common.journal as state
 
         write_bytes = state.write_bytes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compress.rtprune.baselines import cdpruner, divprune, random_tokens, visionzip
+from compress.methods.rtprune.baselines import cdpruner, divprune, random_tokens, visionzip
 
 
 def test_random_tokens_depend_on_the_seed_only():

@@ -22,10 +22,8 @@ from transformers.modeling_flash_attention_utils import (
 )
 
 from compress import FastOCR
-from compress.applied import Applied
-from compress.models.cache_argument import cache_argument, cache_in
-from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
-from compress.rtprune import (
+from compress.checkpoints.applied import Applied
+from compress.methods.rtprune import (
     RTPrune,
     distinctness,
     keep_fraction,
@@ -33,8 +31,10 @@ from compress.rtprune import (
     textual_density,
     transport_plan,
 )
-from compress.rtprune.encoder_attention import EncoderAttention
-from compress.rtprune.transport import similarity
+from compress.methods.rtprune.encoder_attention import EncoderAttention
+from compress.methods.rtprune.transport import similarity
+from compress.models.cache_argument import cache_argument, cache_in
+from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
 
 STEPS = 7
 SELECTIONS = inspect.get_annotations(RTPrune)["select"].__args__

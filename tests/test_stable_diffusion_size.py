@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from compress.bench.gradflow import SD15
+from compress.methods.gradflow.bench import SD15
 
 pytestmark = pytest.mark.slow
 MOST_GIB = 16
@@ -55,10 +55,10 @@ StableDiffusionPipeline(
 CUT = """
 import resource, sys
 from pathlib import Path
-from compress.checkpoint import save_slim
-from compress.gradflow import GradFlow, surgery
-from compress.gradflow.allocation import plan
-from compress.gradflow.groups import find_groups
+from compress.checkpoints.slim import save_slim
+from compress.methods.gradflow import GradFlow, surgery
+from compress.methods.gradflow.allocation import plan
+from compress.methods.gradflow.groups import find_groups
 from compress.models import load_pipeline
 import torch
 

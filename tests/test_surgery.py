@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from compress.gradflow import surgery
-from compress.gradflow.groups import dense_widths
+from compress.methods.gradflow import surgery
+from compress.methods.gradflow.groups import dense_widths
 
 
 @pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift", "tied"])

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress import experiments, process_experiments, reader_experiments
 from compress.eval import tables
-from compress.experiments import main_table, render_table, run_missing
+from compress.tables import diffusion as experiments
+from compress.tables import processes as process_experiments
+from compress.tables import reader as reader_experiments
+from compress.tables.diffusion import main_table, render_table, run_missing
 
 ROOT = Path(__file__).parents[1]
 

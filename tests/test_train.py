@@ -8,11 +8,11 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
+from compress.common.journal import Journal
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.gradflow import GradFlow, OneShot, Training
-from compress.gradflow.train import PruningRun, validation_loss
-from compress.journal import Journal
+from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow.train import PruningRun, validation_loss
 
 WIDTHS = (4, 8)
 ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from diffusers import UNet2DModel
 
-from compress.cost import unet_cost
-from compress.gradflow import surgery
-from compress.gradflow.groups import dense_widths
-from compress.gradflow.layout import build_layout
-from compress.gradflow.widths import TOLERANCE, MacModel, choose_widths, legal_widths
+from compress.common.cost import unet_cost
+from compress.methods.gradflow import surgery
+from compress.methods.gradflow.groups import dense_widths
+from compress.methods.gradflow.layout import build_layout
+from compress.methods.gradflow.widths import TOLERANCE, MacModel, choose_widths, legal_widths
 
 NAMES = [
     "plain",

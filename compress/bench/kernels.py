@@ -14,14 +14,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch.nn.functional import scaled_dot_product_attention
 
-from compress.bench.fastocr import MODELS, two_products
 from compress.bench.rows import SEED, Dtype, Row, against, make_row
 from compress.bench.timing import Bench, Ceilings, Ways, costliest, reached, time_ways
-from compress.fastocr.fixation import budget
 from compress.kernels import sinkhorn as transport
 from compress.kernels import sparse_decode as attention
 from compress.kernels.backend import takes_triton
-from compress.rtprune.transport import DUSTBIN, ITERATIONS, plan_by_pot
+from compress.methods.fastocr.bench import MODELS, two_products
+from compress.methods.fastocr.fixation import budget
+from compress.methods.rtprune.transport import DUSTBIN, ITERATIONS, plan_by_pot
 
 COPY_AIM = 0.6  # of the copy bandwidth, sparse_decode at batch 32, on a GPU
 POT_AIM = 10.0  # times as fast as POT's torch backend, sinkhorn, on a GPU

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compress.bench.timing import Bench, Ceilings
-from compress.environment import device_name, versions_of
+from compress.common.environment import device_name, versions_of
 from compress.eval.latency import Latency
 
 Row = dict[str, Any]

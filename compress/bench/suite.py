@@ -5,15 +5,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from compress.bench.fastocr import crossovers
 from compress.bench.rows import Row, ceiling_rows, parse_shapes
 from compress.bench.timing import Bench, measure_ceilings
-from compress.environment import choose_device
+from compress.common.environment import choose_device
+from compress.common.files import write_json
 from compress.eval.tables import append_row, read_rows
-from compress.fastocr.crossover import read_table
-from compress.files import write_json
+from compress.methods.fastocr.bench import crossovers
+from compress.methods.fastocr.crossover import read_table
 
 # name -> the class of its shapes, in the module of that name
+MODULES = {
+    "gradflow": "compress.methods.gradflow.bench",
+    "rtprune": "compress.methods.rtprune.bench",
+    "fastocr": "compress.methods.fastocr.bench",
+    "kernels": "compress.bench.kernels",
+}
 BENCHES = {
     "gradflow": "UNetShape",
     "rtprune": "PrefillShape",
@@ -57,7 +63,7 @@ def bench(
     if crossover is not None and name != "fastocr":
         raise ValueError(f"only fastocr has a crossover; got {name}; leave --crossover out")
     where = Bench(choose_device(device), repeats, clock)
-    module = import_module(f"compress.bench.{name}")
+    module = import_module(MODULES[name])
     wanted = parse_shapes(shapes, getattr(module, BENCHES[name])) or module.default_shapes(
         where.device
     )

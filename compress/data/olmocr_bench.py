@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from compress.files import atomic_folder, write_text
+from compress.common.files import atomic_folder, write_text
 
 PDFS = "pdfs"
 # (document, page number from 1)

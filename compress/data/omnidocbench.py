@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from compress.files import atomic_folder, read_json, write_json, write_text
+from compress.common.files import atomic_folder, read_json, write_json, write_text
 
 ANNOTATIONS = "OmniDocBench.json"
 

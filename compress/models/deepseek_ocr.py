@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import UnlimitedOcrForConditionalGeneration
 
-from compress.files import atomic_folder, read_json, write_json
+from compress.common.files import atomic_folder, read_json, write_json
 from compress.models.deepseek_ocr_layout import (
     native_config,
     original_config,

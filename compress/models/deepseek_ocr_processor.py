@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from compress.files import read_json, write_json
+from compress.common.files import read_json, write_json
 from compress.models.deepseek_ocr_views import MODES, Mode, page_tokens, page_views
 
 IMAGE_TOKEN = "<image>"

@@ -7,11 +7,11 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 
-from compress.files import folder_hash, read_json
+from compress.common.files import folder_hash, read_json
 
 BUILTIN = Path(__file__).parent / "builtin"
 # how an index names a UNet of ours
-OUR_UNET = ["compress.gradflow.free_width", "FreeWidthUNet2DModel"]
+OUR_UNET = ["compress.models.free_width", "FreeWidthUNet2DModel"]
 
 
 def builtin_names() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 
-from compress.cost import unet_inputs
+from compress.common.cost import unet_inputs
 from compress.data.sources import Wanted
 
 
@@ -94,7 +94,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         others = sorted(given - {"unet", "scheduler"})
         raise ValueError(
             f"compress trains and samples {supported()}; {name} also has {', '.join(others)}; "
-            "plan with --dry-run, and cut with compress.gradflow.surgery"
+            "plan with --dry-run, and cut with compress.methods.gradflow.surgery"
         )
     size = unet.config.sample_size
     if size is None or (kind.autoencoder and not isinstance(size, int)):
@@ -112,7 +112,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         raise ValueError(
             f"compress gives the UNet of a {name} {', '.join(sorted(kind.inputs)) or 'nothing'}; "
             f"this one needs {', '.join(needs)}; plan with --dry-run, and cut with "
-            "compress.gradflow.surgery"
+            "compress.methods.gradflow.surgery"
         )
     for part in [p for pair in kind.encoders for p in pair] + [kind.autoencoder or "unet"]:
         if getattr(pipeline, part, None) is None:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from compress.files import read_json
+from compress.common.files import read_json
 
 INDEX = "model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from compress.files import read_json
+from compress.common.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
 from compress.models.deepseek_ocr_layout import ARCHITECTURE, ARCHITECTURE_2, native_config_2
 from compress.models.deepseek_ocr_processor import load_processor

@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torchmetrics.functional.text import char_error_rate
 from transformers import PreTrainedTokenizerFast
 
+from compress.common.files import write_text
+from compress.common.journal import Journal
 from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
-from compress.files import write_text
-from compress.journal import Journal
 from compress.models.vlm import load_vlm
 
 TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")

@@ -18,8 +18,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from compress.common.files import atomic_folder
 from compress.data.pages import Page
-from compress.files import atomic_folder
 from compress.models.builtin.reader_training import (
     LEVELS,
     Reader,

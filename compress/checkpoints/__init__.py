@@ -1,0 +1,1 @@
+"""Checkpoints: what compress writes and loads back."""

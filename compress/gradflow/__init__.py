@@ -1,5 +1,0 @@
-"""Gradient-flow iterative soft pruning of diffusion UNets, and the one-shot baselines."""
-
-from compress.gradflow.method import GradFlow, OneShot, Training
-
-__all__ = ["GradFlow", "OneShot", "Training"]

@@ -1,0 +1,1 @@
+"""The compression methods, one folder each; ``registry`` lists them."""

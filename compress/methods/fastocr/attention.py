@@ -1,0 +1,180 @@
+"""Attention of one decode step, and the function that transformers calls for it.
+
+Three pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
+:func:`peripheral_decode` summaries of the others besides, and :func:`focal_decode` reads all and
+says how attention lies on them. On a GPU they are the kernels of
+:mod:`compress.kernels.sparse_decode` (what the few summaries add is plain torch), elsewhere the
+plain torch beside them.
+
+Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
+the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
+added to the logits.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from compress.kernels import sparse_decode as kernels
+from compress.kernels.backend import takes_triton
+from compress.methods.fastocr.fixation import Fixation
+from compress.methods.fastocr.periphery import Outside, Periphery
+
+NAME = "compress_fastocr"  # of the attention function, in transformers' registry
+REQUEST = "fastocr_request"  # the keyword under which a decode step brings its request
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one query to some rows of the cache.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    rows : which rows of the cache are read, in any order, ``(batch, picked)``.
+    rows_mask : of these rows, ``(batch, picked)``; None attends to all of them.
+    dense : first row of a range that is read as well, by all sequences, and the one after its last.
+    dense_mask : of the range, ``(batch, stop - start)``; None attends to all of it.
+    scaling : of the dot products.
+
+    Returns
+    -------
+    ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
+    """
+    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
+    fast = takes_triton("sparse_decode", query.device, obstacle)
+    decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
+    return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
+
+
+def peripheral_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    rows_mask: torch.Tensor | None,
+    dense: tuple[int, int],
+    dense_mask: torch.Tensor | None,
+    scaling: float,
+    periphery: Periphery,
+    fixation: Fixation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query to some rows of the cache, and to summaries of the visual rest.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    rows, rows_mask, dense, dense_mask, scaling : as :func:`sparse_decode`; the fixation's rows come
+        first.
+    periphery : of the layer.
+    fixation : the visual tokens that ``rows`` begin with.
+
+    Returns
+    -------
+    ``(batch, heads, 1, dim)``, equal to attention over the whole cache in which each visual token
+    outside the fixation has the mean key and value of those of its group that are outside too; and
+    how many summaries were read, summed over the sequences.
+    """
+    fixated = kernels.gathered(key, value, rows[:, : fixation.index.shape[1]])
+    outside = periphery.outside(fixation, *fixated)
+    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
+    if takes_triton("sparse_decode", query.device, obstacle):
+        read = kernels.sparse_decode_lse(
+            query, key, value, rows, rows_mask, dense, dense_mask, scaling
+        )
+        return outside.joined(query, *read, scaling), outside.read()
+    rows, mask = kernels.listed(rows, rows_mask, dense, dense_mask)
+    output = _beside(outside, query, *kernels.gathered(key, value, rows), mask, scaling)
+    return output, outside.read()
+
+
+def _beside(
+    outside: Outside,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention to keys, with their mask ``(batch, read)``, and to the summaries behind them."""
+    added = mask
+    if mask.dtype == torch.bool:
+        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    sizes = outside.log_sizes.to(query.dtype)
+    read = added[:, None].expand(-1, sizes.shape[1], -1)
+    output = scaled_dot_product_attention(
+        kernels.packed(query, key.shape[1]),
+        torch.cat([key, outside.keys.to(key.dtype)], 2),
+        torch.cat([value, outside.values.to(value.dtype)], 2),
+        attn_mask=torch.cat([read, sizes], 2)[:, :, None],
+        scale=scaling,
+    )
+    return output.reshape(len(query), query.shape[1], 1, -1)
+
+
+def focal_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query to the whole cache, and how it lies there, in one pass over the keys.
+
+    Parameters
+    ----------
+    query, key, value : see the module.
+    mask : ``(batch, 1, 1, length)``; None attends to all.
+    scaling : of the dot products.
+
+    Returns
+    -------
+    The output ``(batch, heads, 1, dim)``, and the attention's mean over the heads ``(batch,
+    length)`` in float32.
+    """
+    obstacle = kernels.obstacle(query, key, value, mask)
+    fast = takes_triton("focal_decode", query.device, obstacle)
+    decode = kernels.focal_decode if fast else kernels.focal_decode_reference
+    return decode(query, key, value, mask, scaling)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: all but a decode step of a request is SDPA's."""
+    request = others.pop(REQUEST, None)
+    if request is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = request.attend(module.layer_idx, query, key, value, attention_mask, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Tell transformers the function's name, and that its masks are SDPA's.
+
+    An unregistered mask name would leave it without any, and a padded batch would attend to
+    its padding. The names stay: they hold no state, which comes with each call.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

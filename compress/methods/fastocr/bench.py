@@ -1,0 +1,460 @@
+"""A decode step over many visual tokens: its attention alone, and the text model end to end."""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from compress.bench.building import built, sharing_weights
+from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
+from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
+from compress.methods.fastocr.calibration import default_count
+from compress.methods.fastocr.fixation import budget
+from compress.methods.fastocr.method import FastOCR
+from compress.methods.fastocr.state import Counts, Pages, Request
+from compress.models.cache_argument import cache_argument
+from compress.models.deepseek_ocr_views import view_tokens
+from compress.models.visual import VisualLayout, text_model
+
+AIM = 0.7  # of the byte bound, of attention alone
+TWO_PRODUCTS = "compress_bench_two_products"  # of the dense attention, in transformers' registry
+# text_config of Qwen/Qwen2.5-VL-{3B,7B}-Instruct; "tiny" is for trying the command
+MODELS: dict[str, dict[str, int]] = {
+    "qwen2.5-vl-3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "qwen2.5-vl-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
+}
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class DecodeShape:
+    """One decode step.
+
+    Parameters
+    ----------
+    part : "attention" of all layers alone, or "end_to_end": the text model and its head.
+    model : whose sizes the text model has.
+    visual, text : tokens in the cache of a sequence.
+    batch : sequences.
+    layers : that are built and timed, for machines that cannot hold all; None is all. End to end,
+        the time of the layers is scaled to all, and that of the head is not.
+    keep_visual : fraction of the visual tokens in the fixation.
+    dtype : of weights and cache.
+    without : a dense way that is left out, for machines that cannot hold what it needs: SDPA for
+        grouped heads copies keys and values for every query head on a CPU. None times all.
+    """
+
+    part: Literal["attention", "end_to_end"] = "attention"
+    model: Literal["qwen2.5-vl-3b", "qwen2.5-vl-7b", "tiny"] = "qwen2.5-vl-7b"
+    visual: Count = 4096
+    text: Count = 256
+    batch: Count = 1
+    layers: Count | None = None
+    keep_visual: Annotated[float, Field(gt=0, le=1)] = 0.05
+    dtype: Dtype = "float32"
+    without: Literal["sdpa"] | None = None
+
+    @property
+    def built_layers(self) -> int:
+        """Layers that are timed."""
+        return min(self.layers or self.all_layers, self.all_layers)
+
+    @property
+    def all_layers(self) -> int:
+        """Layers of the model."""
+        return MODELS[self.model]["num_hidden_layers"]
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads, and the size of one."""
+        sizes = MODELS[self.model]
+        heads = sizes["num_attention_heads"]
+        return heads, sizes["num_key_value_heads"], sizes["hidden_size"] // heads
+
+    @property
+    def focal(self) -> tuple[int, ...]:
+        """Layers that attend to all: spread over the depth, as calibration tends to choose."""
+        layers = self.built_layers
+        count = default_count(layers)
+        return tuple(round((k + 0.5) * layers / count) for k in range(count))
+
+    def cached_bytes(self, sparse: bool) -> int:
+        """Bytes of keys and values that a step must read, of the layers that are timed."""
+        length, focal = self.visual + self.text, len(self.focal)
+        kept = budget(self.keep_visual, self.visual) + self.text
+        rows = self.built_layers * length
+        if sparse:
+            rows = focal * length + (self.built_layers - focal) * kept
+        _, kv_heads, dim = self.heads
+        itemsize = getattr(torch, self.dtype).itemsize
+        return int(rows * self.batch * kv_heads * 2 * dim * itemsize)
+
+    @property
+    def byte_bound(self) -> float:
+        """Ratio of the cached bytes that the dense step and ours must read: what is possible."""
+        return self.cached_bytes(sparse=False) / self.cached_bytes(sparse=True)
+
+    def facts(self) -> dict[str, Any]:
+        """All sizes, for a row."""
+        heads, kv_heads, dim = self.heads
+        sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim}
+        return asdict(self) | {"layers": self.built_layers} | sizes
+
+
+def default_shapes(device: str) -> list[DecodeShape]:
+    """What is timed where nobody asks for a shape."""
+    if torch.device(device).type == "cuda":
+        return [
+            DecodeShape(part=part, model=model, visual=visual, batch=batch, dtype="bfloat16")
+            for part in ("attention", "end_to_end")
+            for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
+            for visual in (256, 1024, 4096, 16384)
+            for batch in (1, 8, 32)
+        ]
+    small: Any = {"part": "end_to_end", "model": "qwen2.5-vl-3b", "layers": 7, "dtype": "bfloat16"}
+    return [
+        *(DecodeShape(visual=visual) for visual in (2048, 8192, 32768)),
+        *(DecodeShape(visual=n, **small) for n in (256, 1024, 4096, 16384)),
+    ]
+
+
+def run(shape: DecodeShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
+    """Time a step of dense attention's best ways and of FastOCR, in turns."""
+    if shape.part == "attention":
+        yield _attention_row(shape, bench, ceilings)
+    else:
+        yield _end_to_end_row(shape, bench)
+
+
+def _caches(shape: DecodeShape, device: str, room: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Random keys and values of every layer, with room for new tokens."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    _, kv_heads, dim = shape.heads
+    size = (shape.batch, kv_heads, shape.visual + shape.text + room, dim)
+    options: Any = {
+        "generator": generator,
+        "device": device,
+        "dtype": getattr(torch, shape.dtype),
+    }
+    return [
+        (torch.randn(size, **options), torch.randn(size, **options))
+        for _ in range(shape.built_layers)
+    ]
+
+
+def _request(shape: DecodeShape, device: str, counts: Counts | None = None) -> Request:
+    """One that has just read its prompt: visual tokens of a square page first, then text."""
+    side = max(1, round(shape.visual**0.5))
+    grid = view_tokens(0, -(-shape.visual // side), side, False)[: shape.visual]
+    nowhere = torch.zeros(shape.visual, dtype=torch.long)
+    layout = VisualLayout(torch.arange(shape.visual), grid, nowhere)
+    length = shape.visual + shape.text
+    pages = Pages.of([layout] * shape.batch, length, torch.device(device))
+    gaze = _method(shape).open_gaze(pages, shape.built_layers)
+    return Request(pages, gaze, counts or Counts(shape.built_layers))
+
+
+def _method(shape: DecodeShape) -> FastOCR:
+    return FastOCR(keep_visual=shape.keep_visual, focal_layers=shape.focal, min_visual=0)
+
+
+# ---- attention alone ---------------------------------------------------------------------------
+
+
+def _attention_row(shape: DecodeShape, bench: Bench, ceilings: Ceilings) -> Row:
+    ways = _attention_ways(shape, bench.device)
+    timing = time_ways(ways, bench)
+    ms = {name: latency.median for name, latency in timing.ms.items()}
+    dense = min((name for name in ms if name != "fastocr"), key=ms.__getitem__)
+    moved = {name: shape.cached_bytes(sparse=name == "fastocr") for name in (dense, "fastocr")}
+    speed = {name: reached(count, ms[name]) for name, count in moved.items()}
+    facts: dict[str, Any] = {
+        **against(ms[dense] / ms["fastocr"], shape.byte_bound),
+        "aim": AIM,
+        "dense": dense,
+        "bytes": moved,
+        "gb_per_s": speed,
+        "share_of_copy": {name: rate / ceilings.copy for name, rate in speed.items()},
+        "graphs": timing.graphs,
+        "profile": {"fastocr": costliest(ways["fastocr"], bench.device)},
+    }
+    return make_row("fastocr", "attention", shape.facts(), timing.ms, bench, facts)
+
+
+def _attention_ways(shape: DecodeShape, device: str) -> dict[str, Callable[[], Any]]:
+    """The attention of all layers: dense in two ways, and through the method's own code.
+
+    The choice of the fixation, its reuse and the counting are part of the last.
+    """
+    heads, _, dim = shape.heads
+    caches = _caches(shape, device, room=0)
+    options: Any = {"device": device, "dtype": getattr(torch, shape.dtype)}
+    query = torch.randn(shape.batch, heads, 1, dim, **options)
+    scaling = dim**-0.5
+
+    def sdpa() -> None:
+        for key, value in caches:
+            scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+
+    def matmul() -> None:
+        for key, value in caches:
+            two_products(query, key, value, scaling)
+
+    request = _request(shape, device)
+
+    def fastocr() -> None:
+        request.start_step()
+        for layer, (key, value) in enumerate(caches):
+            request.attend(layer, query, key, value, None, scaling)
+
+    ways = {"sdpa": sdpa, "matmul": matmul, "fastocr": fastocr}
+    return {name: way for name, way in ways.items() if name != shape.without}
+
+
+def two_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Dense attention of one token with the query heads of a key head side by side.
+
+    Parameters
+    ----------
+    query : ``(batch, heads, 1, dim)``.
+    key, value : ``(batch, kv_heads, length, dim)``.
+    scaling : of the dot products.
+
+    Returns
+    -------
+    ``(batch, heads, 1, dim)``.
+    """
+    packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    weights = ((packed @ key.transpose(2, 3)).float() * scaling).softmax(-1)
+    return (weights.to(value.dtype) @ value).reshape(*query.shape[:3], -1)
+
+
+# ---- end to end --------------------------------------------------------------------------------
+
+
+def _end_to_end_row(shape: DecodeShape, bench: Bench) -> Row:
+    with ExitStack() as stack:
+        ways = _end_to_end_ways(shape, bench.device, stack)
+        timing = time_ways(ways, bench)
+        profiled = costliest(ways["fastocr"], bench.device)
+    ms = {name: latency.median for name, latency in timing.ms.items()}
+    head = ms["head"]
+    scale = shape.all_layers / shape.built_layers
+    steps = {name: scale * value + head for name, value in ms.items() if name != "head"}
+    dense = min((name for name in steps if name != "fastocr"), key=steps.__getitem__)
+    facts: dict[str, Any] = {
+        **against(steps[dense] / steps["fastocr"], end_to_end_bound(shape)),
+        "dense": dense,
+        "timed": f"{shape.built_layers} of {shape.all_layers} layers, scaled, and the head",
+        "step_ms": steps,
+        "tokens_per_second": {n: shape.batch * 1e3 / value for n, value in steps.items()},
+        "graphs": timing.graphs,
+        "profile": {"fastocr": profiled},
+    }
+    return make_row("fastocr", "end_to_end", shape.facts(), timing.ms, bench, facts)
+
+
+def end_to_end_bound(shape: DecodeShape) -> float:
+    """Ratio of all bytes that a step of the whole model must read, weights included."""
+    sizes = MODELS[shape.model]
+    hidden, between = sizes["hidden_size"], sizes["intermediate_size"]
+    heads, kv_heads, dim = shape.heads
+    layer = 2 * hidden * dim * (heads + kv_heads) + 3 * hidden * between
+    whole = shape.all_layers * layer + hidden * sizes["vocab_size"]
+    weights = whole * getattr(torch, shape.dtype).itemsize
+    scale = shape.all_layers / shape.built_layers
+    dense, sparse = (weights + scale * shape.cached_bytes(sparse=flag) for flag in (False, True))
+    return dense / sparse
+
+
+class _FilledLayer(DynamicLayer):
+    """A layer's cache that is full but for the last row, where every step writes its token.
+
+    So a step can be repeated, nothing grows, and nothing is copied as a growing cache would be.
+    """
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = key, value
+        self.dtype, self.device = key.dtype, key.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, kwargs: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new token; ``kwargs`` is what transformers 5.24 hands to layers by name."""
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens without the new one."""
+        return int(self.keys.shape[2]) - 1
+
+
+def _model(shape: DecodeShape) -> Qwen2_5_VLForConditionalGeneration:
+    """The text model at its size; nobody looks through the vision tower, which is tiny."""
+    sizes: dict[str, Any] = MODELS[shape.model] | {"num_hidden_layers": shape.built_layers}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    dim = shape.heads[2]
+    rope["mrope_section"] = [dim // 2 - 2 * (dim * 3 // 16), dim * 3 // 16, dim * 3 // 16]
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 1,
+        "out_hidden_size": sizes["hidden_size"],
+        "fullatt_block_indexes": [0],
+    }
+    ids = {name: number for number, name in enumerate(("bos_token_id", "eos_token_id"))}
+    text = sizes | ids | {"rope_parameters": rope, "pad_token_id": 0}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=2,
+        video_token_id=3,
+        vision_start_token_id=4,
+        vision_end_token_id=5,
+        tie_word_embeddings=True,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _two_products(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    return two_products(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+def dense_backends(device: str, dtype: str) -> dict[str, str]:
+    """Ways of dense attention that can be had, with their names in transformers' registry."""
+    found = {"sdpa": "sdpa", "matmul": TWO_PRODUCTS}
+    half = dtype != "float32" and torch.device(device).type == "cuda"
+    if half and importlib.util.find_spec("flash_attn"):
+        found["flash"] = "flash_attention_2"
+    return found
+
+
+def _end_to_end_ways(
+    shape: DecodeShape, device: str, stack: ExitStack
+) -> dict[str, Callable[[], Any]]:
+    """The text model's step with each attention, on the same weights and caches; and the head."""
+    AttentionInterface.register(TWO_PRODUCTS, _two_products)
+    AttentionMaskInterface.register(TWO_PRODUCTS, sdpa_mask)
+    dtype = getattr(torch, shape.dtype)
+    model = built(lambda: _model(shape), dtype, device)
+    caches = _caches(shape, device, room=1)
+    length = shape.visual + shape.text
+    embeds = torch.randn(shape.batch, 1, MODELS[shape.model]["hidden_size"], device=device)
+    embeds = embeds.to(dtype)
+    places = torch.full((4, shape.batch, 1), length, device=device)  # text, and Qwen's three
+
+    def step_of(network: Any, cache: DynamicCache) -> Callable[[], Any]:
+        text = text_model(network)
+        given = {"inputs_embeds": embeds, "position_ids": places, cache_argument(text): cache}
+        return lambda: text(**given)
+
+    ways: dict[str, Callable[[], Any]] = {}
+    for name, implementation in dense_backends(device, shape.dtype).items():
+        if name == shape.without:
+            continue
+        network = sharing_weights(model)
+        network.set_attn_implementation({"text_config": implementation})
+        ways[name] = step_of(network, _cache(caches))
+    handle = stack.enter_context(_method(shape).attach(model))
+    cache = _cache(caches)
+    request = _request(shape, device, handle.counts)
+    handle.requests[cache] = request
+    sparse = step_of(model, cache)
+
+    def fastocr() -> None:
+        request.length = length  # the step before is taken back
+        sparse()
+
+    hidden = embeds.clone()
+    return {**ways, "fastocr": fastocr, "head": lambda: model.lm_head(hidden)}
+
+
+def _cache(caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = [_FilledLayer(key, value) for key, value in caches]
+    return cache
+
+
+# ---- the crossover -----------------------------------------------------------------------------
+
+
+def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """From how many visual tokens on FastOCR is faster end to end, by device.
+
+    The smallest number that was measured from which on every measurement, of all batches and
+    models, was at least as fast as dense. Where the largest was not, it is the next number: nobody
+    knows what lies beyond.
+
+    Parameters
+    ----------
+    rows : of this benchmark; those of attention alone are left out, and those of a step that was
+        measured again.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    mine = newest([row for row in rows if row["part"] == "end_to_end"])
+    for device in dict.fromkeys(row["device"] for row in mine):
+        here = [row for row in mine if row["device"] == device]
+        sizes = sorted({row["shape"]["visual"] for row in here})
+        slow = [r["shape"]["visual"] for r in here if r["ratio"] < 1]
+        faster = [size for size in sizes if size > max(slow, default=0)]
+        found[device] = {
+            "min_visual": faster[0] if faster else sizes[-1] + 1,
+            "measured": sizes,
+            "batch": sorted({row["shape"]["batch"] for row in here}),
+            "models": sorted({row["shape"]["model"] for row in here}),
+            "dtypes": sorted({row["shape"]["dtype"] for row in here}),
+            "threads": sorted({row["threads"] for row in here}),
+            "date": max(row["date"] for row in here),
+        }
+    return found

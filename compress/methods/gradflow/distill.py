@@ -1,0 +1,115 @@
+"""Distillation from the dense network: its prediction, and its block outputs."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+from torch.nn import functional as F
+
+from compress.methods.gradflow.layout import Layout
+from compress.parallel import distributed
+
+
+class Teacher:
+    """The dense network as a teacher, in the soft stage and in recovery alike.
+
+    Parameters
+    ----------
+    dense : evaluated without gradients.
+    output_weight : weight of ``mean (prediction - dense prediction)^2``.
+    feature_weight : weight of the mean over blocks of ``sum m (f - F)^2 / sum m F^2``, where f and
+        F are the block's output and the dense one, m the mask of its channels (normalisation ours).
+    layout : which mask entry belongs to which channel.
+    """
+
+    def __init__(
+        self,
+        dense: UNet2DModel | UNet2DConditionModel,
+        output_weight: float,
+        feature_weight: float,
+        layout: Layout,
+    ) -> None:
+        self.dense, self.layout = dense, layout
+        self.output_weight, self.feature_weight = output_weight, feature_weight
+        self.blocks = _block_indices(dense, layout)
+
+    @contextlib.contextmanager
+    def watch(self, unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        """Collect block outputs ``(batch, channels, height, width)`` of a forward pass inside."""
+        collected: dict[str, torch.Tensor] = {}
+
+        def keep(name: str):
+            def hook(_module, _inputs, output) -> None:
+                collected[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        wanted = self.blocks if self.feature_weight else {}
+        handles = [unet.get_submodule(n).register_forward_hook(keep(n)) for n in wanted]
+        try:
+            yield collected
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        predicted: torch.Tensor,
+        features: dict[str, torch.Tensor],
+        mask: torch.Tensor,
+        condition: Mapping[str, Any] = MappingProxyType({}),
+    ) -> torch.Tensor:
+        """Distillation loss of a student's prediction and features.
+
+        Parameters
+        ----------
+        noisy, timesteps : the student's inputs.
+        predicted : its output ``(batch, channels, height, width)``.
+        features : from :meth:`watch`; of dense width (masked student) or of slim width.
+        mask : ``(units,)``; binary for a slim student.
+        condition : further inputs of both UNets, by name.
+        """
+        if not (self.output_weight or self.feature_weight):
+            return predicted.new_zeros(())
+        with torch.no_grad(), self.watch(self.dense) as dense_features:
+            target = self.dense(noisy, timesteps, **condition).sample
+        loss = self.output_weight * F.mse_loss(predicted.float(), target)
+        extended = self.layout.extend(mask)
+        errors: dict[str, torch.Tensor] = {}
+        sizes: dict[str, torch.Tensor] = {}
+        for name, feature in features.items():
+            weight = extended[self.blocks[name].to(mask.device)]
+            dense = dense_features[name]
+            if feature.shape[1] != dense.shape[1]:
+                dense, weight = dense[:, weight > 0.5], weight[weight > 0.5]
+            weight = weight[:, None, None]
+            error = (weight * (feature.float() - dense).square()).sum()
+            sizes[name] = (weight * dense.square()).sum()
+            errors[name] = error
+        # over the whole batch, so that it does not matter how many processes share it
+        for name, size in distributed.mean(sizes).items():
+            loss = loss + self.feature_weight / len(self.blocks) * errors[name] / size
+        return loss
+
+
+def _block_indices(
+    unet: UNet2DModel | UNet2DConditionModel, layout: Layout
+) -> dict[str, torch.Tensor]:
+    """For every block, the mask index of its output channels: those of its last convolution."""
+    indices = {}
+    blocks = [(f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)]
+    blocks += [("mid_block", unet.mid_block)] if unet.mid_block is not None else []
+    blocks += [(f"up_blocks.{i}", b) for i, b in enumerate(unet.up_blocks)]
+    for name, block in blocks:
+        last = f"{name}.resnets.{len(block.resnets) - 1}.conv2"
+        for samplers in ("downsamplers", "upsamplers"):
+            if getattr(block, samplers, None) is not None:
+                last = f"{name}.{samplers}.0.conv"
+        indices[name] = layout.outputs[last]
+    return indices

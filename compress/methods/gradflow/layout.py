@@ -1,0 +1,231 @@
+"""The layout of a mask: which unit masks which channel of which module, and in which block."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from compress.methods.gradflow.groups import ChannelGroup, index_of, narrowed_queries
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All masks of a model in one vector of units, and where each entry acts.
+
+    The index tensors point into ``[mask, 1, fade]``: position ``units`` stands for a channel that
+    is never masked, ``units + 1`` for a sinusoid value that the slim model cannot have.
+
+    Attributes
+    ----------
+    groups : the channel groups, in forward order.
+    offsets : where each group's units start.
+    units : length of the mask.
+    block : ``(units,)`` the selection block of each unit: channels that share a norm group.
+    quota : ``(blocks,)`` how many units each block keeps in the end.
+    inputs, outputs, norms : per module ``(channels,)`` index tensors.
+    queries : index tensors of ``to_q`` layers whose heads get narrower; their outputs are masked.
+    unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
+    widths : the slim model's ``block_out_channels``.
+    freq_shift : of the slim model's sinusoid, which has every r-th frequency.
+    inner : the slim model's inner widths where they are free, by resnet or attention module.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    offsets: tuple[int, ...]
+    units: int
+    block: torch.Tensor
+    quota: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    norms: dict[str, torch.Tensor]
+    queries: dict[str, torch.Tensor]
+    unaligned: tuple[str, ...]
+    widths: tuple[int, ...]
+    freq_shift: float
+    inner: dict[str, int] = field(default_factory=dict)
+
+    def extend(self, mask: torch.Tensor, fade: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """``[mask, 1, fade]``, the vector that the index tensors point into.
+
+        ``fade`` is what remains of the sinusoid values that go: 1 in the dense model, 0 in the
+        slim one.
+        """
+        ends = mask.new_ones(2)
+        ends[1] = fade
+        return torch.cat([mask, ends])
+
+    def sizes(self) -> torch.Tensor:
+        """Units per block, ``(blocks,)``."""
+        return torch.bincount(self.block, minlength=len(self.quota))
+
+
+def kept_frequencies(half: int, kept: int, shift: float) -> tuple[list[int], float]:
+    """Which of the sinusoid's frequencies a narrower ``Timesteps`` can reproduce.
+
+    Frequency ``i`` of ``half`` is ``10000 ** (-i / (half - shift))``. Every ``r``-th one is again
+    such a series, with ``half' - shift' = (half - shift) / r``; ``r`` is the largest stride that
+    leaves ``kept`` frequencies, so that the kept ones span as much of the range as they can.
+
+    Returns
+    -------
+    The kept indices and the ``freq_shift`` that reproduces them (negative is legal).
+    """
+    stride = max(1, (half - 1) // max(1, kept - 1)) if kept < half else 1
+    return [stride * i for i in range(kept)], kept - (half - shift) / stride
+
+
+def build_layout(
+    unet: UNet2DModel, groups: Sequence[ChannelGroup], widths: Sequence[int]
+) -> Layout:
+    """Lay out the mask of a model for the given slim level widths.
+
+    Parameters
+    ----------
+    unet : the dense model.
+    groups : from :func:`compress.methods.gradflow.groups.find_groups`.
+    widths : the slim model's ``block_out_channels``.
+    """
+    offsets, units = [], 0
+    for group in groups:
+        offsets.append(units)
+        units += group.units
+    modules = dict(unet.named_modules())
+    tables: dict[str, dict[str, torch.Tensor]] = {"in": {}, "out": {}, "norm": {}}
+    for group, offset in zip(groups, offsets, strict=True):
+        for slot in group.slots:
+            table = tables[slot.side]
+            if slot.module not in table:
+                table[slot.module] = torch.full((_width(modules[slot.module], slot.side),), units)
+            index = offset + index_of(slot.channels) // group.unit
+            table[slot.module][index_of(slot.positions)] = index
+    half = widths_half(unet.config.block_out_channels[0])
+    kept, freq_shift = kept_frequencies(half, widths_half(widths[0]), unet.config.freq_shift)
+    if len(kept) < half:
+        removed = torch.ones(half, dtype=torch.bool)
+        removed[kept] = False
+        columns = torch.full((2 * half,), units)
+        columns[removed.repeat(2)] = units + 1
+        for reader in sinusoid_readers(unet):
+            tables["in"][reader] = columns
+    block, quota, unaligned = _blocks(unet, groups, offsets, units, widths)
+    return Layout(
+        groups=tuple(groups),
+        offsets=tuple(offsets),
+        units=units,
+        block=block,
+        quota=quota,
+        inputs=tables["in"],
+        outputs=tables["out"],
+        norms=tables["norm"],
+        queries={name: tables["out"][name] for name in narrowed_queries(unet)},
+        unaligned=unaligned,
+        widths=tuple(widths),
+        freq_shift=freq_shift,
+    )
+
+
+def sinusoid_readers(unet: UNet2DModel | UNet2DConditionModel) -> tuple[str, ...]:
+    """The layers that read the sinusoid as wide as the first level."""
+    if unet.config.class_embed_type == "timestep":  # a label goes through the same sinusoid
+        return ("time_embedding.linear_1", "class_embedding.linear_1")
+    return ("time_embedding.linear_1",)
+
+
+def widths_half(width: int) -> int:
+    """Sinusoid frequencies of an embedding of ``width`` values."""
+    return width // 2
+
+
+def _width(module: Any, side: str) -> int:
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0]
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if side == "in" else module.out_channels
+    return module.in_features if side == "in" else module.out_features
+
+
+def _blocks(
+    unet: UNet2DModel,
+    groups: Sequence[ChannelGroup],
+    offsets: Sequence[int],
+    units: int,
+    widths: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
+    """Cut every group into blocks with quotas so that norm groups stay norm groups.
+
+    A norm over one group of channels demands the same number kept in each of its groups. A norm
+    over a concatenation adds borders inside both parts; they are adopted where every interval
+    between borders then keeps its proportional share (rounded), otherwise the norm is reported
+    as unaligned and changes its membership at binarisation.
+    """
+    modules = dict(unet.named_modules())
+    slim = {g.name: g.slim_width(widths) // g.unit for g in groups}
+    # f(x): how many of the first x units are kept, known at the borders
+    borders = {
+        g.name: {k * g.units // g.parts: k * slim[g.name] // g.parts for k in range(g.parts + 1)}
+        for g in groups
+    }
+    parts: dict[str, list[tuple[int, ChannelGroup]]] = {}
+    for group in groups:
+        for slot in group.slots:
+            # a LayerNorm is one group: it asks for nothing
+            if slot.side == "norm" and isinstance(modules[slot.module], nn.GroupNorm):
+                parts.setdefault(slot.module, []).append((slot.positions[0], group))
+    plain = {name: found for name, found in parts.items() if len(found) == 1}
+    joined = {
+        name: sorted(found, key=lambda p: p[0])
+        for name, found in parts.items()
+        if name not in plain
+    }
+    for name, found in plain.items():
+        group = found[0][1]
+        norm_groups = modules[name].num_groups
+        for k in range(1, norm_groups):
+            borders[group.name][k * group.width // norm_groups] = (
+                k * widths[group.level] // norm_groups
+            )
+    unaligned = []
+    for name, found in joined.items():
+        norm_groups = modules[name].num_groups
+        total = sum(group.width for _, group in found)
+        slim_total = sum(widths[group.level] for _, group in found)
+        proposal = {group.name: dict(borders[group.name]) for _, group in found}
+        agrees, slim_start = True, 0
+        for start, group in found:
+            for k in range(1, norm_groups):
+                inside = k * total // norm_groups - start
+                if 0 < inside < group.width:
+                    kept = k * slim_total // norm_groups - slim_start
+                    agrees &= proposal[group.name].setdefault(inside, kept) == kept
+            slim_start += widths[group.level]
+        agrees &= all(
+            _proportional(proposal[group.name], widths[group.level] / group.width)
+            for _, group in found
+        )
+        # a part that appears twice in one concatenation would need two sets of borders at once
+        if agrees and len({group.name for _, group in found}) == len(found):
+            borders.update(proposal)
+        else:
+            unaligned.append(name)
+    block = torch.empty(units, dtype=torch.long)
+    quota: list[int] = []
+    for group, offset in zip(groups, offsets, strict=True):
+        marks = sorted(borders[group.name].items())
+        for (start, before), (stop, after) in zip(marks, marks[1:], strict=False):
+            block[offset + start : offset + stop] = len(quota)
+            quota.append(after - before)
+    return block, torch.tensor(quota), tuple(unaligned)
+
+
+def _proportional(marks: dict[int, int], ratio: float) -> bool:
+    ordered = sorted(marks.items())
+    for (start, before), (stop, after) in zip(ordered, ordered[1:], strict=False):
+        kept, span = after - before, stop - start
+        if not 0 < kept <= span or abs(kept - ratio * span) >= 1:
+            return False
+    return True

@@ -1,0 +1,267 @@
+"""Moves a mask: estimates scores, takes flow steps, binarises, and keeps what must survive."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.data import Batch
+from compress.methods.gradflow import criterion as scoring
+from compress.methods.gradflow import flow
+from compress.methods.gradflow.allocation import Allocator
+from compress.methods.gradflow.coarse import COARSE_REFRESH
+from compress.methods.gradflow.layout import Layout
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.method import GradFlow, OneShot
+from compress.parallel import sharding
+
+TRACED_UNITS = 400
+# share of the flow after which free inner widths stay as they are
+LAST_REALLOCATION = 0.5
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class MaskState:
+    """What survives between steps; saved and restored with the run.
+
+    ``scores`` compare units of one layer, ``shared_scores`` those of all layers.
+    """
+
+    scores: torch.Tensor
+    last_scores: torch.Tensor
+    low: torch.Tensor
+    quota: torch.Tensor
+    shared_scores: torch.Tensor
+    returned: int = 0
+    binary: bool = False
+    estimates: int = 0
+    seconds: float = 0.0
+    trace: list[torch.Tensor] = field(default_factory=list)
+    trace_steps: list[int] = field(default_factory=list)
+
+    def tensors(self) -> Tensors:
+        """The state's tensors, by name."""
+        names = ("scores", "last_scores", "low", "quota", "shared_scores")
+        found = {name: getattr(self, name) for name in names}
+        return found | ({"trace": torch.stack(self.trace)} if self.trace else {})
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of the state, as JSON values."""
+        names = ("returned", "binary", "estimates", "seconds", "trace_steps")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
+        """The state that ``tensors`` and ``facts`` were taken of."""
+        trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
+        return cls(
+            scores=tensors["scores"],
+            last_scores=tensors["last_scores"],
+            low=tensors["low"],
+            quota=tensors["quota"],
+            shared_scores=tensors["shared_scores"],
+            trace=trace,
+            **facts,
+        )
+
+
+class MaskMover:
+    """Drives the mask of a soft network as :class:`GradFlow` or :class:`OneShot` says.
+
+    Parameters
+    ----------
+    method : the knobs.
+    layout : where each unit acts.
+    scheduler : for the criterion's loss.
+    batches : gives the minibatches of estimate number k, each whole or in equally many parts.
+    step_rate : learning rate of the training, the unit of ``lookahead``'s horizon.
+    seed : of the random criterion.
+    device : where the mask lives.
+    allocator : chooses the inner widths where they are free.
+
+    Raises
+    ------
+    ValueError : when the continuity bound does not let the budget fall as scheduled.
+    """
+
+    def __init__(
+        self,
+        method: GradFlow | OneShot,
+        layout: Layout,
+        scheduler,
+        batches: Callable[[int], list[Batch]],
+        *,
+        step_rate: float,
+        seed: int,
+        device: torch.device,
+        allocator: Allocator | None = None,
+    ) -> None:
+        self.method, self.scheduler, self.batches = method, scheduler, batches
+        self.seed, self.allocator, self._layout = seed, allocator, layout
+        self.block = layout.block.to(device)
+        self.sizes = layout.sizes().to(device).float()
+        every = method.update_every if isinstance(method, GradFlow) else 1
+        self.horizon = method.horizon or step_rate * every
+        # the optimiser step before which the mask becomes binary
+        self.binarised_at = 0
+        if isinstance(method, GradFlow):
+            self.binarised_at = method.steps - int(method.settle * method.steps)
+            if method.process == "soft":
+                flow.updates_fit(
+                    math.ceil(self.binarised_at / method.update_every),
+                    self.sizes.cpu(),
+                    layout.quota if allocator is None else allocator.least_quota(),
+                    method.max_move,
+                    method.budget,
+                )
+        zeros = torch.zeros(layout.units, device=device)
+        self.state = MaskState(
+            zeros, zeros.clone(), zeros.bool(), layout.quota.to(device), zeros.clone()
+        )
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(layout.units, generator=generator)[:TRACED_UNITS]
+        self._traced = order.sort().values.to(device)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout with the quotas as they are now."""
+        if self.allocator is None:
+            return self._layout
+        return self.allocator.layout_of(self.state.quota)
+
+    def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
+        """Move the mask when it is due before optimiser step ``step``; returns the log row."""
+        method = self.method
+        if not isinstance(method, GradFlow):
+            return None
+        if step >= self.binarised_at or step % method.update_every:
+            return None
+        update = step // method.update_every
+        progress = (update + 1) / math.ceil(self.binarised_at / method.update_every)
+        every = method.criterion_every
+        if method.granularity == "coarse":
+            every *= COARSE_REFRESH
+        rank = None
+        if update % every == 0:
+            # quotas rest in the second half, so that the masks can follow them to the end
+            rank = self.estimate(soft, reallocate=progress <= LAST_REALLOCATION or update == 0)
+        removed = flow.removed_share(progress, method.budget)
+        budget = self.sizes - removed * (self.sizes - self.state.quota)
+        if self.allocator is not None:
+            # a quota that has just moved is followed as fast as the continuity bound allows
+            low, high = (soft.mask - method.max_move), (soft.mask + method.max_move)
+            blocks = len(budget)
+            budget = budget.clamp(
+                flow.block_sums(low.clamp(min=0), self.block, blocks),
+                flow.block_sums(high.clamp(max=1), self.block, blocks),
+            )
+        before, gamma = soft.mask.clone(), method.gamma * progress
+        soft.fade.fill_(1 - removed)
+        if method.process == "hard":
+            kept = budget.ceil().long()
+            soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
+        else:
+            soft.mask.copy_(
+                flow.flow_step(
+                    before,
+                    self.state.scores,
+                    gamma=gamma,
+                    rate=method.flow_rate,
+                    max_move=method.max_move,
+                    budget=budget,
+                    block=self.block,
+                )
+            )
+        self._follow(soft.mask, step)
+        undecided = (soft.mask > 0.05) & (soft.mask < 0.95)
+        return {
+            "budget": (budget.sum() / self.sizes.sum()).item(),
+            "fade": 1 - removed,
+            "gamma": gamma,
+            "max_move": (soft.mask - before).abs().max().item(),
+            "undecided": undecided.float().mean().item(),
+            "returned": self.state.returned,
+            "spearman": rank,
+        }
+
+    def estimate(self, soft: SoftUNet, *, reallocate: bool = True) -> float | None:
+        """Refresh the scores; returns the rank correlation with the estimate before.
+
+        Parameters
+        ----------
+        soft : the masked network.
+        reallocate : whether free inner widths are chosen anew.
+        """
+        started = time.perf_counter()
+        state, method = self.state, self.method
+        batches = self.batches(state.estimates)
+        with sharding.whole(soft):
+            raw = self._raw_scores(soft, batches)
+        fresh = scoring.normalise(raw, self._layout, method.criterion)
+        shared = scoring.normalise(raw, self._layout, "lookahead")
+        rank = None
+        if state.estimates and isinstance(method, GradFlow):
+            alive = soft.mask > 0.05
+            rank = flow.spearman(state.last_scores[alive], fresh[alive])
+            decay = method.score_ema
+            state.scores = decay * state.scores + (1 - decay) * fresh
+            state.shared_scores = decay * state.shared_scores + (1 - decay) * shared
+        else:
+            state.scores, state.shared_scores = fresh, shared
+        if self.allocator is not None and reallocate:
+            state.quota = self.allocator.layout(state.shared_scores).quota.to(self.block.device)
+        state.last_scores = fresh
+        state.estimates += 1
+        state.seconds += time.perf_counter() - started
+        return None if rank is None or math.isnan(rank) else rank
+
+    def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
+        method = self.method
+        if method.criterion == "diff_pruning":
+            return scoring.diff_pruning_scores(
+                soft,
+                self.scheduler,
+                batches,
+                threshold=method.threshold,
+                parts=len(batches) // method.criterion_batches,
+            )
+        return scoring.raw_scores(
+            soft,
+            self.scheduler,
+            batches,
+            criterion=method.criterion,
+            reduction=method.reduction,
+            hvp=method.hvp,
+            horizon=self.horizon,
+            seed=self.seed,
+        )
+
+    def binarise(self, soft: SoftUNet, step: int) -> int:
+        """Set every mask to 0 or 1 and let unaligned norms take the slim net's membership.
+
+        Returns the number of norms that changed their membership.
+        """
+        soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.state.quota))
+        soft.fade.zero_()
+        self.state.binary = True
+        self._follow(soft.mask, step)
+        return soft.adopt_slim_membership()
+
+    def trace(self) -> Tensors:
+        """The traced units' masks ``(updates, units)`` and the steps ``(updates,)``."""
+        if not self.state.trace:
+            return {}
+        steps = torch.tensor(self.state.trace_steps)
+        return {"masks": torch.stack(self.state.trace), "steps": steps}
+
+    def _follow(self, mask: torch.Tensor, step: int) -> None:
+        """Count units that came back from under one half, and extend the trace."""
+        low = mask < 0.5
+        self.state.returned += int((self.state.low & ~low).sum())
+        self.state.low = low
+        self.state.trace.append(mask[self._traced].cpu().clone())
+        self.state.trace_steps.append(step)

@@ -1,0 +1,121 @@
+"""Surgery: a fresh plain UNet with smaller widths, filled with the kept slices."""
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from compress.methods.gradflow.condition import heads_of_levels, whole_heads
+from compress.methods.gradflow.layout import Layout
+from compress.models.free_width import FreeWidthUNet2DModel
+
+UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
+
+
+def public_config(unet: UNet2DModel | UNet2DConditionModel) -> dict:
+    """The configuration of a UNet without diffusers' notes of where it came from."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
+def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dict:
+    """The configuration of the slim UNet: plain diffusers keys only."""
+    config = public_config(unet)
+    config["block_out_channels"] = tuple(layout.widths)
+    if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
+        config["attention_head_dim"] = [
+            heads * slim // dense if attends else heads
+            for heads, attends, slim, dense in zip(
+                unet.config.attention_head_dim,
+                heads_of_levels(unet),
+                layout.widths,
+                unet.config.block_out_channels,
+                strict=True,
+            )
+        ]
+    # the embedding keeps its width, which diffusers would otherwise derive from the first level
+    config["time_embedding_dim"] = unet.time_embedding.linear_2.out_features
+    shift = layout.freq_shift
+    config["freq_shift"] = int(shift) if float(shift).is_integer() else shift
+    return config
+
+
+def slim_unet(unet: UNet, layout: Layout) -> UNet:
+    """The slim UNet with weights of its own: a plain one unless its inner widths are free."""
+    config = slim_config(unet, layout)
+    if layout.inner:
+        return FreeWidthUNet2DModel(inner_widths=layout.inner, **config)
+    return type(unet).from_config(config)
+
+
+def cut(
+    tensors: Mapping[str, torch.Tensor], layout: Layout, mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Keep the slices of a binary mask in every tensor that has parameter names and shapes.
+
+    Used for weights and for whatever is shaped like them (averages, Adam moments).
+
+    Parameters
+    ----------
+    tensors : by parameter name, each with the dense shape.
+    layout : where each unit acts.
+    mask : ``(units,)``, 0 or 1.
+    """
+    extended = layout.extend(mask.cpu()) > 0.5
+    result = {}
+    for name, tensor in tensors.items():
+        module = name.rpartition(".")[0]
+        rows = layout.outputs.get(module, layout.norms.get(module))
+        if rows is not None:
+            tensor = tensor[extended[rows].to(tensor.device)]
+        columns = layout.inputs.get(module)
+        if columns is not None and tensor.dim() > 1:
+            tensor = tensor[:, extended[columns].to(tensor.device)]
+        result[name] = tensor.clone()
+    return result
+
+
+def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
+    """Build the slim UNet of a binary mask.
+
+    Attention with narrower heads divides by the root of its new head size, so the ratio is folded
+    into the query projection: ``(q sqrt(d'/d)) k / sqrt(d') = q k / sqrt(d)``.
+
+    Parameters
+    ----------
+    unet : holds the weights, under their dense names and shapes.
+    layout : where each unit acts.
+    mask : ``(units,)``, 0 or 1, with the layout's quota kept in every block.
+
+    Raises
+    ------
+    ValueError : when the mask is not binary or misses a block's quota.
+    """
+    check_mask(layout, mask)
+    weights = cut(dict(unet.named_parameters()), layout, mask)
+    for name, index in layout.queries.items():
+        share = mask[index.to(mask.device)].mean().item()
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in weights:
+                weights[key] = weights[key] * math.sqrt(share)
+    slim = slim_unet(unet, layout)
+    slim.load_state_dict(weights, strict=True)
+    return slim.to(next(unet.parameters()).device)
+
+
+def check_mask(layout: Layout, mask: torch.Tensor) -> None:
+    """Raise ValueError unless the mask is binary and keeps each block's quota."""
+    binary = (mask == 0) | (mask == 1)
+    if not bool(binary.all()):
+        raise ValueError(
+            f"surgery needs a binary mask; {int((~binary).sum())} of {len(mask)} units lie "
+            "between 0 and 1; binarise it first"
+        )
+    kept = torch.zeros(len(layout.quota)).index_add_(0, layout.block, mask.detach().cpu())
+    if not torch.equal(kept.long(), layout.quota):
+        wrong = int((kept.long() != layout.quota).sum())
+        raise ValueError(
+            f"every block must keep its quota; {wrong} of {len(kept)} blocks do not; "
+            "choose units with `binarise`"
+        )

@@ -1,0 +1,590 @@
+"""One pruning run: soft flow, binarisation, surgery, recovery; resumable at any step."""
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from compress.common.journal import Journal, Saved, Tensors
+from compress.data import Batch, Examples, ImageData, StepSampler, flipped
+from compress.data.sources import Images, Pairs, stacked
+from compress.methods.base import Event
+from compress.methods.gradflow import criterion as scoring
+from compress.methods.gradflow import surgery
+from compress.methods.gradflow.allocation import plan
+from compress.methods.gradflow.distill import Teacher
+from compress.methods.gradflow.groups import find_groups
+from compress.methods.gradflow.layout import Layout
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.method import GradFlow, OneShot, Training
+from compress.methods.gradflow.mover import MaskMover, MaskState
+from compress.methods.gradflow.objective import Inputs, noise_schedule, prediction_target
+from compress.parallel import distributed, sharding
+
+WARM_UP = 20
+VALIDATION_DRAWS = 2
+VALIDATED_AT_ONCE = 256
+COMPARED = 64
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The slim UNet (averaged weights) and the facts of its making."""
+
+    unet: UNet2DModel
+    widths: tuple[int, ...]
+    report: dict[str, Any]
+    trace: Tensors
+    inner_widths: dict[str, int] = field(default_factory=dict)
+
+
+def validation_loss(
+    predict: Callable[..., torch.Tensor],
+    images: Images | torch.Tensor,
+    scheduler,
+    draws: int = VALIDATION_DRAWS,
+    *,
+    inputs: Inputs | None = None,
+    conditions: Sequence[Any] | None = None,
+    device: torch.device | str | None = None,
+) -> float:
+    """Mean squared error of the prediction over all images, with fixed noise and timesteps.
+
+    Parameters
+    ----------
+    predict : maps noisy samples ``(batch, channels, height, width)``, timesteps ``(batch,)`` and
+        further inputs of the UNet, by name, to the prediction.
+    images : ``(n, channels, height, width)`` in [-1, 1].
+    scheduler : for ``add_noise`` and the target.
+    draws : noise draws per image.
+    inputs : makes clean samples and conditions; pixels alone by default.
+    conditions : what the data says about each image.
+    device : where ``predict`` works; where the images are when None.
+    """
+    inputs = inputs or Inputs()
+    pairs, count = Pairs(images, conditions), len(images)
+    total, length = 0.0, scheduler.config.num_train_timesteps
+    with torch.no_grad():
+        for draw in range(draws):
+            for first in range(0, count, VALIDATED_AT_ONCE):
+                part = range(first, min(first + VALIDATED_AT_ONCE, count))
+                examples = stacked(pairs[index] for index in part)
+                examples = examples._replace(images=examples.images.to(device))
+                batch = inputs.batch(examples, length, 99, draw, first, count)
+                noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+                predicted = predict(noisy, batch.timesteps, **batch.condition)
+                error = (predicted - prediction_target(scheduler, batch)).square()
+                total += error.mean(dim=(1, 2, 3)).sum().item()
+    return total / (draws * count)
+
+
+def _predicted(
+    call: Callable[..., Any],
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Mapping[str, Any],
+) -> torch.Tensor:
+    """What a UNet or a soft UNet predicts; ``call`` runs it, ``model`` says which of them it is."""
+    if isinstance(model, SoftUNet):
+        return call(noisy, timesteps, condition=condition)
+    return call(noisy, timesteps, **condition).sample
+
+
+def _unet_of(model: torch.nn.Module) -> Any:
+    """The UNet inside a soft one, or the model itself."""
+    return model.unet if isinstance(model, SoftUNet) else model
+
+
+class PruningRun:
+    """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`, on one process or several.
+
+    All processes hold the same masks and scores, and the same weights or, with FSDP, a part of
+    each. Every one has its share of every batch; gradients, those of the criterion too, are
+    averaged. Batches, noise, timesteps and flips are functions of (seed, step, sample), so the
+    number of processes changes rounding only; dropout draws by (seed, step, process). Checksums are
+    compared whenever the mask moves, after surgery and before each state.
+
+    Parameters
+    ----------
+    unet : the dense model; never modified.
+    scheduler : its noise scheduler.
+    data : training images and held-out images, with captions or labels where the model takes them.
+    method, training : the knobs.
+    journal : where log and state go.
+    device : where to train, a process's own where there are several; accelerate's choice when
+        None.
+    resume : go on from the journal's state if it has one.
+    inputs : makes the UNet's clean samples and conditions; pixels alone by default.
+
+    Raises
+    ------
+    ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler,
+        data: ImageData,
+        method: GradFlow | OneShot,
+        training: Training,
+        journal: Journal,
+        *,
+        device: str | None = None,
+        resume: bool = False,
+        inputs: Inputs | None = None,
+    ) -> None:
+        self.scheduler = noise_schedule(scheduler)
+        self.data, self.method, self.training, self.journal = data, method, training, journal
+        self.inputs = inputs or Inputs()
+        self.inputs.check(data)
+        self.accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            gradient_accumulation_steps=training.gradient_accumulation,
+            log_with=list(training.trackers) or None,
+            project_dir=journal.folder,
+            cpu=device == "cpu",
+        )
+        training.check_batch(self.accelerator.num_processes)
+        sharding.gather_in_float32(self.accelerator)
+        sharding.check_blocks(self.accelerator, unet)
+        self.device = self.accelerator.device
+        self.dense = unet.to(self.device).eval()
+        self.inputs.to(self.device)
+        self.groups = find_groups(unet)
+        layout, allocator = plan(unet, self.groups, method)
+        self.widths = layout.widths
+        self.mover = MaskMover(
+            method,
+            layout,
+            self.scheduler,
+            self._criterion_batches,
+            step_rate=training.lr,
+            seed=training.seed,
+            device=self.device,
+            allocator=allocator,
+        )
+        self.flow_steps = method.steps if isinstance(method, GradFlow) else 0
+        self.total_steps = method.steps + training.recover_steps
+        self.teacher = Teacher(self.dense, training.distill, training.distill_features, layout)
+        self.train_seconds = 0.0
+        self.surgery_facts: dict[str, Any] = {}
+        self.step = 0
+        self.ema: Tensors = {}
+        journal.keep = training.keep_states
+        journal.writes &= self.accelerator.is_main_process
+        saved = journal.load() if resume else None
+        distributed.check_same(
+            "recipe, model and saved state (the run's folder must be one that every process sees)",
+            dict(unet.named_parameters()) | (saved.tensors if saved else {}),
+            (method, training, self.widths, len(data.train), saved and saved.facts),
+        )
+        self._enter(saved)
+
+    @property
+    def layout(self) -> Layout:
+        """Which unit masks what, and how many units stay; quotas move where widths are free."""
+        return self.mover.layout
+
+    # ---- what happens, in order -------------------------------------------------------------
+
+    def events(self) -> Generator[Event, None, Pruned]:
+        """Run to the end; yields an event per optimiser step and returns the pruned model.
+
+        Nothing is written to the journal's folder before this.
+        """
+        self.journal.begin()
+        if self.training.trackers:
+            self.accelerator.init_trackers("compress")
+        if self.stage == "flow":
+            if isinstance(self.method, GradFlow):
+                yield from self._steps("flow", self.flow_steps)
+            else:
+                self._score_once()
+            self._operate()
+            self._save()
+        yield from self._steps("recover", self.total_steps)
+        if self.training.trackers:
+            self.accelerator.end_training()
+        return Pruned(
+            self._averaged(), self.widths, self._report(), self.mover.trace(), self.layout.inner
+        )
+
+    def _steps(self, stage: str, stop: int) -> Iterator[Event]:
+        batches = self._batches(self.step, stop)
+        first = 0 if stage == "flow" else self.flow_steps
+        while self.step < stop:
+            started = time.perf_counter()
+            if stage == "flow":
+                self._move_mask()
+            loss = self._optimise(next(batches))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss should be finite; it became {loss} at optimiser step {self.step}: "
+                    "training diverged; lower recover.lr"
+                )
+            self.step += 1
+            if stage == "recover":
+                self._average()
+            self.train_seconds += time.perf_counter() - started
+            values = {"loss": loss, "lr": self._rate(self.step - 1)}
+            self.journal.log(
+                stage=stage, step=self.step, **values, seconds=round(self.train_seconds, 3)
+            )
+            self.accelerator.log(values, step=self.step)
+            if self.step % self.training.save_every == 0 or self.step == self.total_steps:
+                self._save()
+            yield Event(stage, self.step - first, stop - first, values)
+
+    def _optimise(self, examples: Examples) -> float:
+        """One optimiser step on this process's share of the global batch."""
+        # dropout, if there is any
+        process = self.accelerator.process_index
+        torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(self.step)
+        images = examples.images.to(self.device)
+        if self.training.flip:
+            first = process * len(images)
+            images = flipped(images, self.training.seed, self.step, first)
+        examples = examples._replace(images=images)
+        total = 0.0
+        for batch in self._micro_batches(examples, self.training.seed, self.step):
+            with self.accelerator.accumulate(self.model):
+                noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+                with self.teacher.watch(self._unet()) as features:
+                    predicted = _predicted(
+                        self.model, self._plain(), noisy, batch.timesteps, batch.condition
+                    )
+                loss = F.mse_loss(predicted.float(), prediction_target(self.scheduler, batch))
+                loss = loss + self.teacher.loss(
+                    noisy, batch.timesteps, predicted, features, self._mask(), batch.condition
+                )
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                total += loss.item() / self.training.gradient_accumulation
+        return distributed.mean_value(total, self.device)
+
+    # ---- binarisation and surgery -----------------------------------------------------------
+
+    def _binarise(self, soft: SoftUNet) -> None:
+        with sharding.whole(soft):
+            before = self._held_out_loss(soft)
+            switched = self.mover.binarise(soft, self.step)
+            self.surgery_facts = {
+                "loss_before_binarise": before,
+                "loss_after_binarise": self._held_out_loss(soft),
+                "switched_norms": switched,
+            }
+
+    def _move_mask(self) -> None:
+        """Before an optimiser step: move the mask when it is due, binarise at the end."""
+        soft = self._plain()
+        row = self.mover.move(soft, self.step)
+        if row is not None:
+            self.journal.log(stage="mask", step=self.step, **row)
+            self._check_same("the mask moved", {"mask": soft.mask})
+        if self.step == self.mover.binarised_at:
+            self._binarise(soft)
+
+    def _score_once(self) -> None:
+        """Score the dense model and choose the kept units at once."""
+        soft = self._plain()
+        self.mover.estimate(soft)
+        self.train_seconds += self.mover.state.seconds
+        self._binarise(soft)
+
+    def _operate(self) -> None:
+        """Surgery: the masked network becomes a plain slim one; Adam's moments are cut alike."""
+        soft: SoftUNet = self._plain()
+        if not self.mover.state.binary:
+            self._binarise(soft)
+        with sharding.whole(soft):
+            slim = surgery.perform(soft.unet, self.layout, soft.mask)
+            self.surgery_facts |= {
+                "max_difference": self._max_difference(soft, slim),
+                "loss_masked": self._held_out_loss(soft),
+                "loss_slim": self._held_out_loss(slim),
+                "groups": len(self.groups),
+                "unaligned_norms": len(self.layout.unaligned),
+            }
+        self.journal.log(stage="surgery", step=self.step, **self.surgery_facts)
+        moments = {
+            key: surgery.cut(sharding.gathered(tensors), self.layout, soft.mask)
+            for key, tensors in self._moments().items()
+        }
+        self.kept = soft.mask.detach().clone()
+        self._check_same("surgery", {"kept": self.kept, **dict(slim.named_parameters())})
+        self.accelerator.free_memory()
+        self.stage = "recover"
+        self._prepare(slim)
+        self._load_moments(moments)
+        self.ema = {name: p.detach().clone() for name, p in self._unet().named_parameters()}
+
+    def _max_difference(self, soft: SoftUNet, slim: UNet2DModel) -> float:
+        """How far the masked and the slim network are apart on held-out samples."""
+        batch = self._compared()
+        images, condition = batch.images, batch.condition
+        times = torch.linspace(
+            0, self.scheduler.config.num_train_timesteps - 1, len(images), device=self.device
+        ).long()
+        soft.eval()
+        slim.eval()
+        with torch.no_grad(), scoring.full_precision():
+            masked = SoftUNet.forward(soft, images, times, condition=condition)
+            return (masked - slim(images, times, **condition).sample).abs().max().item()
+
+    # ---- small pieces -----------------------------------------------------------------------
+
+    def _check_same(self, when: str, tensors: Tensors) -> None:
+        tensors = tensors | {"scores": self.mover.state.scores}
+        distributed.check_same(f"masks, scores and weights after {when}", tensors, self.step)
+
+    def _rate(self, step: int) -> float:
+        """Warm-up, constant until surgery, then a cosine to 0: one rule for every method."""
+        after = max(0, step - self.flow_steps) / max(1, self.total_steps - self.flow_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * after))
+        return self.training.lr * min(1.0, (step + 1) / WARM_UP) * cosine
+
+    def _micro_batches(self, examples: Examples, seed: int, step: int) -> Iterator[Batch]:
+        """Our share of a global batch, in the parts of gradient accumulation."""
+        first = self.accelerator.process_index * len(examples.images)
+        for part in examples.chunk(self.training.gradient_accumulation):
+            yield self.inputs.batch(
+                part,
+                self.scheduler.config.num_train_timesteps,
+                seed,
+                step,
+                first,
+                self.training.batch,
+                dropout=self.training.condition_dropout,
+            )
+            first += len(part.images)
+
+    def _batches(self, start: int, stop: int) -> Iterator[Examples]:
+        sampler = StepSampler(
+            len(self.data.train),
+            self.training.batch,
+            self.training.seed,
+            start,
+            stop,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return iter(self._loader(sampler))
+
+    def _loader(self, sampler: StepSampler) -> DataLoader:
+        workers = self.training.workers
+        return DataLoader(
+            Pairs(self.data.train, self.data.train_conditions),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=stacked,
+            prefetch_factor=self.training.prefetch if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _criterion_batches(self, number: int) -> list[Batch]:
+        """Our share of the minibatches of estimate ``number``, a function of (seed, number).
+
+        In the parts of gradient accumulation: what fits into memory there fits here.
+        """
+        seed = self.training.seed + 7919
+        count = self.method.criterion_batches
+        sampler = StepSampler(
+            len(self.data.train),
+            self.training.batch,
+            seed,
+            number * count,
+            (number + 1) * count,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        batches: list[Batch] = []
+        for step, examples in enumerate(self._loader(sampler), start=number * count):
+            examples = examples._replace(images=examples.images.to(self.device))
+            batches += self._micro_batches(examples, seed, step)
+        return batches
+
+    def _held_out(self, count: int) -> Examples:
+        pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
+        examples = stacked(pairs[i] for i in range(min(count, len(pairs))))
+        return examples._replace(images=examples.images.to(self.device))
+
+    def _compared(self) -> Batch:
+        """Held-out samples on which the masked and the slim network must agree."""
+        length = self.scheduler.config.num_train_timesteps
+        return self.inputs.batch(self._held_out(COMPARED), length, self.training.seed, 0)
+
+    def _held_out_loss(self, model) -> float:
+        """Validation loss on at most 256 held-out images with one noise draw: cheap."""
+        training = model.training
+        model.eval()
+        held_out = self._held_out(VALIDATED_AT_ONCE)
+        # called on the class: accelerate's own forward enters autocast
+        call = partial(type(model).forward, model)
+        loss = validation_loss(
+            lambda noisy, t, **condition: _predicted(call, model, noisy, t, condition),
+            held_out.images,
+            self.scheduler,
+            draws=1,
+            inputs=self.inputs,
+            conditions=held_out.conditions,
+        )
+        model.train(training)
+        return loss
+
+    def _average(self) -> None:
+        since = self.step - self.flow_steps
+        decay = min(self.training.ema, (1 + since) / (10 + since))
+        with torch.no_grad():
+            for name, p in self._plain().named_parameters():
+                self.ema[name].lerp_(p, 1 - decay)
+
+    def _averaged(self) -> UNet2DModel:
+        slim = surgery.slim_unet(self.dense, self.layout)
+        slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
+        return slim.eval()
+
+    def _plain(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def _unet(self) -> UNet2DModel:
+        """The UNet that holds the trained parameters."""
+        return _unet_of(self._plain())
+
+    def _mask(self) -> torch.Tensor:
+        """The mask while it moves, the kept units after surgery."""
+        plain = self._plain()
+        return plain.mask if isinstance(plain, SoftUNet) else self.kept
+
+    def _report(self) -> dict[str, Any]:
+        state = self.mover.state
+        return {
+            "train_seconds": self.train_seconds,
+            "criterion_seconds": state.seconds,
+            "criterion_share": state.seconds / max(self.train_seconds, 1e-9),
+            "optimiser_steps": self.step,
+            "returned_channels": state.returned,
+            "surgery": self.surgery_facts,
+        }
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def _prepare(self, model) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
+        model.train()
+        if self.training.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        masked = isinstance(model, SoftUNet)
+        with sharding.one_unit(self.accelerator) if masked else contextlib.nullcontext():
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def _enter(self, saved: Saved | None) -> None:
+        """Start at the beginning, or at a saved state."""
+        self.kept = torch.zeros(0, device=self.device)
+        self.stage = "flow" if saved is None else saved.facts["stage"]
+        if saved is not None:
+            masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
+            self.mover.state = MaskState.restored(masks, saved.facts["masks"])
+        if self.stage == "flow":
+            model: Any = SoftUNet(self.dense, self.layout)
+        else:
+            model = surgery.slim_unet(self.dense, self.layout)
+        if saved is not None:
+            weights = saved.part("model")
+            with torch.no_grad():
+                for name, p in _unet_of(model).named_parameters():
+                    p.copy_(weights[name])
+        self._prepare(model.to(self.device))
+        if saved is None:
+            return
+        facts = saved.facts
+        self._check_same_machine(facts)
+        self.step, self.train_seconds = facts["step"], facts["train_seconds"]
+        self._load_moments({key: saved.part(key) for key in MOMENTS})
+        ema = saved.part("ema")
+        self.ema = {
+            name: sharding.cut_like(ema[name], p)
+            for name, p in self._unet().named_parameters()
+            if name in ema
+        }
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        self.surgery_facts = facts["surgery"]
+        self.kept = masks["kept"]
+        if self.stage == "flow":
+            soft = self._plain()
+            soft.mask.copy_(masks["mask"])
+            soft.fade.copy_(masks["fade"])
+            if self.mover.state.binary:
+                soft.adopt_slim_membership()
+
+    def _moments(self) -> dict[str, Tensors]:
+        """Adam's running moments by parameter name; empty before the first step."""
+        state = self.optimizer.state
+        named = [(n, p) for n, p in self._unet().named_parameters() if p in state]
+        return {key: {n: state[p][key] for n, p in named} for key in MOMENTS}
+
+    def _load_moments(self, moments: dict[str, Tensors]) -> None:
+        for name, p in self._unet().named_parameters():
+            if name in moments["exp_avg"]:
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": sharding.cut_like(moments["exp_avg"][name], p),
+                    "exp_avg_sq": sharding.cut_like(moments["exp_avg_sq"][name], p),
+                }
+
+    def _save(self) -> None:
+        weights = dict(self._unet().named_parameters())
+        # of weights that are cut every process has another part
+        compared = {} if self.accelerator.is_fsdp2 else weights
+        self._check_same("the step before a state", compared)
+        tensors = {f"model/{n}": t for n, t in weights.items()}
+        for key, moments in self._moments().items():
+            tensors |= {f"{key}/{n}": t for n, t in moments.items()}
+        tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
+        masks = self.mover.state.tensors() | {"kept": self.kept}
+        if self.stage == "flow":
+            masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
+        tensors |= {f"masks/{n}": t for n, t in masks.items()}
+        tensors = sharding.gathered(tensors, keep=self.accelerator.is_main_process)
+        scaler = self.accelerator.scaler
+        self.journal.save(
+            tensors,
+            {
+                "stage": self.stage,
+                "step": self.step,
+                "train_seconds": self.train_seconds,
+                "surgery": self.surgery_facts,
+                "masks": self.mover.state.facts(),
+                "scaler": scaler and scaler.state_dict(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+        )
+
+    def _check_same_machine(self, facts: dict[str, Any]) -> None:
+        here = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        for key, value in here.items():
+            if facts[key] != value:
+                warnings.warn(
+                    f"the saved state was made with {key}={facts[key]}, here it is {value}: the "
+                    "resumed run may differ from an uninterrupted one in the last bits",
+                    stacklevel=2,
+                )

@@ -1,0 +1,184 @@
+"""What a run folder holds: facts, log and samples; how its metrics are named and written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file
+
+from compress.common.files import read_json
+
+NAMES = {
+    "params": "Parameters",
+    "macs": "MACs",
+    "validation_loss": "Validation loss",
+    "fid": "FID",
+    "fid_digits": "FID (digits features)",
+    "kid": "KID",
+    "kid_digits": "KID (digits features)",
+    "is": "Inception score",
+    "is_digits": "IS (digits logits)",
+    "precision": "Precision",
+    "precision_digits": "Precision (digits features)",
+    "recall": "Recall",
+    "recall_digits": "Recall (digits features)",
+    "ssim_to_dense": "SSIM to dense",
+    "mse_to_dense": "MSE to dense",
+    "looks_like_digits": "Looks like digits",
+    "class_share_min": "Rarest class",
+    "class_share_max": "Most frequent class",
+    "latency_ms": "Latency per step (ms)",
+    "images_per_second": "Images per second",
+    "peak_memory_mb": "Peak memory (MB)",
+    "ned": "Normalised edit distance",
+    "ned_corpus": "Normalised edit distance, corpus",
+    "cer": "CER",
+    "cer_corpus": "CER, corpus",
+    "wer": "WER",
+    "wer_corpus": "WER, corpus",
+    "bleu": "BLEU",
+    "bleu_corpus": "BLEU, corpus",
+    "meteor_exact_stem": "METEOR (exact, stem)",
+    "token_f1": "Token F1",
+    "teds": "TEDS",
+    "teds_structure": "TEDS, structure only",
+    "accuracy_retention": "Accuracy retention",
+    "tokens_kept": "Visual tokens kept",
+    "attended": "Visual tokens attended",
+    "worst_page_ned": "Worst page, edit distance",
+    "worst_page_delta": "Worst page, rise over dense",
+    "ocean_edit_distance": "Ocean-OCR edit distance",
+    "ocean_bleu": "Ocean-OCR BLEU",
+    "ocean_meteor_exact_stem": "Ocean-OCR METEOR (exact, stem)",
+    "ocean_precision": "Ocean-OCR precision",
+    "ocean_recall": "Ocean-OCR recall",
+    "ocean_f1": "Ocean-OCR F1",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, read once.
+
+    ``log`` keeps the rows by stage; the other parts are empty where the run has none.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    recipe_text: str
+    recipe: dict[str, Any]
+    log: dict[str, list[dict[str, Any]]]
+    trace: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Raises
+    ------
+    ValueError : when the folder is no finished run, or a file in it is damaged; names the file.
+    """
+    metrics = read_metrics(folder)
+    recipe_file = folder / "recipe.yaml"
+    recipe_text = recipe_file.read_text(encoding="utf8") if recipe_file.is_file() else ""
+    try:
+        recipe = yaml.safe_load(recipe_text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe_file} should be YAML: {error}; restore the file") from error
+    return Run(
+        folder,
+        metrics,
+        recipe_text,
+        recipe if isinstance(recipe, dict) else {},
+        _read_log(folder / "log.jsonl"),
+        _read_tensors(folder / "trace.safetensors"),
+        _read_tensors(folder / "samples.safetensors"),
+    )
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """``metrics.json`` of a finished run, or of an evaluation, whose metrics have no sides.
+
+    Raises
+    ------
+    ValueError : when the folder is no finished run.
+    """
+    folder = Path(folder)
+    try:
+        metrics = read_json(folder / "metrics.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        found = "a folder without one" if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"a finished run has a metrics.json; {folder} is {found}; give the output folder of a "
+            "finished run, or finish it with compress run --resume"
+        ) from error
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("metrics"), dict):
+        raise ValueError(
+            f"{folder / 'metrics.json'} should hold an object with 'metrics' in it; it does not; "
+            "run again with --overwrite"
+        )
+    return metrics
+
+
+def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by stage in the order of steps; of a row written twice (after a resume) the last."""
+    rows: dict[tuple[str, int, str], dict[str, Any]] = {}
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                rows[row["stage"], row["step"], row.get("net", "")] = row
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} should be a JSON object with stage and step; got "
+                    f"{line[:60]!r}; remove the line"
+                ) from error
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for _, row in sorted(rows.items(), key=lambda item: item[0][1]):
+        stages.setdefault(row["stage"], []).append(row)
+    return stages
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has no public base class in its numpy face
+        raise ValueError(
+            f"{path} should be a safetensors file; reading it failed: {error}; run again with "
+            "--overwrite"
+        ) from error
+
+
+def number_text(value: float | None, unit: str = "") -> str:
+    """Four significant digits; counts with their thousands as k, M, G; shares in per cent."""
+    if value is None:
+        return "?"
+    if unit == "share":
+        return f"{value:.1%}"
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g} {letter}"
+    return f"{value:.4g}"
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name for people; its key with spaces when it has none."""
+    name, unseen, _ = metric.partition("_unseen_font")
+    shown = NAMES.get(name, name.replace("_", " "))
+    return f"{shown}, unseen font" if unseen else shown
+
+
+def arrow(better: str) -> str:
+    """The direction in which a metric is better, "lower" or "higher", as an arrow."""
+    return {"lower": "↓", "higher": "↑"}.get(better, "")

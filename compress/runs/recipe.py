@@ -1,0 +1,526 @@
+"""Typed recipes: YAML in, one frozen object out, every mistake reported in a single message."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.methods.registry import (
+    RUNTIME_METHODS,
+    WEIGHT_METHODS,
+    AnyRuntimeMethod,
+    AnyWeightMethod,
+)
+
+METHODS = WEIGHT_METHODS | RUNTIME_METHODS
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message lists every problem found in it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Recover(_Section):
+    """Training of the slim net after surgery.
+
+    Parameters
+    ----------
+    steps : optimiser steps; 0 leaves the net as surgery made it.
+    batch : images per optimiser step, over all processes, in the flow as well.
+    lr : learning rate of AdamW.
+    ema : decay of the averaged weights that are exported; larger averages over more steps.
+    distill : weight of the distance to the dense net's output in the loss, 0 for none.
+    distill_features : weight of the distance to the dense net's inner features, 0 for none.
+    """
+
+    steps: int = Field(400, ge=0)
+    batch: int = Field(32, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    ema: float = Field(0.999, ge=0, lt=1)
+    distill: float = Field(0.5, ge=0)
+    distill_features: float = Field(0.0, ge=0)
+
+
+class Columns(_Section):
+    """Where a data source keeps what a model wants to know about each image.
+
+    Parameters
+    ----------
+    caption : column of a ``hub:`` data set, or key in the ``metadata.jsonl`` of a folder, for
+        pipelines that take prompts.
+    label : column of a ``hub:`` data set, for class-conditional UNets. The classes of a folder are
+        its subfolders.
+    """
+
+    caption: str = Field("text", min_length=1)
+    label: str = Field("label", min_length=1)
+
+
+class Train(_Section):
+    """How optimiser steps are executed, whatever they optimise.
+
+    Parameters
+    ----------
+    mixed_precision : number format of the training passes; criterion passes stay in float32.
+    gradient_accumulation : micro-batches that one optimiser step is split into.
+    trackers : experiment trackers of `accelerate`, such as tensorboard or wandb.
+    save_every : optimiser steps between two resumable states.
+    keep_states : how many of them are kept; the run resumes from the newest intact one.
+    gradient_checkpointing : compute activations again in the backward pass instead of keeping
+        them: less memory, about a third more time.
+    flip : mirror half of the training images from left to right.
+    condition_dropout : share of the captions that training replaces by the pipeline's own empty
+        one, which classifier-free guidance needs; labels are never replaced.
+    workers : processes that read images for each training process; 0 reads in the process itself.
+    prefetch : batches that each worker reads ahead.
+    """
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_accumulation: int = Field(1, ge=1)
+    trackers: list[str] = []
+    save_every: int = Field(100, ge=1)
+    keep_states: int = Field(2, ge=1, le=99)
+    gradient_checkpointing: bool = False
+    flip: bool = False
+    condition_dropout: float = Field(0.1, ge=0, le=1)
+    workers: int = Field(0, ge=0)
+    prefetch: int = Field(2, ge=1)
+
+
+class Evaluate(_Section):
+    """What is measured, on the dense and on the compressed model alike.
+
+    Parameters
+    ----------
+    suite : the set of metrics.
+    samples : images drawn per sampling seed.
+    sampler : ``ddim`` (deterministic, eta 0) or ``ddpm`` (ancestral).
+    steps : denoising steps per image.
+    guidance_scale : of classifier-free guidance, for pipelines that take prompts; 1 is none, null
+        the pipeline's own default.
+    batch : images that are drawn together; no effect on the noise of an image. Throughput and peak
+        memory are measured at this batch, or at 64 if that is less.
+    sampling_seeds : independent repetitions that the confidence intervals come from.
+    against : the reference of every ratio.
+    inception_weights : file with the FID Inception weights, for models that need it; without it
+        torch-fidelity downloads them.
+    """
+
+    suite: Literal["diffusion"] = "diffusion"
+    samples: int = Field(512, ge=2)
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = Field(20, ge=1)
+    guidance_scale: float | None = Field(None, ge=1)
+    batch: int = Field(128, ge=1)
+    sampling_seeds: int = Field(3, ge=1)
+    against: Literal["dense"] = "dense"
+    inception_weights: str | None = Field(None, min_length=1)
+
+
+class ReadPages(_Section):
+    """What a reader is measured on, dense and compressed alike.
+
+    Parameters
+    ----------
+    suite : the set of metrics.
+    samples : rendered pages of each kind; a folder is read as a whole.
+    unseen_font : whether rendered pages come in the font that no training page has, too.
+    batch : pages that are read together.
+    prompt : the family's own for plain text when null.
+    max_new_tokens : of a page; what the checkpoint says when null.
+    dtype : of the weights.
+    mode : DeepSeek-OCR's resolution; the checkpoint's own when null.
+    ocean_order : whether Ocean-OCR's metrics get the model's text as prediction (``correct``) or,
+        as in their published script, the label.
+    against : the reference of every ratio.
+    """
+
+    suite: Literal["ocr"] = "ocr"
+    samples: int = Field(64, ge=1)
+    unseen_font: bool = False
+    batch: int = Field(8, ge=1)
+    prompt: str | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
+    ocean_order: Literal["correct", "published"] = "correct"
+    against: Literal["dense"] = "dense"
+
+
+class Calibrate(_Section):
+    """How focal layers are found, where a method asks for it.
+
+    Parameters
+    ----------
+    pages : that are written densely; rendered validation pages, or the first of a folder.
+    max_new_tokens : of a page.
+    """
+
+    pages: int = Field(16, ge=1)
+    max_new_tokens: int = Field(128, ge=2)
+
+
+class ReaderRecipe(_Section):
+    """One run of `compress` on a reader of pages: run-time methods, and how they are checked.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a hub id, or a local folder.
+    data : ``builtin:pages``, ``builtin:square-pages``, or a folder of pages.
+    method : one method, or a list of those that work together, the first one applied first.
+    compare : further methods, each measured alone on the same pages.
+    calibrate, evaluate : see the classes.
+    weights : whether the checkpoint holds a copy of the model's weights or a reference to them.
+    seed : of every random draw in the run.
+    output : the run's folder; ``load_recipe`` fills in ``runs/NAME-OF-THE-RECIPE``.
+    """
+
+    model: str = Field(min_length=1)
+    data: str = Field(min_length=1)
+    method: list[AnyRuntimeMethod] = Field(min_length=1)
+    compare: list[AnyRuntimeMethod] = []
+    calibrate: Calibrate = Calibrate()
+    evaluate: ReadPages = ReadPages()
+    weights: Literal["copy", "reference"] = "copy"
+    seed: int = Field(0, ge=0, lt=2**63)
+    output: str | None = Field(None, min_length=1)
+
+
+class Recipe(_Section):
+    """One run of `compress`: what to compress, with what, and how to check the result.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a hub id, or a local diffusers folder.
+    data : ``builtin:digits``, ``folder:PATH`` or ``hub:NAME``.
+    method : the compression method and its knobs; ``name`` chooses which.
+    columns : see the class; for models that take captions or labels.
+    recover, train, evaluate : see the classes.
+    seed : of every random draw in the run.
+    output : the run's folder; ``load_recipe`` fills in ``runs/NAME-OF-THE-RECIPE``.
+    """
+
+    model: str = Field(min_length=1)
+    data: str = Field(min_length=1)
+    method: AnyWeightMethod
+    columns: Columns = Columns()
+    recover: Recover = Recover()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    seed: int = Field(0, ge=0, lt=2**63)
+    output: str | None = Field(None, min_length=1)
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | ReaderRecipe:
+    """Read, override and validate a recipe; its method says of which kind it is.
+
+    Parameters
+    ----------
+    source : path of a YAML file, or the bare name of a recipe that ships with `compress`.
+    overrides : ``path.to.key=value`` each; values are YAML.
+
+    Raises
+    ------
+    FileNotFoundError : if there is no such recipe.
+    RecipeError : listing all problems of the file and the overrides together.
+    """
+    data, lines, problems = _parse(_read(source), f"recipe {source}")
+    for override in overrides:
+        problem = _override(data, override, lines)
+        if problem:
+            problems.append(problem)
+    method = data.get("method")
+    kind: type[Recipe] | type[ReaderRecipe] = Recipe
+    if isinstance(method, list) or _name(method) in RUNTIME_METHODS:
+        kind = ReaderRecipe
+        # a list of one, whose place in the file is that of the mapping
+        data = data | {"method": method if isinstance(method, list) else [method]}
+    try:
+        # as JSON, because strict validation of Python objects would refuse plain mappings
+        recipe = kind.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        if not isinstance(method, list):
+            errors = [e | {"loc": _without_index(e["loc"])} for e in errors]
+        problems += [_describe(e, list(_known_paths(kind, data)), lines) for e in errors]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        in_order = sorted(problems, key=_line_number)
+        raise RecipeError("\n  ".join([f"recipe {source} has {count}:", *in_order]))
+    if recipe.output is None:
+        recipe = recipe.model_copy(update={"output": str(Path("runs") / Path(source).stem)})
+    return recipe
+
+
+def load_pipeline_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """:func:`load_recipe` for a recipe that is known to be one of a diffusion pipeline.
+
+    Raises
+    ------
+    RecipeError : when it is one of a reader.
+    """
+    recipe = load_recipe(source, overrides)
+    if isinstance(recipe, ReaderRecipe):
+        raise RecipeError(
+            f"recipe {source} should prune a diffusion pipeline; its methods are "
+            f"{', '.join(m.name for m in recipe.method)}; name another recipe"
+        )
+    return recipe
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Names of the shipped recipes, each with the first line of its comment."""
+    recipes = []
+    for name, text in _shipped().items():
+        first = text.partition("\n")[0]
+        recipes.append((name, first.removeprefix("#").strip() if first.startswith("#") else ""))
+    return recipes
+
+
+def dump(recipe: Recipe | ReaderRecipe, header: Sequence[str] = ()) -> str:
+    """Write a recipe as YAML that ``load_recipe`` reads back to an equal object.
+
+    Parameters
+    ----------
+    recipe : what to write, defaults included.
+    header : lines of the comment on top (versions, date, command).
+    """
+    comment = "".join(f"# {line}\n" for line in header)
+    content = recipe.model_dump(mode="json")
+    return comment + yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2: ``no`` and ``012`` are text, ``5e-4`` is a number."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever YAML 1.1 or `_Loader` would not read back as text."""
+
+
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+for _tag, _pattern, _first in (
+    ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+Path_ = tuple[str | int, ...]
+Lines = dict[Path_, str]
+
+
+def _shipped() -> dict[str, str]:
+    folder = resources.files("compress.recipes")
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf8") for f in files}
+
+
+def _read(source: str | Path) -> str:
+    path = Path(source)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {source} is not UTF-8 text: {error}") from error
+    shipped = _shipped()
+    name = path.name.removesuffix(".yaml")
+    if str(path) == path.name and name in shipped:
+        return shipped[name]
+    nearest = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise FileNotFoundError(
+        f"no recipe {source}: expected a YAML file, or one of {', '.join(shipped)}{hint}"
+    )
+
+
+def _parse(text: str, where: str) -> tuple[dict[str, Any], Lines, list[str]]:
+    """Parse YAML into plain data, the line of every key, and a problem for every repeated key."""
+    lines: Lines = {}
+    problems: list[str] = []
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        content = {} if node is None else loader.construct_document(node)
+        # a JSON round trip separates mappings that YAML aliases share, and refuses endless ones
+        data = json.loads(json.dumps(content, default=str))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        reason = "; ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"{where} is not valid YAML: {at}{reason}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        keys = ", ".join(Recipe.model_fields)
+        raise RecipeError(f"{where} must be a mapping with the keys {keys}; got {_show(data)}")
+    if node is not None:
+        _walk(node, (), lines, problems)
+    return data, lines, problems
+
+
+def _walk(node: yaml.Node, path: Path_, lines: Lines, problems: list[str]) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[*path, index] = f"line {item.start_mark.line + 1}, "
+            _walk(item, (*path, index), lines, problems)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            line = f"line {key.start_mark.line + 1}, "
+            if here in lines:
+                problems.append(
+                    f"{line}{_dotted(here)}: expected each key once; got a second one, after "
+                    f"{lines[here].removesuffix(', ')}; remove one of the two"
+                )
+            lines[here] = line
+            _walk(value, here, lines, problems)
+
+
+def _override(data: dict[str, Any], override: str, lines: Lines) -> str | None:
+    """Put one ``path.to.key=value`` into the data; returns the problem if there is one."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        return f"--set {override}: expected path.to.key=value, for example method.keep_macs=0.4"
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
+        json.dumps(value, default=str)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        return f"--set {override}: expected a YAML value after the =; {reason}"
+    section: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            return (
+                f"--set {override}: expected {'.'.join(keys[: depth + 1])} to be a mapping; "
+                f"got {_show(section)}"
+            )
+    section[keys[-1]] = value
+    for path in [path for path in lines if path[: len(keys)] == tuple(keys)]:
+        del lines[path]
+    lines[tuple(keys)] = "--set "
+    return None
+
+
+def _fields(kind: Any) -> Mapping[str, Any]:
+    """The pydantic fields of a model or dataclass; empty for anything else."""
+    return getattr(kind, "__pydantic_fields__", {})
+
+
+def _name(method: Any) -> str:
+    return str(method.get("name")) if isinstance(method, dict) else ""
+
+
+def _without_index(path: Path_) -> Path_:
+    return (path[0], *path[2:]) if path[:2] == ("method", 0) else path
+
+
+def _known_paths(
+    recipe: type[Recipe] | type[ReaderRecipe], data: Mapping[str, Any]
+) -> Iterator[str]:
+    """Dotted path of every key that a recipe with these methods (perhaps unknown) may have."""
+    for name, field in recipe.model_fields.items():
+        yield name
+        if name not in ("method", "compare"):
+            yield from (f"{name}.{key}" for key in _fields(field.annotation))
+            continue
+        given = data.get(name)
+        for place, method in enumerate(given if isinstance(given, list) else [given]):
+            keys = _fields(METHODS.get(_name(method))) or ("name",)
+            yield from (f"{name}.{key}" for key in keys)
+            yield from (f"{name}[{place}].{key}" for key in keys)
+
+
+def _describe(error: Any, known: Sequence[str], lines: Lines) -> str:
+    """One line for one of pydantic's errors: where, what was expected, what came."""
+    path: Path_ = error["loc"]
+    if path[0] in ("method", "compare"):
+        # behind the method's place in the list, if there is one, comes the tag of the union: no key
+        tag = 2 if len(path) > 1 and isinstance(path[1], int) else 1
+        path = (*path[:tag], *path[tag + 1 :])
+    context = error.get("ctx", {})
+    got = f"got {_show(error['input'])}"
+    choices = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
+    match error["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{_place(path, lines)}: {_unknown_key(path, known)}; {got}"
+        case "missing" | "missing_argument":
+            return f"{_place(path, lines)}: expected a value (the key is required); got nothing"
+        case "union_tag_not_found":
+            choices = _methods_at(path)
+            path = (*path, "name")
+            return f"{_place(path, lines)}: expected one of {', '.join(choices)}; got nothing"
+        case "union_tag_invalid":
+            choices = _methods_at(path)
+            path = (*path, "name")
+            got = f"got {_show(context['tag'])}"
+            expected = f"one of {', '.join(choices)}"
+        case "value_error":
+            # a rule of ours, or of a method: its text already says what was expected
+            return f"{_place(path, lines)}: {context['error']}; {got}"
+        case "model_type" | "dataclass_type" | "model_attributes_type" | "dict_type":
+            keys = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == _dotted(path)]
+            expected = "a mapping" + (f" with keys such as {', '.join(keys[:3])}" if keys else "")
+        case _:
+            expected = re.sub(r"^(?:Input|Value) should be ", "", error["msg"])
+            expected = re.sub(r"^(greater|less) than", r"a number \1 than", expected)
+    value = context.get("tag", error["input"])
+    nearest = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{_place(path, lines)}: expected {expected}; {got}{hint}"
+
+
+def _methods_at(path: Path_) -> list[str]:
+    """Methods that may stand at a place: a lone one decides of which kind the recipe is."""
+    return list(METHODS if path == ("method",) else RUNTIME_METHODS)
+
+
+def _unknown_key(path: Path_, known: Sequence[str]) -> str:
+    section, key = _dotted(path[:-1]), str(path[-1])
+    here = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    nearest = [f"{section}.{k}".strip(".") for k in difflib.get_close_matches(key, here, n=1)]
+    if not nearest:
+        # perhaps the right key in the wrong section
+        by_name = {k.rpartition(".")[2]: k for k in reversed(known)}
+        nearest = [by_name[k] for k in difflib.get_close_matches(key, by_name, n=1, cutoff=0.8)]
+    hint = f" (nearest known key: {nearest[0]})" if nearest else ""
+    return f"expected one of the keys {', '.join(here)}{hint}"
+
+
+def _place(path: Path_, lines: Lines) -> str:
+    """Where a value stands: the line of the nearest key above it that has one, and its path."""
+    above = (path[:n] for n in range(len(path), 0, -1))
+    return next((lines[p] for p in above if p in lines), "") + _dotted(path)
+
+
+def _line_number(problem: str) -> float:
+    """Sort key: the order of the file, then the command line."""
+    found = re.match(r"line (\d+),", problem)
+    return int(found[1]) if found else float("inf")
+
+
+def _dotted(path: Path_) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""The comparison tables that maintainers run; ``compress tables``."""
