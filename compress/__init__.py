@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from compress.api import apply
     from compress.checkpoints.slim import load, load_processor
     from compress.methods.fastocr import FastOCR
-    from compress.methods.gradflow import GradFlow, OneShot, Training
+    from compress.methods.gradflow import GradFlow, OneShot
     from compress.methods.rtprune import RTPrune
+    from compress.methods.training import Training
     from compress.runs.diffusion import run
 
 __version__ = version("compress-models")
@@ -30,7 +31,7 @@ _HOMES = {
     "FastOCR": "compress.methods.fastocr",
     "GradFlow": "compress.methods.gradflow",
     "OneShot": "compress.methods.gradflow",
-    "Training": "compress.methods.gradflow",
+    "Training": "compress.methods.training",
     "RTPrune": "compress.methods.rtprune",
     "apply": "compress.api",
     "load": "compress.checkpoints.slim",

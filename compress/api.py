@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoints.applied import Applied
-from compress.methods.base import Compressed, RuntimeMethod, WeightMethod
+from compress.checkpoints.applied import Applied, Compressed
+from compress.methods.base import RuntimeMethod, WeightMethod
 
 if TYPE_CHECKING:
     from compress.data import ImageData
     from compress.data.sources import Images
-    from compress.methods.gradflow import Training
+    from compress.methods.training import Training
 
 
 def apply(

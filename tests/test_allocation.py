@@ -13,13 +13,14 @@ from compress.common.cost import unet_cost
 from compress.common.journal import Journal
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.methods.gradflow import GradFlow, OneShot, Training, surgery
+from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
 from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.gradflow.widths import TOLERANCE
+from compress.methods.training import Training
 from compress.models.free_width import FreeWidthUNet2DModel
 
 # half the widths, with a little room: 27% of the MACs and a few points between the widths' steps
@@ -293,7 +294,7 @@ def run_of(unet, method, folder=None, *, resume=False) -> PruningRun:
         DDPMScheduler(num_train_timesteps=50),
         ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:])),
         method,
-        Training(recover_steps=2, batch=4, lr=1e-3, save_every=1),
+        Training(steps=2, batch=4, lr=1e-3, save_every=1),
         Journal(folder),
         device="cpu",
         resume=resume,

@@ -43,7 +43,8 @@ from compress.parallel import distributed
 from compress.data import ImageData, digits
 from compress.data.sources import TensorImages
 from compress.eval import diffusion
-from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.training import Training
 from compress.methods.gradflow.train import PruningRun
 from compress.common.journal import Journal
 
@@ -231,7 +232,7 @@ SOFT = {
     "settle": 0.25,
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
-TRAINING = {"recover_steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
+TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
 SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
 RUNS = {
     "soft": SOFTLY,
@@ -242,19 +243,19 @@ SLOW_RUNS = {
     "flow": {
         "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
         "training": TRAINING
-        | {"recover_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True},
+        | {"steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True},
     },
-    "one-shot": {"method": SHOT, "training": TRAINING | {"recover_steps": 1, "workers": 1}},
+    "one-shot": {"method": SHOT, "training": TRAINING | {"steps": 1, "workers": 1}},
     "bf16": {
         "method": SOFT | {"steps": 6},
-        "training": TRAINING | {"recover_steps": 2, "mixed_precision": "bf16"},
+        "training": TRAINING | {"steps": 2, "mixed_precision": "bf16"},
     },
     "global": {
         "unet": {"block_out_channels": (16, 32)},
         "method": SOFT
         | {"allocation": "global", "keep_macs": 0.37, "criterion_every": 1}
         | {"steps": 10, "max_move": 0.25},
-        "training": TRAINING | {"recover_steps": 1},
+        "training": TRAINING | {"steps": 1},
     },
 }
 SLOW_RUNS |= {
@@ -264,7 +265,7 @@ SLOW_RUNS |= {
 # it changes what torch makes: nothing may follow
 SLOW_RUNS["double"] = {
     "method": SOFT | {"steps": 40, "max_move": 0.2, "criterion": "gradient_flow"},
-    "training": TRAINING | {"recover_steps": 10, "distill_features": 0.5},
+    "training": TRAINING | {"steps": 10, "distill_features": 0.5},
     "double": True,
 }
 

@@ -29,8 +29,9 @@ from compress.data import load_images
 from compress.data.sources import TensorImages
 from compress.eval.diffusion import METRICS
 from compress.eval.sampling import sample
-from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.training import Training
 from compress.models import load_pipeline, model_hash
 from compress.runs import diffusion as pipelines
 from compress.runs.diffusion import apply, dry_run, run_events
@@ -427,7 +428,7 @@ def test_apply_leaves_the_pipeline_as_it_was(tmp_path, monkeypatch):
         pipeline,
         OneShot(keep_macs=0.3, steps=0, criterion="magnitude"),
         data="builtin:digits",
-        training=Training(recover_steps=2, batch=4),
+        training=Training(steps=2, batch=4),
         device="cpu",
     )
     assert pipeline.unet is unet and unet.training and dict(unet.config) == config
@@ -451,7 +452,7 @@ def test_apply_takes_any_data_set_of_images():
         tiny_pipeline(),
         GradFlow(keep_macs=0.3, steps=2, update_every=1, max_move=0.6, criterion_batches=1),
         data=images,
-        training=Training(recover_steps=0, batch=2),
+        training=Training(steps=0, batch=2),
         device="cpu",
     )
     assert compressed.report["optimiser_steps"] == 2

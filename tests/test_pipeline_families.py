@@ -27,12 +27,13 @@ from compress.data import load_images
 from compress.data.sources import Pairs, TensorImages, stacked
 from compress.eval import fidelity, sampling
 from compress.eval.diffusion import SamplingSettings
-from compress.methods.gradflow import GradFlow, OneShot, Training, surgery
+from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.objective import inputs_of
 from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.training import Training
 from compress.models.loading import load_pipeline
 from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
 from compress.runs import diffusion as runs
@@ -64,7 +65,7 @@ def start(family, pictures, pipelines):
         pipeline = family(name)
         size = image_shape(pipeline)
         source = "builtin:digits" if size == (16, 1) else f"folder:{pictures}"
-        settings = {"recover_steps": RECOVER, "batch": 4, "save_every": 1} | changes
+        settings = {"steps": RECOVER, "batch": 4, "save_every": 1} | changes
         return PruningRun(
             copy.deepcopy(pipeline.unet),
             pipeline.scheduler,
@@ -239,7 +240,7 @@ def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures, pipeli
         pipeline,
         OneShot(keep_macs=pipelines.KEEP["sd1"], steps=0, criterion="magnitude"),
         data=f"folder:{pictures}",
-        training=Training(recover_steps=1, batch=2),
+        training=Training(steps=1, batch=2),
         device="cpu",
     )
     assert same(frozen(pipeline), before) and same(pipeline.unet.state_dict(), unet)
@@ -629,7 +630,8 @@ sys.path.insert(0, sys.argv[1])
 import pipeline_models as pipelines
 from compress.parallel import distributed
 from compress.data import load_images
-from compress.methods.gradflow import GradFlow, Training
+from compress.methods.gradflow import GradFlow
+from compress.methods.training import Training
 from compress.methods.gradflow.objective import inputs_of
 from compress.methods.gradflow.train import PruningRun
 from compress.common.journal import Journal
@@ -641,7 +643,7 @@ run = PruningRun(
     pipeline.unet, pipeline.scheduler,
     load_images(f"folder:{folder / 'pictures'}", 16, 3, "caption"),
     GradFlow(keep_macs=pipelines.KEEP[name], **method),
-    Training(recover_steps=2, batch=4, condition_dropout=0.5), Journal(),
+    Training(steps=2, batch=4, condition_dropout=0.5), Journal(),
     device=device, inputs=inputs_of(pipeline),
 )
 events = run.events()

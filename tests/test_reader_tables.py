@@ -5,9 +5,10 @@ import json
 import pytest
 
 from compress.common.files import folder_hash
-from compress.methods.base import Event, RunResult
+from compress.methods.base import Event
 from compress.models.vlm import model_folder
 from compress.runs.recipe import ReaderRecipe, load_recipe
+from compress.runs.run import RunResult
 from compress.tables import reader as reader_experiments
 from compress.tables.reader import render_table, results_file, run_missing, write_rows
 

@@ -1,6 +1,5 @@
 """Laws of recipes: shipped ones load, what is dumped loads again, all mistakes come at once."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from pydantic import BaseModel
 
 from compress.methods.fastocr import FastOCR
 from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.registry import WEIGHT_METHODS
 from compress.methods.rtprune import RTPrune
 from compress.runs.recipe import (
     METHODS,
-    WEIGHT_METHODS,
     Evaluate,
     ReaderRecipe,
     Recipe,
@@ -162,7 +161,7 @@ def test_overrides_reach_every_depth_and_the_last_one_wins(write):
     )
     assert recipe.method.keep_macs == 0.4
     assert recipe.recover.lr == 1e-3
-    assert recipe.train.trackers == ["tensorboard"]
+    assert recipe.train.trackers == ("tensorboard",)
     assert (recipe.seed, recipe.output) == (7, "runs/a=b")
 
 
@@ -226,7 +225,7 @@ def _sections() -> dict[str, type]:
 @pytest.mark.parametrize("section", [*_sections(), "gradflow", "oneshot"])
 def test_every_key_is_named_when_it_is_misspelt(section, write):
     if section in METHODS:
-        keys = [field.name for field in dataclasses.fields(METHODS[section])]
+        keys = list(METHODS[section].model_fields)
         path, base = "method", f"method={{name: {section}}}"
     else:
         keys, path, base = list(_sections()[section].model_fields), section, "seed=0"

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from compress.common.journal import Journal
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun
+from compress.methods.training import Training
 
 FLOW, RECOVER, SAVE_EVERY = 8, 5, 2
 EVENTS = FLOW + RECOVER
@@ -38,7 +39,8 @@ from safetensors.torch import save_file
 
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.training import Training
 from compress.common.journal import Journal
 from compress.methods.gradflow.train import PruningRun
 
@@ -205,7 +207,7 @@ SOFT = {
     "settle": 0.25,
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.28, "steps": FLOW, "criterion_batches": 1}
-TRAINING = {"recover_steps": RECOVER, "batch": 4, "lr": 1e-3, "save_every": SAVE_EVERY}
+TRAINING = {"steps": RECOVER, "batch": 4, "lr": 1e-3, "save_every": SAVE_EVERY}
 
 # states are written at steps 2, 4, 6, 8, after surgery, at 10, 12 and 13
 FIXED = {"flow": 3, "settling": 7, "recovery": 11}

@@ -11,8 +11,9 @@ from diffusers import DDPMScheduler, UNet2DModel
 from compress.common.journal import Journal
 from compress.data import ImageData
 from compress.data.sources import TensorImages
-from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.training import Training
 
 WIDTHS = (4, 8)
 ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")
@@ -59,7 +60,7 @@ def oneshot(**changes) -> OneShot:
 
 
 def training(**changes) -> Training:
-    return Training(**({"recover_steps": RECOVER, "batch": 4, "lr": 1e-3} | changes))
+    return Training(**({"steps": RECOVER, "batch": 4, "lr": 1e-3} | changes))
 
 
 def start(method, settings=None, *, unet=None, journal=None, scheduler=None) -> PruningRun:
@@ -258,7 +259,7 @@ def test_returned_units_are_counted(finished, name):
 def test_a_soft_mask_lets_units_come_back():
     # nothing drives masks to 0 or 1 and every estimate counts alone: many hover about one half
     restless = {"gamma": 0.0, "flow_rate": 0.05, "criterion_every": 1, "score_ema": 0.0}
-    run = start(gradflow(steps=12, criterion="taylor", **restless), training(recover_steps=0))
+    run = start(gradflow(steps=12, criterion="taylor", **restless), training(steps=0))
     _, pruned = finish(run)
     assert pruned.report["returned_channels"] == count_returns(pruned.trace["masks"]) > 0
 
@@ -282,7 +283,7 @@ def test_estimates_are_compared_with_the_one_before(finished):
 @pytest.mark.parametrize("criterion", ["taylor", "magnitude", "random"])
 def test_the_other_criteria_work_in_the_flow_too(criterion):
     method = gradflow(criterion=criterion, steps=2, criterion_every=1)
-    events, pruned = finish(start(method, training(recover_steps=0)))
+    events, pruned = finish(start(method, training(steps=0)))
     assert len(events) == 2 and pruned.widths == WIDTHS
     assert pruned.report["surgery"]["max_difference"] < 1e-5
 
@@ -292,7 +293,7 @@ def test_the_other_criteria_work_in_the_flow_too(criterion):
 
 def test_keeping_everything_and_training_nothing_is_the_identity():
     unet = tiny_unet().eval()
-    _, pruned = finish(start(oneshot(keep_macs=1.0, steps=0), training(recover_steps=0), unet=unet))
+    _, pruned = finish(start(oneshot(keep_macs=1.0, steps=0), training(steps=0), unet=unet))
     images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     with torch.no_grad():
         assert torch.equal(pruned.unet(images, times).sample, unet(images, times).sample)
@@ -300,7 +301,7 @@ def test_keeping_everything_and_training_nothing_is_the_identity():
 
 def test_without_training_the_weights_are_those_of_the_kept_channels():
     unet = tiny_unet()
-    run = start(oneshot(steps=0, criterion="magnitude"), training(recover_steps=0), unet=unet)
+    run = start(oneshot(steps=0, criterion="magnitude"), training(steps=0), unet=unet)
     _, pruned = finish(run)
     kept = run.layout.extend(run.kept) > 0.5
     first = unet.conv_in.weight[kept[run.layout.outputs["conv_in"]]]
@@ -329,7 +330,7 @@ def test_a_seed_decides_everything():
 def test_the_result_is_the_average_of_the_weights():
     # with decay d the average after one step is d * before + (1 - d) * after; d starts at 2/11
     def after(steps: int, ema: float) -> dict[str, torch.Tensor]:
-        return weights_of(oneshot(steps=0), training(recover_steps=steps, ema=ema))
+        return weights_of(oneshot(steps=0), training(steps=steps, ema=ema))
 
     before, plain, averaged = after(0, 0.0), after(1, 0.0), after(1, 0.999)
     for key in before:
@@ -338,7 +339,7 @@ def test_the_result_is_the_average_of_the_weights():
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_nothing_after_surgery(finished):
-    run = start(gradflow(steps=40, max_move=0.5), training(recover_steps=60, lr=1e-2))
+    run = start(gradflow(steps=40, max_move=0.5), training(steps=60, lr=1e-2))
     rates = [run._rate(step) for step in range(100)]
     assert rates[:40] == pytest.approx([1e-2 * min(1, (k + 1) / 20) for k in range(40)])
     assert all(a > b for a, b in zip(rates[40:], rates[41:], strict=False))
@@ -351,7 +352,7 @@ def test_learning_rate_warms_up_stays_and_falls_to_nothing_after_surgery(finishe
 
 def test_accumulating_gradients_changes_nothing_but_memory():
     def train(accumulation: int):
-        settings = training(recover_steps=3, gradient_accumulation=accumulation, ema=0.0)
+        settings = training(steps=3, gradient_accumulation=accumulation, ema=0.0)
         # all channels: in a norm group of one channel what comes before is without effect, and
         # Adam makes steps of full length out of the rounding in its gradients
         run = start(oneshot(steps=0, criterion="magnitude", keep_macs=1.0), settings)
@@ -385,7 +386,7 @@ def test_criterion_batches_come_in_the_parts_of_gradient_accumulation():
 
 def test_distillation_adds_to_the_loss_in_both_stages():
     runs = {
-        name: start(gradflow(steps=2), training(recover_steps=1, distill=output, **features))
+        name: start(gradflow(steps=2), training(steps=1, distill=output, **features))
         for name, output, features in (
             ("plain", 0.0, {}),
             ("output", 1.0, {}),
@@ -412,14 +413,14 @@ def test_bf16_trains_on_the_cpu():
     # accelerate keeps one precision per process
     AcceleratorState._reset_state(True)
     try:
-        run = start(gradflow(steps=2), training(recover_steps=1, mixed_precision="bf16"))
+        run = start(gradflow(steps=2), training(steps=1, mixed_precision="bf16"))
         _, pruned = finish(run)
     finally:
         AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
     # surgery is compared in full precision
     assert pruned.report["surgery"]["max_difference"] < 1e-5
-    plain = start(gradflow(steps=2), training(recover_steps=1))
+    plain = start(gradflow(steps=2), training(steps=1))
     finish(plain)
     losses = [[row["loss"] for row in rows(r, "flow")] for r in (run, plain)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
@@ -453,7 +454,7 @@ def test_max_move_may_be_exactly_the_largest_drop():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    run = start(oneshot(), training(recover_steps=20, lr=1e30))
+    run = start(oneshot(), training(steps=20, lr=1e30))
     with pytest.raises(ValueError, match=r"training diverged; lower recover\.lr"):
         finish(run)
 

@@ -1,6 +1,7 @@
 """``compress bench``: the benchmarks by name, each a stream of rows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,27 @@ from compress.common.files import write_json
 from compress.eval.tables import append_row, read_rows
 from compress.methods.fastocr.bench import crossovers
 from compress.methods.fastocr.crossover import read_table
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one name of ``compress bench`` times.
+
+    Attributes
+    ----------
+    shape : settings that say what is timed, such as sizes and dtype.
+    default_shapes : those that are timed on a device when none are asked for.
+    run : (shape, where, ceilings) to rows.
+    table : rows without ceilings to Markdown, with the note beneath.
+    crossovers : rows to a JSON table, by device: from which size on the method is faster.
+    """
+
+    shape: type
+    default_shapes: Callable[[str], Sequence[Any]]
+    run: Callable[..., Iterator[Row]]
+    table: Callable[[Sequence[Row]], str]
+    crossovers: Callable[[Sequence[Row]], dict[str, Any]] | None = None
+
 
 # name -> the class of its shapes, in the module of that name
 MODULES = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -96,3 +97,17 @@ class Applied:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a weight method leaves: a pipeline and the facts of how it came to be."""
+
+    model: Any
+    report: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint folder that plain diffusers loads."""
+        from compress.checkpoints.slim import save_slim
+
+        return save_slim(self.model, Path(folder), self.report)

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.slim import FACTS, FORMAT, file_hashes, metrics_table, verify
 from compress.common.files import atomic_folder, folder_hash, read_json, write_json, write_text
 from compress.methods.base import RuntimeMethod
-from compress.methods.registry import AnyRuntimeMethod
+from compress.methods.registry import runtime_method
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, save_processor
 from compress.models.licence import licence_files, licence_of
 from compress.models.loading import BUILTIN
@@ -46,7 +45,7 @@ def save_patched(
     ------
     OSError : when the disk is full or the folder cannot be written.
     """
-    settings = [json.loads(_ADAPTER.dump_json(method)) for method in methods]
+    settings = [method.model_dump(mode="json") for method in methods]
     made = {"format": FORMAT, "kind": "patched", "methods": settings, **(facts or {})}
     base = reference or made.get("base_model")
     source = model_folder(base) if base else _origin(model)
@@ -173,11 +172,7 @@ def _read(folder: Path, dtype: Any, *, adapter: bool) -> tuple[Any, Any, tuple[R
                 f"there now has {found[:12]}; restore that version, or save a copy of the weights"
             )
     model, processor = load_vlm(base, dtype or torch.float32, adapter=adapter)
-    methods = (_ADAPTER.validate_json(json.dumps(method)) for method in facts["methods"])
-    return model, processor, tuple(methods)
-
-
-_ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyRuntimeMethod)
+    return model, processor, tuple(map(runtime_method, facts["methods"]))
 
 
 def _model_card(facts: Mapping[str, Any], reference: str | None) -> str:

@@ -1,14 +1,61 @@
-"""The methods that there are, by the names that recipes and checkpoints call them."""
+"""The methods that there are: recipes, the Python API, benchmarks and tables follow from this list.
 
-from typing import Annotated
+A new method is an import and an entry of ``_KINDS``.
+"""
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
+from pydantic import Field, TypeAdapter
+
+from compress.methods.base import Method, RuntimeMethod, WeightMethod
 from compress.methods.fastocr import FastOCR
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.rtprune import RTPrune
 
-WEIGHT_METHODS: dict[str, type] = {"gradflow": GradFlow, "oneshot": OneShot}
-RUNTIME_METHODS: dict[str, type] = {"rtprune": RTPrune, "fastocr": FastOCR}
-AnyWeightMethod = Annotated[GradFlow | OneShot, Field(discriminator="name")]
-AnyRuntimeMethod = Annotated[RTPrune | FastOCR, Field(discriminator="name")]
+M = TypeVar("M", bound=Method)
+
+_KINDS: tuple[type[Method], ...] = (GradFlow, OneShot, RTPrune, FastOCR)
+
+
+def _named(base: type[M]) -> dict[str, type[M]]:
+    found = {kind.model_fields["name"].default: kind for kind in _KINDS if issubclass(kind, base)}
+    return dict(found)
+
+
+METHODS = _named(Method)
+WEIGHT_METHODS = _named(WeightMethod)
+RUNTIME_METHODS = _named(RuntimeMethod)
+
+if TYPE_CHECKING:
+    AnyWeightMethod = WeightMethod
+    AnyRuntimeMethod = RuntimeMethod
+else:  # what recipes and checkpoints are validated by; the name decides
+    AnyWeightMethod, AnyRuntimeMethod = (
+        Annotated[Union[tuple(named.values())], Field(discriminator="name")]  # noqa: UP007
+        for named in (WEIGHT_METHODS, RUNTIME_METHODS)
+    )
+
+_RUNTIME: TypeAdapter[RuntimeMethod] = TypeAdapter(AnyRuntimeMethod)
+
+
+def named(name: str) -> type[Method]:
+    """The method of a name.
+
+    Raises
+    ------
+    ValueError : for an unknown one.
+    """
+    if name not in METHODS:
+        raise ValueError(f"methods are {', '.join(METHODS)}; got {name!r}; name one of them")
+    return METHODS[name]
+
+
+def runtime_method(settings: Mapping[str, Any]) -> RuntimeMethod:
+    """A run-time method from its settings as JSON, as checkpoints and metrics hold them.
+
+    Raises
+    ------
+    ValueError : for an unknown name or setting.
+    """
+    return _RUNTIME.validate_python(settings)

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors.torch import save
 from torch.utils.data import Dataset, Subset
 
+from compress.checkpoints.applied import Compressed
 from compress.checkpoints.slim import save_slim
 from compress.common.environment import choose_device, device_name, versions_of
 from compress.common.files import write_bytes, write_json, write_text
@@ -27,11 +28,12 @@ from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import Images
 from compress.eval import diffusion, fidelity
-from compress.methods.base import Compressed, Event, RunResult
-from compress.methods.gradflow import GradFlow, OneShot, Training
+from compress.methods.base import Event
+from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.objective import Inputs, inputs_of, noise_schedule
 from compress.methods.gradflow.train import Pruned, PruningRun, validation_loss
+from compress.methods.training import Training
 from compress.models import load_pipeline, model_hash, pipeline_folder
 from compress.models.free_width import inner_width
 from compress.models.pipelines import (
@@ -47,6 +49,7 @@ from compress.parallel.launch import launched
 from compress.reports.diffusion import write_report
 from compress.runs.forecast import forecast
 from compress.runs.recipe import Columns, ReaderRecipe, Recipe, dump, load_recipe
+from compress.runs.run import RunResult
 
 # more real images than this change a distance's third digit, and cost time and memory
 REFERENCE_LIMIT = 10_000
@@ -243,7 +246,7 @@ def apply(
                 break
     report = {
         **pruned.report,
-        "method": asdict(method),
+        "method": method.model_dump(mode="json"),
         "widths": _widths(unet, pruned),
     }
     return Compressed(with_parts(pipeline, {"unet": pruned.unet}), report)
@@ -270,7 +273,7 @@ def dry_run(
             return dry_run_of_reader(recipe, device=device)
         job = _open(recipe, None, device)
         source, method = pipeline_folder(recipe.model), recipe.method
-        predicted = forecast(job.pipeline, source, method, job.training)
+        predicted = forecast(job.pipeline, source, cast(GradFlow | OneShot, method), job.training)
     except (ValueError, FileNotFoundError) as error:
         return {"problems": [str(error)]}
     refused, problems = [], []
@@ -287,7 +290,7 @@ def dry_run(
     return {
         "model": job.recipe.model,
         **predicted,
-        "optimiser_steps": method.steps + job.training.recover_steps,
+        "optimiser_steps": method.steps + job.training.steps,
         "memory_mb": round(memory, 1),
         "output": str(job.folder),
         "not_trainable": refused,
@@ -375,14 +378,7 @@ def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
         pipeline = load_pipeline(typed.model)
         _unet_of(pipeline, typed.model)
         data = _load_data(typed.data, pipeline, typed.columns)
-    recover = typed.recover.model_dump()
-    train = typed.train.model_dump()
-    training = Training(
-        recover_steps=recover.pop("steps"),
-        **recover,
-        **(train | {"trackers": tuple(train["trackers"])}),
-        seed=typed.seed,
-    )
+    training = Training(**typed.recover.model_dump(), **typed.train.model_dump(), seed=typed.seed)
     folder = Path(output or typed.output or "runs/compress")
     asked = typed.evaluate
     settings = _with_conditions(
@@ -463,7 +459,7 @@ def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> Prunin
         job.pipeline.unet,
         job.pipeline.scheduler,
         job.data,
-        job.recipe.method,
+        cast(GradFlow | OneShot, job.recipe.method),
         job.training,
         journal,
         device=job.device,
@@ -602,7 +598,7 @@ def floor(data: str, samples: int) -> dict[str, float]:
 def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
     facts = {k: v for k, v in pruned.report.items() if k != "surgery"}
     return {
-        "method": asdict(job.recipe.method),
+        "method": job.recipe.method.model_dump(mode="json"),
         "model": job.recipe.model,
         "data": job.recipe.data,
         "seed": job.recipe.seed,

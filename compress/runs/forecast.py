@@ -9,11 +9,12 @@ from diffusers import DiffusionPipeline
 
 from compress.checkpoints.exporting import exported_bytes
 from compress.common.cost import Cost, unet_cost
-from compress.methods.gradflow import GradFlow, OneShot, Training, surgery
+from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.allocation import Allocator, plan
 from compress.methods.gradflow.groups import ChannelGroup, dense_widths, find_groups
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.mover import MaskMover
+from compress.methods.training import Training
 
 Bounds = tuple[int, int]
 

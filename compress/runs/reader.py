@@ -20,9 +20,8 @@ from compress.data.pages import page
 from compress.eval import ocr
 from compress.eval.retention import retention, worst_page_delta
 from compress.eval.values import Value
-from compress.methods.base import Event, RunResult
+from compress.methods.base import Event, RuntimeMethod
 from compress.methods.fastocr import Calibration, FastOCR, calibrate
-from compress.methods.rtprune import RTPrune
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.transformers_folder import stored_shapes
@@ -32,6 +31,7 @@ from compress.reports.reader import write_reader_report
 from compress.runs.reader_counts import counted, counted_metrics
 from compress.runs.reading import DTYPES, PACKAGES, page_reader
 from compress.runs.recipe import ReaderRecipe, dump
+from compress.runs.run import RunResult
 
 CALIBRATION = "calibration.json"
 MODEL = "model.json"
@@ -42,7 +42,7 @@ class Variant:
     """One way to read the pages: the dense model, the recipe's methods, or one to compare."""
 
     name: str
-    methods: tuple[RTPrune | FastOCR, ...]
+    methods: tuple[RuntimeMethod, ...]
 
     @property
     def file(self) -> str:
@@ -60,10 +60,10 @@ def variants(recipe: ReaderRecipe) -> list[Variant]:
     return found
 
 
-def variant_name(method: RTPrune | FastOCR) -> str:
+def variant_name(method: RuntimeMethod) -> str:
     """A method and the settings that are not its defaults, as one name."""
-    defaults = asdict(type(method)())
-    changed = {k: v for k, v in asdict(method).items() if v != defaults[k]}
+    fields = type(method).model_fields
+    changed = {k: v for k, v in method.model_dump().items() if v != fields[k].default}
     return " ".join([method.name, *(f"{key}={value}" for key, value in changed.items())])
 
 
@@ -288,7 +288,7 @@ def calibrated_checkpoint(
         method.keep_visual,
         max_new_tokens=max_new_tokens,
     )
-    method = replace(method, focal_layers=tuple(found.focal_layers))
+    method = FastOCR(**method.model_dump() | {"focal_layers": tuple(found.focal_layers)})
     facts = {
         "base_model": model,
         "base_hash": folder_hash(base),
@@ -312,7 +312,7 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
 def _calibrated(variant: Variant, calibration: Calibration | None) -> Variant:
     """The variant with the focal layers that were found."""
     methods = tuple(
-        replace(m, focal_layers=tuple(calibration.focal_layers))
+        FastOCR(**m.model_dump() | {"focal_layers": tuple(calibration.focal_layers)})
         if calibration is not None and isinstance(m, FastOCR) and m.focal_layers == "auto"
         else m
         for m in variant.methods
@@ -344,7 +344,7 @@ def _measured(
         counts, one = counted(read[variant.name]), scored[variant.name]
         row: dict[str, Any] = {
             "variant": variant.name,
-            "methods": [asdict(m) for m in variant.methods],
+            "methods": [m.model_dump(mode="json") for m in variant.methods],
             **counts,
             "metrics": {n: asdict(v) for n, v in (one.metrics | _against(one, dense)).items()},
         }

@@ -120,7 +120,7 @@ def evaluate_events(
         for count in ocr.predict(data, read, settings.batch, output / PREDICTIONS):
             yield Event("read", count, len(data.pages))
         metrics = _score(data, output, settings)
-        metrics["methods"] = [asdict(method) for method in methods]  # type: ignore[call-overload]
+        metrics["methods"] = [method.model_dump(mode="json") for method in methods]
         metrics["run"] = _facts(facts, len(data.pages), where)
         write_json(output / "metrics.json", metrics)
         write_ocr_report(output, data, ocr.read_predictions(output / PREDICTIONS), metrics)

@@ -9,48 +9,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from compress.common.settings import Settings
 from compress.methods.registry import (
+    METHODS,
     RUNTIME_METHODS,
-    WEIGHT_METHODS,
     AnyRuntimeMethod,
     AnyWeightMethod,
 )
-
-METHODS = WEIGHT_METHODS | RUNTIME_METHODS
+from compress.methods.training import Recover, Train
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message lists every problem found in it."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Recover(_Section):
-    """Training of the slim net after surgery.
-
-    Parameters
-    ----------
-    steps : optimiser steps; 0 leaves the net as surgery made it.
-    batch : images per optimiser step, over all processes, in the flow as well.
-    lr : learning rate of AdamW.
-    ema : decay of the averaged weights that are exported; larger averages over more steps.
-    distill : weight of the distance to the dense net's output in the loss, 0 for none.
-    distill_features : weight of the distance to the dense net's inner features, 0 for none.
-    """
-
-    steps: int = Field(400, ge=0)
-    batch: int = Field(32, ge=1)
-    lr: float = Field(5e-4, gt=0)
-    ema: float = Field(0.999, ge=0, lt=1)
-    distill: float = Field(0.5, ge=0)
-    distill_features: float = Field(0.0, ge=0)
-
-
-class Columns(_Section):
+class Columns(Settings):
     """Where a data source keeps what a model wants to know about each image.
 
     Parameters
@@ -65,38 +40,7 @@ class Columns(_Section):
     label: str = Field("label", min_length=1)
 
 
-class Train(_Section):
-    """How optimiser steps are executed, whatever they optimise.
-
-    Parameters
-    ----------
-    mixed_precision : number format of the training passes; criterion passes stay in float32.
-    gradient_accumulation : micro-batches that one optimiser step is split into.
-    trackers : experiment trackers of `accelerate`, such as tensorboard or wandb.
-    save_every : optimiser steps between two resumable states.
-    keep_states : how many of them are kept; the run resumes from the newest intact one.
-    gradient_checkpointing : compute activations again in the backward pass instead of keeping
-        them: less memory, about a third more time.
-    flip : mirror half of the training images from left to right.
-    condition_dropout : share of the captions that training replaces by the pipeline's own empty
-        one, which classifier-free guidance needs; labels are never replaced.
-    workers : processes that read images for each training process; 0 reads in the process itself.
-    prefetch : batches that each worker reads ahead.
-    """
-
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    gradient_accumulation: int = Field(1, ge=1)
-    trackers: list[str] = []
-    save_every: int = Field(100, ge=1)
-    keep_states: int = Field(2, ge=1, le=99)
-    gradient_checkpointing: bool = False
-    flip: bool = False
-    condition_dropout: float = Field(0.1, ge=0, le=1)
-    workers: int = Field(0, ge=0)
-    prefetch: int = Field(2, ge=1)
-
-
-class Evaluate(_Section):
+class Evaluate(Settings):
     """What is measured, on the dense and on the compressed model alike.
 
     Parameters
@@ -126,7 +70,7 @@ class Evaluate(_Section):
     inception_weights: str | None = Field(None, min_length=1)
 
 
-class ReadPages(_Section):
+class ReadPages(Settings):
     """What a reader is measured on, dense and compressed alike.
 
     Parameters
@@ -156,7 +100,7 @@ class ReadPages(_Section):
     against: Literal["dense"] = "dense"
 
 
-class Calibrate(_Section):
+class Calibrate(Settings):
     """How focal layers are found, where a method asks for it.
 
     Parameters
@@ -169,7 +113,7 @@ class Calibrate(_Section):
     max_new_tokens: int = Field(128, ge=2)
 
 
-class ReaderRecipe(_Section):
+class ReaderRecipe(Settings):
     """One run of `compress` on a reader of pages: run-time methods, and how they are checked.
 
     Parameters
@@ -195,7 +139,7 @@ class ReaderRecipe(_Section):
     output: str | None = Field(None, min_length=1)
 
 
-class Recipe(_Section):
+class Recipe(Settings):
     """One run of `compress`: what to compress, with what, and how to check the result.
 
     Parameters
@@ -421,7 +365,7 @@ def _override(data: dict[str, Any], override: str, lines: Lines) -> str | None:
 
 
 def _fields(kind: Any) -> Mapping[str, Any]:
-    """The pydantic fields of a model or dataclass; empty for anything else."""
+    """The pydantic fields of a settings class; empty for anything else."""
     return getattr(kind, "__pydantic_fields__", {})
 
 

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from compress.bench.building import built, sharing_weights
 from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
+from compress.methods.fastocr.attaching import open_gaze
 from compress.methods.fastocr.calibration import default_count
 from compress.methods.fastocr.fixation import budget
 from compress.methods.fastocr.method import FastOCR
@@ -187,7 +188,7 @@ def _request(shape: DecodeShape, device: str, counts: Counts | None = None) -> R
     layout = VisualLayout(torch.arange(shape.visual), grid, nowhere)
     length = shape.visual + shape.text
     pages = Pages.of([layout] * shape.batch, length, torch.device(device))
-    gaze = _method(shape).open_gaze(pages, shape.built_layers)
+    gaze = open_gaze(_method(shape), pages, shape.built_layers)
     return Request(pages, gaze, counts or Counts(shape.built_layers))
 
 
@@ -406,7 +407,7 @@ def _end_to_end_ways(
         network = sharing_weights(model)
         network.set_attn_implementation({"text_config": implementation})
         ways[name] = step_of(network, _cache(caches))
-    handle = stack.enter_context(_method(shape).attach(model))
+    handle: Any = stack.enter_context(_method(shape).attach(model))
     cache = _cache(caches)
     request = _request(shape, device, handle.counts)
     handle.requests[cache] = request

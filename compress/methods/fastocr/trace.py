@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from compress.methods.fastocr.attaching import open_gaze as open_policy
 from compress.methods.fastocr.fixation import Fixation
 from compress.methods.fastocr.method import FastOCR
 from compress.methods.fastocr.patch import attached
@@ -64,7 +65,7 @@ def trace(
 
     def open_gaze(pages: Pages, layers: int) -> Gaze:
         read.append(pages.layouts[0])
-        opened.append(_Watched(method.open_gaze(pages, layers), layers))
+        opened.append(_Watched(open_policy(method, pages, layers), layers))
         return opened[-1]
 
     with attached(model, open_gaze):

@@ -26,9 +26,10 @@ from compress.methods.gradflow.distill import Teacher
 from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.method import GradFlow, OneShot, Training
+from compress.methods.gradflow.method import GradFlow, OneShot
 from compress.methods.gradflow.mover import MaskMover, MaskState
 from compress.methods.gradflow.objective import Inputs, noise_schedule, prediction_target
+from compress.methods.training import Training
 from compress.parallel import distributed, sharding
 
 WARM_UP = 20
@@ -177,7 +178,7 @@ class PruningRun:
             allocator=allocator,
         )
         self.flow_steps = method.steps if isinstance(method, GradFlow) else 0
-        self.total_steps = method.steps + training.recover_steps
+        self.total_steps = method.steps + training.steps
         self.teacher = Teacher(self.dense, training.distill, training.distill_features, layout)
         self.train_seconds = 0.0
         self.surgery_facts: dict[str, Any] = {}

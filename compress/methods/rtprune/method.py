@@ -1,19 +1,15 @@
 """The knobs of RTPrune and of the peers that it is compared with."""
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-if TYPE_CHECKING:
-    from compress.methods.rtprune.pages import Handle
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
+from compress.common.settings import Fraction
+from compress.methods.base import Handle, RuntimeMethod
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class RTPrune:
+class RTPrune(RuntimeMethod):
     """Prune the visual tokens of a page between projector and decoder.
 
     Wan et al., "RTPrune: Reading-Twice Inspired Token Pruning for Efficient DeepSeek-OCR Inference"
@@ -24,27 +20,30 @@ class RTPrune:
 
     Batches (pages that keep different numbers are padded on the left), Unlimited-OCR,
     DeepSeek-OCR-2 and the peers are ours. So is that at least one token of a page stays.
-
-    Parameters
-    ----------
-    keep_tokens : fraction of a page's prunable tokens to keep, in (0, 1]; "dynamic" decides for
-        each page, more for a fuller one.
-    merge : strength of what is moved onto the kept tokens; 0 drops it.
-    select : "rtprune", or a peer: "norm" (no merging), "random", "visionzip", "divprune" or
-        "cdpruner"; see :mod:`compress.methods.rtprune.baselines`. ``merge`` and ``transport`` are
-        RTPrune's alone.
-    transport : "optimal", or "nearest": all of a pruned token to the kept one most like it.
-    seed : of "random", which chooses other tokens on each page.
     """
+
+    paper: ClassVar[str] = (
+        "RTPrune: Reading-Twice Inspired Token Pruning for Efficient DeepSeek-OCR Inference, "
+        "2605.00392"
+    )
+    serves: ClassVar[str] = "DeepSeek-OCR, DeepSeek-OCR-2, Unlimited-OCR (transformers)"
+    keeps: ClassVar[str] = "visual tokens that the decoder reads"
 
     name: Literal["rtprune"] = "rtprune"
     keep_tokens: Literal["dynamic"] | Fraction = "dynamic"
-    merge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Fraction of a page's prunable tokens to keep; "dynamic" decides for each page, more for a
+    fuller one."""
+    merge: float = Field(0.1, ge=0)
+    """Strength of what is moved onto the kept tokens; 0 drops it."""
     select: Literal["rtprune", "norm", "random", "visionzip", "divprune", "cdpruner"] = "rtprune"
+    """"rtprune", or a peer: "norm" (no merging), "random", "visionzip", "divprune" or "cdpruner".
+    ``merge`` and ``transport`` are RTPrune's alone."""
     transport: Literal["optimal", "nearest"] = "optimal"
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    """"optimal", or "nearest": all of a pruned token to the kept one most like it."""
+    seed: int = Field(0, ge=0, lt=1 << 31)
+    """Seed of "random", which chooses other tokens on each page."""
 
-    def attach(self, model: Any) -> AbstractContextManager["Handle"]:
+    def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Prune what ``model`` reads until the context is left, which restores everything.
 
         Parameters

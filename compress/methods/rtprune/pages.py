@@ -5,16 +5,18 @@ Which token stands where is counted on the CPU: a GPU would be waited for at eve
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from compress.common.stages import stage
 from compress.methods.rtprune.baselines import cdpruner, divprune, random_tokens, visionzip
-from compress.methods.rtprune.method import RTPrune
 from compress.methods.rtprune.ratio import distinctness, keep_fraction
 from compress.methods.rtprune.selection import drop_adjacent_newlines, left_over, select
 from compress.methods.rtprune.transport import merge, nearest_plan, similarity, transport_plans
+
+if TYPE_CHECKING:
+    from compress.methods.rtprune.method import RTPrune
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Handle:
 
 
 def prune_pages(
-    method: RTPrune,
+    method: "RTPrune",
     pages: Sequence[Page],
     features: Sequence[torch.Tensor],
     instructions: Sequence[torch.Tensor],
@@ -177,7 +179,7 @@ class _Plan:
 Choice = tuple[torch.Tensor, torch.Tensor]  # indices among the prunable tokens, features there
 
 
-def _plan(method: RTPrune, page: Page, features: torch.Tensor) -> _Plan:
+def _plan(method: "RTPrune", page: Page, features: torch.Tensor) -> _Plan:
     on_page = (page.grid[:, 2] >= 0).nonzero()[:, 0]
     measured: list[float | None] = [None, None]
     if page.density is None:
@@ -191,7 +193,7 @@ def _plan(method: RTPrune, page: Page, features: torch.Tensor) -> _Plan:
 
 
 def _choose(
-    method: RTPrune,
+    method: "RTPrune",
     plan: _Plan,
     page: Page,
     features: torch.Tensor,
@@ -215,7 +217,7 @@ def _choose(
 
 
 def _moved(
-    method: RTPrune,
+    method: "RTPrune",
     plans: Sequence[_Plan],
     features: Sequence[torch.Tensor],
     chosen: Sequence[Choice | None],

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,6 @@ from transformers.generation import GenerationMode
 
 from compress.common.stages import stage
 from compress.methods.rtprune.encoder_attention import EncoderAttention
-from compress.methods.rtprune.method import RTPrune
 from compress.methods.rtprune.pages import Handle, PrunedPage, prune_pages
 from compress.methods.rtprune.reading import read_pages
 from compress.methods.rtprune.request import Request
@@ -30,11 +29,14 @@ from compress.methods.rtprune.sequence import attended_tokens, page_layouts, pag
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import VISUAL_LAYOUTS, VisualLayout, adapter_for, text_model
 
+if TYPE_CHECKING:
+    from compress.methods.rtprune.method import RTPrune
+
 FAMILIES = ("unlimited_ocr", "deepseek_ocr2")  # DeepSeek-OCR is an unlimited_ocr
 
 
 @contextmanager
-def attached(method: RTPrune, model: Any) -> Iterator[Handle]:
+def attached(method: "RTPrune", model: Any) -> Iterator[Handle]:
     """:meth:`RTPrune.attach`."""
     if model.config.model_type not in FAMILIES:
         raise ValueError(
@@ -92,7 +94,7 @@ class _Call:
 class _Patch:
     """The state of one attached method, and its hooks."""
 
-    def __init__(self, method: RTPrune, model: Any) -> None:
+    def __init__(self, method: "RTPrune", model: Any) -> None:
         self.method = method
         self.model = model
         self.handle = Handle()

@@ -2,19 +2,21 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.methods.rtprune.encoder_attention import Heard, token_values
-from compress.methods.rtprune.method import RTPrune
 from compress.methods.rtprune.pages import Page
 from compress.methods.rtprune.ratio import textual_density
 from compress.models.visual import visual_layouts
 
+if TYPE_CHECKING:
+    from compress.methods.rtprune.method import RTPrune
+
 
 def read_pages(
-    method: RTPrune,
+    method: "RTPrune",
     model: Any,
     features: Sequence[torch.Tensor],
     given: Mapping[str, Any],
