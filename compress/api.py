@@ -7,8 +7,7 @@ from compress.checkpoints.applied import Applied, Compressed
 from compress.methods.base import RuntimeMethod, WeightMethod
 
 if TYPE_CHECKING:
-    from compress.data import ImageData
-    from compress.data.sources import Images
+    from compress.data.sources import ImageData, Images
     from compress.methods.training import Training
 
 

@@ -18,7 +18,7 @@ from torch_fidelity.metric_prc import prc_featuresdict_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
 
-from compress.data import digits
+from compress.data.digits import digits
 from compress.models.digits_features import load_digits_features
 from compress.parallel import distributed
 

@@ -11,8 +11,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from compress.common.cost import unet_cost
 from compress.common.journal import Journal
-from compress.data import ImageData
-from compress.data.sources import TensorImages
+from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
 from compress.methods.gradflow.groups import find_groups

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoints.slim import load, save_slim, verify
 from compress.common import files
-from compress.models import load_pipeline
+from compress.models.loading import load_pipeline
 
 FACTS = {
     "base_model": "somebody/model",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.data import Batch
+from compress.data.batches import Batch
 from compress.methods.gradflow.criterion import (
     CRITERIA,
     denoising_loss,

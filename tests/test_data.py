@@ -9,16 +9,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from compress.data import (
-    ImageData,
-    StepSampler,
-    digits,
-    flipped,
-    load_images,
-    noise_and_timesteps,
-)
-from compress.data.digits import SIZE
-from compress.data.sources import Pairs, TensorImages, stacked
+from compress.data.batches import StepSampler, flipped, noise_and_timesteps
+from compress.data.digits import SIZE, digits
+from compress.data.sources import ImageData, Pairs, TensorImages, load_images, stacked
 
 STEPS = 1000
 

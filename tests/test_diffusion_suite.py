@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
 from compress.common.cost import unet_cost
-from compress.data import digits
+from compress.data.digits import digits
 from compress.eval import diffusion, latency
 from compress.eval.consistency import mse_to, ssim_to
 from compress.eval.diffusion import Samples, SamplingSettings, Value

@@ -40,7 +40,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from compress.parallel import distributed
-from compress.data import ImageData, digits
+from compress.data.digits import digits
+from compress.data.sources import ImageData
 from compress.data.sources import TensorImages
 from compress.eval import diffusion
 from compress.methods.gradflow import GradFlow, OneShot

@@ -29,7 +29,7 @@ from compress.methods.gradflow import GradFlow, surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.groups import dense_widths, find_groups
 from compress.methods.gradflow.masks import SoftUNet
-from compress.models import load_pipeline, pipeline_folder
+from compress.models.loading import load_pipeline, pipeline_folder
 from compress.runs.diffusion import dry_run
 from compress.runs.recipe import Recipe
 

@@ -11,7 +11,7 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from compress.data import digits
+from compress.data.digits import digits
 from compress.eval import fidelity as module
 from compress.eval.fidelity import fidelity, floor
 from compress.eval.sampling import to_uint8

@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from compress.checkpoints.slim import load, save_slim
 from compress.common.cost import unet_cost
 from compress.methods.gradflow.groups import find_groups
-from compress.models import load_pipeline
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
+from compress.models.loading import load_pipeline
 
 INNER = {
     "down_blocks.0.resnets.0": 12,

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.data import digits, load_images
+from compress.data.digits import digits
+from compress.data.sources import load_images
 from compress.methods.gradflow.train import validation_loss
-from compress.models import builtin_names, load_pipeline, model_hash
 from compress.models.digits_features import BUILTIN, load_digits_features
+from compress.models.loading import builtin_names, load_pipeline, model_hash
 
 DDPM = BUILTIN / "ddpm-digits"
 

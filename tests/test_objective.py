@@ -14,8 +14,8 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from compress.data import Batch, Examples, ImageData
-from compress.data.sources import TensorImages
+from compress.data.batches import Batch, Examples
+from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import objective
 from compress.methods.gradflow.criterion import denoising_loss
 from compress.methods.gradflow.groups import find_groups

@@ -25,14 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.checkpoints.slim import load, verify
-from compress.data import load_images
-from compress.data.sources import TensorImages
+from compress.data.sources import TensorImages, load_images
 from compress.eval.diffusion import METRICS
 from compress.eval.sampling import sample
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun, validation_loss
 from compress.methods.training import Training
-from compress.models import load_pipeline, model_hash
+from compress.models.loading import load_pipeline, model_hash
 from compress.runs import diffusion as pipelines
 from compress.runs.diffusion import apply, dry_run, run_events
 from compress.runs.recipe import Recipe, load_recipe

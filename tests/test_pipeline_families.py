@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from compress.common.journal import Journal
-from compress.data import load_images
-from compress.data.sources import Pairs, TensorImages, stacked
+from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
 from compress.eval.diffusion import SamplingSettings
 from compress.methods.gradflow import GradFlow, OneShot, surgery
@@ -629,7 +628,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 import pipeline_models as pipelines
 from compress.parallel import distributed
-from compress.data import load_images
+from compress.data.sources import load_images
 from compress.methods.gradflow import GradFlow
 from compress.methods.training import Training
 from compress.methods.gradflow.objective import inputs_of

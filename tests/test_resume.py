@@ -17,8 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from compress.common.journal import Journal
-from compress.data import ImageData
-from compress.data.sources import TensorImages
+from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
@@ -37,7 +36,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
-from compress.data import ImageData
+from compress.data.sources import ImageData
 from compress.data.sources import TensorImages
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.training import Training

@@ -59,7 +59,7 @@ from compress.checkpoints.slim import save_slim
 from compress.methods.gradflow import GradFlow, surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.groups import find_groups
-from compress.models import load_pipeline
+from compress.models.loading import load_pipeline
 import torch
 
 folder = Path(sys.argv[1])

@@ -9,8 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
 from compress.common.journal import Journal
-from compress.data import ImageData
-from compress.data.sources import TensorImages
+from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun, validation_loss
 from compress.methods.training import Training

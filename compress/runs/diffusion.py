@@ -24,9 +24,9 @@ from compress.common.environment import choose_device, device_name, versions_of
 from compress.common.files import write_bytes, write_json, write_text
 from compress.common.journal import Journal
 from compress.common.output_folder import check_same_settings, check_target, claim
-from compress.data import ImageData, digits, load_images
 from compress.data.digits import LICENCE as DIGITS_LICENCE
-from compress.data.sources import Images
+from compress.data.digits import digits
+from compress.data.sources import ImageData, Images, load_images
 from compress.eval import diffusion, fidelity
 from compress.methods.base import Event
 from compress.methods.gradflow import GradFlow, OneShot
@@ -34,8 +34,8 @@ from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.objective import Inputs, inputs_of, noise_schedule
 from compress.methods.gradflow.train import Pruned, PruningRun, validation_loss
 from compress.methods.training import Training
-from compress.models import load_pipeline, model_hash, pipeline_folder
 from compress.models.free_width import inner_width
+from compress.models.loading import load_pipeline, model_hash, pipeline_folder
 from compress.models.pipelines import (
     check_pipeline,
     default_guidance,

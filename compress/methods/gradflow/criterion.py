@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from compress.data import Batch
+from compress.data.batches import Batch
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.objective import prediction_target

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.data import Batch
+from compress.data.batches import Batch
 from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow import flow
 from compress.methods.gradflow.allocation import Allocator

@@ -273,8 +273,8 @@ class Inputs:
         if data.train_conditions is None or data.held_out_conditions is None:
             raise ValueError(
                 f"the model takes a {self.wants} with each image; {data.name} gives images alone; "
-                f"load it with compress.data.load_images(..., wanted={self.wants!r}), or hand over "
-                "an ImageData with conditions"
+                f"load it with load_images(..., wanted={self.wants!r}), or give an ImageData with "
+                "conditions"
             )
         if isinstance(self.condition, Labels) and self.condition.classes is not None:
             found = {*data.train_conditions, *data.held_out_conditions}

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from compress.common.journal import Journal, Saved, Tensors
-from compress.data import Batch, Examples, ImageData, StepSampler, flipped
-from compress.data.sources import Images, Pairs, stacked
+from compress.data.batches import Batch, Examples, StepSampler, flipped
+from compress.data.sources import ImageData, Images, Pairs, stacked
 from compress.methods.base import Event
 from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow import surgery

@@ -14,7 +14,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.nn import functional as F
 
-from compress.data import StepSampler, digits, noise_and_timesteps
+from compress.data.batches import StepSampler, noise_and_timesteps
+from compress.data.digits import digits
 
 HERE = Path(__file__).parent
 

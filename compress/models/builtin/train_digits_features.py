@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from compress.data import StepSampler, digits
+from compress.data.batches import StepSampler
+from compress.data.digits import digits
 from compress.models.digits_features import DigitsFeatures
 
 HERE = Path(__file__).parent
