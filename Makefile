@@ -17,13 +17,14 @@ run: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
-# mypy looks for compress.eval inside compress/, so it gets a tree where the folders lie there
+# mypy and lint-imports look for compress.eval inside compress/: they get a tree where it lies there
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compress
 	@ln -s $(CURDIR)/compress/* $(CURDIR)/eval $(CURDIR)/kernels $(CURDIR)/recipes $(TYPED)/compress/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p compress
+	cd $(TYPED) && $(CURDIR)/$(BIN)/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

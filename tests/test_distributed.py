@@ -16,6 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
+from compress.common.journal import fingerprint
 from compress.parallel import distributed, sharding
 from compress.parallel.launch import _stopped, adopt_slurm, launched, rank, speaks, wanted
 
@@ -461,9 +462,9 @@ def test_a_fingerprint_sees_names_types_shapes_and_bits():
         {"a": base["a"].nextafter(torch.tensor(9.0)), "b": base["b"]},
         {"a": base["a"].flip(0), "b": base["b"]},
     ]
-    prints = [distributed.fingerprint(t) for t in (base, *others)]
+    prints = [fingerprint(t) for t in (base, *others)]
     assert len(set(prints)) == len(prints)
-    assert distributed.fingerprint(dict(reversed(base.items()))) == prints[0]
+    assert fingerprint(dict(reversed(base.items()))) == prints[0]
 
 
 def test_numbered_gpus_are_refused(monkeypatch):

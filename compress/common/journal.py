@@ -1,8 +1,10 @@
 """The log and the saved states of a run that can be resumed: JSON lines and safetensors files."""
 
+import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from compress.common.files import write_bytes, write_text
-from compress.parallel.distributed import fingerprint
 
 Tensors = dict[str, torch.Tensor]
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of names, dtypes, shapes and bits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass

@@ -5,7 +5,6 @@ the environment; everything below is the identity in a process that is alone.
 """
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from accelerate.utils import (
     reduce,
 )
 
+from compress.common.journal import fingerprint
 from compress.parallel import sharding
 
 Item = TypeVar("Item")
@@ -132,16 +132,6 @@ def shared_out(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterato
     for first in range(0, len(items), count):
         mine = items[first : first + count][process() : process() + 1]
         yield from gather_object([work(item) for item in mine])
-
-
-def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_same(what: str, tensors: Mapping[str, torch.Tensor], *facts: object) -> None:
