@@ -438,12 +438,16 @@ def bench(
     """Time a method, or the kernels, against the best dense way, in one run."""
     _check_versions()
     _quieten()
+    from compress.bench.cells import describe
     from compress.bench.suite import bench as rows_of
-    from compress.tables.bench import describe
+    from compress.methods.registry import benchmarks
 
+    known = benchmarks()
+    if what not in known:
+        raise ValueError(f"expected one of {', '.join(known)}; got {what!r}; choose one")
     rows, cells = [], []
     for row in rows_of(
-        what,
+        known[what],
         shapes=shapes or (),
         repeats=repeats,
         clock=clock,

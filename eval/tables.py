@@ -10,6 +10,7 @@ from typing import Any
 from compress.common.files import write_text
 
 Row = dict[str, Any]
+Cell = Callable[[Row], str]
 
 # column -> (heading, decimals, which direction is better)
 COLUMNS = {
@@ -114,7 +115,7 @@ def render(
     return "\n".join(lines)
 
 
-def cell_table(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+def cell_table(rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
     """A Markdown table, a line for each row; a column has a heading and what it says of a row."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]

@@ -1,18 +1,15 @@
-"""``compress bench``: the benchmarks by name, each a stream of rows."""
+"""How ``compress bench`` runs a benchmark: the ceilings of the device, then its shapes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from compress.bench.rows import Row, ceiling_rows, parse_shapes
 from compress.bench.timing import Bench, measure_ceilings
 from compress.common.environment import choose_device
-from compress.common.files import write_json
+from compress.common.files import read_json, write_json
 from compress.eval.tables import append_row, read_rows
-from compress.methods.fastocr.bench import crossovers
-from compress.methods.fastocr.crossover import read_table
 
 
 @dataclass(frozen=True)
@@ -21,13 +18,15 @@ class Benchmark:
 
     Attributes
     ----------
+    name : of the method, or of what else is timed.
     shape : settings that say what is timed, such as sizes and dtype.
-    default_shapes : those that are timed on a device when none are asked for.
+    default_shapes : those that are timed on a device when none are requested.
     run : (shape, where, ceilings) to rows.
-    table : rows without ceilings to Markdown, with the note beneath.
+    table : rows without ceilings, each cell once, to Markdown with the note beneath.
     crossovers : rows to a JSON table, by device: from which size on the method is faster.
     """
 
+    name: str
     shape: type
     default_shapes: Callable[[str], Sequence[Any]]
     run: Callable[..., Iterator[Row]]
@@ -35,23 +34,8 @@ class Benchmark:
     crossovers: Callable[[Sequence[Row]], dict[str, Any]] | None = None
 
 
-# name -> the class of its shapes, in the module of that name
-MODULES = {
-    "gradflow": "compress.methods.gradflow.bench",
-    "rtprune": "compress.methods.rtprune.bench",
-    "fastocr": "compress.methods.fastocr.bench",
-    "kernels": "compress.bench.kernels",
-}
-BENCHES = {
-    "gradflow": "UNetShape",
-    "rtprune": "PrefillShape",
-    "fastocr": "DecodeShape",
-    "kernels": "KernelShape",
-}
-
-
 def bench(
-    name: str,
+    benchmark: Benchmark,
     *,
     shapes: Sequence[str] = (),
     repeats: int = 15,
@@ -64,13 +48,13 @@ def bench(
 
     Parameters
     ----------
-    name : in :data:`BENCHES`.
+    benchmark : of :func:`compress.methods.registry.benchmarks`.
     shapes : such as "visual=4096,batch=8"; none is the benchmark's own list for the device.
     repeats, clock : see :class:`compress.bench.timing.Bench`.
     device : CUDA where there is any when None.
     results : file of JSON lines to which rows are appended as they are made.
-    crossover : of fastocr: table into which the crossover of this device is written, from these
-        rows and the earlier ones of the results file.
+    crossover : table into which the crossover of this device is written, from these rows and the
+        earlier ones of the results file.
 
     Yields
     ------
@@ -78,37 +62,29 @@ def bench(
 
     Raises
     ------
-    ValueError : for an unknown name, a shape that is none, or a device that is not there.
+    ValueError : for a shape that is none, a device that is not there, or a benchmark without
+        crossovers where one is to be written.
     """
-    if name not in BENCHES:
-        raise ValueError(f"expected one of {', '.join(BENCHES)}; got {name!r}; choose one")
-    if crossover is not None and name != "fastocr":
-        raise ValueError(f"only fastocr has a crossover; got {name}; leave --crossover out")
+    if crossover is not None and benchmark.crossovers is None:
+        raise ValueError(
+            f"a crossover needs a benchmark that measures one; got {benchmark.name}; leave "
+            "--crossover out"
+        )
     where = Bench(choose_device(device), repeats, clock)
-    module = import_module(MODULES[name])
-    wanted = parse_shapes(shapes, getattr(module, BENCHES[name])) or module.default_shapes(
-        where.device
-    )
-    earlier = read_rows(results) if results is not None else []
-    made: list[Row] = []
-    for row in _rows(module.run, name, wanted, where):
-        made.append(row)
+    sizes = parse_shapes(shapes, benchmark.shape) or benchmark.default_shapes(where.device)
+    rows = read_rows(results) if results is not None else []
+    for row in _rows(benchmark, sizes, where):
+        rows.append(row)
         if results is not None:
             append_row(results, row)
         yield row
-    if crossover is not None:
-        table = read_table(crossover) if crossover.exists() else {}
-        write_json(crossover, table | crossovers([*earlier, *made]))
+    if crossover is not None and benchmark.crossovers is not None:
+        table = read_json(crossover) if crossover.exists() else {}
+        write_json(crossover, table | benchmark.crossovers(rows))
 
 
-def _rows(
-    run: Callable[..., Iterator[Row]],
-    name: str,
-    wanted: Sequence[Any],
-    where: Bench,
-) -> Iterator[Row]:
-    dtypes = list(dict.fromkeys(shape.dtype for shape in wanted))
-    ceilings = measure_ceilings(where, dtypes)
-    yield from ceiling_rows(name, ceilings, where)
-    for shape in wanted:
-        yield from run(shape, where, ceilings)
+def _rows(benchmark: Benchmark, sizes: Sequence[Any], where: Bench) -> Iterator[Row]:
+    ceilings = measure_ceilings(where, list(dict.fromkeys(shape.dtype for shape in sizes)))
+    yield from ceiling_rows(benchmark.name, ceilings, where)
+    for shape in sizes:
+        yield from benchmark.run(shape, where, ceilings)

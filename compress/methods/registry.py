@@ -28,6 +28,8 @@ WEIGHT_METHODS = _named(WeightMethod)
 RUNTIME_METHODS = _named(RuntimeMethod)
 
 if TYPE_CHECKING:
+    from compress.bench.suite import Benchmark
+
     AnyWeightMethod = WeightMethod
     AnyRuntimeMethod = RuntimeMethod
 else:  # what recipes and checkpoints are validated by; the name decides
@@ -59,3 +61,10 @@ def runtime_method(settings: Mapping[str, Any]) -> RuntimeMethod:
     ValueError : for an unknown name or setting.
     """
     return _RUNTIME.validate_python(settings)
+
+
+def benchmarks() -> dict[str, "Benchmark"]:
+    """What ``compress bench`` times, by name: methods that have a benchmark, and the kernels."""
+    from compress.bench.kernels import BENCHMARK
+
+    return {b.name: b for b in (*(kind.benchmark() for kind in _KINDS), BENCHMARK) if b is not None}

@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
+from compress.bench.cells import describe
 from compress.bench.suite import bench
 from compress.common.files import folder_hash, read_json, write_text
 from compress.eval import tables
+from compress.methods.registry import benchmarks
 from compress.models.vlm import builtin_readers, model_folder
 from compress.reports.reader_rows import keep_text, series_name, used_share
 from compress.runs.diffusion import run_events
@@ -17,7 +19,7 @@ from compress.runs.reader import MODEL
 from compress.runs.reading import SETTINGS, OcrSettings, evaluate_events
 from compress.runs.recipe import load_recipe
 from compress.tables.bench import TABLES as BENCHES
-from compress.tables.bench import describe, render_bench
+from compress.tables.bench import render_bench
 from compress.tables.diffusion import commit
 
 # table -> the recipe whose variants it has
@@ -82,7 +84,7 @@ def run_missing(name: str, results: Path, runs: Path) -> Iterator[str]:
     rows = tables.read_rows(path)
     if name in BENCHES:
         if not rows:
-            for row in bench(name.removeprefix("bench_"), results=path):
+            for row in bench(benchmarks()[name.removeprefix("bench_")], results=path):
                 yield "  ".join(describe(row))
         return
     model = load_recipe(RECIPES[name]).model

@@ -1,7 +1,7 @@
 """A decode step over many visual tokens: its attention alone, and the text model end to end."""
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -21,8 +21,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from compress.bench.building import built, sharing_weights
+from compress.bench.cells import by_size, profile, times, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
+from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
+from compress.eval.tables import Cell
 from compress.methods.fastocr.attaching import open_gaze
 from compress.methods.fastocr.calibration import default_count
 from compress.methods.fastocr.fixation import budget
@@ -459,3 +462,84 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             "date": max(row["date"] for row in here),
         }
     return found
+
+
+# ---- the benchmark and its table ---------------------------------------------------------------
+
+
+def _rate(way: str) -> Cell:
+    rates = "tokens_per_second"
+    return lambda row: f"{row[rates][way]:.3g}" if way in row[rates] else "–"
+
+
+def _speed(row: Row) -> str:
+    return f"{row['gb_per_s']['fastocr']:.1f}, {row['share_of_copy']['fastocr']:.0%}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown, with what was timed beneath."""
+    rows = by_size(rows, "model", "dtype", "visual", "batch")
+    attention = [row for row in rows if row["part"] == "attention"]
+    whole = [row for row in rows if row["part"] == "end_to_end"]
+    common: dict[str, Cell] = {
+        "device": where,
+        "sizes of": lambda row: f"{row['shape']['model']}, {row['shape']['dtype']}",
+        "batch": lambda row: str(row["shape"]["batch"]),
+        "visual tokens": lambda row: f"{row['shape']['visual']:,}",
+    }
+    parts = []
+    if attention:
+        parts.append(
+            with_note(
+                attention,
+                {
+                    **common,
+                    "layers": lambda row: (
+                        f"{row['shape']['layers']} of "
+                        f"{MODELS[row['shape']['model']]['num_hidden_layers']}"
+                    ),
+                    "dense, SDPA": times("sdpa"),
+                    "dense, two products": times("matmul"),
+                    "fastocr": times("fastocr"),
+                    "speed-up": lambda row: f"{row['ratio']:.2f}x",
+                    "of the byte bound": lambda row: (
+                        f"{row['share_of_bound']:.0%} of {row['bound']:.2f}x"
+                    ),
+                    "GB/s, of copying": _speed,
+                    "costliest operators": profile,
+                },
+                "Attention of one decode step through these layers, 5% of the visual tokens read, "
+                "256 tokens of text, a seventh of the layers focal, the method's own work "
+                "included. The speed-up is over the faster dense way; the byte bound is the ratio "
+                "of the cached bytes that must be read.",
+            )
+        )
+    if whole:
+        parts.append(
+            with_note(
+                whole,
+                {
+                    **common,
+                    "layers timed": lambda row: row["timed"],
+                    "dense, SDPA": _rate("sdpa"),
+                    "dense, two products": _rate("matmul"),
+                    "fastocr": _rate("fastocr"),
+                    "speed-up": lambda row: f"{row['ratio']:.3f}x",
+                    "possible": lambda row: f"{row['bound']:.3f}x",
+                },
+                "Tokens per second of the whole text model, end to end, with random weights; "
+                "possible is the ratio of all bytes that a step must read, weights included. "
+                + " ".join(_crossover(device, found) for device, found in crossovers(rows).items()),
+            )
+        )
+    return "\n\n".join(parts)
+
+
+def _crossover(device: str, found: Mapping[str, Any]) -> str:
+    least, most = found["min_visual"], found["measured"][-1]
+    if least > most:
+        return f"On {device} FastOCR was never faster throughout, up to {most:,} visual tokens."
+    return f"On {device} FastOCR is faster from {least:,} visual tokens on."
+
+
+BENCHMARK = Benchmark("fastocr", DecodeShape, default_shapes, run, table, crossovers)

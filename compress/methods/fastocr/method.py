@@ -1,12 +1,15 @@
 """The knobs of FastOCR."""
 
 from contextlib import AbstractContextManager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from compress.common.settings import Fraction, NonNegative
 from compress.methods.base import Handle, RuntimeMethod
+
+if TYPE_CHECKING:
+    from compress.bench.suite import Benchmark
 
 Layers = Annotated[tuple[NonNegative, ...], Field(min_length=1)]
 
@@ -85,3 +88,10 @@ class FastOCR(RuntimeMethod):
         from compress.methods.fastocr.attaching import attach
 
         return attach(self, model)
+
+    @classmethod
+    def benchmark(cls) -> "Benchmark":
+        """What ``compress bench fastocr`` times."""
+        from compress.methods.fastocr.bench import BENCHMARK
+
+        return BENCHMARK

@@ -1,6 +1,6 @@
 """Denoising UNets of published architectures, dense against slim, with random weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -10,7 +10,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from compress.bench.building import built
+from compress.bench.cells import profile, times, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row
+from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, time_ways
 from compress.common.cost import cost, unet_inputs
 from compress.eval.latency import peak_memory
@@ -131,3 +133,31 @@ def warning(speedup: float, macs: float) -> str | None:
         f"MACs fell to {1 / macs:.0%} and time {verb}: {1 / speedup:.0%}; these widths do not suit "
         "the device at this batch"
     )
+
+
+# ---- the benchmark and its table ---------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown, with what was timed beneath."""
+    return with_note(
+        rows,
+        {
+            "device": where,
+            "UNet": lambda row: f"{row['shape']['model']}, {row['shape']['dtype']}",
+            "batch": lambda row: str(row["shape"]["batch"]),
+            "dense": times("dense"),
+            "slim": times("slim"),
+            "speed-up": lambda row: f"{row['ratio']:.2f}x",
+            "of the MACs' ratio": lambda row: f"{row['share_of_bound']:.0%} of {row['bound']:.2f}x",
+            "TFLOP/s, of the matrix rate": lambda row: (
+                f"{row['tflop_per_s']:.3g}, {row['share_of_rate']:.0%}"
+            ),
+            "costliest operators": profile,
+        },
+        "One denoising step at full size with random weights, `keep_macs` 0.57; the aim is 80% of "
+        "the MACs' ratio.",
+    )
+
+
+BENCHMARK = Benchmark("gradflow", UNetShape, default_shapes, run, table)

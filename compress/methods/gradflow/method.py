@@ -1,11 +1,14 @@
 """The knobs of gradflow and of the one-shot baselines."""
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.common.settings import Count, NonNegative, Positive
 from compress.methods.base import WeightMethod
+
+if TYPE_CHECKING:
+    from compress.bench.suite import Benchmark
 
 Reduction = Literal["absolute", "signed"]
 HessianProduct = Literal["finite", "exact"]
@@ -69,6 +72,13 @@ class GradFlow(WeightMethod):
     """"fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels together and
     estimates the criterion a third as often (the journal extension's variant; both numbers are our
     choice)."""
+
+    @classmethod
+    def benchmark(cls) -> "Benchmark":
+        """What ``compress bench gradflow`` times."""
+        from compress.methods.gradflow.bench import BENCHMARK
+
+        return BENCHMARK
 
 
 class OneShot(WeightMethod):

@@ -1,12 +1,15 @@
 """The knobs of RTPrune and of the peers that it is compared with."""
 
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.common.settings import Fraction
 from compress.methods.base import Handle, RuntimeMethod
+
+if TYPE_CHECKING:
+    from compress.bench.suite import Benchmark
 
 
 class RTPrune(RuntimeMethod):
@@ -61,3 +64,10 @@ class RTPrune(RuntimeMethod):
         from compress.methods.rtprune.patch import attached
 
         return attached(self, model)
+
+    @classmethod
+    def benchmark(cls) -> "Benchmark":
+        """What ``compress bench rtprune`` times."""
+        from compress.methods.rtprune.bench import BENCHMARK
+
+        return BENCHMARK
