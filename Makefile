@@ -21,6 +21,7 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry compress eval kernels recipes
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compress
 	@ln -s $(CURDIR)/compress/* $(CURDIR)/eval $(CURDIR)/kernels $(CURDIR)/recipes $(TYPED)/compress/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p compress

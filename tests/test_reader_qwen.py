@@ -160,7 +160,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(processor, model, tmp_path):
     weights = tmp_path / "reader" / "model.safetensors"
     assert weights.stat().st_size <= 10_000_000
     with safe_open(weights, "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
     loaded, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path / "reader", dtype=torch.float32, output_loading_info=True
     )

@@ -169,7 +169,7 @@ def _read(path: Path) -> Saved:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         # states from before version 0.2 have no checksum
         whole = facts.pop("sha256", None) in (None, fingerprint(tensors))
     except Exception as error:

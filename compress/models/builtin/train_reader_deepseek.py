@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 PATCH = 4  # a visual token covers 16x16 pixels: about two characters of one line
 SIDE = SQUARE_PAGE.size[0]  # 14x14 visual tokens, 14 newlines and a separator
 MOST_NEW_TOKENS = 400
-BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"  # noqa: RUF001
+BEGIN, END, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 PROMPT = "Free OCR."
 # of the visual tokens' mean norm in the loss. Nothing else bounds them: without it the blank of a
 # page had longer tokens (108 in the mean) than its text (89)
