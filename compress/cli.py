@@ -388,28 +388,28 @@ def calibrate(
     """Find the focal layers of a reader for FastOCR, and write a checkpoint with them."""
     _check_versions()
     _quieten()
+    from compress.methods.fastocr import FastOCR
     from compress.runs.reader import calibrated_checkpoint
 
-    found = calibrated_checkpoint(
+    facts = calibrated_checkpoint(
         model,
+        FastOCR(keep_visual=keep_visual, periphery=periphery),
         output,
         data=data,
         pages=pages,
-        keep_visual=keep_visual,
-        periphery=periphery,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         device=device,
-    )
-    curve = [(str(n), f"{v:.4f}", "") for n, v in enumerate(found.curve, start=1)]
+    ).facts
+    curve = [(str(n), f"{v:.4f}", "") for n, v in enumerate(facts["curve"], start=1)]
     lines = [
         _table([("focal layers", "mean recall", ""), *curve]),
         "",
-        f"order        {', '.join(map(str, found.order))}",
-        f"chosen       {', '.join(map(str, found.focal_layers))}",
+        f"order        {', '.join(map(str, facts['order']))}",
+        f"chosen       {', '.join(map(str, facts['focal_layers']))}",
         f"checkpoint   {output}",
     ]
-    _print(found.facts(), as_json, "\n".join(lines))
+    _print(facts, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -717,7 +717,7 @@ def _variants_table(found: Mapping[str, Any]) -> str:
         (
             row["variant"] if row["variant"] in ("dense", "compressed") else "",
             series_name(row) or "none",
-            keep_text(row["methods"]) or "-",
+            keep_text(row) or "-",
             used_text(row),
             _interval(row.get("accuracy_retention")),
             _interval(row["metrics"].get(metric)),

@@ -15,8 +15,10 @@ class Metric:
     label : for people.
     better : the direction in which it is better; empty for a plain count.
     unit : of its values, "share" for fractions that are shown in per cent; empty for none.
+    how : how it is measured, where every run measures it in the same way.
     """
 
     label: str
     better: Better = ""
     unit: str = ""
+    how: str = ""

@@ -40,7 +40,7 @@ HIGHER = {
     "ocean_recall",
     "ocean_f1",
 }
-COUNTS = {"visual_tokens", "new_tokens", "tokens_kept", "attended", "saccades"}
+COUNTS = {"visual_tokens", "new_tokens"}
 # order in which Ocean-OCR's metrics get prediction and label -> what `Value.how` says of it
 OCEAN_ORDERS = {
     "correct": "the model's text as prediction",
@@ -240,7 +240,7 @@ def check_accuracy(data: OcrData) -> None:
 
 
 def better(metric: str) -> str:
-    """Which way a metric of this suite is better; "" for counts of tokens and shares of them."""
+    """Which way a metric of this suite is better; "" for counts of tokens."""
     if metric in COUNTS:
         return ""
     name = metric.removesuffix(UNSEEN)

@@ -356,7 +356,7 @@ def test_knobs_on_four_layers(qwen, knobs):
     del settings["focal_layers"]
     oracles = _check(model, _alone(model, processor), found, keep=0.1, **settings)
     jumps = sum(oracle.jumps for oracle in oracles)
-    assert facts["saccades"] == jumps / facts["steps"]
+    assert facts["refreshes"] == jumps / facts["steps"]
     if "min_mass" in knobs:
         assert jumps
     if knobs.get("min_mass") == 0.08:  # some jump while others of the batch do not

@@ -26,8 +26,7 @@ from compress.models.reading import Reading, read_pages
 from compress.models.vlm import load_vlm
 from compress.runs.diffusion import run_events
 from compress.runs.reader import calibrated_checkpoint, variant_name, variants
-from compress.runs.reader_counts import counted
-from compress.runs.reading import OcrSettings, evaluate_events, read_files
+from compress.runs.reading import OcrSettings, counted, evaluate_events, read_files
 from compress.runs.recipe import load_recipe
 
 SMALL = LEVELS[1].difficulty
@@ -109,7 +108,8 @@ def test_a_run_leaves_what_a_run_leaves(finished):
     report = (finished.folder / "report.html").read_text()
     assert "data:image/gif;base64" in report and report.count("data:image/png") >= 6
     stored = json.loads((finished.folder / "metrics.json").read_text())
-    assert stored["calibration"]["focal_layers"] and len(stored["calibration"]["recall"]) == 8
+    calibration = stored["calibration"]["fastocr"]
+    assert calibration["focal_layers"] and len(calibration["recall"]) == 8
     assert (
         compress.runs.recipe.load_recipe(finished.folder / "recipe.yaml").method[0].name
         == "fastocr"
@@ -125,7 +125,7 @@ def test_the_terminal_shows_every_variant_and_what_it_used(finished):
     assert line.split()[:3] == ["compressed", "fastocr", "20%"]
     kept = rows[1]["accuracy_retention"]
     share = f"{rows[1]['attended']:.2%}"
-    assert f"{share} (attended {share}, saccades {rows[1]['saccades']:.2%})" in line
+    assert f"{share} (attended {share}, refreshes {rows[1]['refreshes']:.2%})" in line
     assert f"{kept['value']:.4g} [{kept['ci95'][0]:.4g}, {kept['ci95'][1]:.4g}]" in line
     assert f"{rows[1]['metrics']['cer_corpus']['value']:.4g}" in line
     assert "retention (1 - CER)" in shown and "random" in shown
@@ -140,7 +140,7 @@ def test_the_report_shows_what_each_layer_attended_to(finished):
     row = finished.metrics["comparison"][2]
     layers = ", ".join(f"{share:.0%}" for share in row["attended_by_layer"])
     assert layers.count("%") == 8 and f"<td>{layers}</td>" in report
-    assert "saccade steps" in report and f"<td>{row['saccades']:.2%}</td>" in report
+    assert "refreshed steps" in report and f"<td>{row['refreshes']:.2%}</td>" in report
 
 
 def test_the_worst_page_against_the_dense_model_is_named(finished):
@@ -218,7 +218,9 @@ def test_methods_are_not_put_on_a_checkpoint_that_has_some(finished, qwen, pages
     dry = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json"])
     assert dry.exit_code == 2 and "patched checkpoint" in json.loads(dry.stdout)["problems"][0]
     with pytest.raises(ValueError, match="is a patched checkpoint"):
-        calibrated_checkpoint(str(checkpoint), tmp_path / "c", data=str(pages), device="cpu")
+        calibrated_checkpoint(
+            str(checkpoint), FastOCR(), tmp_path / "c", data=str(pages), device="cpu"
+        )
 
 
 def test_pages_that_say_nothing_are_refused_before_any_is_read(qwen, pages, tmp_path):
@@ -291,7 +293,7 @@ def test_the_checkpoint_gives_the_run_s_own_predictions(finished, pages, qwen):
     images = [Image.open(pages / f"{k}.png") for k in range(3)]
     model, processor, applied = load_patched(folder)
     [method] = applied.methods
-    assert method.focal_layers == tuple(finished.metrics["calibration"]["focal_layers"])
+    assert method.focal_layers == tuple(finished.metrics["calibration"]["fastocr"]["focal_layers"])
     again = read_pages(model, processor, images[:2])
     again += read_pages(model, processor, images[2:])
     stored = read_predictions(finished.folder / "predictions/compressed.jsonl")
@@ -537,8 +539,8 @@ def test_counts_of_batches_are_weighed_by_what_they_saw(finished):
     assert len(facts) == 2  # two batches
     offered = [f["steps"] * f["visual_tokens"] for f in facts]
     expected = sum(f["attended"] * o for f, o in zip(facts, offered, strict=True)) / sum(offered)
-    assert counted(first)["attended"] == pytest.approx(expected)
-    assert counted([]) == {}
+    assert counted([FastOCR()], first)["attended"] == pytest.approx(expected)
+    assert counted([FastOCR(), RTPrune()], []) == {}
 
 
 def test_a_dry_run_reads_nothing(qwen, pages, tmp_path):
@@ -567,6 +569,6 @@ def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, 
     focal = tuple(facts["focal_layers"])
     assert applied.methods[0] == FastOCR(keep_visual=0.2, periphery=3, focal_layers=focal)
     stored = json.loads((tmp_path / "c" / "compress.json").read_text())
-    assert stored["calibration"] == facts
+    assert stored["calibration"] == {"fastocr": facts}
     again = calibrate()
     assert again.exit_code == 2 and "holds files" in again.stderr

@@ -71,8 +71,8 @@ def write_reader_report(
         if isinstance(method, FastOCR):
             film = _film(method, pruning, shown, model, processor, prompt)
             figures["film"], figures["strip"], captions["strip"] = film
-    if metrics["calibration"]:
-        figures["recall"] = recall_figure(metrics["calibration"])
+    for calibration in (metrics["calibration"] or {}).values():
+        figures["recall"] = recall_figure(calibration)
     if curve := comparison_figure(metrics["comparison"], metrics["accuracy"]):
         figures["comparison"] = curve
     ratios = [
@@ -119,7 +119,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
         cards.append(("Tokens kept", f"{row['tokens_kept']:.2%}", "of the page, newlines included"))
     if "attended" in row:
         cards.append(("Attended", f"{row['attended']:.2%}", "mean over layers and steps"))
-        cards.append(("Saccades", f"{row['saccades']:.2%}", "steps that the guard opened"))
+        cards.append(("Refreshes", f"{row['refreshes']:.2%}", "steps that the guard opened"))
     inside = "".join(
         f'<div class="card"><h3>{escape(h)}</h3><p>{escape(v)}</p><span>{escape(n)}</span></div>'
         for h, v, n in cards
@@ -141,7 +141,7 @@ def _comparison(
             f'<tr><th scope="row">{escape(row["variant"])}</th>'
             f"<td>{_share(used_share(row))}</td><td>{_share(row.get('tokens_kept'))}</td>"
             f"<td>{_share(row.get('attended'))}</td><td>{escape(layers)}</td>"
-            f"<td>{_share(row.get('saccades'))}</td>"
+            f"<td>{_share(row.get('refreshes'))}</td>"
             f"<td>{value_cell(row.get('accuracy_retention'), '')}</td>"
             f"<td>{value_cell(row['metrics'].get(metric), '')}</td></tr>"
         )
@@ -151,7 +151,7 @@ def _comparison(
         "kept",
         "attended",
         "by layer",
-        "saccade steps",
+        "refreshed steps",
         f"accuracy retention ({accuracy})",
         metric_name(metric),
     )

@@ -20,16 +20,14 @@ from compress.data.pages import page
 from compress.eval import ocr
 from compress.eval.retention import retention, worst_page_delta
 from compress.eval.values import Value
-from compress.methods.base import Event, RuntimeMethod
-from compress.methods.fastocr import Calibration, FastOCR, calibrate
+from compress.methods.base import Calibrated, Event, RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.transformers_folder import stored_shapes
 from compress.models.visual import adapter_for, build_prompt
 from compress.models.vlm import load_vlm, model_folder
 from compress.reports.reader import write_reader_report
-from compress.runs.reader_counts import counted, counted_metrics
-from compress.runs.reading import DTYPES, PACKAGES, page_reader
+from compress.runs.reading import DTYPES, PACKAGES, counted, counted_metrics, page_reader
 from compress.runs.recipe import ReaderRecipe, dump
 from compress.runs.run import RunResult
 
@@ -103,8 +101,11 @@ def reader_events(
     with claim(folder, resume=resume, overwrite=overwrite):
         write_text(folder / "recipe.yaml", dump(recipe, _header()))
         write_json(folder / MODEL, {"model": recipe.model, "model_hash": weights})
-        calibration = yield from _calibration(recipe, model, processor, folder)
-        found = [_calibrated(v, calibration) for v in variants(recipe)]
+        calibrated = yield from _calibrations(recipe, model, processor, folder)
+        found = [
+            replace(v, methods=tuple(with_calibration(m, calibrated) for m in v.methods))
+            for v in variants(recipe)
+        ]
         (folder / "predictions").mkdir(exist_ok=True)
         for variant in found:
             applied = Applied(model, variant.methods) if variant.methods else None
@@ -118,7 +119,7 @@ def reader_events(
         yield Event("report", 0, 2)
         metrics = {
             **_measured(recipe, data, found, folder),
-            "calibration": None if calibration is None else calibration.facts(),
+            "calibration": {name: one.facts for name, one in calibrated.items()} or None,
             "run": _facts(recipe, where, len(data.pages), weights),
         }
         facts = {
@@ -182,51 +183,58 @@ def dry_run(recipe: ReaderRecipe, *, device: str | None = None) -> dict[str, Any
 # ---- calibration -----------------------------------------------------------------------------
 
 
-def _calibration(
+def _calibrations(
     recipe: ReaderRecipe, model: Any, processor: Any, folder: Path
-) -> Generator[Event, None, Calibration | None]:
-    """Find focal layers where a method leaves them open; kept for a resumed run."""
+) -> Generator[Event, None, dict[str, Calibrated]]:
+    """Measure what methods leave open, by their names; kept for a resumed run.
+
+    Of several methods of one name the first is calibrated, for all of them.
+    """
     methods = [*recipe.method, *recipe.compare]
-    open_ones = [m for m in methods if isinstance(m, FastOCR) and m.focal_layers == "auto"]
-    if not open_ones:
-        return None
+    left_open = {m.name: m for m in reversed(methods) if m.needs_calibration()}
+    if not left_open:
+        return {}
     path = folder / CALIBRATION
     if path.is_file():
-        return Calibration(**read_json(path))
-    yield Event("calibrate", 0, 1)
-    found = calibrate_on_pages(
-        model,
-        processor,
-        calibration_pages(recipe.data, recipe.calibrate.pages),
-        open_ones[0].keep_visual,
-        prompt=recipe.evaluate.prompt,
-        batch=recipe.evaluate.batch,
-        max_new_tokens=recipe.calibrate.max_new_tokens,
-    )
-    write_json(path, found.facts())
-    yield Event("calibrate", 1, 1, message=f"focal layers {list(found.focal_layers)}")
-    return found
+        return {name: Calibrated(**one) for name, one in read_json(path).items()}
+    yield Event("calibrate", 0, len(left_open))
+    pages = calibration_pages(recipe.data, recipe.calibrate.pages)
+    calibrated: dict[str, Calibrated] = {}
+    for name, method in left_open.items():
+        found = calibrated[name] = calibrate_on_pages(
+            model,
+            processor,
+            method,
+            pages,
+            prompt=recipe.evaluate.prompt,
+            batch=recipe.evaluate.batch,
+            max_new_tokens=recipe.calibrate.max_new_tokens,
+        )
+        settings = ", ".join(f"{knob} {value}" for knob, value in found.settings.items())
+        yield Event("calibrate", len(calibrated), len(left_open), message=f"{name}: {settings}")
+    write_json(path, {name: asdict(one) for name, one in calibrated.items()})
+    return calibrated
 
 
 def calibrate_on_pages(
     model: Any,
     processor: Any,
+    method: RuntimeMethod,
     pages: Sequence[OcrPage],
-    keep_visual: float,
     *,
     prompt: str | None = None,
     batch: int = 8,
     max_new_tokens: int = 128,
-) -> Calibration:
-    """Let a model write pages densely, and find its focal layers.
+) -> Calibrated:
+    """Let a model transcribe pages densely, and measure what a method leaves open.
 
     Parameters
     ----------
     model, processor : of :func:`compress.models.vlm.load_vlm`.
-    pages : to write.
-    keep_visual : fraction of the visual tokens that will be kept.
+    method : to calibrate.
+    pages : to transcribe.
     prompt : the family's own for plain text when None.
-    batch : pages that are written together.
+    batch : pages that are transcribed together.
     max_new_tokens : of a page.
     """
     text = adapter_for(model.config).read_prompt if prompt is None else prompt
@@ -237,33 +245,38 @@ def calibrate_on_pages(
         batches.append(
             {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
         )
-    return calibrate(model, batches, keep_visual, max_new_tokens=max_new_tokens)
+    return method.calibrate(model, batches, max_new_tokens)
+
+
+def with_calibration(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]) -> RuntimeMethod:
+    """The method with the settings that were measured for it, if it left any open."""
+    if not method.needs_calibration():
+        return method
+    return type(method)(**method.model_dump() | calibrated[method.name].settings)
 
 
 def calibrated_checkpoint(
     model: str,
+    method: RuntimeMethod,
     output: Path,
     *,
     data: str = "builtin:pages",
     pages: int = 16,
-    keep_visual: float = 0.05,
-    periphery: int = 0,
     max_new_tokens: int = 128,
     dtype: str = "float32",
     device: str | None = None,
-) -> Calibration:
-    """Calibrate FastOCR and write a checkpoint with its settings; as ``compress calibrate``.
+) -> Calibrated:
+    """Calibrate a method and write a checkpoint with its settings; as ``compress calibrate``.
 
     The checkpoint refers to the model's weights and holds no copy.
 
     Parameters
     ----------
     model : ``builtin:NAME``, a folder or a hub id.
+    method : with settings left open.
     output : the checkpoint's folder.
     data, pages : rendered validation pages, or the first of a folder.
-    keep_visual, max_new_tokens : as in :func:`calibrate_on_pages`.
-    periphery : as in :class:`FastOCR`, for the checkpoint; pages are written densely, so the focal
-        layers do not depend on it.
+    max_new_tokens : as in :func:`calibrate_on_pages`.
     dtype : of the weights.
     device : CUDA where there is any when None.
 
@@ -280,23 +293,18 @@ def calibrated_checkpoint(
     check_dense(model, base)
     network, processor = load_vlm(base, DTYPES[dtype])
     network.to(choose_device(device))
-    method = FastOCR(keep_visual=keep_visual, periphery=periphery)
     found = calibrate_on_pages(
-        network,
-        processor,
-        calibration_pages(data, pages),
-        method.keep_visual,
-        max_new_tokens=max_new_tokens,
+        network, processor, method, calibration_pages(data, pages), max_new_tokens=max_new_tokens
     )
-    method = FastOCR(**method.model_dump() | {"focal_layers": tuple(found.focal_layers)})
     facts = {
         "base_model": model,
         "base_hash": folder_hash(base),
-        "calibration": found.facts(),
+        "calibration": {method.name: found.facts},
         "calibrated_on": {"data": data, "pages": pages},
         "versions": versions_of(PACKAGES),
     }
-    save_patched(network, processor, [method], output, facts, reference=model)
+    methods = [with_calibration(method, {method.name: found})]
+    save_patched(network, processor, methods, output, facts, reference=model)
     return found
 
 
@@ -307,17 +315,6 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
         made = [page(0, index, RENDERED[name], "validation") for index in range(count)]
         return [OcrPage(str(i), lambda p=p: p.image, p.text) for i, p in enumerate(made)]  # type: ignore[misc]
     return list(load_pages(source, open_image).pages[:count])
-
-
-def _calibrated(variant: Variant, calibration: Calibration | None) -> Variant:
-    """The variant with the focal layers that were found."""
-    methods = tuple(
-        FastOCR(**m.model_dump() | {"focal_layers": tuple(calibration.focal_layers)})
-        if calibration is not None and isinstance(m, FastOCR) and m.focal_layers == "auto"
-        else m
-        for m in variant.methods
-    )
-    return replace(variant, methods=methods)
 
 
 # ---- measurement -----------------------------------------------------------------------------
@@ -341,7 +338,8 @@ def _measured(
         warnings.append("the dense model reads nothing right here: nothing can be retained")
     rows = []
     for variant in found:
-        counts, one = counted(read[variant.name]), scored[variant.name]
+        counts = counted(variant.methods, read[variant.name])
+        one = scored[variant.name]
         row: dict[str, Any] = {
             "variant": variant.name,
             "methods": [m.model_dump(mode="json") for m in variant.methods],
@@ -351,13 +349,9 @@ def _measured(
         if one.accuracy is not None and not warnings:
             row["accuracy_retention"] = asdict(retention(one.accuracy, dense.accuracy))
         rows.append(row)
-    if off := rows[1].get("switched_off"):
-        warnings.append(
-            f"fastocr switched itself off on {off} pages, which have too few visual tokens for "
-            "it to be faster on this device; min_visual: 0 keeps it on"
-        )
+    warnings += [w for method in found[1].methods for w in method.warnings(rows[1])]
     return {
-        "metrics": _side_by_side(rows[0], rows[1], len(data.pages)),
+        "metrics": _side_by_side(rows[0], rows[1], found[1].methods, len(data.pages)),
         "accuracy": dense.accuracy.name,
         "comparison": rows,
         "warnings": warnings,
@@ -374,15 +368,19 @@ def _against(compressed: ocr.Scored, dense: ocr.Scored) -> dict[str, Value]:
 
 
 def _side_by_side(
-    dense: Mapping[str, Any], compressed: Mapping[str, Any], pages: int
+    dense: Mapping[str, Any],
+    compressed: Mapping[str, Any],
+    methods: Sequence[RuntimeMethod],
+    pages: int,
 ) -> dict[str, Any]:
     """Two rows metric by metric, what the methods used first.
 
     Visual tokens are left out: they are those of the page before any method, of both the same.
     """
-    counts = counted_metrics(compressed, pages)
-    # but the steps that a guard opened: there are none of the dense model
-    used = {name: asdict(value) for name, value in counts.items() if name != "saccades"}
+    counts = counted_metrics(methods, compressed, pages)
+    # of what methods counted, the shares of visual tokens alone have a dense value
+    shares = {method.used for method in methods}
+    used = {name: asdict(value) for name, value in counts.items() if name in shares}
     whole = {name: asdict(Value(1.0, "by definition", pages)) for name in used}
     if "accuracy_retention" in compressed:
         whole["accuracy_retention"] = dense["accuracy_retention"]
@@ -393,7 +391,7 @@ def _side_by_side(
             "dense": {key: sides[0][name][key] for key in ("value", "ci95", "n")},
             "compressed": {key: value[key] for key in ("value", "ci95", "n")},
             "ratio": value["value"] / before if (before := sides[0][name]["value"]) else None,
-            "better": ocr.better(name),
+            "better": "" if name in counts else ocr.better(name),
             "unit": "",
             "how": value["how"],
         }

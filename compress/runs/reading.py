@@ -1,7 +1,7 @@
 """``compress eval MODEL --suite ocr``: read pages, keep the predictions, score them, report."""
 
 import datetime
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from compress.common.files import folder_hash, write_json, write_text
 from compress.common.output_folder import check_same_settings, check_target, claim
 from compress.data.ocr_pages import OcrData, load_pages
 from compress.eval import ocr
-from compress.methods.base import Event
+from compress.eval.values import Value
+from compress.methods.base import Event, RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 from compress.models.vlm import model_folder
 from compress.reports.pages import write_ocr_report
-from compress.runs.reader_counts import counted, counted_metrics
 
 SETTINGS = "evaluation.yaml"
 PREDICTIONS = "predictions.jsonl"
@@ -119,7 +119,7 @@ def evaluate_events(
         write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         for count in ocr.predict(data, read, settings.batch, output / PREDICTIONS):
             yield Event("read", count, len(data.pages))
-        metrics = _score(data, output, settings)
+        metrics = _score(data, output, settings, methods)
         metrics["methods"] = [method.model_dump(mode="json") for method in methods]
         metrics["run"] = _facts(facts, len(data.pages), where)
         write_json(output / "metrics.json", metrics)
@@ -191,18 +191,40 @@ def read_files(
     ]
 
 
-def _score(data: OcrData, output: Path, settings: OcrSettings) -> dict[str, Any]:
+def counted(
+    methods: Sequence[RuntimeMethod], predictions: Sequence[ocr.Prediction]
+) -> dict[str, Any]:
+    """What run-time methods counted over all pages; see :meth:`RuntimeMethod.count`."""
+    batches = [p.facts for p in predictions if p.facts]
+    counts: dict[str, Any] = {}
+    for method in methods:
+        counts |= method.count([facts[method.name] for facts in batches if method.name in facts])
+    return counts
+
+
+def counted_metrics(
+    methods: Sequence[RuntimeMethod], counts: Mapping[str, Any], pages: int
+) -> dict[str, Value]:
+    """The metrics among what :func:`counted` returns; they have no interval."""
+    return {
+        name: Value(counts[name], metric.how, pages)
+        for method in methods
+        for name, metric in method.metrics.items()
+        if name in counts
+    }
+
+
+def _score(
+    data: OcrData, output: Path, settings: OcrSettings, methods: Sequence[RuntimeMethod]
+) -> dict[str, Any]:
     """The metrics, and what methods counted."""
     read = ocr.read_predictions(output / PREDICTIONS)
-    counts = counted(read)
-    found = ocr.score(data, read, settings.seed, settings.ocean_order).metrics
-    found |= counted_metrics(counts, len(data.pages))
-    return {
-        "metrics": {
-            name: asdict(value) | {"better": ocr.better(name)} for name, value in found.items()
-        },
-        "counted": counts,
-    }
+    counts = counted(methods, read)
+    scored = ocr.score(data, read, settings.seed, settings.ocean_order).metrics
+    metrics = {n: asdict(value) | {"better": ocr.better(n)} for n, value in scored.items()}
+    for name, value in counted_metrics(methods, counts, len(data.pages)).items():
+        metrics[name] = asdict(value) | {"better": ""}
+    return {"metrics": metrics, "counted": counts}
 
 
 def _facts(settings: dict[str, Any], pages: int, device: str) -> dict[str, Any]:

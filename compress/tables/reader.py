@@ -214,7 +214,7 @@ def render_table(name: str, results: Path) -> str:
     lines = ["| method | keep | used | accuracy retention | CER |", "|---|---|---|---|---|"]
     for row in sorted(others, key=lambda r: (series_name(r), -(used_share(r) or 0))):
         lines.append(
-            f"| {series_name(row)} | {keep_text(row['methods'])} | {used_share(row):.2%} | "
+            f"| {series_name(row)} | {keep_text(row)} | {used_share(row):.2%} | "
             f"{_percent(row['accuracy_retention'])} | {_percent(row['metrics']['cer_corpus'])} |"
         )
     facts = [

@@ -1,12 +1,14 @@
 """The knobs of FastOCR."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from compress.common.settings import Fraction, NonNegative
-from compress.methods.base import Handle, RuntimeMethod
+from compress.eval.metrics import Metric
+from compress.methods.base import Calibrated, Handle, RuntimeMethod
 
 if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
@@ -30,6 +32,20 @@ class FastOCR(RuntimeMethod):
     )
     serves: ClassVar[str] = "vision-language models (transformers)"
     keeps: ClassVar[str] = "visual tokens that a decode step attends to"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "attended": Metric(
+            "Visual tokens attended",
+            unit="share",
+            how="share of the visual tokens that a layer attends to in a decode step, mean over "
+            "layers and steps, counted in the attention function",
+        ),
+        "refreshes": Metric(
+            "Refreshed steps",
+            unit="share",
+            how="share of the decode steps that the guard opened, counted",
+        ),
+    }
+    used: ClassVar[str] = "attended"
 
     name: Literal["fastocr"] = "fastocr"
     keep_visual: Fraction = 0.05
@@ -73,6 +89,81 @@ class FastOCR(RuntimeMethod):
                 f"reuse={self.reuse}; leave them out"
             )
         return self
+
+    def label(self) -> str:
+        """The fixation, and the knobs beside its size that are not the paper's."""
+        parts: list[str] = [self.name if self.fixation == "dynamic" else self.fixation]
+        if not self.reuse:
+            parts.append("no reuse")
+        for word, value in (
+            ("guard", self.min_mass),
+            ("dilate", self.dilate),
+            ("periphery", self.periphery),
+        ):
+            if value:
+                parts.append(f"{word} {value}")
+        return ", ".join(parts)
+
+    def kept(self) -> str:
+        """The fraction of the visual tokens in the fixation."""
+        return f"{self.keep_visual:.2%}".replace(".00%", "%")
+
+    def count(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Put together the counts of several batches.
+
+        Returns
+        -------
+        ``attended_by_layer`` : mean share of the visual tokens that each layer attended to.
+        ``attended`` : the mean over the layers.
+        ``switched_off`` : sequences that were decoded densely, if there were any.
+        ``refreshes`` : share of the decode steps that the guard opened.
+
+        Nothing without a decode step.
+        """
+        facts = [batch for batch in facts if batch["steps"]]
+        if not facts:
+            return {}
+        steps = [batch["steps"] for batch in facts]
+        offered = [batch["steps"] * batch["visual_tokens"] for batch in facts]
+        layers = [
+            sum(share * weight for share, weight in zip(layer, offered, strict=True)) / sum(offered)
+            for layer in zip(*(batch["attended_by_layer"] for batch in facts), strict=True)
+        ]
+        refreshed = sum(batch["refreshes"] * n for batch, n in zip(facts, steps, strict=True))
+        off = sum(batch["switched_off"] for batch in facts)
+        return {
+            "attended_by_layer": layers,
+            "attended": sum(layers) / len(layers),
+            **({"switched_off": off} if off else {}),
+            "refreshes": refreshed / sum(steps),
+        }
+
+    def warnings(self, counts: Mapping[str, Any]) -> list[str]:
+        """That pages were decoded densely, if any were."""
+        if not (off := counts.get("switched_off")):
+            return []
+        return [
+            f"fastocr switched itself off on {off} pages, which have too few visual tokens for "
+            "it to be faster on this device; min_visual: 0 keeps it on"
+        ]
+
+    def needs_calibration(self) -> bool:
+        """Whether the focal layers are to be found."""
+        return self.focal_layers == "auto"
+
+    def calibrate(
+        self, model: Any, batches: Sequence[Mapping[str, Any]], max_new_tokens: int
+    ) -> Calibrated:
+        """Find the focal layers of ``model`` while it answers densely.
+
+        Raises
+        ------
+        ValueError : when no answer has two decode steps.
+        """
+        from compress.methods.fastocr.calibration import calibrate
+
+        found = calibrate(model, batches, self.keep_visual, max_new_tokens=max_new_tokens)
+        return Calibrated({"focal_layers": found.focal_layers}, found.facts())
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Let ``model`` decode so until the context is left, which restores everything.

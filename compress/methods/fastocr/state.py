@@ -85,7 +85,7 @@ class Counts:
     steps : decode steps, summed over the sequences.
     offered : visual tokens in the cache, summed over these.
     attended : per layer, visual tokens and summaries attended to; their sum is over these.
-    saccades : of these steps, those in which the guard opened the fixation.
+    refreshes : of these steps, those in which the guard opened the fixation.
     dense : visual tokens that every layer attended to in steps of requests that were switched off.
     switched_off : sequences of such requests.
     """
@@ -99,7 +99,7 @@ class Counts:
         self.steps = 0
         self.offered = 0
         self.attended: list[list[int | torch.Tensor]] = [[] for _ in range(self.layers)]
-        self.saccades: int | torch.Tensor = 0
+        self.refreshes: int | torch.Tensor = 0
         self.dense = 0
         self.switched_off = 0
 
@@ -124,7 +124,7 @@ class Counts:
             "visual_tokens": self.offered / self.steps if self.steps else None,
             "attended_by_layer": shares,
             "attended": sum(shares) / len(shares) if shares else None,
-            "saccades": int(self.saccades) / self.steps if self.steps else None,
+            "refreshes": int(self.refreshes) / self.steps if self.steps else None,
             "switched_off": self.switched_off,
         }
 
@@ -188,7 +188,7 @@ class Request:
         output, weights = focal_decode(query, key, value, mask, scaling)
         if self.gaze.wants_scores(layer):
             scores = visual_scores(weights, self.pages.rows, self.pages.valid)
-            self.counts.saccades += self.gaze.see(layer, scores)
+            self.counts.refreshes += self.gaze.see(layer, scores)
         return output
 
     def _all(self, mask: torch.Tensor | None) -> int | torch.Tensor:

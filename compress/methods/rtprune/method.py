@@ -1,11 +1,13 @@
 """The knobs of RTPrune and of the peers that it is compared with."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compress.common.settings import Fraction
+from compress.eval.metrics import Metric
 from compress.methods.base import Handle, RuntimeMethod
 
 if TYPE_CHECKING:
@@ -31,6 +33,14 @@ class RTPrune(RuntimeMethod):
     )
     serves: ClassVar[str] = "DeepSeek-OCR, DeepSeek-OCR-2, Unlimited-OCR (transformers)"
     keeps: ClassVar[str] = "visual tokens that the decoder reads"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "tokens_kept": Metric(
+            "Visual tokens kept",
+            unit="share",
+            how="share of the visual tokens that reach the decoder, over all pages, counted",
+        )
+    }
+    used: ClassVar[str] = "tokens_kept"
 
     name: Literal["rtprune"] = "rtprune"
     keep_tokens: Literal["dynamic"] | Fraction = "dynamic"
@@ -45,6 +55,27 @@ class RTPrune(RuntimeMethod):
     """"optimal", or "nearest": all of a pruned token to the kept one most like it."""
     seed: int = Field(0, ge=0, lt=1 << 31)
     """Seed of "random", which chooses other tokens on each page."""
+
+    def label(self) -> str:
+        """The selection, and the knobs of merging that are not the paper's."""
+        parts: list[str] = [self.select]
+        if self.merge != 0.1:
+            parts.append(f"merge {self.merge}")
+        if self.transport == "nearest":
+            parts.append("nearest")
+        return ", ".join(parts)
+
+    def kept(self) -> str:
+        """The fraction of a page's prunable tokens, or "dynamic"."""
+        if self.keep_tokens == "dynamic":
+            return "dynamic"
+        return f"{self.keep_tokens:.2%}".replace(".00%", "%")
+
+    def count(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``tokens_kept``: the share of the visual tokens, newlines included, that were kept."""
+        totals = [batch["total"] for batch in facts]
+        before, after = (sum(t[key] for t in totals) for key in ("visual_tokens", "visual_kept"))
+        return {"tokens_kept": after / before} if before else {}
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Prune what ``model`` reads until the context is left, which restores everything.
