@@ -68,37 +68,11 @@ def _no_crossovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def _builders(name: str):
-    """A module of tests/; a plain import would need tests/ on the path."""
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def models():
-    """The builders in tests/gradflow_models.py."""
-    return _builders("gradflow_models")
-
-
-@pytest.fixture(scope="session")
-def ocr_models():
-    """The builders in tests/ocr_models.py."""
-    return _builders("ocr_models")
-
-
-@pytest.fixture(scope="session")
-def pipelines():
-    """The builders in tests/pipeline_models.py."""
-    return _builders("pipeline_models")
-
-
-@pytest.fixture(scope="session")
-def family(pipelines, tmp_path_factory: pytest.TempPathFactory):
+def family(tmp_path_factory: pytest.TempPathFactory):
     """Tiny pipelines by family, made when first asked for; nobody may change them."""
+    from builders import pipelines
+
     made = {}
 
     def get(name: str):

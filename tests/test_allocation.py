@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
+from builders import models
 from compress.common.cost import unet_cost
 from compress.common.journal import Journal
 from compress.data.sources import ImageData, TensorImages
@@ -33,7 +34,7 @@ MODELS = {
 
 
 @cache
-def planned(models, name: str, widths=None, **knobs):
+def planned(name: str, widths=None, **knobs):
     """The dense model, its uniform layout and the allocator; none of them is ever modified."""
     changes = {} if name == "built_in" else {"block_out_channels": widths or MODELS[name]}
     unet = models.build(name, **changes)
@@ -135,8 +136,8 @@ def test_steps_are_multiples_of_eight_where_the_layer_is_wide_enough(width, base
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_free_widths_are_legal_and_keep_what_was_asked(models, name):
-    unet, uniform, allocator = planned(models, name)
+def test_free_widths_are_legal_and_keep_what_was_asked(name):
+    unet, uniform, allocator = planned(name)
     total = unet_cost(unet).macs
     different = set()
     for seed in range(2):
@@ -165,8 +166,8 @@ def test_free_widths_are_legal_and_keep_what_was_asked(models, name):
     assert len(different) == 2
 
 
-def test_prices_equal_the_difference_that_one_step_makes_to_the_model(models):
-    unet, _, allocator = planned(models, "scale_shift")
+def test_prices_equal_the_difference_that_one_step_makes_to_the_model():
+    unet, _, allocator = planned("scale_shift")
     least = allocator.layout_of(allocator.least_quota())
 
     def cost(inner):
@@ -181,8 +182,8 @@ def test_prices_equal_the_difference_that_one_step_makes_to_the_model(models):
         assert more.params - start.params == free.params * free.step
 
 
-def test_raising_one_layers_scores_never_shrinks_it(models):
-    _, uniform, allocator = planned(models, "plain")
+def test_raising_one_layers_scores_never_shrinks_it():
+    _, uniform, allocator = planned("plain")
     value = scores(uniform)
     before = allocator.layout(value).inner
     grown = 0
@@ -195,8 +196,8 @@ def test_raising_one_layers_scores_never_shrinks_it(models):
     assert grown > 0
 
 
-def test_the_best_units_of_each_block_decide_what_a_width_is_worth(models):
-    _, uniform, allocator = planned(models, "plain")
+def test_the_best_units_of_each_block_decide_what_a_width_is_worth():
+    _, uniform, allocator = planned("plain")
     resnet = next(f for f in allocator.free if len(f.blocks) > 1 and f.most - f.least > 1)
     value = torch.full((uniform.units,), 1e-3)
     # a few units with large scores make a layer worth a small width, not a large one
@@ -218,11 +219,9 @@ def test_the_best_units_of_each_block_decide_what_a_width_is_worth(models):
         ("built_in", (24, 32, 64, 112), "coarse"),  # tiny nets have no steps left
     ],
 )
-def test_masked_equals_slim(models, name, widths, granularity):
+def test_masked_equals_slim(name, widths, granularity):
     keep = 0.3 if name == "built_in" else KEEP
-    unet, uniform, allocator = planned(
-        models, name, widths, granularity=granularity, keep_macs=keep
-    )
+    unet, uniform, allocator = planned(name, widths, granularity=granularity, keep_macs=keep)
     layout = allocator.layout(scores(uniform))
     soft = SoftUNet(unet, uniform).eval()
     soft.mask.copy_(models.binary_mask(layout))
@@ -238,8 +237,8 @@ def test_masked_equals_slim(models, name, widths, granularity):
     assert (masked - cut).abs().max() < 1e-5
 
 
-def test_keeping_everything_is_bit_identical(models):
-    unet, uniform, allocator = planned(models, "plain", keep_macs=1.0)
+def test_keeping_everything_is_bit_identical():
+    unet, uniform, allocator = planned("plain", keep_macs=1.0)
     layout = allocator.layout(scores(uniform))
     assert torch.equal(layout.quota, layout.sizes())
     slim = surgery.perform(unet, layout, torch.ones(layout.units)).eval()
@@ -252,7 +251,7 @@ def test_keeping_everything_is_bit_identical(models):
 # ---- what is refused ------------------------------------------------------------------------
 
 
-def test_another_class_is_refused_by_name(models):
+def test_another_class_is_refused_by_name():
     unet = models.build("plain", block_out_channels=(16, 32))
     layout = build_layout(unet, find_groups(unet), (8, 16))
     other = UNet2DConditionModel(
@@ -269,7 +268,7 @@ def test_another_class_is_refused_by_name(models):
         Allocator(other, layout, KEEP)
 
 
-def test_steps_that_are_too_coarse_are_refused(models):
+def test_steps_that_are_too_coarse_are_refused():
     # the level widths fit, but a step of the inner ones is several points
     unet = models.build("no_attention")
     method = {"keep_macs": 0.28, "allocation": "global"}
@@ -278,9 +277,9 @@ def test_steps_that_are_too_coarse_are_refused(models):
         plan(unet, find_groups(unet), GradFlow(**method))
 
 
-def test_hard_removal_is_refused_since_widths_may_grow_again(models):
+def test_hard_removal_is_refused_since_widths_may_grow_again():
     with pytest.raises(ValueError, match="'global' .* process 'hard'"):
-        planned(models, "plain", process="hard")
+        planned("plain", process="hard")
 
 
 # ---- in a run -------------------------------------------------------------------------------
@@ -323,7 +322,7 @@ def finish(events):
 
 
 @pytest.fixture
-def unet(models) -> UNet2DModel:
+def unet() -> UNet2DModel:
     return models.build("plain", block_out_channels=(16, 32))
 
 

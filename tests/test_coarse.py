@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from builders import models
 from compress.methods.gradflow import GradFlow, surgery
 from compress.methods.gradflow.coarse import COARSE_CHANNELS, COARSE_REFRESH, coarsen
 from compress.methods.gradflow.flow import binarise
@@ -20,7 +21,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "widths"), CASES)
-def test_a_coarse_mask_is_a_fine_one_whose_neighbours_are_equal(models, name, widths):
+def test_a_coarse_mask_is_a_fine_one_whose_neighbours_are_equal(name, widths):
     fine = models.layout(name, widths)
     coarse = coarsen(fine)
     assert coarse.units <= fine.units
@@ -53,7 +54,7 @@ def test_a_coarse_mask_is_a_fine_one_whose_neighbours_are_equal(models, name, wi
         assert quota * together == fine.quota[block]
 
 
-def test_one_channel_changes_nothing(models):
+def test_one_channel_changes_nothing():
     fine = models.layout("plain", (4, 8))
     same = coarsen(fine, channels=1)
     assert (same.groups, same.offsets, same.units) == (fine.groups, fine.offsets, fine.units)
@@ -64,7 +65,7 @@ def test_one_channel_changes_nothing(models):
 
 
 @pytest.mark.parametrize(("name", "widths"), CASES)
-def test_masked_equals_slim(models, name, widths):
+def test_masked_equals_slim(name, widths):
     unet, layout = models.build(name), coarsen(models.layout(name, widths))
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
@@ -78,7 +79,7 @@ def test_masked_equals_slim(models, name, widths):
     assert difference.abs().max() < 1e-5
 
 
-def test_channels_under_one_mask_stay_or_go_together(models):
+def test_channels_under_one_mask_stay_or_go_together():
     layout = coarsen(models.layout("built_in", (12, 16, 32, 64)))
     scores = torch.rand(layout.units, generator=torch.Generator().manual_seed(0))
     mask = binarise(torch.ones(layout.units), scores, layout.block, layout.quota)
@@ -97,7 +98,7 @@ def test_channels_under_one_mask_stay_or_go_together(models):
 
 
 @pytest.mark.parametrize(("granularity", "every"), [("fine", 2), ("coarse", 2 * COARSE_REFRESH)])
-def test_coarse_masks_are_scored_less_often(models, granularity, every):
+def test_coarse_masks_are_scored_less_often(granularity, every):
     unet = models.build("plain")
     method = GradFlow(
         granularity=granularity,

@@ -10,6 +10,7 @@ from diffusers.models.activations import GELU
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import models
 from compress.common.cost import unet_cost, unet_inputs
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.condition import whole_heads
@@ -37,7 +38,7 @@ NAMES = [
 ]
 
 
-def prepared(models, name):
+def prepared(name):
     unet = models.build_condition(name)
     groups = find_groups(unet)
     return unet, groups, build_layout(unet, groups, models.CONDITION_CONFIGS[name][1])
@@ -64,8 +65,8 @@ def masked_output(soft: SoftUNet, inputs: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_masked_is_dense_at_ones_and_slim_when_binary(models, name, tmp_path):
-    unet, groups, layout = prepared(models, name)
+def test_masked_is_dense_at_ones_and_slim_when_binary(name, tmp_path):
+    unet, groups, layout = prepared(name)
     soft = SoftUNet(unet, layout).eval()
     inputs = random_inputs(unet)
     with torch.no_grad():
@@ -93,8 +94,8 @@ def test_masked_is_dense_at_ones_and_slim_when_binary(models, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_groups_stand_in_the_models_order_and_share_no_place(models, name):
-    unet, groups, _ = prepared(models, name)
+def test_groups_stand_in_the_models_order_and_share_no_place(name):
+    unet, groups, _ = prepared(name)
     levels = len(unet.down_blocks)
     order = [module for module, _ in unet.named_modules()]
     assert [group.name for group in groups] == sorted((g.name for g in groups), key=order.index)
@@ -114,7 +115,7 @@ def test_groups_stand_in_the_models_order_and_share_no_place(models, name):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_cost_agrees_with_torchs_flop_counter(models, name):
+def test_cost_agrees_with_torchs_flop_counter(name):
     unet = models.build_condition(name)
     # the counter knows the two products of attention, not the CPU's fused kernel
     with (
@@ -127,8 +128,8 @@ def test_cost_agrees_with_torchs_flop_counter(models, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_slim_config_is_plain_and_keeps_the_text_side(models, name):
-    unet, _, layout = prepared(models, name)
+def test_slim_config_is_plain_and_keeps_the_text_side(name):
+    unet, _, layout = prepared(name)
     config = surgery.slim_config(unet, layout)
     assert set(config) <= set(inspect.signature(UNet2DConditionModel.__init__).parameters)
     changed = {key for key, value in config.items() if unet.config[key] != value}
@@ -137,9 +138,9 @@ def test_slim_config_is_plain_and_keeps_the_text_side(models, name):
     assert ("attention_head_dim" in changed) == whole_heads(unet)
 
 
-def test_an_int_keeps_the_heads_and_a_list_keeps_the_head_size(models):
+def test_an_int_keeps_the_heads_and_a_list_keeps_the_head_size():
     for name, heads, sizes in (("sd1", [4, 4, 4], [2, 6, 6]), ("sd2", [1, 3, 3], [8, 8, 8])):
-        unet, _, layout = prepared(models, name)
+        unet, _, layout = prepared(name)
         slim = surgery.perform(unet, layout, models.binary_mask(layout))
         for i, block in enumerate(slim.down_blocks[:2]):
             attention = block.attentions[0].transformer_blocks[0].attn2
@@ -148,8 +149,8 @@ def test_an_int_keeps_the_heads_and_a_list_keeps_the_head_size(models):
             assert attention.to_k.in_features == 12
 
 
-def test_the_halves_of_geglu_and_every_feed_forward_follow_the_level(models):
-    unet, groups, layout = prepared(models, "sd1")
+def test_the_halves_of_geglu_and_every_feed_forward_follow_the_level():
+    unet, groups, layout = prepared("sd1")
     hidden = [group for group in groups if group.expansion == 4]
     assert len(hidden) == sum(name.endswith("ff.net.2") for name, _ in unet.named_modules())
     slim = surgery.perform(unet, layout, models.binary_mask(layout))
@@ -158,16 +159,16 @@ def test_the_halves_of_geglu_and_every_feed_forward_follow_the_level(models):
             assert module.in_features == 4 * module.out_features
 
 
-def test_sdxls_first_level_takes_only_widths_that_keep_the_frequency_shift(models):
+def test_sdxls_first_level_takes_only_widths_that_keep_the_frequency_shift():
     unet = models.build_condition("sdxl")
     assert legal_widths(unet)[0] == [8, 16]  # every second frequency
     assert legal_widths(models.build_condition("sd2"))[0] == [8, 16]  # heads of 8
     assert legal_widths(models.build_condition("sd1"))[0] == [4, 8, 12, 16]  # 4 heads, any size
-    unet, _, layout = prepared(models, "sdxl")
+    unet, _, layout = prepared("sdxl")
     assert surgery.slim_config(unet, layout)["freq_shift"] == unet.config.freq_shift
 
 
-def test_chosen_widths_keep_what_was_asked(models):
+def test_chosen_widths_keep_what_was_asked():
     unet = models.build_condition("sdxl")
     groups = find_groups(unet)
     widths = choose_widths(unet, groups, 0.5)
@@ -203,12 +204,12 @@ def test_chosen_widths_keep_what_was_asked(models):
         ({"sample_size": None}, "sample_size"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(models, changes, message):
+def test_what_is_not_supported_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         find_groups(models.build_condition("sd1", **changes))
 
 
-def test_layers_that_no_config_asks_for_are_refused_by_name(models):
+def test_layers_that_no_config_asks_for_are_refused_by_name():
     unet = models.build_condition("sd1")
     forward = unet.mid_block.attentions[0].transformer_blocks[0].ff
     forward.net[0] = GELU(32, 128)

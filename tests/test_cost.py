@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import models
 from compress.common.cost import Cost, cost, layer_macs, unet_cost, unet_inputs
 
 
@@ -36,19 +37,19 @@ def counted(model, inputs) -> int:
         ("built_in", 1),
     ],
 )
-def test_macs_equal_the_flop_counter(models, name, batch):
+def test_macs_equal_the_flop_counter(name, batch):
     unet = models.build(name)
     expected = counted(unet, unet_inputs(unet, batch, device="cpu"))
     assert unet_cost(unet, batch).macs == expected
 
 
-def test_params_are_all_parameters(models):
+def test_params_are_all_parameters():
     unet = models.build("plain")
     state = unet.state_dict()
     assert unet_cost(unet).params == sum(tensor.numel() for tensor in state.values())
 
 
-def test_attention_is_counted(models):
+def test_attention_is_counted():
     unet = models.build("plain")
     layers, attention = layer_macs(unet, unet_inputs(unet))
     # 4 attention modules (down, middle, two up) of 16 channels on 4x4 = 16 tokens
@@ -74,7 +75,7 @@ def test_a_layer_counts_inputs_times_outputs_times_calls():
     assert counted(model, inputs) == 2 * conv + linear
 
 
-def test_counting_leaves_the_model_alone(models):
+def test_counting_leaves_the_model_alone():
     unet = models.build("plain").train()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     layer_macs(unet, unet_inputs(unet))
@@ -85,7 +86,7 @@ def test_counting_leaves_the_model_alone(models):
     assert all(p.grad is None and p.requires_grad for p in unet.parameters())
 
 
-def test_hooks_go_when_the_forward_pass_fails(models):
+def test_hooks_go_when_the_forward_pass_fails():
     unet = models.build("plain")
     wrong = {"sample": torch.zeros(1, 5, 8, 8), "timestep": torch.zeros(1)}
     with pytest.raises(RuntimeError):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from builders import models
 from compress.data.batches import Batch
 from compress.methods.gradflow.criterion import (
     CRITERIA,
@@ -25,7 +26,7 @@ from compress.methods.gradflow.flow import spearman
 from compress.methods.gradflow.masks import SoftUNet
 
 
-def softened(models, name="plain", widths=(4, 8), *, double=True, mask="soft", **changes):
+def softened(name="plain", widths=(4, 8), *, double=True, mask="soft", **changes):
     """A soft UNet in evaluation, its scheduler and two batches."""
     unet = models.build(name, **changes)
     layout = models.layout(name, widths)
@@ -81,8 +82,8 @@ def test_hessian_products_equal_the_full_hessian():
     assert (actual - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_finite_product_agrees_with_the_exact_one_on_a_unet(models):
-    soft, scheduler, data = softened(models, double=False)
+def test_finite_product_agrees_with_the_exact_one_on_a_unet():
+    soft, scheduler, data = softened(double=False)
     loss, parameters = denoising_loss(soft, scheduler), parameters_of(soft)
     gradient, _ = mean_gradient(loss, parameters, data)
     finite = finite_hvp(loss, parameters, data, gradient)
@@ -91,8 +92,8 @@ def test_finite_product_agrees_with_the_exact_one_on_a_unet(models):
     assert error < 0.02  # float32; see FINITE_STEP
 
 
-def test_finite_product_restores_parameters_bit_for_bit(models):
-    soft, scheduler, data = softened(models, double=False)
+def test_finite_product_restores_parameters_bit_for_bit():
+    soft, scheduler, data = softened(double=False)
     loss, parameters = denoising_loss(soft, scheduler), parameters_of(soft)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     gradient, _ = mean_gradient(loss, parameters, data)
@@ -145,8 +146,8 @@ def score(soft, scheduler, data, criterion, **settings):
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "gradient_flow", "lookahead", "diff_pruning"])
-def test_scoring_ignores_dropout_and_restores_the_mode(models, criterion):
-    soft, scheduler, data = softened(models, double=False, dropout=0.5)
+def test_scoring_ignores_dropout_and_restores_the_mode(criterion):
+    soft, scheduler, data = softened(double=False, dropout=0.5)
     before = {name: p.detach().clone() for name, p in parameters_of(soft).items()}
     scores = score(soft, scheduler, data, criterion, horizon=1e-3)
     assert not soft.training and scores.shape == (soft.layout.units,)
@@ -198,8 +199,8 @@ def inner_units(layout) -> torch.Tensor:
     return inner
 
 
-def test_consumer_slices_of_attention_are_the_masks_gradient(models):
-    soft, scheduler, data = softened(models)
+def test_consumer_slices_of_attention_are_the_masks_gradient():
+    soft, scheduler, data = softened()
     inner = inner_units(soft.layout)
     assert inner.sum() == 4 * 4  # four modules of four heads
     expected = (soft.mask * mask_gradient(soft, scheduler, data))[inner]
@@ -207,18 +208,18 @@ def test_consumer_slices_of_attention_are_the_masks_gradient(models):
     assert_sums_equal(actual, expected)
 
 
-def test_consumer_slices_are_the_masks_gradient_wherever_norms_do_not_read_it(models):
+def test_consumer_slices_are_the_masks_gradient_wherever_norms_do_not_read_it():
     # with the mask taken out of the norms' statistics the identity holds for every unit
-    soft, scheduler, data = softened(models)
+    soft, scheduler, data = softened()
     bare = SoftUNet(models.build("plain"), dataclasses.replace(soft.layout, norms={})).double()
     bare.mask.copy_(soft.mask)
     expected = soft.mask * mask_gradient(bare, scheduler, data)
     assert_sums_equal(slice_sums(bare, scheduler, data, ["in"]), expected)
 
 
-def test_slice_sums_correlate_with_the_masks_gradient_over_all_units(models):
+def test_slice_sums_correlate_with_the_masks_gradient_over_all_units():
     # norms' statistics are the difference; the sum over slices is an estimate where they are
-    soft, scheduler, data = softened(models)
+    soft, scheduler, data = softened()
     gradient = soft.mask * mask_gradient(soft, scheduler, data)
     consumers = slice_sums(soft, scheduler, data, ["in"])
     # measured: 0.81 and 0.70
@@ -228,10 +229,10 @@ def test_slice_sums_correlate_with_the_masks_gradient_over_all_units(models):
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "gradient_flow", "lookahead"])
-def test_signed_scores_are_first_order_changes(models, criterion):
+def test_signed_scores_are_first_order_changes(criterion):
     """Scaling all slices of a unit by s changes L, ||g||^2 or the energy as the score says."""
     horizon = 0.01  # of no effect on the first two
-    soft, scheduler, data = softened(models)
+    soft, scheduler, data = softened()
     parameters, loss = parameters_of(soft), denoising_loss(soft, scheduler)
     scores = raw_scores(
         soft,
@@ -268,9 +269,9 @@ def test_signed_scores_are_first_order_changes(models, criterion):
         assert scores[index].item() == pytest.approx(expected, abs=tolerance), group.name
 
 
-def test_gradient_flow_is_the_change_of_the_gradients_norm_per_consumer_column(models):
+def test_gradient_flow_is_the_change_of_the_gradients_norm_per_consumer_column():
     """For a head, whose mask acts in the columns of to_out alone."""
-    soft, scheduler, data = softened(models)
+    soft, scheduler, data = softened()
     parameters, loss = parameters_of(soft), denoising_loss(soft, scheduler)
     gradient, _ = mean_gradient(loss, parameters, data)
     product = exact_hvp(loss, parameters, data, gradient)
@@ -301,7 +302,7 @@ def test_gradient_flow_is_the_change_of_the_gradients_norm_per_consumer_column(m
         assert soft.mask[index] == kept
 
 
-def summed(models, soft, values: dict[str, torch.Tensor]) -> torch.Tensor:
+def summed(soft, values: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of values over the slices of every unit, as an explicit loop."""
     totals = []
     for group in soft.layout.groups:
@@ -314,16 +315,16 @@ def summed(models, soft, values: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack(totals)
 
 
-def test_magnitude_is_the_norm_of_a_units_slices(models):
-    soft, scheduler, data = softened(models)
+def test_magnitude_is_the_norm_of_a_units_slices():
+    soft, scheduler, data = softened()
     squares = {name: p.detach().square() for name, p in parameters_of(soft).items()}
-    expected = summed(models, soft, squares).sqrt()
+    expected = summed(soft, squares).sqrt()
     assert torch.allclose(score(soft, scheduler, data, "magnitude").double(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "gradient_flow", "lookahead"])
-def test_absolute_scores_sum_absolute_values_over_slices(models, criterion):
-    soft, scheduler, data = softened(models)
+def test_absolute_scores_sum_absolute_values_over_slices(criterion):
+    soft, scheduler, data = softened()
     parameters, loss = parameters_of(soft), denoising_loss(soft, scheduler)
     gradient, _ = mean_gradient(loss, parameters, data)
     product = exact_hvp(loss, parameters, data, gradient)
@@ -332,17 +333,15 @@ def test_absolute_scores_sum_absolute_values_over_slices(models, criterion):
         "gradient_flow": product,
         "lookahead": {n: gradient[n] - 2 * 0.01 * product[n] for n in gradient},
     }[criterion]
-    expected = summed(
-        models, soft, {n: (p.detach() * direction[n]).abs() for n, p in parameters.items()}
-    )
+    expected = summed(soft, {n: (p.detach() * direction[n]).abs() for n, p in parameters.items()})
     actual = score(soft, scheduler, data, criterion, hvp="exact", horizon=0.01)
     assert torch.allclose(actual.double(), expected, rtol=1e-5)
     finite = score(soft, scheduler, data, criterion, hvp="finite", horizon=0.01)
     assert torch.allclose(finite, actual, rtol=0.02)
 
 
-def test_mean_gradient_is_the_gradient_of_the_mean_loss(models):
-    soft, scheduler, data = softened(models)
+def test_mean_gradient_is_the_gradient_of_the_mean_loss():
+    soft, scheduler, data = softened()
     loss, parameters = denoising_loss(soft, scheduler), parameters_of(soft)
     gradient, value = mean_gradient(loss, parameters, data)
     mean = sum(loss(batch) for batch in data) / len(data)
@@ -352,8 +351,8 @@ def test_mean_gradient_is_the_gradient_of_the_mean_loss(models):
         assert torch.allclose(gradient[name], tensor, rtol=1e-8, atol=1e-14)
 
 
-def test_the_order_of_batches_leaves_no_trace_in_a_mean_gradient(models):
-    soft, _, _ = softened(models, double=False)
+def test_the_order_of_batches_leaves_no_trace_in_a_mean_gradient():
+    soft, _, _ = softened(double=False)
     parameters = parameters_of(soft)
     size = sum(p.numel() for p in parameters.values())
     # of very different sizes, so that float32 would round each order in another way
@@ -368,8 +367,8 @@ def test_the_order_of_batches_leaves_no_trace_in_a_mean_gradient(models):
         assert torch.equal(torch.cat([g.flatten() for g in gradient.values()]), expected)
 
 
-def test_random_scores_depend_on_the_seed_alone(models):
-    soft, scheduler, data = softened(models, double=False)
+def test_random_scores_depend_on_the_seed_alone():
+    soft, scheduler, data = softened(double=False)
     first = score(soft, scheduler, data, "random", seed=3)
     with torch.no_grad():
         for parameter in soft.parameters():
@@ -379,8 +378,8 @@ def test_random_scores_depend_on_the_seed_alone(models):
     assert not torch.equal(score(soft, scheduler, data, "random", seed=4), first)
 
 
-def test_the_horizon_of_lookahead_is_capped(models):
-    soft, scheduler, data = softened(models)
+def test_the_horizon_of_lookahead_is_capped():
+    soft, scheduler, data = softened()
     loss, parameters = denoising_loss(soft, scheduler), parameters_of(soft)
     gradient, value = mean_gradient(loss, parameters, data)
     cap = 0.5 * value / norm(gradient) ** 2
@@ -394,7 +393,7 @@ def test_the_horizon_of_lookahead_is_capped(models):
     assert torch.allclose(score(soft, scheduler, data, "lookahead", horizon=0.0), taylor)
 
 
-def diff_pruning_oracle(models, soft, scheduler, data, times, chosen) -> torch.Tensor:
+def diff_pruning_oracle(soft, scheduler, data, times, chosen) -> torch.Tensor:
     parameters = parameters_of(soft)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for k in chosen:
@@ -404,11 +403,11 @@ def diff_pruning_oracle(models, soft, scheduler, data, times, chosen) -> torch.T
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         for name, gradient in zip(parameters, gradients, strict=True):
             total[name] += gradient
-    return summed(models, soft, {n: (p.detach() * total[n]).abs() for n, p in parameters.items()})
+    return summed(soft, {n: (p.detach() * total[n]).abs() for n, p in parameters.items()})
 
 
-def test_diff_pruning_takes_the_timesteps_above_its_threshold(models):
-    soft, scheduler, data = softened(models)
+def test_diff_pruning_takes_the_timesteps_above_its_threshold():
+    soft, scheduler, data = softened()
     times = [0, 200, 400, 600, 800]
     losses = []
     for k, t in enumerate(times):
@@ -425,12 +424,12 @@ def test_diff_pruning_takes_the_timesteps_above_its_threshold(models):
         (0.9999, largest),
     ):
         actual = diff_pruning_scores(soft, scheduler, data, threshold=threshold, timesteps=5)
-        expected = diff_pruning_oracle(models, soft, scheduler, data, times, chosen)
+        expected = diff_pruning_oracle(soft, scheduler, data, times, chosen)
         assert torch.allclose(actual.double(), expected, rtol=1e-5)
 
 
-def test_diff_pruning_takes_a_whole_minibatch_at_every_timestep(models):
-    soft, scheduler, data = softened(models)
+def test_diff_pruning_takes_a_whole_minibatch_at_every_timestep():
+    soft, scheduler, data = softened()
     halves = [
         Batch(batch.images[at], batch.noise[at], batch.timesteps[at])
         for batch in data
@@ -444,7 +443,7 @@ def test_diff_pruning_takes_a_whole_minibatch_at_every_timestep(models):
 
 
 @pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "lookahead"] + ["diff_pruning"])
-def test_normalised_scores_are_in_units_of_their_layers_mean(models, criterion):
+def test_normalised_scores_are_in_units_of_their_layers_mean(criterion):
     layout = models.layout("plain", (4, 8))
     raw = torch.randn(layout.units) * torch.linspace(0.1, 50, layout.units)
     normal = normalise(raw, layout, criterion)
@@ -455,7 +454,7 @@ def test_normalised_scores_are_in_units_of_their_layers_mean(models, criterion):
     assert torch.equal(normal.sign(), raw.sign())
 
 
-def test_lookahead_keeps_the_proportions_between_layers(models):
+def test_lookahead_keeps_the_proportions_between_layers():
     layout = models.layout("plain", (4, 8))
     raw = torch.randn(layout.units) * torch.linspace(0.1, 50, layout.units)
     normal = normalise(raw, layout, "lookahead")
@@ -464,7 +463,7 @@ def test_lookahead_keeps_the_proportions_between_layers(models):
     assert not normalise(torch.zeros(layout.units), layout, "taylor").any()
 
 
-def test_an_unknown_criterion_is_an_error(models):
-    soft, scheduler, data = softened(models)
+def test_an_unknown_criterion_is_an_error():
+    soft, scheduler, data = softened()
     with pytest.raises(ValueError, match="one of gradient_flow, .*, random; got 'hessian'"):
         raw_scores(soft, scheduler, data, criterion="hessian")

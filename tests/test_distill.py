@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from builders import models
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.distill import Teacher
 from compress.methods.gradflow.masks import SoftUNet
@@ -21,7 +22,7 @@ def watched(teacher, student, unet, sample, timestep):
     return getattr(output, "sample", output), features
 
 
-def test_without_weights_nothing_is_computed(models):
+def test_without_weights_nothing_is_computed():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
 
     class Unused(torch.nn.Module):
@@ -38,7 +39,7 @@ def test_without_weights_nothing_is_computed(models):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
-def test_the_teacher_as_student_loses_nothing(models, weights):
+def test_the_teacher_as_student_loses_nothing(weights):
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher = Teacher(unet, *weights, layout)
     sample, timestep = models.inputs(unet)
@@ -48,7 +49,7 @@ def test_the_teacher_as_student_loses_nothing(models, weights):
     assert loss.item() == 0
 
 
-def test_a_soft_student_with_ones_loses_nothing(models):
+def test_a_soft_student_with_ones_loses_nothing():
     unet = models.build("plain")
     layout = models.layout("plain", unet.config.block_out_channels)
     soft, teacher = SoftUNet(unet, layout), Teacher(unet, 1.0, 1.0, layout)
@@ -79,7 +80,7 @@ def expected_loss(unet, student, kept, weights, sample, timestep):
     return total.item()
 
 
-def test_a_slim_students_features_are_compared_with_the_kept_channels(models):
+def test_a_slim_students_features_are_compared_with_the_kept_channels():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     mask, weights = models.binary_mask(layout), (0.3, 0.7)
     slim = surgery.perform(unet, layout, mask).eval()
@@ -106,7 +107,7 @@ def test_a_slim_students_features_are_compared_with_the_kept_channels(models):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_masked_student_is_worth_what_its_slim_self_is(models):
+def test_a_masked_student_is_worth_what_its_slim_self_is():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, soft = Teacher(unet, 0.3, 0.7, layout), SoftUNet(unet, layout)
     soft.mask.copy_(models.binary_mask(layout))
@@ -120,7 +121,7 @@ def test_a_masked_student_is_worth_what_its_slim_self_is(models):
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
 
 
-def test_a_change_in_a_removed_channel_does_not_count(models):
+def test_a_change_in_a_removed_channel_does_not_count():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, mask = Teacher(unet, 0.0, 1.0, layout), models.binary_mask(layout)
     sample, timestep = models.inputs(unet)
@@ -133,7 +134,7 @@ def test_a_change_in_a_removed_channel_does_not_count(models):
     assert teacher.loss(sample, timestep, predicted, features, mask).item() > 0
 
 
-def test_hooks_are_removed_and_gradients_reach_the_student_only(models):
+def test_hooks_are_removed_and_gradients_reach_the_student_only():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, mask = Teacher(unet, 1.0, 1.0, layout), models.binary_mask(layout)
     slim = surgery.perform(unet, layout, mask)

@@ -16,6 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
+from builders import models
 from compress.common.journal import fingerprint
 from compress.parallel import distributed, sharding
 from compress.parallel.launch import _stopped, adopt_slurm, launched, rank, speaks, wanted
@@ -290,13 +291,13 @@ def drive(folder, unet, runs):
 
 
 @pytest.fixture(scope="module")
-def driven(tmp_path_factory, models):
+def driven(tmp_path_factory):
     unet = models.TWO_LEVELS | {"sample_size": 16}
     return drive(tmp_path_factory.mktemp("processes"), unet, RUNS)
 
 
 @pytest.fixture(scope="module")
-def slowly_driven(tmp_path_factory, models):
+def slowly_driven(tmp_path_factory):
     unet = models.TWO_LEVELS | {"sample_size": 16}
     return drive(tmp_path_factory.mktemp("processes"), unet, SLOW_RUNS)
 
@@ -498,7 +499,7 @@ def test_weights_cut_on_gpus_without_more_are_welcome():
 
 @pytest.mark.parametrize("policy", ["transformer_based_wrap", "no_wrap"])
 @pytest.mark.parametrize("cuts", [True, False])
-def test_blocks_that_a_unet_lacks_are_refused_before_the_flow(models, policy, cuts):
+def test_blocks_that_a_unet_lacks_are_refused_before_the_flow(policy, cuts):
     unet = UNet2DModel(**models.TWO_LEVELS)
 
     def check(*blocks):

@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from builders import models, pipelines
 from compress.checkpoints.exporting import export, exported_bytes, model_bytes, part_files
 from compress.checkpoints.slim import load, save_slim
 from compress.common.cost import unet_cost
@@ -94,7 +95,7 @@ exec(DRAW, _shared)  # the same lines, so that what is compared is the UNet alon
 draw = _shared["draw"]
 
 
-def upscaler(pipelines, folder) -> DiffusionPipeline:
+def upscaler(folder) -> DiffusionPipeline:
     torch.manual_seed(1)
     tokens = pipelines.tokenizer(folder)
     four = {
@@ -113,10 +114,10 @@ def upscaler(pipelines, folder) -> DiffusionPipeline:
     )
 
 
-def write_source(pipelines, name, folder):
+def write_source(name, folder):
     """A dense pipeline's folder, with files beside the weights that nobody reads."""
     if name == UPSCALE:
-        pipeline = upscaler(pipelines, folder / "words")
+        pipeline = upscaler(folder / "words")
     elif name == "sdxl":
         torch.manual_seed(1)
         pipeline = pipelines.stable_diffusion_xl(folder / "words", zeros=False)
@@ -137,7 +138,7 @@ def write_source(pipelines, name, folder):
     return source
 
 
-def slim_unet(unet, method, models):
+def slim_unet(unet, method):
     groups = find_groups(unet)
     layout, _ = plan(unet, groups, method)
     soft = SoftUNet(unet, layout).eval()
@@ -164,16 +165,16 @@ def masked_unet(unet, soft):
 
 
 @pytest.fixture(scope="module")
-def made(models, pipelines, tmp_path_factory):
+def made(tmp_path_factory):
     """For each family: the source, the masked images, the slim UNet, what was predicted."""
     folder = tmp_path_factory.mktemp("families")
     found = {}
     for name in NAMES:
-        source = write_source(pipelines, name, folder / name)
+        source = write_source(name, folder / name)
         pipeline = load_pipeline(str(source))
         dense = pipeline.unet.eval()
         method = GradFlow(keep_macs=pipelines.KEEP.get(name, 0.55))
-        soft, slim = slim_unet(dense, method, models)
+        soft, slim = slim_unet(dense, method)
         dense_images = draw(pipeline)
         pipeline.register_modules(unet=masked_unet(dense, soft))
         masked_images = draw(pipeline)
@@ -229,7 +230,7 @@ def test_every_part_but_the_unet_is_the_sources_file_for_file(made, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dry_run_predicts_groups_widths_macs_and_every_byte(made, pipelines, tmp_path, name):
+def test_a_dry_run_predicts_groups_widths_macs_and_every_byte(made, tmp_path, name):
     folder, found, _ = made
     source, dense, slim, _, _, method = found[name]
     data = pipelines.pictures(tmp_path / "pictures")
@@ -262,13 +263,13 @@ def test_a_dry_run_predicts_groups_widths_macs_and_every_byte(made, pipelines, t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_a_models_size_is_that_of_its_files(models, tmp_path, dtype):
+def test_a_models_size_is_that_of_its_files(tmp_path, dtype):
     unet = models.build("deeper").to(dtype)
     unet.save_pretrained(tmp_path)
     assert model_bytes(unet) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_a_model_in_several_files_is_counted_with_its_index(models, tmp_path, monkeypatch):
+def test_a_model_in_several_files_is_counted_with_its_index(tmp_path, monkeypatch):
     unet = models.build("deeper")
     unet.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -276,7 +277,7 @@ def test_a_model_in_several_files_is_counted_with_its_index(models, tmp_path, mo
     assert model_bytes(unet) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_a_flat_folder_is_exported_with_a_folder_for_each_part(pipelines, tmp_path):
+def test_a_flat_folder_is_exported_with_a_folder_for_each_part(tmp_path):
     pipeline = pipelines.build("ddpm", tmp_path)
     flat, target = tmp_path / "flat", tmp_path / "target"
     pipeline.unet.save_pretrained(flat)
@@ -293,7 +294,7 @@ def test_a_flat_folder_is_exported_with_a_folder_for_each_part(pipelines, tmp_pa
     assert again.scheduler.config.num_train_timesteps == pipelines.STEPS
 
 
-def test_a_model_of_the_hub_is_exported_from_its_snapshot(pipelines, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_exported_from_its_snapshot(tmp_path, monkeypatch):
     # a cache as the hub's client lays it out
     cache = tmp_path / "models--somebody--model"
     snapshot = cache / "snapshots" / "0123abcd"
@@ -305,7 +306,7 @@ def test_a_model_of_the_hub_is_exported_from_its_snapshot(pipelines, tmp_path, m
     assert pipeline_folder(str(snapshot)) == snapshot
 
 
-def test_bounds_hold_where_the_scores_decide_the_widths(models, tmp_path):
+def test_bounds_hold_where_the_scores_decide_the_widths(tmp_path):
     from diffusers import DDPMPipeline
 
     unet = models.build("built_in")

@@ -4,8 +4,6 @@ import gc
 import json
 import threading
 from contextlib import contextmanager
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +19,9 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 import compress.methods.fastocr.state
+from builders import fastocr
+from builders.fastocr import PAGES, TEXTS, write
+from builders.vlm import FAMILIES
 from compress.checkpoints.runtime import load_reader
 from compress.methods.fastocr import FastOCR, calibrate, preflight
 from compress.methods.fastocr.attention import NAME
@@ -40,72 +41,23 @@ from compress.models.vlm import load_vlm
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def _builders():
-    """The tiny models of tests/test_visual.py; a plain import would need tests/ on the path."""
-    path = Path(__file__).parent / "test_visual.py"
-    spec = spec_from_file_location("fastocr_builders", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BUILD = _builders()
-PAGES = [*BUILD.PAGES, BUILD._page(200, 300, 2)]
-TEXTS = [*BUILD.TEXTS, "OCR: "]
-
-
-def _model(family, layers=2):
-    torch.manual_seed(0)
-    BUILD.TEXT["num_hidden_layers"] = layers
-    try:
-        model, processor = BUILD.FAMILIES[family]()
-    finally:
-        BUILD.TEXT["num_hidden_layers"] = 2
-    return _filled(model), processor
-
-
-def _filled(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.add_(0.01)
-            else:  # queries and keys large, so that attention is far from even
-                parameter.normal_(0, 0.25 if "q_proj" in name or "k_proj" in name else 0.1)
-    model.generation_config.eos_token_id = None
-    return model.eval()
-
-
-@pytest.fixture(scope="module", params=BUILD.FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    model, processor = _model(request.param)
+    model, processor = fastocr.model(request.param)
     return request.param, model, processor, build_prompt(model, processor, PAGES, TEXTS)
 
 
 @pytest.fixture(scope="module")
 def intern():
     """With plain position ids, for loops of one's own: Qwen's are generate's business."""
-    model, processor = _model("internvl", layers=4)
+    model, processor = fastocr.model("internvl", layers=4)
     return model, processor, build_prompt(model, processor, PAGES, TEXTS)
 
 
 @pytest.fixture(scope="module")
 def qwen():
-    model, processor = _model("qwen2_5_vl", layers=4)
+    model, processor = fastocr.model("qwen2_5_vl", layers=4)
     return model, processor, build_prompt(model, processor, PAGES, TEXTS)
-
-
-def _write(model, inputs, steps=4, **settings):
-    """Greedy answer: the new tokens (batch, steps + 1), and logits of the decode steps."""
-    output = model.generate(
-        **inputs,
-        max_new_tokens=steps + 1,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **settings,
-    )
-    logits = torch.stack(output.logits[1:], 1)  # (batch, steps, vocabulary)
-    return output.sequences[:, inputs["input_ids"].shape[1] :], logits
 
 
 # ---- the oracle: one sequence, plain lists, dense attention with minus infinity ---------------
@@ -198,7 +150,7 @@ def _check(model, rows, found, atol=1e-5, **settings):
             return [forced[len(ids) - length]]
 
         with _through(model, oracle):
-            _, wanted = _write(model, inputs, len(forced) - 1, prefix_allowed_tokens_fn=allowed)
+            _, wanted = write(model, inputs, len(forced) - 1, prefix_allowed_tokens_fn=allowed)
         torch.testing.assert_close(logits, wanted[0], atol=atol, rtol=0)
         oracles.append(oracle)
     return oracles
@@ -229,17 +181,17 @@ def _spied(monkeypatch):
 
 def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, monkeypatch):
     name, model, _, inputs = family
-    tokens, logits = _write(model, inputs)
+    tokens, logits = write(model, inputs)
     gathered = _spied(monkeypatch)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
-        found_tokens, found_logits = _write(model, inputs)
+        found_tokens, found_logits = write(model, inputs)
         facts = handle.facts()
     assert torch.equal(found_tokens, tokens)
     torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=0)
     assert len(gathered) == 3  # layer 0 in every step but the first
     assert facts["attended_by_layer"] == [1.0, 1.0] and facts["steps"] == 4 * len(PAGES)
     # and the context left nothing behind
-    again_tokens, again_logits = _write(model, inputs)
+    again_tokens, again_logits = write(model, inputs)
     assert torch.equal(again_tokens, tokens) and torch.equal(again_logits, logits)
     assert len(gathered) == 3
 
@@ -249,7 +201,7 @@ def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
     name, model, processor, inputs = family
     steps = 4
     with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
-        found = _write(model, inputs, steps)
+        found = write(model, inputs, steps)
         facts = handle.facts()
     oracles = _check(model, _alone(model, processor), found, keep=0.05, focal=focal)
     offered = sum(len(oracle.positions) for oracle in oracles) * steps
@@ -261,10 +213,10 @@ def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
 @pytest.mark.parametrize("focal", [[0], [1]], ids=["focal above", "reuse"])
 def test_the_window_over_the_answer_slides(focal):
     # without padding: transformers' dense logits of a padded batch are off once the window slides
-    model, processor = _model("unlimited_ocr")
+    model, processor = fastocr.model("unlimited_ocr")
     inputs = _alone(model, processor)[0]
     with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model):
-        found = _write(model, inputs, 12)  # the window has 8
+        found = write(model, inputs, 12)  # the window has 8
     _check(model, [inputs], found, keep=0.05, focal=focal)
 
 
@@ -306,9 +258,9 @@ def test_static_cache_gives_what_the_dynamic_one_gives(family, monkeypatch):
     _, model, _, inputs = family
     gathered = _spied(monkeypatch)
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-        dynamic_tokens, dynamic = _write(model, inputs, 3)
+        dynamic_tokens, dynamic = write(model, inputs, 3)
         of_dynamic = [*gathered]
-        static_tokens, static = _write(model, inputs, 3, cache_implementation="static")
+        static_tokens, static = write(model, inputs, 3, cache_implementation="static")
     assert (
         len(of_dynamic) == 2 and gathered == of_dynamic * 2
     )  # rows that are not written yet are not read either
@@ -329,7 +281,7 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
         for backend in ("torch", "triton"):
             monkeypatch.setenv("COMPRESS_KERNELS", backend)
             with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-                found[backend] = _write(model, inputs)
+                found[backend] = write(model, inputs)
     finally:
         model.cpu()
     assert torch.equal(found["triton"][0], found["torch"][0])
@@ -350,7 +302,7 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
 def test_knobs_on_four_layers(qwen, knobs):
     model, processor, inputs = qwen
     with FastOCR(keep_visual=0.1, **knobs).attach(model) as handle:
-        found = _write(model, inputs, 6)
+        found = write(model, inputs, 6)
         facts = handle.facts()
     settings = {**knobs, "focal": knobs["focal_layers"]}
     del settings["focal_layers"]
@@ -367,12 +319,12 @@ def test_knobs_on_four_layers(qwen, knobs):
 def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
     model, processor, inputs = qwen
     with FastOCR(keep_visual=0.05, focal_layers=[1]).attach(model) as handle:
-        _write(model, inputs, 6)
+        write(model, inputs, 6)
         dynamic = handle.facts()
     with FastOCR(keep_visual=0.05, focal_layers=[1], fixation=fixation, seed=5).attach(
         model
     ) as handle:
-        found = _write(model, inputs, 6)
+        found = write(model, inputs, 6)
         facts = handle.facts()
     # rounding up gives the fixed ones a part of a token more, in a page of 60 tokens and up
     assert 0 <= facts["attended"] - dynamic["attended"] < 1 / 60
@@ -398,10 +350,10 @@ def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
 
 def test_with_all_tokens_in_the_fixation_the_periphery_is_empty(family):
     name, model, processor, inputs = family
-    tokens, logits = _write(model, inputs)
+    tokens, logits = write(model, inputs)
     method = FastOCR(keep_visual=1.0, focal_layers=[1], periphery=4)
     with method.attach(model) as handle:
-        found_tokens, found_logits = _write(model, inputs)
+        found_tokens, found_logits = write(model, inputs)
         assert handle.facts()["attended_by_layer"] == [1.0, 1.0]
     assert torch.equal(found_tokens, tokens)
     torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=0)
@@ -409,10 +361,10 @@ def test_with_all_tokens_in_the_fixation_the_periphery_is_empty(family):
 
 def test_a_summary_for_every_token_is_dense_decoding(qwen):
     model, processor, inputs = qwen
-    tokens, logits = _write(model, inputs)
+    tokens, logits = write(model, inputs)
     most = max(len(layout.positions) for layout in visual_layouts(model, inputs))
     with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=most).attach(model) as handle:
-        found_tokens, found_logits = _write(model, inputs)
+        found_tokens, found_logits = write(model, inputs)
         attended = handle.facts()["attended_by_layer"]
     assert torch.equal(found_tokens, tokens)
     torch.testing.assert_close(found_logits, logits, atol=1e-3, rtol=0)
@@ -421,7 +373,7 @@ def test_a_summary_for_every_token_is_dense_decoding(qwen):
 
 def test_summaries_are_counted_and_bring_the_answer_nearer_to_dense(qwen):
     model, processor, inputs = qwen
-    _, dense = _write(model, inputs)
+    _, dense = write(model, inputs)
     sizes = [len(layout.positions) for layout in visual_layouts(model, inputs)]
     kept = sum(budget(0.05, size) for size in sizes)
     errors = {}
@@ -429,7 +381,7 @@ def test_summaries_are_counted_and_bring_the_answer_nearer_to_dense(qwen):
         with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=summaries).attach(
             model
         ) as handle:
-            _, found = _write(model, inputs, 2)
+            _, found = write(model, inputs, 2)
             facts = handle.facts()
         errors[summaries] = (found - dense[:, :2]).abs().mean().item()
         # half of the steps are each answer's first, which is dense
@@ -444,7 +396,7 @@ def test_fixed_fixations_see_as_much_around_them(qwen):
     for fixation in ("dynamic", "static"):
         method = FastOCR(keep_visual=0.05, focal_layers=[1], periphery=8, fixation=fixation)
         with method.attach(model) as handle:
-            _write(model, inputs, 6)
+            write(model, inputs, 6)
             shares[fixation] = handle.facts()["attended"]
     # a fixation may hold all of a group, whose summary is then not read
     assert abs(shares["static"] - shares["dynamic"]) < 1 / 60
@@ -462,7 +414,7 @@ def test_several_images_in_a_prompt(qwen):
     both, one = f"{image}and{image}", f"read {image}"
     inputs = build([PAGES[0], PAGES[1], PAGES[2]], [both, one])
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-        found = _write(model, inputs)
+        found = write(model, inputs)
     rows = [build(PAGES[:2], [both]), build(PAGES[2:], [one])]
     _check(model, rows, found, keep=0.1, focal=[1])
 
@@ -472,7 +424,7 @@ def test_dilation_stays_inside_the_budget_and_chooses_otherwise(qwen):
     seen = []
     for dilate in (0, 1):
         with FastOCR(keep_visual=0.1, focal_layers=[1], dilate=dilate).attach(model) as handle:
-            logits = _write(model, inputs)[1]
+            logits = write(model, inputs)[1]
             seen.append((handle.facts()["attended_by_layer"], logits))
     assert seen[0][0] == seen[1][0]
     assert not torch.allclose(seen[0][1], seen[1][1])
@@ -486,10 +438,10 @@ def test_prompts_without_an_image(qwen):
         inputs = processor(
             images=images, text=texts, padding=True, padding_side="left", return_tensors="pt"
         )
-        tokens, logits = _write(model, inputs)
+        tokens, logits = write(model, inputs)
         for focal in ([1], "auto"):
             with FastOCR(keep_visual=0.1, focal_layers=focal, warmup=2).attach(model) as handle:
-                found = _write(model, inputs)
+                found = write(model, inputs)
                 assert bool(handle.facts()["steps"]) is bool(images)
             torch.testing.assert_close(found[1][:1], logits[:1], atol=1e-5, rtol=0)
 
@@ -542,7 +494,7 @@ def _step(model, inputs, cache, tokens, step):
 
 def test_a_loop_of_one_s_own_and_counts_of_single_steps(intern):
     model, _, inputs = intern
-    tokens, logits = _write(model, inputs)
+    tokens, logits = write(model, inputs)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
         cache = _read(model, inputs)
         for step in range(4):
@@ -564,7 +516,7 @@ def test_a_loop_of_one_s_own_and_counts_of_single_steps(intern):
 def test_requests_of_one_model_take_turns(intern):
     model, _, inputs = intern
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-        tokens, logits = _write(model, inputs, 3)
+        tokens, logits = write(model, inputs, 3)
         caches = [_read(model, inputs), _read(model, inputs)]
         for step in range(3):
             for cache in caches:
@@ -585,11 +537,11 @@ def test_a_request_ends_with_its_cache(qwen):
 
 def test_half_precision(qwen):
     _, processor, inputs = qwen
-    model, _ = _model("qwen2_5_vl", layers=4)
+    model, _ = fastocr.model("qwen2_5_vl", layers=4)
     model = model.to(torch.bfloat16)
-    tokens, logits = _write(model, inputs, 1)
+    tokens, logits = write(model, inputs, 1)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
-        _, found = _write(model, inputs, 1)
+        _, found = write(model, inputs, 1)
     torch.testing.assert_close(found, logits, atol=3e-2 * logits.abs().max().item(), rtol=0)
 
 
@@ -601,11 +553,11 @@ def test_auto_finds_the_layers_that_calibration_finds(qwen):
     calibration = calibrate(model, [inputs], keep_visual=0.1, max_new_tokens=4)  # 3 steps
     with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
         held = DynamicCache(config=text_model(model).config)
-        found = _write(model, inputs, 6, **{cache_argument(model): held})
+        found = write(model, inputs, 6, **{cache_argument(model): held})
         [request] = handle.requests.values()
         assert tuple(request.gaze.focal) == calibration.focal_layers
         facts = handle.facts()
-    dense = _write(model, inputs, 6)
+    dense = write(model, inputs, 6)
     torch.testing.assert_close(found[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
     assert not torch.allclose(found[1][:, 3], dense[1][:, 3], atol=1e-4)
     assert facts["attended"] < 0.9
@@ -633,7 +585,7 @@ def test_calibration_on_a_model(qwen):
 
 def test_calibration_stops_counting_at_the_end_of_an_answer(qwen):
     model, _, inputs = qwen
-    answers = _write(model, inputs, 5)[0]
+    answers = write(model, inputs, 5)[0]
     end = int(answers[0, 3])
     wanted = sum(row.index(end) if end in row else len(row) - 1 for row in answers[:, :6].tolist())
     model.generation_config.eos_token_id = [end]
@@ -655,12 +607,12 @@ def test_two_threads_with_two_models_give_each_its_own_output():
         ("qwen2_5_vl", {"keep_visual": 0.4, "focal_layers": [0], "min_mass": 0.3}),
         ("glm_ocr", {"keep_visual": 0.1, "focal_layers": [0]}),
     ):
-        model, processor = _model(family)
+        model, processor = fastocr.model(family)
         jobs.append((model, build_prompt(model, processor, PAGES, TEXTS), FastOCR(**knobs)))
 
     def run(model, inputs, method):
         with method.attach(model) as handle:
-            return *_write(model, inputs, 8), handle.facts()
+            return *write(model, inputs, 8), handle.facts()
 
     solo = [run(*job) for job in jobs]
     together = [None] * len(jobs)
@@ -740,20 +692,20 @@ class Shortener:
 
 @pytest.mark.parametrize("order", ["shortener outside", "fastocr outside"])
 def test_stacks_with_a_method_that_shortens_the_prompt(order):
-    model, processor = _model("deepseek_ocr")
+    model, processor = fastocr.model("deepseek_ocr")
     inputs = build_prompt(model, processor, PAGES, TEXTS)
     shortener = Shortener()
     shortener.layouts = visual_layouts(model, inputs)
     with shortener.attach(model):
-        tokens, logits = _write(model, inputs)
-    dense_tokens, dense = _write(model, inputs)
+        tokens, logits = write(model, inputs)
+    dense_tokens, dense = write(model, inputs)
     assert not torch.allclose(logits, dense, atol=1e-3)
     for keep in (1.0, 0.1):
         methods = [shortener, FastOCR(keep_visual=keep, focal_layers=[1])]
         if order == "fastocr outside":
             methods.reverse()
         with methods[0].attach(model) as outer, methods[1].attach(model) as inner:
-            found_tokens, found = _write(model, inputs)
+            found_tokens, found = write(model, inputs)
             facts = (outer or inner).facts()
         sizes = [len(x.positions) - -(-len(x.positions) // 3) for x in shortener.layouts]
         assert facts["visual_tokens"] == sum(sizes) / len(sizes)
@@ -767,13 +719,13 @@ def test_stacks_with_a_method_that_shortens_the_prompt(order):
 
 
 def test_a_shortened_prompt_that_is_not_announced_is_refused():
-    model, processor = _model("deepseek_ocr")
+    model, processor = fastocr.model("deepseek_ocr")
     inputs = build_prompt(model, processor, PAGES, TEXTS)
     shortener = Shortener(announce=False)
     shortener.layouts = visual_layouts(model, inputs)
     with shortener.attach(model), FastOCR(focal_layers=[1]).attach(model):
         with pytest.raises(ValueError, match="positions, but the text model read .*visual_layouts"):
-            _write(model, inputs)
+            write(model, inputs)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -859,7 +811,7 @@ def test_a_focal_layer_that_the_model_does_not_have(qwen):
 
 def _qwen2_vl():
     """A family without adapter; its processor is Qwen2.5-VL's."""
-    known, processor = _model("qwen2_5_vl")
+    known, processor = fastocr.model("qwen2_5_vl")
     config = known.config.to_dict()
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(
@@ -876,7 +828,7 @@ def _qwen2_vl():
             **{name: value for name, value in config.items() if name.endswith("token_id")},
         )
     )
-    return _filled(model), build_prompt(known, processor, PAGES, TEXTS)
+    return fastocr.fill(model), build_prompt(known, processor, PAGES, TEXTS)
 
 
 def test_preflight_passes_a_family_that_nobody_tried():
@@ -885,7 +837,7 @@ def test_preflight_passes_a_family_that_nobody_tried():
         visual_layouts(model, inputs)
     preflight(model, inputs)
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
-        _write(model, inputs)
+        write(model, inputs)
         assert handle.facts()["attended"] < 0.8
 
 
@@ -946,30 +898,30 @@ def test_a_family_that_nobody_tried_is_tried_once(cache):
 def test_a_family_that_fails_is_refused_by_its_first_answer():
     model, inputs = _qwen2_vl()
     _deaf(model, 1)
-    before = _write(model, inputs)
+    before = write(model, inputs)
     words = {"input_ids": torch.tensor([[20, 21, 22]])}
     with FastOCR(keep_visual=0.1, focal_layers=[0]).attach(model):
         model.generate(**words, max_new_tokens=2)  # no image: nothing is chosen from
         for _ in range(2):
             with pytest.raises(ValueError, match="layers 1 do not call transformers' attention"):
-                _write(model, inputs)
+                write(model, inputs)
         model.generate(**words, max_new_tokens=2)
-    after = _write(model, inputs)
+    after = write(model, inputs)
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
 
 
 def test_a_checkpoint_of_a_family_that_nobody_tried_is_read_back(tmp_path):
     model, inputs = _qwen2_vl()
-    _, processor = _model("qwen2_5_vl")
-    dense = _write(model, inputs)[1]
+    _, processor = fastocr.model("qwen2_5_vl")
+    dense = write(model, inputs)[1]
     method = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0)
     with compress.apply(model, method) as applied:
-        expected = _write(model, inputs)
+        expected = write(model, inputs)
         applied.save(tmp_path / "patched", processor)
     loaded = compress.load(tmp_path / "patched")
     assert type(loaded) is Qwen2VLForConditionalGeneration
     loaded.generation_config.eos_token_id = None
-    found = _write(loaded, inputs)
+    found = write(loaded, inputs)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert not torch.allclose(found[1], dense)
     # whoever has no prompt for it says so before the weights are read

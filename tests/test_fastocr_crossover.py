@@ -2,12 +2,12 @@
 
 import json
 import logging
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from builders import fastocr
 from compress.eval.tables import read_rows
 from compress.methods.fastocr import FastOCR
 from compress.methods.fastocr.bench import crossovers
@@ -17,12 +17,8 @@ from compress.models.visual import build_prompt, visual_layouts
 
 @pytest.fixture(scope="module")
 def qwen():
-    path = Path(__file__).parent / "test_fastocr.py"
-    spec = spec_from_file_location("fastocr_models", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model, processor = module._model("qwen2_5_vl", layers=4)
-    return model, build_prompt(model, processor, module.PAGES, module.TEXTS), module._write
+    model, processor = fastocr.model("qwen2_5_vl", layers=4)
+    return model, build_prompt(model, processor, fastocr.PAGES, fastocr.TEXTS), fastocr.write
 
 
 @pytest.mark.parametrize("fixation", ["dynamic", "static"])

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import constants
 
+from builders import models, pipelines
 from compress.checkpoints.slim import load, save_slim
 from compress.common.cost import unet_cost
 from compress.methods.gradflow.groups import find_groups
@@ -53,15 +54,15 @@ exec(DRAW, _shared)  # the same lines, so that the same numbers are drawn
 draw = _shared["draw"]
 
 
-def free(models, name: str = "plain", inner=INNER, **changes) -> FreeWidthUNet2DModel:
+def free(name: str = "plain", inner=INNER, **changes) -> FreeWidthUNet2DModel:
     torch.manual_seed(0)
     config = models.CONFIGS[name] | {"block_out_channels": (8, 16)} | changes
     return FreeWidthUNet2DModel(inner_widths=inner, **config).eval()
 
 
 @pytest.fixture
-def pipeline(models):
-    return DDPMPipeline(unet=free(models), scheduler=DDPMScheduler(num_train_timesteps=50))
+def pipeline():
+    return DDPMPipeline(unet=free(), scheduler=DDPMScheduler(num_train_timesteps=50))
 
 
 @pytest.fixture
@@ -78,8 +79,8 @@ def predict(unet) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift"])
-def test_layers_are_as_wide_as_the_config_says_and_others_as_their_level(models, name):
-    unet, plain = free(models, name), models.build(name)
+def test_layers_are_as_wide_as_the_config_says_and_others_as_their_level(name):
+    unet, plain = free(name), models.build(name)
     assert predict(unet).shape == (2, 1, 8, 8)
     for module, inside in unet.named_modules():
         if hasattr(inside, "conv1") or hasattr(inside, "to_q"):
@@ -91,10 +92,10 @@ def test_layers_are_as_wide_as_the_config_says_and_others_as_their_level(models,
     assert unet_cost(unet).macs < unet_cost(plain).macs
 
 
-def test_without_inner_widths_it_is_the_plain_model(models):
+def test_without_inner_widths_it_is_the_plain_model():
     plain = models.build("plain")
     for inner in (None, {}, {"mid_block.resnets.0": 16, "mid_block.attentions.0": 16}):
-        unet = free(models, inner=inner)
+        unet = free(inner=inner)
         unet.load_state_dict(plain.state_dict())
         assert torch.equal(predict(unet), predict(plain))
 
@@ -115,29 +116,29 @@ def test_its_config_takes_every_key_of_the_plain_class():
         ({"mid_block.attentions.0": 6}, "the head's size, 4; got 6"),
     ],
 )
-def test_impossible_inner_widths_are_refused_by_name(models, inner, message):
+def test_impossible_inner_widths_are_refused_by_name(inner, message):
     with pytest.raises(ValueError, match=message):
-        free(models, inner=inner)
+        free(inner=inner)
 
 
-def test_it_is_not_pruned_again(models):
+def test_it_is_not_pruned_again():
     with pytest.raises(ValueError, match="inner widths of its own; prune the model that it was"):
-        find_groups(free(models))
+        find_groups(free())
 
 
 # ---- saved and loaded -----------------------------------------------------------------------
 
 
-def test_what_is_loaded_predicts_the_same_bit_for_bit(models, folder):
+def test_what_is_loaded_predicts_the_same_bit_for_bit(folder):
     config = json.loads((folder / "unet" / "config.json").read_text())
     assert config["inner_widths"] == INNER and config["block_out_channels"] == [8, 16]
     index = json.loads((folder / "model_index.json").read_text())
     assert index["unet"] == ["compress.models.free_width", "FreeWidthUNet2DModel"]
     loaded = load(folder)
     assert type(loaded) is DDPMPipeline and type(loaded.unet) is FreeWidthUNet2DModel
-    assert torch.equal(predict(loaded.unet.eval()), predict(free(models)))
+    assert torch.equal(predict(loaded.unet.eval()), predict(free()))
     alone = FreeWidthUNet2DModel.from_pretrained(folder / "unet").eval()
-    assert torch.equal(predict(alone), predict(free(models)))
+    assert torch.equal(predict(alone), predict(free()))
     assert dict(loaded.unet.config) | {"_name_or_path": ""} == dict(alone.config) | {
         "_name_or_path": ""
     }
@@ -159,7 +160,7 @@ def test_the_card_says_how_diffusers_loads_it(folder):
 
 
 def test_plain_diffusers_draws_the_same_bit_for_bit_without_this_package(
-    pipeline, folder, pipelines, tmp_path
+    pipeline, folder, tmp_path
 ):
     script = pipelines.NO_COMPRESS + STRANGER
     images = tmp_path / "images.npy"

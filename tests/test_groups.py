@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from builders import models
 from compress.methods.gradflow.groups import (
     dense_widths,
     find_groups,
@@ -46,7 +47,7 @@ def prunable_sides(unet) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "built_in"])
-def test_every_prunable_channel_is_in_exactly_one_group(models, name):
+def test_every_prunable_channel_is_in_exactly_one_group(name):
     unet = models.build(name)
     covered: dict[tuple[str, str], Counter] = {}
     for group in models.groups(name):
@@ -59,7 +60,7 @@ def test_every_prunable_channel_is_in_exactly_one_group(models, name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "built_in"])
-def test_widths_are_the_levels_and_every_slot_holds_every_channel(models, name):
+def test_widths_are_the_levels_and_every_slot_holds_every_channel(name):
     unet = models.build(name)
     modules = dict(unet.named_modules())
     for group in models.groups(name):
@@ -79,7 +80,7 @@ def test_widths_are_the_levels_and_every_slot_holds_every_channel(models, name):
     assert names == sorted(names, key=order.index) and len(set(names)) == len(names)
 
 
-def test_units_of_attention_are_whole_heads(models):
+def test_units_of_attention_are_whole_heads():
     unet = models.build("plain")  # heads of 4 channels
     groups = find_groups(unet)
     queries = [
@@ -95,7 +96,7 @@ def test_units_of_attention_are_whole_heads(models):
     assert {group.unit for group in others} == {1}
 
 
-def test_one_head_goes_channel_by_channel(models):
+def test_one_head_goes_channel_by_channel():
     unet = models.build("one_head")
     assert {group.unit for group in models.groups("one_head")} == {1}
     queries = narrowed_queries(unet)
@@ -103,7 +104,7 @@ def test_one_head_goes_channel_by_channel(models):
     assert narrowed_queries(models.build("plain")) == ()
 
 
-def test_finding_groups_leaves_the_model_alone(models):
+def test_finding_groups_leaves_the_model_alone():
     unet = models.build("plain").train().requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     find_groups(unet)
@@ -119,7 +120,7 @@ def test_another_unet_class_is_refused_by_name():
         find_groups(nn.Linear(2, 2))
 
 
-def test_unsupported_blocks_are_refused_by_name(models):
+def test_unsupported_blocks_are_refused_by_name():
     blocks = {
         "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D"),
@@ -137,24 +138,24 @@ def test_unsupported_blocks_are_refused_by_name(models):
         ("upsample_type", "resnet"),
     ],
 )
-def test_unsupported_options_are_refused_by_name(models, option, value):
+def test_unsupported_options_are_refused_by_name(option, value):
     with pytest.raises(ValueError, match=f"{option} = .*{value!r}"):
         find_groups(models.build("no_attention", **{option: value}))
 
 
-def test_a_model_without_a_size_is_refused(models):
+def test_a_model_without_a_size_is_refused():
     with pytest.raises(ValueError, match="sample_size"):
         find_groups(models.build("plain", sample_size=None))
 
 
-def test_heads_that_do_not_fill_their_level_are_refused(models):
+def test_heads_that_do_not_fill_their_level_are_refused():
     # diffusers silently builds q, k and v of 16 channels for 20
     unet = models.build("plain", block_out_channels=(8, 20), attention_head_dim=8)
     with pytest.raises(ValueError, match="attention_head_dim"):
         find_groups(unet)
 
 
-def test_an_odd_first_level_is_refused(models):
+def test_an_odd_first_level_is_refused():
     unet = models.build("odd_norm_groups", block_out_channels=(9, 18))
     with pytest.raises(ValueError, match=r"block_out_channels\[0\]"):
         find_groups(unet)

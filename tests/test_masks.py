@@ -8,6 +8,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
+from builders import models
 from compress.common.cost import unet_cost
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.groups import find_groups
@@ -39,7 +40,7 @@ UNALIGNED = [
 ]
 
 
-def compared(models, unet, layout, *, switch: bool = True, seed: int = 0) -> tuple[float, float]:
+def compared(unet, layout, *, switch: bool = True, seed: int = 0) -> tuple[float, float]:
     """Largest difference of masked and slim, and the slim output's mean size."""
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout, seed))
@@ -54,7 +55,7 @@ def compared(models, unet, layout, *, switch: bool = True, seed: int = 0) -> tup
 
 
 @pytest.mark.parametrize(("name", "widths"), [*ALIGNED, *UNALIGNED])
-def test_masked_with_ones_is_dense(models, name, widths):
+def test_masked_with_ones_is_dense(name, widths):
     # whatever the slim widths are: nothing goes before the mask moves, no sinusoid value either
     unet, layout = models.build(name), models.layout(name, widths)
     sample, timestep = models.inputs(unet)
@@ -64,64 +65,64 @@ def test_masked_with_ones_is_dense(models, name, widths):
 
 
 @pytest.mark.parametrize(("name", "widths"), ALIGNED)
-def test_masked_equals_slim_where_norm_groups_align(models, name, widths):
+def test_masked_equals_slim_where_norm_groups_align(name, widths):
     unet, layout = models.build(name), models.layout(name, widths)
     assert layout.unaligned == ()
     # nothing to switch: norm groups stay norm groups, those that straddle two producers included
-    difference, size = compared(models, unet, layout, switch=False)
+    difference, size = compared(unet, layout, switch=False)
     assert difference <= TOLERANCE < 0.01 < size
 
 
 @pytest.mark.parametrize(("name", "widths"), UNALIGNED)
-def test_masked_equals_slim_once_unaligned_norms_have_switched(models, name, widths):
+def test_masked_equals_slim_once_unaligned_norms_have_switched(name, widths):
     unet, layout = models.build(name), models.layout(name, widths)
     assert layout.unaligned
-    before, size = compared(models, unet, layout, switch=False)
-    after, _ = compared(models, unet, layout)
+    before, size = compared(unet, layout, switch=False)
+    after, _ = compared(unet, layout)
     assert before > 1e-3 * size
     assert after <= TOLERANCE
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_masked_equals_slim_whatever_is_kept(models, seed):
+def test_masked_equals_slim_whatever_is_kept(seed):
     layout = models.layout("deeper", (4, 12, 16))
-    assert compared(models, models.build("deeper"), layout, seed=seed)[0] <= TOLERANCE
+    assert compared(models.build("deeper"), layout, seed=seed)[0] <= TOLERANCE
 
 
 @pytest.mark.parametrize("freq_shift", [0, 1])
 @pytest.mark.parametrize("flip", [False, True])
-def test_masked_equals_slim_for_every_sinusoid(models, flip, freq_shift):
+def test_masked_equals_slim_for_every_sinusoid(flip, freq_shift):
     changes = {"flip_sin_to_cos": flip, "freq_shift": freq_shift, "block_out_channels": (24, 16)}
     unet = models.build("no_attention", **changes)
     groups = find_groups(unet)
     for first in (20, 16, 12):  # neighbouring frequencies, neighbouring, every other one
         layout = build_layout(unet, groups, (first, 8))
-        assert compared(models, unet, layout)[0] <= TOLERANCE
+        assert compared(unet, layout)[0] <= TOLERANCE
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.3])
-def test_masked_equals_slim_on_the_built_in_architecture(models, keep):
+def test_masked_equals_slim_on_the_built_in_architecture(keep):
     unet, groups = models.build("built_in"), models.groups("built_in")
     layout = build_layout(unet, groups, choose_widths(unet, groups, keep))
     assert layout.unaligned  # so the switch is needed here
-    difference, size = compared(models, unet, layout)
+    difference, size = compared(unet, layout)
     assert difference <= TOLERANCE < 0.01 < size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.57, 0.37])
-def test_masked_equals_slim_on_ddpm_cifar10(models, keep):
+def test_masked_equals_slim_on_ddpm_cifar10(keep):
     unet = models.build("cifar")
     groups = models.groups("cifar")
     layout = build_layout(unet, groups, choose_widths(unet, groups, keep))
     dense = unet_cost(unet)
     assert dense.params == 35_746_307
     assert 6.0e9 < dense.macs < 6.3e9  # 6.1G in Diff-Pruning's table, which leaves attention out
-    difference, size = compared(models, unet, layout)
+    difference, size = compared(unet, layout)
     assert difference <= TOLERANCE < 0.01 < size
 
 
-def test_a_removed_channel_cannot_come_back_through_its_producer(models):
+def test_a_removed_channel_cannot_come_back_through_its_producer():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
@@ -199,7 +200,7 @@ def loop_norm(x, weight, bias, mask, groups, eps):
 @pytest.mark.parametrize(
     ("name", "widths"), [("plain", (4, 12)), ("one_head", (4, 8)), ("scale_shift", (4, 8))]
 )
-def test_fractional_masks_act_once_at_every_consumers_input(models, name, widths):
+def test_fractional_masks_act_once_at_every_consumers_input(name, widths):
     unet, layout = models.build(name).double(), models.layout(name, widths)
     mask = models.soft_mask(layout).double()
     sample, timestep = models.inputs(unet)
@@ -282,7 +283,7 @@ def test_kept_frequencies_span_the_range():
     assert kept_frequencies(16, 12, 0) == (list(range(12)), -4.0)
 
 
-def test_the_given_unet_is_never_changed(models):
+def test_the_given_unet_is_never_changed():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     names = [(name, type(module)) for name, module in unet.named_modules()]
@@ -300,7 +301,7 @@ def test_the_given_unet_is_never_changed(models):
         assert torch.equal(tensor, before[name])
 
 
-def test_all_weights_learn_under_a_soft_mask(models):
+def test_all_weights_learn_under_a_soft_mask():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     soft = SoftUNet(unet, layout).train()
     soft.mask.copy_(models.soft_mask(layout))
@@ -312,7 +313,7 @@ def test_all_weights_learn_under_a_soft_mask(models):
 
 
 @pytest.mark.parametrize(("name", "widths"), [("plain", (4, 12)), ("one_head", (4, 8))])
-def test_gradient_of_the_mask_equals_finite_differences(models, name, widths):
+def test_gradient_of_the_mask_equals_finite_differences(name, widths):
     unet, layout = models.build(name), models.layout(name, widths)
     soft = SoftUNet(unet, layout).double()
     sample, timestep = models.inputs(unet)
@@ -331,7 +332,7 @@ def test_gradient_of_the_mask_equals_finite_differences(models, name, widths):
             assert gradient[offset].item() == pytest.approx(difference.item(), rel=1e-4, abs=1e-9)
 
 
-def test_membership_switches_only_for_unaligned_norms(models):
+def test_membership_switches_only_for_unaligned_norms():
     aligned = SoftUNet(models.build("plain"), models.layout("plain", (4, 8)))
     aligned.mask.copy_(models.binary_mask(aligned.layout))
     assert aligned.adopt_slim_membership() == 0
@@ -349,7 +350,7 @@ def test_membership_switches_only_for_unaligned_norms(models):
 
 
 @pytest.mark.parametrize("name", ["plain", "scale_shift"])
-def test_checkpointed_blocks_have_the_gradients_of_the_masked_weights(models, name):
+def test_checkpointed_blocks_have_the_gradients_of_the_masked_weights(name):
     # plain checkpointing would compute the blocks again without the mask: the same shapes
     unet, layout = models.build(name, dropout=0.1), models.layout(name, (4, 8))
     soft = SoftUNet(unet, layout).train()

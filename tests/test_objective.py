@@ -14,6 +14,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from builders import pipelines
 from compress.data.batches import Batch, Examples
 from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import objective
@@ -242,9 +243,7 @@ def test_a_caption_that_is_no_text_is_named(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*PROMPTED, "sdxl without zeros"])
-def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(
-    family, name, pipelines, tmp_path
-):
+def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(family, name, tmp_path):
     if name == "sdxl without zeros":
         pipeline = pipelines.stable_diffusion_xl(tmp_path, zeros=False)
     else:

@@ -22,6 +22,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from builders import models, pipelines
 from compress.common.journal import Journal
 from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
@@ -52,12 +53,12 @@ METHOD = {
 
 
 @pytest.fixture(scope="module")
-def pictures(pipelines, tmp_path_factory) -> Path:
+def pictures(tmp_path_factory) -> Path:
     return pipelines.pictures(tmp_path_factory.mktemp("data") / "pictures", 40)
 
 
 @pytest.fixture(scope="module")
-def start(family, pictures, pipelines):
+def start(family, pictures):
     """Begin a pruning run of a family."""
 
     def begin(name: str, folder=None, *, resume=False, **changes):
@@ -230,7 +231,7 @@ def test_bf16_trains_what_takes_prompts(start, finished):
     assert losses(run) != plain and losses(run) == pytest.approx(plain, rel=0.05)
 
 
-def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures, pipelines):
+def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures):
     pipeline = copy.deepcopy(family("sd1"))
     pipeline.vae.train()
     pipeline.text_encoder.requires_grad_(False)
@@ -252,7 +253,7 @@ def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures, pipeli
 
 
 @pytest.mark.parametrize("changes", [{"num_class_embeds": 7}, {"class_embed_type": "timestep"}])
-def test_a_class_conditional_unet_masked_is_the_slim_one(models, changes):
+def test_a_class_conditional_unet_masked_is_the_slim_one(changes):
     unet = models.build("plain", **changes)
     layout = build_layout(unet, find_groups(unet), (4, 12))
     soft = SoftUNet(unet, layout).eval()
@@ -291,7 +292,7 @@ def recipe(model: Path, data: Path, keep: float, **evaluate) -> Recipe:
 
 
 def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and_samples(
-    family, pipelines, tmp_path, monkeypatch
+    family, tmp_path, monkeypatch
 ):
     # Inception's weights are not at hand; the pictures have the size of the digits
     monkeypatch.setattr(runs, "_extractor", lambda data: fidelity.DIGITS)
@@ -338,9 +339,7 @@ def test_images_are_drawn_of_held_out_captions_and_of_all_classes(family, pictur
     assert runs._with_conditions(settings, family("ddpm"), data) == settings
 
 
-def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(
-    family, pipelines, tmp_path
-):
+def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(family, tmp_path):
     family("sd1").save_pretrained(tmp_path / "model")
     data = pipelines.pictures(tmp_path / "pictures", 8)
     asked = recipe(tmp_path / "model", data, 0.55)
@@ -500,7 +499,7 @@ def test_no_labels_are_asked_for_where_no_pipeline_hands_them_on(family):
     assert wanted(changed(family, "ldm", unet=unet(family, "ldm", num_class_embeds=3))) is None
 
 
-def test_options_of_a_pipeline_survive_another_unet(family, pipelines, tmp_path):
+def test_options_of_a_pipeline_survive_another_unet(family, tmp_path):
     pipeline = pipelines.stable_diffusion_xl(tmp_path, zeros=False)
     changed = with_parts(pipeline, {"unet": copy.deepcopy(pipeline.unet)})
     assert changed.config.force_zeros_for_empty_prompt is False
@@ -661,7 +660,7 @@ if distributed.is_main():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_two_processes_do_what_one_does(pipelines, tmp_path, name):
+def test_two_processes_do_what_one_does(tmp_path, name):
     pipelines.pictures(tmp_path / "pictures", 40)
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, "-P", str(tmp_path / "driver.py"), str(Path(__file__).parent)]

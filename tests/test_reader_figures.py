@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import UnlimitedOcrImageProcessor
 
+from builders import ocr
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import Applied
 from compress.data.ocr_pages import OcrPage
@@ -79,11 +80,11 @@ def check_cells(view_number, view, pixels, page, square):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_cell_of_a_token_lies_on_what_it_sees(ocr_models, mode, size):
+def test_the_cell_of_a_token_lies_on_what_it_sees(mode, size):
     page, square = marked(*size)
-    processor = DeepseekOcrProcessor(ocr_models.tokenizer(), MODES[mode])
+    processor = DeepseekOcrProcessor(ocr.tokenizer(), MODES[mode])
     found = page_views(page, MODES[mode])
-    model = SimpleNamespace(config=ocr_models.deepseek_ocr().config)
+    model = SimpleNamespace(config=ocr.deepseek_ocr().config)
     views = views_on_page(model, processor, page, processor.page_tokens(found.grid))
     check_cells(0, views[0], found.whole, page, square)
     assert (1 in views) == (found.crops is not None)
@@ -178,26 +179,26 @@ def test_kept_and_merged_tokens_are_told_apart():
 # ---- the pictures of a report --------------------------------------------------------------------
 
 
-def noisy(ocr_models, width=300, height=200):
-    image = ocr_models.page(width, height, 0, 0.6)
+def noisy(width=300, height=200):
+    image = ocr.page(width, height, 0, 0.6)
     return OcrPage("page", lambda: image, "")
 
 
-def test_crops_get_a_panel_of_their_own(ocr_models):
-    model, page = ocr_models.deepseek_ocr(), noisy(ocr_models)
-    processor = DeepseekOcrProcessor(ocr_models.tokenizer(), ocr_models.SMALL)
+def test_crops_get_a_panel_of_their_own():
+    model, page = ocr.deepseek_ocr(), noisy()
+    processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
     picture, caption = _pruned(RTPrune(keep_tokens=0.5), page, model, processor, "read")
     assert "left the tokens of the whole page, right those of its crops" in caption
     assert Image.open(io.BytesIO(picture)).size == (2 * 300 + 8, 200)
-    whole = DeepseekOcrProcessor(ocr_models.tokenizer(), Mode(256))
+    whole = DeepseekOcrProcessor(ocr.tokenizer(), Mode(256))
     picture, caption = _pruned(RTPrune(keep_tokens=0.5), page, model, whole, "read")
     assert caption.endswith("on the first page")
     assert Image.open(io.BytesIO(picture)).size == (300, 200)
 
 
-def test_queries_are_not_drawn(ocr_models):
-    page = noisy(ocr_models)
-    grid = visual_layouts(ocr_models.deepseek_ocr2(), ocr_models.deepseek2_prompt(["a"]))[0].grid
+def test_queries_are_not_drawn():
+    page = noisy()
+    grid = visual_layouts(ocr.deepseek_ocr2(), ocr.deepseek2_prompt(["a"]))[0].grid
     kept = PrunedPage(grid, torch.arange(30), 0.1)
     views = ADAPTERS["deepseek_ocr2"].places(None, 300, 200)
     picture, caption = pruned_figure(page.open(), views, kept)
@@ -205,10 +206,10 @@ def test_queries_are_not_drawn(ocr_models):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(page.open()))
 
 
-def test_the_film_is_over_what_rtprune_left(ocr_models):
-    model, page = ocr_models.deepseek_ocr(), noisy(ocr_models)
+def test_the_film_is_over_what_rtprune_left():
+    model, page = ocr.deepseek_ocr(), noisy()
     model.generation_config.eos_token_id = None
-    processor = DeepseekOcrProcessor(ocr_models.tokenizer(), ocr_models.SMALL)
+    processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
     pruning, looking = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=0.2, focal_layers=(0,))
     inputs = dict(processor([page.open()], ["read"]))
     with Applied(model, [pruning]) as applied:
@@ -223,9 +224,9 @@ def test_the_film_is_over_what_rtprune_left(ocr_models):
     assert "rtprune" not in alone[2] and film and alone[0] and strip != alone[1]
 
 
-def test_a_film_that_cannot_be_drawn_has_words(ocr_models, monkeypatch):
-    model, page = ocr_models.deepseek_ocr(), noisy(ocr_models)
-    processor = DeepseekOcrProcessor(ocr_models.tokenizer(), ocr_models.SMALL)
+def test_a_film_that_cannot_be_drawn_has_words(monkeypatch):
+    model, page = ocr.deepseek_ocr(), noisy()
+    processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
     looking = FastOCR(keep_visual=0.2, focal_layers=(0,))
     monkeypatch.setattr("compress.reports.reader.FILM_TOKENS", 2)
     assert _film(looking, [], page, model, processor, None) == (

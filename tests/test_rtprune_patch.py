@@ -21,6 +21,7 @@ from transformers.modeling_flash_attention_utils import (
     prepare_fa_kwargs_from_position_ids,
 )
 
+from builders import ocr
 from compress import FastOCR
 from compress.checkpoints.applied import Applied
 from compress.methods.rtprune import (
@@ -43,20 +44,20 @@ LOGITS = {"return_dict_in_generate": True, "output_logits": True, **NO_STOP}
 
 
 @pytest.fixture(scope="module")
-def deepseek(ocr_models):
-    return ocr_models.deepseek_ocr()
+def deepseek():
+    return ocr.deepseek_ocr()
 
 
 @pytest.fixture(scope="module")
-def prompt(ocr_models):
+def prompt():
     """Two pages, one with crops; padded on the left."""
-    pages = [ocr_models.page(300, 200, 0, 0.6), ocr_models.page(128, 128, 1, 0.3)]
-    return ocr_models.deepseek_prompt(pages, ["read all of it", "a"])
+    pages = [ocr.page(300, 200, 0, 0.6), ocr.page(128, 128, 1, 0.3)]
+    return ocr.deepseek_prompt(pages, ["read all of it", "a"])
 
 
 @pytest.fixture(scope="module")
-def second(ocr_models):
-    return ocr_models.deepseek_ocr2()
+def second():
+    return ocr.deepseek_ocr2()
 
 
 @pytest.fixture(autouse=True)
@@ -210,15 +211,13 @@ def _flash_like(calls):
 
 @pytest.mark.parametrize("pages", [1, 2])
 @pytest.mark.parametrize("family", ["deepseek_ocr", "unlimited_ocr", "deepseek_ocr2"])
-def test_flash_attention_takes_kept_position_ids_for_one_sequence(
-    ocr_models, prompt, family, pages
-):
+def test_flash_attention_takes_kept_position_ids_for_one_sequence(prompt, family, pages):
     """They have gaps; and a padded batch goes by the 2-D mask."""
     window = 3 if family == "unlimited_ocr" else None
-    model = getattr(ocr_models, family)(*([window] if window else []))
+    model = getattr(ocr, family)(*([window] if window else []))
     inputs = prompt if pages == 2 else _first(prompt)
     if family == "deepseek_ocr2":
-        inputs = ocr_models.deepseek2_prompt(["read", "a"][:pages])
+        inputs = ocr.deepseek2_prompt(["read", "a"][:pages])
     calls = []
     _flash_like(calls)
     _check_against_oracle(model, inputs, 0.5, window, implementation="flash_like")
@@ -227,14 +226,14 @@ def test_flash_attention_takes_kept_position_ids_for_one_sequence(
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_unlimited_ocr_slides_over_the_answer_only(ocr_models, prompt, cache):
-    model = ocr_models.unlimited_ocr(window=3)
+def test_unlimited_ocr_slides_over_the_answer_only(prompt, cache):
+    model = ocr.unlimited_ocr(window=3)
     assert STEPS > 3
     _check_against_oracle(model, prompt, 0.5, window=3, cache_implementation=cache)
 
 
-def test_deepseek_ocr2_generates_as_the_oracle(second, ocr_models):
-    _check_against_oracle(second, ocr_models.deepseek2_prompt(["read", "a"]), 0.3)
+def test_deepseek_ocr2_generates_as_the_oracle(second):
+    _check_against_oracle(second, ocr.deepseek2_prompt(["read", "a"]), 0.3)
 
 
 def test_several_pages_of_a_prompt_are_pruned_one_by_one(deepseek, prompt):
@@ -302,14 +301,14 @@ def test_a_loop_of_calls_goes_on_from_the_cache(deepseek, prompt):
 
 
 @pytest.mark.parametrize("keep_tokens", [0.6, "dynamic"])
-def test_a_batch_of_different_pages_is_one_by_one(deepseek, ocr_models, keep_tokens):
+def test_a_batch_of_different_pages_is_one_by_one(deepseek, keep_tokens):
     texts = ["a", "all of it", "bc", "read", "d", "ef", "read all", "ghi"]
-    pages = [ocr_models.page(100, 90 + 20 * i, i, 0.1 + 0.12 * i) for i in range(8)]
+    pages = [ocr.page(100, 90 + 20 * i, i, 0.1 + 0.12 * i) for i in range(8)]
     with RTPrune(keep_tokens=keep_tokens).attach(deepseek) as handle:
-        together = deepseek(**ocr_models.deepseek_prompt(pages, texts)).logits[:, -1]
+        together = deepseek(**ocr.deepseek_prompt(pages, texts)).logits[:, -1]
         batch, handle.pages = handle.pages, []
         for row, (page, text) in enumerate(zip(pages, texts, strict=True)):
-            alone = deepseek(**ocr_models.deepseek_prompt([page], [text])).logits[0, -1]
+            alone = deepseek(**ocr.deepseek_prompt([page], [text])).logits[0, -1]
             torch.testing.assert_close(together[row], alone, atol=1e-4, rtol=1e-4)
             assert torch.equal(batch[row].kept_indices, handle.pages[row].kept_indices)
     fractions = {page.keep_fraction for page in batch}
@@ -381,11 +380,11 @@ def test_the_knobs_do_what_they_say(deepseek, prompt):
     assert torch.equal(others[-1], _last(deepseek, prompt, select="random", seed=1, merge=0.3))
 
 
-def test_random_tokens_are_the_page_s_whatever_its_batch(deepseek, ocr_models):
-    pages = [ocr_models.page(100, 100, seed) for seed in range(3)]
+def test_random_tokens_are_the_page_s_whatever_its_batch(deepseek):
+    pages = [ocr.page(100, 100, seed) for seed in range(3)]
     with RTPrune(keep_tokens=0.5, select="random").attach(deepseek) as handle:
-        deepseek(**ocr_models.deepseek_prompt(pages, ["a"] * 3))
-        deepseek(**ocr_models.deepseek_prompt(pages[::-1], ["b"] * 3))
+        deepseek(**ocr.deepseek_prompt(pages, ["a"] * 3))
+        deepseek(**ocr.deepseek_prompt(pages[::-1], ["b"] * 3))
     kept = [page.kept_indices.tolist() for page in handle.pages]
     assert kept[:3] == kept[:2:-1] and kept[0] != kept[1]
 
@@ -451,9 +450,9 @@ def test_where_nothing_is_pruned_nothing_is_touched(deepseek, prompt):
 
 @pytest.mark.parametrize("keep_tokens", [0.5, "dynamic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_close_to_float32(ocr_models, prompt, dtype, keep_tokens):
+def test_half_precision_is_close_to_float32(prompt, dtype, keep_tokens):
     """The same rounded weights and pixels in float32; both keep the same tokens here."""
-    model = ocr_models.deepseek_ocr().to(dtype)
+    model = ocr.deepseek_ocr().to(dtype)
     inputs = {k: v.to(dtype) if k.startswith("pixel") else v for k, v in prompt.items()}
     found, kept = {}, {}
     for precision in (dtype, torch.float32):
@@ -473,9 +472,9 @@ def test_half_precision_is_close_to_float32(ocr_models, prompt, dtype, keep_toke
 
 @pytest.mark.parametrize("first", ["rtprune", "fastocr"])
 @pytest.mark.parametrize("family", ["deepseek_ocr", "unlimited_ocr", "deepseek_ocr2"])
-def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(ocr_models, prompt, family, first):
-    model = getattr(ocr_models, family)()
-    inputs = ocr_models.deepseek2_prompt(["read"]) if family == "deepseek_ocr2" else prompt
+def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(prompt, family, first):
+    model = getattr(ocr, family)()
+    inputs = ocr.deepseek2_prompt(["read"]) if family == "deepseek_ocr2" else prompt
     pruning, looking = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=1.0, focal_layers=[1])
     found = []
     for methods in ([pruning], [pruning, looking] if first == "rtprune" else [looking, pruning]):
@@ -494,7 +493,7 @@ def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(ocr_models, prompt, fam
 
 
 @pytest.mark.parametrize("family", ["deepseek", "second"])
-def test_the_encoder_s_attention_is_what_it_says(request, family, ocr_models):
+def test_the_encoder_s_attention_is_what_it_says(request, family):
     model = request.getfixturevalue(family)
     tower = copy.deepcopy(model.model.vision_tower)
     tower.set_attn_implementation("eager")

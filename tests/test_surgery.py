@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from builders import models
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.groups import dense_widths
 
 
 @pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift", "tied"])
-def test_keeping_everything_is_bit_identical(models, name):
+def test_keeping_everything_is_bit_identical(name):
     unet = models.build(name)
     layout = models.layout(name, dense_widths(unet))
     slim = surgery.perform(unet, layout, torch.ones(layout.units)).eval()
@@ -30,7 +31,7 @@ def test_keeping_everything_is_bit_identical(models, name):
 @pytest.mark.parametrize(
     ("name", "widths"), [("plain", (4, 8)), ("scale_shift", (4, 12)), ("deeper", (4, 12, 16))]
 )
-def test_cut_keeps_exactly_the_slices_of_kept_units(models, name, widths):
+def test_cut_keeps_exactly_the_slices_of_kept_units(name, widths):
     unet, layout = models.build(name), models.layout(name, widths)
     mask = models.binary_mask(layout)
     # every element gets its own number; those of removed units are struck out slice by slice
@@ -52,7 +53,7 @@ def test_cut_keeps_exactly_the_slices_of_kept_units(models, name, widths):
             assert torch.equal(number.flatten(), struck[key][struck[key] >= 0]), key
 
 
-def test_moments_are_cut_as_weights(models):
+def test_moments_are_cut_as_weights():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     mask = models.binary_mask(layout)
     optimizer = torch.optim.AdamW(unet.parameters())
@@ -69,7 +70,7 @@ def test_moments_are_cut_as_weights(models):
             assert torch.allclose(moment, expected, rtol=1e-4, atol=0)
 
 
-def test_cut_copies(models):
+def test_cut_copies():
     unet = models.build("plain")
     layout = models.layout("plain", dense_widths(unet))
     weights = dict(unet.named_parameters())
@@ -77,7 +78,7 @@ def test_cut_copies(models):
         assert tensor.data_ptr() != weights[name].data_ptr()
 
 
-def test_one_heads_softmax_scale_is_folded_into_the_query(models):
+def test_one_heads_softmax_scale_is_folded_into_the_query():
     unet, layout = models.build("one_head"), models.layout("one_head", (4, 8))
     mask = models.binary_mask(layout)
     slim = dict(surgery.perform(unet, layout, mask).named_parameters())
@@ -91,7 +92,7 @@ def test_one_heads_softmax_scale_is_folded_into_the_query(models):
     assert queries == 2 * len(layout.queries) > 0
 
 
-def test_a_fractional_mask_is_refused(models):
+def test_a_fractional_mask_is_refused():
     layout = models.layout("plain", (4, 8))
     mask = models.binary_mask(layout)
     mask[3] = 0.5
@@ -100,7 +101,7 @@ def test_a_fractional_mask_is_refused(models):
         surgery.perform(models.build("plain"), layout, mask)
 
 
-def test_a_missed_quota_is_refused(models):
+def test_a_missed_quota_is_refused():
     layout = models.layout("plain", (4, 8))
     mask = models.binary_mask(layout)
     mask[(mask == 0).nonzero()[0]] = 1
@@ -114,7 +115,7 @@ def test_a_missed_quota_is_refused(models):
 
 
 @pytest.mark.parametrize(("name", "widths"), [("plain", (4, 8)), ("one_head", (4, 12))])
-def test_save_and_load_give_the_same_output(models, name, widths, tmp_path):
+def test_save_and_load_give_the_same_output(name, widths, tmp_path):
     unet, layout = models.build(name), models.layout(name, widths)
     slim = surgery.perform(unet, layout, models.binary_mask(layout)).eval()
     slim.save_pretrained(tmp_path)
@@ -125,7 +126,7 @@ def test_save_and_load_give_the_same_output(models, name, widths, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift", "not_square"])
-def test_slim_config_has_plain_keys_only(models, name):
+def test_slim_config_has_plain_keys_only(name):
     unet, layout = models.build(name), models.layout(name, (4, 8))
     config = surgery.slim_config(unet, layout)
     assert set(config) <= set(inspect.signature(UNet2DModel.__init__).parameters)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from diffusers import UNet2DModel
 
+from builders import models
 from compress.common.cost import unet_cost
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.groups import dense_widths
@@ -25,7 +26,7 @@ NAMES = [
 ]
 
 
-def random_widths(models, unet, count: int) -> list[tuple[int, ...]]:
+def random_widths(unet, count: int) -> list[tuple[int, ...]]:
     """Random legal widths with which diffusers builds the dense model's layers."""
     random, legal = np.random.default_rng(0), legal_widths(unet)
     found: list[tuple[int, ...]] = []
@@ -39,10 +40,10 @@ def random_widths(models, unet, count: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mac_model_equals_the_cost_of_the_slim_unet(models, name):
+def test_mac_model_equals_the_cost_of_the_slim_unet(name):
     unet, groups = models.build(name), models.groups(name)
     macs = MacModel(unet, groups)
-    candidates = random_widths(models, unet, 6)
+    candidates = random_widths(unet, 6)
     assert len(set(candidates)) >= 2
     for widths in candidates:
         layout = build_layout(unet, groups, widths)
@@ -53,7 +54,7 @@ def test_mac_model_equals_the_cost_of_the_slim_unet(models, name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "middle_norm"])
-def test_legal_widths_hold_whole_norm_groups_heads_and_frequencies(models, name):
+def test_legal_widths_hold_whole_norm_groups_heads_and_frequencies(name):
     unet = models.build(name)
     config, legal = unet.config, legal_widths(unet)
     for level, (options, dense) in enumerate(zip(legal, dense_widths(unet), strict=True)):
@@ -68,13 +69,13 @@ def test_legal_widths_hold_whole_norm_groups_heads_and_frequencies(models, name)
     UNet2DModel.from_config(smallest)
 
 
-def test_the_middle_blocks_own_norm_limits_the_last_level(models):
+def test_the_middle_blocks_own_norm_limits_the_last_level():
     unet = models.build("plain", block_out_channels=(16, 32), attn_norm_num_groups=16)
     assert legal_widths(unet)[-1] == [16, 32]
 
 
 @pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift", "deeper", "tied", "built_in"])
-def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
+def test_chosen_widths_keep_what_was_asked_and_can_be_built(name):
     unet = models.build(name)
     groups, total = models.groups(name), unet_cost(unet).macs
     # the coarse grid of a tiny model may hit none of the round shares: half widths are on it
@@ -95,7 +96,7 @@ def test_chosen_widths_keep_what_was_asked_and_can_be_built(models, name):
     assert reached >= (5 if name == "built_in" else 1)
 
 
-def test_no_more_even_widths_were_passed_over(models):
+def test_no_more_even_widths_were_passed_over():
     unet = models.build("built_in")
     groups, dense = models.groups("built_in"), np.array(dense_widths(unet))
     chosen = np.array(choose_widths(unet, groups, 0.5)) / dense
@@ -114,19 +115,19 @@ def test_no_more_even_widths_were_passed_over(models):
     assert chosen.max() / chosen.min() == pytest.approx(best)
 
 
-def test_keep_everything_keeps_the_dense_widths(models):
+def test_keep_everything_keeps_the_dense_widths():
     for name in ("plain", "built_in"):
         unet = models.build(name)
         assert choose_widths(unet, models.groups(name), 1.0) == dense_widths(unet)
 
 
-def test_below_what_group_norm_allows_is_an_error(models):
+def test_below_what_group_norm_allows_is_an_error():
     unet = models.build("plain")
     with pytest.raises(ValueError, match=r"at least 0\.\d+ .*GroupNorm has 4 groups.*0\.01"):
         choose_widths(unet, models.groups("plain"), 0.01)
 
 
-def test_off_the_grid_is_an_error_that_names_the_nearest(models):
+def test_off_the_grid_is_an_error_that_names_the_nearest():
     unet = models.build("plain")
     groups = models.groups("plain")
     total, macs = unet_cost(unet).macs, MacModel(unet, groups)

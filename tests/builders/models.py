@@ -1,4 +1,4 @@
-"""Tiny real UNets and what the gradflow tests do with them; read through the fixture `models`."""
+"""Tiny real UNets and what the gradflow tests do with them."""
 
 from collections.abc import Iterator
 from functools import cache

@@ -1,4 +1,4 @@
-"""Tiny real pipelines of every family; read through the fixture `pipelines`."""
+"""Tiny real pipelines of every family."""
 
 import json
 import string
