@@ -26,6 +26,7 @@ from compress.data.sources import Images
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
+from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
 from compress.eval.values import Value, share_interval
 from compress.models.digits_features import load_digits_features
@@ -33,31 +34,6 @@ from compress.parallel import distributed
 
 JUDGE = "digits-judge"
 JUDGE_CONFIDENCE = 0.9
-
-# name -> (which direction is better, unit), in the order of the report's table
-METRICS = {
-    "params": ("lower", "parameters"),
-    "macs": ("lower", "MACs per forward"),
-    "validation_loss": ("lower", "MSE of the prediction"),
-    "fid": ("lower", "distance"),
-    "fid_digits": ("lower", "distance"),
-    "kid": ("lower", "squared MMD"),
-    "kid_digits": ("lower", "squared MMD"),
-    "is": ("higher", "score"),
-    "is_digits": ("higher", "score"),
-    "precision": ("higher", "share"),
-    "precision_digits": ("higher", "share"),
-    "recall": ("higher", "share"),
-    "recall_digits": ("higher", "share"),
-    "ssim_to_dense": ("higher", "SSIM"),
-    "mse_to_dense": ("lower", "squared grey level"),
-    "looks_like_digits": ("higher", "share"),
-    "class_share_min": ("higher", "share"),
-    "class_share_max": ("lower", "share"),
-    "latency_ms": ("lower", "ms per denoising step"),
-    "images_per_second": ("higher", "images/s"),
-    "peak_memory_mb": ("lower", "MB"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,16 +263,18 @@ def evaluate(
 
     Returns
     -------
-    dict : metric name -> `Value`, in the order of `METRICS`.
+    dict : metric name -> `Value`, in the order of `DIFFUSION`.
 
     Raises
     ------
     ValueError : for what the samplers and the extractors refuse, unpaired samples, or extra metrics
-        whose name is not in `METRICS`.
+        whose name is not in `DIFFUSION`.
     """
-    unknown = sorted(set(extra or {}) - set(METRICS))
+    unknown = sorted(set(extra or {}) - set(DIFFUSION))
     if unknown:
-        raise ValueError(f"extra metrics must be among {list(METRICS)}; got {unknown}; rename them")
+        raise ValueError(
+            f"extra metrics must be among {list(DIFFUSION)}; got {unknown}; rename them"
+        )
     if samples is None:
         samples = draw(pipeline, settings, device)
     for name, given in (("samples", samples), ("dense", dense)):
@@ -314,7 +292,7 @@ def evaluate(
     found |= distances(samples, reference, settings, extractor, weights, device)
     found |= distributed.from_main(lambda: _looks(samples, dense, extractor, settings))
     found |= extra or {}
-    return {name: found[name] for name in METRICS if name in found}
+    return {name: found[name] for name in DIFFUSION if name in found}
 
 
 def _looks(
@@ -473,7 +451,7 @@ def side_by_side(
     ``ratio`` is compressed / dense, null where the dense value is not positive.
     """
     table = {}
-    for name, (better, unit) in METRICS.items():
+    for name, metric in DIFFUSION.items():
         if name not in dense or name not in compressed:
             continue
         before, after = dense[name], compressed[name]
@@ -481,8 +459,8 @@ def side_by_side(
             "dense": _cell(before),
             "compressed": _cell(after),
             "ratio": after.value / before.value if before.value > 0 else None,
-            "better": better,
-            "unit": unit,
+            "better": metric.better,
+            "unit": metric.unit,
             "how": after.how,
         }
     return table

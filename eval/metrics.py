@@ -1,9 +1,14 @@
 """Every metric that is reported: its label, direction, unit, and how tables write it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 Better = Literal["lower", "higher", ""]
+
+# ends the name of a metric over the pages in a font that no training page has
+UNSEEN_FONT = "_unseen_font"
 
 
 @dataclass(frozen=True)
@@ -16,9 +21,150 @@ class Metric:
     better : the direction in which it is better; empty for a plain count.
     unit : of its values, "share" for fractions that are shown in per cent; empty for none.
     how : how it is measured, where every run measures it in the same way.
+    heading : of its column in a generated table; the label when empty.
+    form : format of its values in a generated table.
+    scale : factor of its values in a generated table, which the heading names.
     """
 
     label: str
     better: Better = ""
     unit: str = ""
     how: str = ""
+    heading: str = ""
+    form: str = ".4g"
+    scale: float = 1.0
+
+    @property
+    def arrow(self) -> str:
+        """The direction in which it is better as an arrow."""
+        return arrow(self.better)
+
+    def column(self) -> str:
+        """Heading of its column in a generated table."""
+        return self.heading or self.label
+
+    def cell(self, value: float) -> str:
+        """A value as a generated table writes it."""
+        return f"{value * self.scale:{self.form}}"
+
+
+DIFFUSION = {
+    "params": Metric("Parameters", "lower", "parameters"),
+    "macs": Metric("MACs", "lower", "MACs per forward"),
+    "validation_loss": Metric(
+        "Validation loss", "lower", "MSE of the prediction", heading="validation loss", form=".5f"
+    ),
+    "fid": Metric("FID", "lower", "distance"),
+    "fid_digits": Metric(
+        "FID (digits features)", "lower", "distance", heading="fid_digits", form=".2f"
+    ),
+    "kid": Metric("KID", "lower", "squared MMD"),
+    "kid_digits": Metric(
+        "KID (digits features)",
+        "lower",
+        "squared MMD",
+        heading="kid_digits ×10³",
+        form=".2f",
+        scale=1e3,
+    ),
+    "is": Metric("Inception score", "higher", "score"),
+    "is_digits": Metric("IS (digits logits)", "higher", "score"),
+    "precision": Metric("Precision", "higher", "share"),
+    "precision_digits": Metric("Precision (digits features)", "higher", "share"),
+    "recall": Metric("Recall", "higher", "share"),
+    "recall_digits": Metric("Recall (digits features)", "higher", "share"),
+    "ssim_to_dense": Metric("SSIM to dense", "higher", "SSIM", form=".4f"),
+    "mse_to_dense": Metric("MSE to dense", "lower", "squared grey level"),
+    "looks_like_digits": Metric("Looks like digits", "higher", "share"),
+    "class_share_min": Metric("Rarest class", "higher", "share"),
+    "class_share_max": Metric("Most frequent class", "lower", "share"),
+    "latency_ms": Metric("Latency per step (ms)", "lower", "ms per denoising step"),
+    "images_per_second": Metric("Images per second", "higher", "images/s"),
+    "peak_memory_mb": Metric("Peak memory (MB)", "lower", "MB"),
+}
+OCR = {
+    "ned": Metric("Normalised edit distance", "lower", heading="NED", form=".2%"),
+    "ned_corpus": Metric("Normalised edit distance, corpus", "lower"),
+    "cer": Metric("CER", "lower"),
+    "cer_corpus": Metric("CER, corpus", "lower", heading="CER", form=".2%"),
+    "wer": Metric("WER", "lower"),
+    "wer_corpus": Metric("WER, corpus", "lower"),
+    "bleu": Metric("BLEU", "higher"),
+    "bleu_corpus": Metric("BLEU, corpus", "higher", heading="BLEU", form=".2%"),
+    "meteor_exact_stem": Metric("METEOR (exact, stem)", "higher"),
+    "token_precision": Metric("Token precision", "higher"),
+    "token_recall": Metric("Token recall", "higher"),
+    "token_f1": Metric("Token F1", "higher", heading="F1", form=".2%"),
+    "token_multiset_f1": Metric("Token F1, multisets", "higher"),
+    "text_edit": Metric("Text edit distance", "lower"),
+    "text_edit_whole": Metric("Text edit distance, whole", "lower"),
+    "formula_edit": Metric("Formula edit distance", "lower"),
+    "reading_order_edit": Metric("Reading order edit distance", "lower"),
+    "teds": Metric("TEDS", "higher"),
+    "teds_structure": Metric("TEDS, structure only", "higher"),
+    "overall": Metric("Overall", "higher"),
+    "overall_proxy": Metric("Overall, without CDM", "higher"),
+    "score": Metric("Score", "higher"),
+    "score_without_math": Metric("Score, without math", "higher"),
+    "accuracy_retention": Metric("Accuracy retention", "higher"),
+    "worst_page_ned": Metric(
+        "Worst page, edit distance", "lower", heading="worst page (NED)", form=".2%"
+    ),
+    "worst_page_delta": Metric("Worst page, rise over dense", "lower"),
+    "loop_rate": Metric("Pages that end in a loop", "lower", heading="loops", form=".2%"),
+    "empty_page_rate": Metric("Empty pages", "lower"),
+    "ocean_edit_distance": Metric("Ocean-OCR edit distance", "lower"),
+    "ocean_bleu": Metric("Ocean-OCR BLEU", "higher"),
+    "ocean_meteor_exact_stem": Metric("Ocean-OCR METEOR (exact, stem)", "higher"),
+    "ocean_precision": Metric("Ocean-OCR precision", "higher"),
+    "ocean_recall": Metric("Ocean-OCR recall", "higher"),
+    "ocean_f1": Metric("Ocean-OCR F1", "higher"),
+    "visual_tokens": Metric("Visual tokens"),
+    "new_tokens": Metric("New tokens"),
+    "ended_rate": Metric("Pages ended by the model", "higher"),
+}
+# what a compressed model costs beside the dense one, and its making; of generated tables alone
+COSTS = {
+    "macs_share": Metric("MACs, of dense", "lower", form=".4f"),
+    "params_share": Metric("parameters, of dense", "lower", form=".4f"),
+    "latency_share": Metric("latency, of dense", "lower", form=".3f"),
+    "prune_cpu_seconds": Metric("time to prune (CPU s)", "lower", form=".1f"),
+    "criterion_share": Metric("of it, criterion", "lower", form=".3f"),
+}
+METRICS = DIFFUSION | OCR | COSTS
+
+
+def metric(name: str, others: Mapping[str, Metric] = MappingProxyType({})) -> Metric:
+    """What is known of a metric by its name in metrics.json.
+
+    Parameters
+    ----------
+    name : of an unknown one the label is the name with spaces.
+    others : further metrics, such as those of the methods.
+    """
+    stem, unseen, _ = name.partition(UNSEEN_FONT)
+    known = METRICS.get(stem) or others.get(stem)
+    if known is None:
+        # a benchmark has a rate for each of its files
+        known = Metric(stem.replace("_", " "), "higher" if stem.startswith("pass_rate_") else "")
+    if not unseen:
+        return known
+    label, heading = (f"{text}, unseen font" for text in (known.label, known.column()))
+    return replace(known, label=label, heading=heading)
+
+
+def arrow(better: str) -> str:
+    """The direction in which a metric is better, "lower" or "higher", as an arrow."""
+    return {"lower": "↓", "higher": "↑"}.get(better, "")
+
+
+def number_text(value: float | None, unit: str = "") -> str:
+    """Four significant digits; counts with their thousands as k, M, G; shares in per cent."""
+    if value is None:
+        return "?"
+    if unit == "share":
+        return f"{value:.1%}"
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g} {letter}"
+    return f"{value:.4g}"

@@ -11,36 +11,13 @@ from PIL import Image
 
 from compress.data.ocr_pages import OcrData, OcrPage, page_name
 from compress.data.olmocr_bench import Bench
+from compress.eval.metrics import UNSEEN_FONT
 from compress.eval.olmocr_bench import score_olmocr_bench
 from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import Accuracy
 from compress.eval.text_metrics import TextScores, ocean_scores, text_scores
 from compress.eval.values import Value, page_mean, resampled_sums, share
 
-UNSEEN = "_unseen_font"
-HIGHER = {
-    "bleu",
-    "bleu_corpus",
-    "meteor_exact_stem",
-    "token_precision",
-    "token_recall",
-    "token_f1",
-    "token_multiset_f1",
-    "teds",
-    "teds_structure",
-    "overall",
-    "overall_proxy",
-    "score",
-    "score_without_math",
-    "ended_rate",
-    "accuracy_retention",
-    "ocean_bleu",
-    "ocean_meteor_exact_stem",
-    "ocean_precision",
-    "ocean_recall",
-    "ocean_f1",
-}
-COUNTS = {"visual_tokens", "new_tokens"}
 # order in which Ocean-OCR's metrics get prediction and label -> what `Value.how` says of it
 OCEAN_ORDERS = {
     "correct": "the model's text as prediction",
@@ -201,7 +178,7 @@ def score(
     else:
         for suffix, pages in (
             ("", [page for page in data.pages if not page.unseen_font]),
-            (UNSEEN, [page for page in data.pages if page.unseen_font]),
+            (UNSEEN_FONT, [page for page in data.pages if page.unseen_font]),
         ):
             if not pages:
                 continue
@@ -237,14 +214,6 @@ def check_accuracy(data: OcrData) -> None:
             f"accuracy is measured on pages with texts; those of all {len(blank)} pages of "
             f"{data.source} are empty; add pages with texts"
         )
-
-
-def better(metric: str) -> str:
-    """Which way a metric of this suite is better; "" for counts of tokens."""
-    if metric in COUNTS:
-        return ""
-    name = metric.removesuffix(UNSEEN)
-    return "higher" if name in HIGHER or name.startswith("pass_rate_") else "lower"
 
 
 def _text_accuracy(scores: TextScores, seed: int) -> Accuracy | None:

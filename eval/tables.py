@@ -8,24 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.common.files import write_text
+from compress.eval.metrics import METRICS
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
 
-# column -> (heading, decimals, which direction is better)
-COLUMNS = {
-    "fid_digits": ("fid_digits ↓", 2, "lower"),
-    "kid_digits": ("kid_digits ×10³ ↓", 2, "lower"),
-    "ssim_to_dense": ("SSIM to dense ↑", 4, "higher"),
-    "validation_loss": ("validation loss ↓", 5, "lower"),
-    "macs_share": ("MACs, of dense ↓", 4, "lower"),
-    "params_share": ("parameters, of dense ↓", 4, "lower"),
-    "latency_share": ("latency, of dense ↓", 3, "lower"),
-    "prune_cpu_seconds": ("time to prune (CPU s) ↓", 1, "lower"),
-    "criterion_share": ("of it, criterion ↓", 3, "lower"),
-}
 QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")
-SCALE = {"kid_digits": 1e3}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -77,11 +65,12 @@ def render(
     rows : with ``labels`` (a mapping) and ``values``.
     labels : label name -> its values, in the order of the table.
     by : label names whose values open a new comparison: the best is bold within each.
-    columns : names in :data:`COLUMNS`.
+    columns : names in :data:`compress.eval.metrics.METRICS`.
     """
     names = list(labels)
+    headings = [f"{METRICS[c].column()} {METRICS[c].arrow}" for c in columns]
     lines = [
-        "| " + " | ".join([*names, "seeds", *(COLUMNS[c][0] for c in columns)]) + " |",
+        "| " + " | ".join([*names, "seeds", *headings]) + " |",
         "|" + "---|" * (len(names) + 1 + len(columns)),
     ]
     found: dict[tuple[str, ...], list[Row]] = {}
@@ -94,9 +83,7 @@ def render(
 
     keys = sorted((k for k in found if _known(k, labels)), key=position)
     means = {
-        key: {
-            c: mean_and_std([r["values"][c] * SCALE.get(c, 1) for r in found[key]]) for c in columns
-        }
+        key: {c: mean_and_std([r["values"][c] for r in found[key]]) for c in columns}
         for key in keys
     }
     for key in keys:
@@ -105,11 +92,11 @@ def render(
         ]
         cells = []
         for column in columns:
-            decimals, better = COLUMNS[column][1:]
-            choose = min if better == "lower" else max
+            metric = METRICS[column]
+            choose = min if metric.better == "lower" else max
             best = choose(means[other][column][0] for other in rivals)
             mean, std = means[key][column]
-            text = f"{mean:.{decimals}f}" + ("" if math.isnan(std) else f" ± {std:.{decimals}f}")
+            text = metric.cell(mean) + ("" if math.isnan(std) else f" ± {metric.cell(std)}")
             cells.append(f"**{text}**" if mean == best and len(rivals) > 1 else text)
         lines.append("| " + " | ".join([*key, str(len(found[key])), *cells]) + " |")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from compress.eval import diffusion, latency
 from compress.eval.consistency import mse_to, ssim_to
 from compress.eval.diffusion import Samples, SamplingSettings, Value
 from compress.eval.fidelity import fidelity
+from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
 
 SETTINGS = SamplingSettings(samples=8, steps=2, sampling_seeds=2, batch=5)
@@ -195,7 +196,7 @@ def test_summary_of_times():
 def test_suite_measures_everything_with_n_and_provenance(found, slim):
     assert list(found) == [
         name
-        for name in diffusion.METRICS
+        for name in DIFFUSION
         if name.endswith(("_digits", "_dense"))
         or name in {"params", "macs", "validation_loss", "class_share_min", "class_share_max"}
     ]

@@ -17,9 +17,9 @@ from compress.data.fonts import UNSEEN_FONT
 from compress.data.ocr_pages import OcrData, OcrPage, load_pages, pdf_page
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import DOCUMENT, LINE, PAGE, page
+from compress.eval.metrics import metric
 from compress.eval.ocr import (
     Prediction,
-    better,
     check_accuracy,
     predict,
     read_predictions,
@@ -163,8 +163,9 @@ def test_the_truth_scores_nothing_wrong():
         assert found[name].value == 0
     for name in ("bleu", "token_f1", "ended_rate"):
         assert found[name].value == pytest.approx(1)
-    assert {better(n) for n in found} == {"lower", "higher", ""}
-    assert better("bleu_unseen_font") == "higher" and better("cer_unseen_font") == "lower"
+    assert {metric(n).better for n in found} == {"lower", "higher", ""}
+    for name, better in (("bleu", "higher"), ("cer", "lower")):
+        assert metric(f"{name}_unseen_font").better == better
 
 
 def test_the_unseen_font_has_metrics_of_its_own():
@@ -303,7 +304,7 @@ def test_the_page_that_lost_most_is_named():
     assert found.how.startswith("page 1, edit distance 0 dense, 0.3 compressed")
     assert worst_page_delta(one["_unseen_font"], other["_unseen_font"]).value == 1
     assert worst_page_delta(other[""], other[""]).value == 0
-    assert better("worst_page_delta") == "lower"
+    assert metric("worst_page_delta").better == "lower"
 
 
 def test_oceans_metrics_are_page_means_in_the_order_asked_for():
@@ -318,7 +319,8 @@ def test_oceans_metrics_are_page_means_in_the_order_asked_for():
             assert value.value == pytest.approx(sum(getattr(p, name) for p in pages) / 2)
             assert f"{order} order" in value.how and value.n == 2
     assert found["ocean_precision"].value < found["ocean_recall"].value  # published: they trade
-    assert better("ocean_f1") == "higher" and better("ocean_edit_distance") == "lower"
+    assert metric("ocean_f1").better == "higher"
+    assert metric("ocean_edit_distance").better == "lower"
     with pytest.raises(ValueError, match="correct, published; got 'theirs'"):
         score(data, read, ocean_order="theirs")
 

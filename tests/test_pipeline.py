@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.checkpoints.slim import load, verify
 from compress.data.sources import TensorImages, load_images
-from compress.eval.diffusion import METRICS
+from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun, validation_loss
@@ -306,7 +306,7 @@ def test_metrics_follow_the_schema(finished):
     ]
     assert set(metrics["floor"]) == {"fid_digits", "kid_digits"}
     inception = {"fid", "kid", "is", "precision", "recall"}
-    assert set(metrics["metrics"]) == set(METRICS) - inception
+    assert set(metrics["metrics"]) == set(DIFFUSION) - inception
     for name, entry in metrics["metrics"].items():
         assert set(entry) == {"dense", "compressed", "ratio", "better", "unit", "how"}
         assert entry["better"] in ("lower", "higher") and entry["how"] and entry["unit"]

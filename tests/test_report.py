@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from compress.eval.metrics import METRICS
 from compress.reports import diffusion as report
 from compress.reports import figures
 from compress.reports import run_folder as results
@@ -189,7 +190,7 @@ def test_page_needs_nothing_from_outside(page):
 
 def test_page_names_every_metric_with_its_numbers(page):
     for name in UNITS:
-        assert results.NAMES[name] in page.text
+        assert METRICS[name].label in page.text
     for wanted in ("13.72", "[12.82, 14.62]", "1.088 M", "87.1%", "1,536", "0.823×", "floor 4.48"):
         assert wanted in page.text
     assert "Keeps 49.5% of the dense model’s MACs (asked: 50%)" in page.text
@@ -314,7 +315,7 @@ def test_comparison_has_a_row_per_metric_and_a_column_per_run(tmp_path):
     comparison = compare(folders)
     assert comparison.names == ("dense", "a", "b")
     rows = {row["metric"]: row for row in comparison.rows}
-    assert list(rows) == [name for name in results.NAMES if name in UNITS]
+    assert list(rows) == [name for name in METRICS if name in UNITS]
     assert rows["fid_digits"]["best"] == "a" and rows["precision_digits"]["best"] == "b"
     assert rows["macs"]["best"] is None  # equal
     assert rows["fid_digits"]["runs"]["b"]["value"] == pytest.approx(13.72 * 1.1)

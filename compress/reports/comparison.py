@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.common.files import write_bytes
+from compress.eval.metrics import METRICS, arrow, number_text
 from compress.reports.figures import COMPRESSED, DENSE, GREY, STYLE, to_png
-from compress.reports.run_folder import NAMES, arrow, metric_name, number_text, read_metrics
+from compress.reports.run_folder import metric_of, read_metrics
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Comparison:
         for row in self.rows:
             mark = arrow(row["better"])
             cells = [self._text_cell(row, name) for name in self.names]
-            table.add_row(f"{metric_name(row['metric'])} {mark}", *map(Text, cells))
+            table.add_row(f"{metric_of(row['metric']).label} {mark}", *map(Text, cells))
         console = Console(file=io.StringIO(), width=width, color_system=None)
         with console.capture() as captured:
             console.print(table)
@@ -89,7 +90,7 @@ class Comparison:
                 axes.plot(side["value"], place, "o", color=colour)
             axes.set_yticks(range(len(self.names)), self.names)
             axes.set_ylim(len(self.names) - 0.5, -0.5)
-            axes.set_title(f"{metric_name(row['metric'])} {arrow(row['better'])}", fontsize=11)
+            axes.set_title(f"{metric_of(row['metric']).label} {arrow(row['better'])}", fontsize=11)
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.xaxis.set_major_formatter(lambda value, _: number_text(value))
         for axes in list(panels):
@@ -124,7 +125,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     runs = {name: read_metrics(path)["metrics"] for name, path in zip(names, paths, strict=True)}
     metrics = {metric: entry for run in runs.values() for metric, entry in run.items()}
     # the order of the suite, whichever run a metric comes from
-    order = sorted(metrics, key=lambda m: list(NAMES).index(m) if m in NAMES else len(NAMES))
+    order = sorted(metrics, key=lambda m: list(METRICS).index(m) if m in METRICS else len(METRICS))
     rows = [_row(metric, metrics[metric], runs) for metric in order]
     columns = ["dense"] if any("dense" in row["runs"] for row in rows) else []
     return Comparison((*columns, *names), rows)

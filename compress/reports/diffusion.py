@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from compress.common.files import write_bytes, write_text
+from compress.eval.metrics import number_text
 from compress.reports.figures import draw_figures
 from compress.reports.html import document, escape, facts_table, picture, side_by_side_table
-from compress.reports.run_folder import Run, metric_name, number_text, read_run
+from compress.reports.run_folder import Run, metric_of, read_run
 
 CRITERION_SHARE_AIM = 0.15
 
@@ -98,7 +99,7 @@ def _headline_section(run: Run, method: Mapping[str, Any]) -> str:
         )
         note = "" if name == "ssim_to_dense" else f"<span>dense: {before}</span>"
         cards.append(
-            f'<div class="card"><h3>{escape(metric_name(name))}</h3><p>{after}</p>{note}</div>'
+            f'<div class="card"><h3>{escape(metric_of(name).label)}</h3><p>{after}</p>{note}</div>'
         )
     return (
         f'<section class="headline"><p class="lead">{said}</p>'

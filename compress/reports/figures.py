@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from compress.reports.run_folder import Run, number_text
+from compress.eval.metrics import number_text
+from compress.reports.run_folder import Run
 
 GRID = 8
 

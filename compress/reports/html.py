@@ -5,7 +5,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from compress.reports.run_folder import arrow, metric_name, number_text
+from compress.eval.metrics import arrow, number_text
+from compress.reports.run_folder import metric_of
 
 
 def document(name: str, line: str, body: list[str]) -> str:
@@ -73,7 +74,7 @@ def side_by_side_table(metrics: Mapping[str, Any], floor: Mapping[str, float]) -
         if name in floor:
             under = f'<small class="floor">floor {number_text(floor[name], unit)}</small>'
         cells = [
-            f'<th scope="row">{escape(metric_name(name))} <span class="better" '
+            f'<th scope="row">{escape(metric_of(name).label)} <span class="better" '
             f'title="{escape(entry.get("better", ""))} is better">{mark}</span>'
             f"<small>{escape(unit)}</small></th>"
         ]

@@ -10,10 +10,11 @@ from PIL import Image
 
 from compress.common.files import write_text
 from compress.data.ocr_pages import OcrData, OcrPage
+from compress.eval.metrics import arrow
 from compress.eval.ocr import Prediction
 from compress.eval.text_metrics import edit_distance, normalise
 from compress.reports.html import document, escape, facts_table, picture, value_cell
-from compress.reports.run_folder import arrow, metric_name
+from compress.reports.run_folder import metric_of
 
 SHOWN_LONGEST = 900  # pixels: larger images are scaled down in the report
 OCR_CSS = """<style>
@@ -56,7 +57,7 @@ def write_ocr_report(
 
 def _table(metrics: Mapping[str, Any]) -> str:
     rows = [
-        f'<tr><th scope="row">{escape(metric_name(name))} '
+        f'<tr><th scope="row">{escape(metric_of(name).label)} '
         f'<span class="better">{arrow(entry["better"])}</span></th>'
         f'<td data-label="value">{value_cell(entry, "")}</td>'
         f'<td data-label="n">{entry["n"]:,}</td>'

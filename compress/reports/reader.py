@@ -36,7 +36,7 @@ from compress.reports.reader_figures import (
     recall_figure,
 )
 from compress.reports.reader_rows import measure, used_share
-from compress.reports.run_folder import metric_name
+from compress.reports.run_folder import metric_of
 
 FILM_TOKENS = 200
 
@@ -153,7 +153,7 @@ def _comparison(
         "by layer",
         "refreshed steps",
         f"accuracy retention ({accuracy})",
-        metric_name(metric),
+        metric_of(metric).label,
     )
     inside = "".join(f"<th>{escape(head)}</th>" for head in heads)
     return (

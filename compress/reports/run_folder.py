@@ -1,4 +1,4 @@
-"""What a run folder holds: facts, log and samples; how its metrics are named and written."""
+"""What a run folder holds: facts, log and samples."""
 
 import json
 from dataclasses import dataclass
@@ -10,52 +10,15 @@ import yaml
 from safetensors.numpy import load_file
 
 from compress.common.files import read_json
+from compress.eval.metrics import Metric, metric
+from compress.methods.base import RuntimeMethod
+from compress.methods.registry import METHODS
 
-NAMES = {
-    "params": "Parameters",
-    "macs": "MACs",
-    "validation_loss": "Validation loss",
-    "fid": "FID",
-    "fid_digits": "FID (digits features)",
-    "kid": "KID",
-    "kid_digits": "KID (digits features)",
-    "is": "Inception score",
-    "is_digits": "IS (digits logits)",
-    "precision": "Precision",
-    "precision_digits": "Precision (digits features)",
-    "recall": "Recall",
-    "recall_digits": "Recall (digits features)",
-    "ssim_to_dense": "SSIM to dense",
-    "mse_to_dense": "MSE to dense",
-    "looks_like_digits": "Looks like digits",
-    "class_share_min": "Rarest class",
-    "class_share_max": "Most frequent class",
-    "latency_ms": "Latency per step (ms)",
-    "images_per_second": "Images per second",
-    "peak_memory_mb": "Peak memory (MB)",
-    "ned": "Normalised edit distance",
-    "ned_corpus": "Normalised edit distance, corpus",
-    "cer": "CER",
-    "cer_corpus": "CER, corpus",
-    "wer": "WER",
-    "wer_corpus": "WER, corpus",
-    "bleu": "BLEU",
-    "bleu_corpus": "BLEU, corpus",
-    "meteor_exact_stem": "METEOR (exact, stem)",
-    "token_f1": "Token F1",
-    "teds": "TEDS",
-    "teds_structure": "TEDS, structure only",
-    "accuracy_retention": "Accuracy retention",
-    "tokens_kept": "Visual tokens kept",
-    "attended": "Visual tokens attended",
-    "worst_page_ned": "Worst page, edit distance",
-    "worst_page_delta": "Worst page, rise over dense",
-    "ocean_edit_distance": "Ocean-OCR edit distance",
-    "ocean_bleu": "Ocean-OCR BLEU",
-    "ocean_meteor_exact_stem": "Ocean-OCR METEOR (exact, stem)",
-    "ocean_precision": "Ocean-OCR precision",
-    "ocean_recall": "Ocean-OCR recall",
-    "ocean_f1": "Ocean-OCR F1",
+OF_METHODS = {
+    name: known
+    for method in METHODS.values()
+    if issubclass(method, RuntimeMethod)
+    for name, known in method.metrics.items()
 }
 
 
@@ -160,25 +123,6 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def number_text(value: float | None, unit: str = "") -> str:
-    """Four significant digits; counts with their thousands as k, M, G; shares in per cent."""
-    if value is None:
-        return "?"
-    if unit == "share":
-        return f"{value:.1%}"
-    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= least:
-            return f"{value / size:.4g} {letter}"
-    return f"{value:.4g}"
-
-
-def metric_name(metric: str) -> str:
-    """A metric's name for people; its key with spaces when it has none."""
-    name, unseen, _ = metric.partition("_unseen_font")
-    shown = NAMES.get(name, name.replace("_", " "))
-    return f"{shown}, unseen font" if unseen else shown
-
-
-def arrow(better: str) -> str:
-    """The direction in which a metric is better, "lower" or "higher", as an arrow."""
-    return {"lower": "↓", "higher": "↑"}.get(better, "")
+def metric_of(name: str) -> Metric:
+    """What is known of a metric by its name in metrics.json, those of the methods included."""
+    return metric(name, OF_METHODS)

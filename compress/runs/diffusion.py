@@ -28,6 +28,7 @@ from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.digits import digits
 from compress.data.sources import ImageData, Images, load_images
 from compress.eval import diffusion, fidelity
+from compress.eval.metrics import DIFFUSION
 from compress.methods.base import Event
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.groups import dense_widths
@@ -363,11 +364,10 @@ def evaluate_model(
             "model"
         ]
     )
-    names = [n for n in diffusion.METRICS if n in found and not n.endswith("_to_dense")]
     return {
-        name: asdict(found[name])
-        | dict(zip(("better", "unit"), diffusion.METRICS[name], strict=True))
-        for name in names
+        name: asdict(found[name]) | {"better": metric.better, "unit": metric.unit}
+        for name, metric in DIFFUSION.items()
+        if name in found and not name.endswith("_to_dense")
     }
 
 

@@ -18,6 +18,7 @@ from compress.common.output_folder import check_same_settings, check_target, cla
 from compress.data.ocr_pages import RENDERED, OcrData, OcrPage, load_pages
 from compress.data.pages import page
 from compress.eval import ocr
+from compress.eval.metrics import metric
 from compress.eval.retention import retention, worst_page_delta
 from compress.eval.values import Value
 from compress.methods.base import Calibrated, Event, RuntimeMethod
@@ -391,7 +392,7 @@ def _side_by_side(
             "dense": {key: sides[0][name][key] for key in ("value", "ci95", "n")},
             "compressed": {key: value[key] for key in ("value", "ci95", "n")},
             "ratio": value["value"] / before if (before := sides[0][name]["value"]) else None,
-            "better": "" if name in counts else ocr.better(name),
+            "better": metric(name).better,
             "unit": "",
             "how": value["how"],
         }

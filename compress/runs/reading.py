@@ -17,6 +17,7 @@ from compress.common.files import folder_hash, write_json, write_text
 from compress.common.output_folder import check_same_settings, check_target, claim
 from compress.data.ocr_pages import OcrData, load_pages
 from compress.eval import ocr
+from compress.eval.metrics import metric
 from compress.eval.values import Value
 from compress.methods.base import Event, RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
@@ -220,10 +221,9 @@ def _score(
     """The metrics, and what methods counted."""
     read = ocr.read_predictions(output / PREDICTIONS)
     counts = counted(methods, read)
-    scored = ocr.score(data, read, settings.seed, settings.ocean_order).metrics
-    metrics = {n: asdict(value) | {"better": ocr.better(n)} for n, value in scored.items()}
-    for name, value in counted_metrics(methods, counts, len(data.pages)).items():
-        metrics[name] = asdict(value) | {"better": ""}
+    found = ocr.score(data, read, settings.seed, settings.ocean_order).metrics
+    found |= counted_metrics(methods, counts, len(data.pages))
+    metrics = {n: asdict(value) | {"better": metric(n).better} for n, value in found.items()}
     return {"metrics": metrics, "counted": counts}
 
 

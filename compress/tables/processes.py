@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from compress.common.files import read_json
 from compress.eval import tables
+from compress.eval.metrics import METRICS
 from compress.tables.diffusion import beside, commit
 
 NAME = "processes"
@@ -145,7 +146,10 @@ def render_table(results: Path) -> str:
     columns: dict[str, Callable[[tables.Row], str]] = {
         "processes": lambda row: str(row["processes"]),
         "micro-batches of each": lambda row: str(row["gradient_accumulation"]),
-        **{tables.COLUMNS[name][0]: partial(_cell, name) for name in tables.QUALITY},
+        **{
+            f"{METRICS[name].column()} {METRICS[name].arrow}": partial(_cell, name)
+            for name in tables.QUALITY
+        },
         "same kept units": lambda row: "yes" if row["from_one"]["same_kept"] else "NO",
         "soft masks apart, at most": partial(_apart, "from_one", "soft_mask_difference"),
         "slim weights apart": partial(_apart, "from_one", "weight_difference"),
@@ -167,10 +171,9 @@ def _apart(other: str, what: str, row: tables.Row) -> str:
 
 
 def _cell(name: str, row: tables.Row) -> str:
-    _, decimals, _ = tables.COLUMNS[name]
-    scale = tables.SCALE.get(name, 1.0)
-    shown = f"{row['values'][name] * scale:.{decimals}f}"
+    metric = METRICS[name]
+    shown = metric.cell(row["values"][name])
     if row["ci95"][name] is None:
         return shown
-    low, high = (f"{end * scale:.{decimals}f}" for end in row["ci95"][name])
+    low, high = map(metric.cell, row["ci95"][name])
     return f"{shown} [{low}, {high}]"

@@ -11,6 +11,7 @@ from compress.bench.cells import describe
 from compress.bench.suite import bench
 from compress.common.files import folder_hash, read_json, write_text
 from compress.eval import tables
+from compress.eval.metrics import metric
 from compress.methods.registry import benchmarks
 from compress.models.vlm import builtin_readers, model_folder
 from compress.reports.reader_rows import keep_text, series_name, used_share
@@ -43,15 +44,15 @@ NOTES = {
 }
 
 
-COLUMNS = {
-    "cer_corpus": "CER",
-    "ned": "NED",
-    "bleu_corpus": "BLEU",
-    "token_f1": "F1",
-    "worst_page_ned": "worst page (NED)",
-    "loop_rate": "loops",
-    "cer_corpus_unseen_font": "CER, unseen font",
-}
+COLUMNS = (
+    "cer_corpus",
+    "ned",
+    "bleu_corpus",
+    "token_f1",
+    "worst_page_ned",
+    "loop_rate",
+    "cer_corpus_unseen_font",
+)
 NAMES = ("readers", *RECIPES, *BENCHES)
 FILES = {"readers": "readers.jsonl", **{name: f"{name}.jsonl" for name in BENCHES}}
 UNKNOWN = "unknown"  # of rows from before they named the weights
@@ -183,7 +184,7 @@ def _evaluate_missing(path: Path, runs: Path) -> Iterator[str]:
 
 def _render_readers(rows: Sequence[dict[str, Any]], file: str) -> str:
     lines = [
-        f"| reader | {' | '.join(COLUMNS.values())} |",
+        f"| reader | {' | '.join(metric(name).column() for name in COLUMNS)} |",
         f"|{'---|' * (1 + len(COLUMNS))}",
     ]
     for row in rows:
