@@ -25,7 +25,7 @@ WARPS = 8
 
 
 @jit()
-def _row_potentials(scores, v, v_bin, log_token, dustbin):
+def _row_potentials(scores, v, v_bin, log_token, dustbin):  # type: ignore[no-untyped-def]
     z = scores + v[None, :]
     top = tl.maximum(tl.max(z, 1), dustbin + v_bin)
     mass = tl.sum(tl.exp(z - top[:, None]), 1) + tl.exp(dustbin + v_bin - top)
@@ -33,7 +33,7 @@ def _row_potentials(scores, v, v_bin, log_token, dustbin):
 
 
 @jit()
-def _sinkhorn_kernel(
+def _sinkhorn_kernel(  # type: ignore[no-untyped-def]
     scores_ptr,  # (problems, n_rows, n_columns) float32
     rows_ptr,  # (problems,) int32: rows in use
     columns_ptr,  # (problems,) int32

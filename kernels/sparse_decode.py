@@ -52,7 +52,7 @@ LOG2_E = 1.4426950408889634
 
 
 @jit(do_not_specialize=("picked", "start", "read", "split_rows", "logits_row"))
-def _read_kernel(
+def _read_kernel(  # type: ignore[no-untyped-def]
     query_ptr,  # (batch, heads, dim)
     key_ptr,  # (batch, kv_heads, length, dim)
     value_ptr,  # (batch, kv_heads, length, value_dim)
@@ -171,7 +171,7 @@ def _read_kernel(
 
 
 @jit()
-def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):
+def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Those of a head's splits relative to the largest, that one, and the logarithm of all."""
     split = tl.arange(0, BLOCK_SPLITS)
     parts = tl.load(lse_ptr + head * splits + split, mask=split < splits, other=-float("inf"))
@@ -182,7 +182,7 @@ def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):
 
 
 @jit(do_not_specialize=("splits", "read", "logits_row"))
-def _merge_kernel(
+def _merge_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,  # (batch, heads, splits, value_dim) float32
     lse_ptr,  # (batch, heads, splits) float32, in base 2
     output_ptr,  # (batch, heads, value_dim)

@@ -1,6 +1,6 @@
 """Parameters and multiply-accumulates (MACs), functional attention included."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,13 @@ class _AttentionCounter(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[int, int]] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
@@ -65,8 +71,8 @@ def layer_macs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[LayerM
     """
     layers: list[LayerMacs] = []
 
-    def record(name: str):
-        def hook(module: nn.Module, _, output: torch.Tensor) -> None:
+    def record(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(module: nn.Module, _: Any, output: torch.Tensor) -> None:
             if isinstance(module, nn.Conv2d):
                 area = output.shape[0] * output.shape[2] * output.shape[3]
                 kernel = module.kernel_size[0] * module.kernel_size[1]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from compress.data.batches import Examples
@@ -57,8 +58,6 @@ class FileImages(Dataset[torch.Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        from PIL import Image
-
         try:
             with Image.open(self.files[index]) as opened:
                 return to_tensor(opened, self.size, self.channels)
@@ -169,9 +168,8 @@ def stacked(pairs: Iterable[tuple[torch.Tensor, Any]]) -> Examples:
     return Examples(torch.stack(images), None if given[0] is None else list(given))
 
 
-def to_tensor(image, size: int, channels: int) -> torch.Tensor:
+def to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
     """Turn a PIL image into ``(channels, size, size)`` in [-1, 1]: resized, centre-cropped."""
-    from PIL import Image
     from torchvision.transforms import functional as vision
 
     image = image.convert("L" if channels == 1 else "RGB")
@@ -303,8 +301,6 @@ def _is_image(path: Path) -> bool:
         return False
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return True
-    from PIL import Image
-
     try:
         with Image.open(path):
             return True
