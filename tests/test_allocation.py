@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from builders import models
+from builders.events import finish, leave
 from compress.common.cost import unet_cost
 from compress.common.journal import Journal
 from compress.data.sources import ImageData, TensorImages
@@ -313,14 +314,6 @@ def flow(**changes) -> GradFlow:
     return GradFlow(**(knobs | changes))
 
 
-def finish(events):
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
-
-
 @pytest.fixture
 def unet() -> UNet2DModel:
     return models.build("plain", block_out_channels=(16, 32))
@@ -347,7 +340,7 @@ def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
     # continuity holds although the quotas jump
     for before, after in itertools.pairwise([torch.ones_like(masks[0]), *masks]):
         assert (after - before).abs().max() <= 0.25 + 1e-6
-    pruned = finish(events)
+    _, pruned = finish(events)
     free = {f.name: f for f in run.mover.allocator.free}
     for name, width in pruned.inner_widths.items():
         blocks = list(free[name].blocks)
@@ -363,7 +356,7 @@ def test_a_run_makes_the_model_that_was_predicted(unet, kind):
         method = OneShot(keep_macs=KEEP, allocation="global", steps=2, criterion_batches=1)
     run = run_of(unet, method)
     params, macs = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
-    pruned = finish(run.events())
+    _, pruned = finish(run.events())
     assert isinstance(pruned.unet, FreeWidthUNet2DModel)
     assert pruned.inner_widths == dict(pruned.unet.config.inner_widths)
     cost = unet_cost(pruned.unet)
@@ -376,12 +369,9 @@ def test_a_run_makes_the_model_that_was_predicted(unet, kind):
 def test_a_resumed_run_has_the_same_widths_and_weights(unet, tmp_path, stop):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    whole = finish(run_of(unet, flow(), tmp_path / "whole").events())
-    events = run_of(unet, flow(), tmp_path / "parts").events()
-    for _ in range(stop):
-        next(events)
-    events.close()
-    again = finish(run_of(unet, flow(), tmp_path / "parts", resume=True).events())
+    _, whole = finish(run_of(unet, flow(), tmp_path / "whole").events())
+    leave(run_of(unet, flow(), tmp_path / "parts").events(), stop)
+    _, again = finish(run_of(unet, flow(), tmp_path / "parts", resume=True).events())
     assert again.inner_widths == whole.inner_widths
     for (name, one), other in zip(
         again.unet.state_dict().items(), whole.unet.state_dict().values(), strict=True

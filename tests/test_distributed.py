@@ -1,12 +1,9 @@
 """Two processes do what one does: same masks, kept sets, samples and metrics, to rounding.
 
-A driver imports torch once and forks one group of one process and one of two, which talk by gloo.
+The runs are those of tests/programs/processes.py.
 """
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -16,290 +13,28 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from builders import models
+from builders import models, programs
 from compress.common.journal import fingerprint
 from compress.parallel import distributed, sharding
 from compress.parallel.launch import _stopped, adopt_slurm, launched, rank, speaks, wanted
-
-FLOW, RECOVER, STOP = 6, 2, 3
-
-DRIVER = """
-import json
-import os
-import shutil
-import socket
-import sys
-import warnings
-from pathlib import Path
-
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-
-from compress.parallel import distributed
-from compress.data.digits import digits
-from compress.data.sources import ImageData
-from compress.data.sources import TensorImages
-from compress.eval import diffusion
-from compress.methods.gradflow import GradFlow, OneShot
-from compress.methods.training import Training
-from compress.methods.gradflow.train import PruningRun
-from compress.common.journal import Journal
-
-warnings.simplefilter("error")
-torch.set_num_threads(1)
-job = json.loads(Path(sys.argv[1]).read_text())
-root = Path(job["folder"])
-MESSAGES = {}
-FLOAT = torch.Tensor.float
+from programs.processes import STOP
 
 
-def unet(**changes):
-    torch.manual_seed(0)
-    return UNet2DModel(**(job["unet"] | changes))
-
-
-def cut_weights(blocks, precision):
-    # accelerate cuts weights on GPUs only; the same code of its runs on a CPU when told so
-    state = Accelerator(cpu=True, mixed_precision=precision).state
-    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=blocks,
-        # as accelerate's launcher sets them
-        cpu_ram_efficient_loading=True,
-        mixed_precision_policy="bf16",
-    )
-
-
-def numbers(tensors):
-    cut = [t for t in tensors if isinstance(t, DTensor)]
-    return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
-
-
-def prune(name, folder=None, stop=None, resume=False):
-    scenario = job["runs"][name]
-    AcceleratorState._reset_state(False)
-    training = dict(scenario["training"])
-    if distributed.processes() > 1:
-        PartialState().distributed_type = DistributedType.MULTI_CPU
-    if "blocks" in scenario:
-        cut_weights(scenario["blocks"], training.get("mixed_precision", "no"))
-    if "parts" in scenario:
-        # micro-batches of the same size on any number of processes
-        training["gradient_accumulation"] = scenario["parts"] // distributed.processes()
-    double = "double" in scenario
-    torch.set_default_dtype(torch.float64 if double else torch.float32)
-    # what training raises to float32 shall not be lowered to it
-    torch.Tensor.float = torch.Tensor.double if double else FLOAT
-    images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
-    run = PruningRun(
-        unet(**scenario.get("unet", {})),
-        DDPMScheduler(num_train_timesteps=50),
-        ImageData("noise", TensorImages(images[:30]), TensorImages(images[30:])),
-        kind(**scenario["method"]),
-        Training(**training),
-        Journal(folder),
-        device="cpu",
-        resume=resume,
-    )
-    events, pruned = run.events(), None
-    for _ in range(stop or 10**6):
-        try:
-            next(events)
-        except StopIteration as end:
-            pruned = end.value
-            break
-    events.close()
-    return run, pruned
-
-
-def keep(name, run, pruned):
-    if not distributed.is_main():
-        return
-    tensors = dict(pruned.unet.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
-    tensors |= {"kept": run.kept, "quota": run.layout.quota}
-    # cloned, since it is the same tensor where widths are not free
-    tensors["uniform"] = run.mover._layout.quota.clone()
-    save_file(tensors, root / f"{name}.safetensors")
-    units = sum(isinstance(module, FSDPModule) for module in run.model.modules())
-    facts = {"units": units, "log": run.journal.rows}
-    facts["ema"] = numbers(run.ema.values())
-    facts["moments"] = numbers(state["exp_avg"] for state in run.optimizer.state.values())
-    (root / f"{name}.json").write_text(json.dumps(facts))
-
-
-def measure(name):
-    pipeline = DDPMPipeline(unet=unet().eval(), scheduler=DDPMScheduler(num_train_timesteps=50))
-    settings = diffusion.SamplingSettings(samples=37, steps=2, sampling_seeds=2, batch=16)
-    reference = diffusion.reference_images(digits("b")[0], 100)
-    found = diffusion.evaluate(pipeline, reference=reference, settings=settings)
-    samples = diffusion.draw(pipeline, settings)
-    kept = {"samples": samples.images, "per process": torch.tensor(distributed.process())}
-    save_file(kept, root / f"{name} {distributed.process()}.safetensors")
-    values = {key: value.value for key, value in found.items()}
-    (root / f"{name} {distributed.process()}.json").write_text(json.dumps(values))
-
-
-def differ():
-    # the second process sees another mask than the first
-    try:
-        distributed.check_same("the mask", {"mask": torch.ones(3) + distributed.process()}, 7)
-    except OSError as error:
-        return str(error)
-
-
-def others(count):
-    # a dead partner is named, where torch speaks of a socket
-    try:
-        with distributed.explained():
-            raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
-    except Exception as error:
-        return type(error).__name__
-
-
-def work(count):
-    distributed.join("cpu")
-    for name, scenario in job["runs"].items():
-        if count > 1 or "blocks" not in scenario:
-            keep(f"{name} x{count}", *prune(name))
-    if "soft" not in job["runs"]:
-        return
-    state = root / f"state of {count}"
-    state.mkdir(exist_ok=True)
-    prune("soft", state, stop=job["stop"])
-    elsewhere = root / f"state of {3 - count}"
-    if elsewhere.exists():
-        if distributed.is_main():
-            shutil.copytree(elsewhere, root / "state of cut")
-        prune("cut", root / "state of cut", stop=1, resume=True)
-        keep("resumed cut", *prune("cut", root / "state of cut", resume=True))
-        keep(f"resumed x{count}", *prune("soft", elsewhere, resume=True))
-    measure(f"measured x{count}")
-    texts = {"differ": differ(), "gone": others(count)}
-    (root / f"texts x{count} {distributed.process()}.json").write_text(json.dumps(texts))
-
-
-def group(count):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            os.environ |= {
-                "WORLD_SIZE": str(count),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            if count == 1:
-                for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-                    del os.environ[name]
-            code = 1
-            try:
-                work(count)
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-codes = {count: group(count) for count in (1, 2)}
-(root / "codes.json").write_text(json.dumps(codes))
-"""
-
-SOFT = {
-    "name": "gradflow",
-    "keep_macs": 0.29,
-    "steps": FLOW,
-    "update_every": 1,
-    "criterion_every": 2,
-    "criterion_batches": 2,
-    "max_move": 0.5,
-    "settle": 0.25,
-}
-SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
-TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
-SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
-RUNS = {
-    "soft": SOFTLY,
-    "alike": {"method": SOFT, "training": TRAINING | {"distill": 0.5}, "parts": 2},
-    "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]},
-}
-SLOW_RUNS = {
-    "flow": {
-        "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
-        "training": TRAINING
-        | {"steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True},
-    },
-    "one-shot": {"method": SHOT, "training": TRAINING | {"steps": 1, "workers": 1}},
-    "bf16": {
-        "method": SOFT | {"steps": 6},
-        "training": TRAINING | {"steps": 2, "mixed_precision": "bf16"},
-    },
-    "global": {
-        "unet": {"block_out_channels": (16, 32)},
-        "method": SOFT
-        | {"allocation": "global", "keep_macs": 0.37, "criterion_every": 1}
-        | {"steps": 10, "max_move": 0.25},
-        "training": TRAINING | {"steps": 1},
-    },
-}
-SLOW_RUNS |= {
-    f"cut {name}": SLOW_RUNS[name] | {"blocks": ["AttnDownBlock2D", "ResnetBlock2D"]}
-    for name in ("flow", "one-shot", "bf16")
-}
-# it changes what torch makes: nothing may follow
-SLOW_RUNS["double"] = {
-    "method": SOFT | {"steps": 40, "max_move": 0.2, "criterion": "gradient_flow"},
-    "training": TRAINING | {"steps": 10, "distill_features": 0.5},
-    "double": True,
-}
-
-
-def drive(folder, unet, runs):
-    (folder / "driver.py").write_text(DRIVER)
-    job = {"folder": str(folder), "unet": unet, "runs": runs, "stop": STOP}
-    (folder / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
-        [sys.executable, "-P", str(folder / "driver.py"), str(folder / "job.json")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
+def drive(folder, *arguments):
+    stderr = programs.run("processes", *arguments, cwd=folder, timeout=900).stderr
     codes = json.loads((folder / "codes.json").read_text())
-    assert codes == {"1": [0], "2": [0, 0]}, done.stderr
+    assert codes == {"1": [0], "2": [0, 0]}, stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory):
-    unet = models.TWO_LEVELS | {"sample_size": 16}
-    return drive(tmp_path_factory.mktemp("processes"), unet, RUNS)
+    return drive(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
 def slowly_driven(tmp_path_factory):
-    unet = models.TWO_LEVELS | {"sample_size": 16}
-    return drive(tmp_path_factory.mktemp("processes"), unet, SLOW_RUNS)
+    return drive(tmp_path_factory.mktemp("processes"), "slow")
 
 
 def pair(folder, name, other=None):

@@ -4,8 +4,6 @@ import copy
 import hashlib
 import inspect
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,7 +20,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from builders import models, pipelines
+from builders import models, pipelines, programs
+from builders.drawing import draw
 from compress.checkpoints.exporting import export, exported_bytes, model_bytes, part_files
 from compress.checkpoints.slim import load, save_slim
 from compress.common.cost import unet_cost
@@ -40,59 +39,6 @@ TOLERANCE = 1e-5
 UPSCALE = "upscale"  # a class-conditional UNet2DConditionModel: the label is a noise level
 NAMES = ["ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text", UPSCALE]
 OURS = {"README.md", "compress.json"}
-# images of any pipeline; what a stranger runs as well
-DRAW = """
-import numpy as np
-import torch
-
-
-def draw(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    kind = type(pipeline).__name__
-    options = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5)}
-    unet = pipeline.unet
-    labels = getattr(unet.config, "num_class_embeds", None) and kind == "DDPMPipeline"
-    if labels:  # diffusers has no pipeline that hands labels on
-        images = torch.randn(2, 1, 16, 16, generator=options["generator"])
-        pipeline.scheduler.set_timesteps(3)
-        with torch.no_grad():
-            for t in pipeline.scheduler.timesteps:
-                noise = unet(images, t, class_labels=torch.tensor([1, 7])).sample
-                step = pipeline.scheduler.step(noise, t, images, generator=options["generator"])
-                images = step.prev_sample
-        return images.numpy()
-    if "Upscale" in kind:
-        options |= {"image": torch.linspace(0, 1, 192).view(1, 3, 8, 8), "noise_level": 3}
-        options |= {"prompt": "a red page"}
-    elif kind == "LDMTextToImagePipeline":
-        options |= {"prompt": ["a red page"], "height": 32, "width": 32}
-    elif kind.startswith("Stable"):
-        options |= {"prompt": "a red page", "negative_prompt": "blue", "height": 16, "width": 16}
-    else:
-        options |= {"batch_size": 2}
-    return np.asarray(pipeline(**options, output_type="np").images)
-"""
-STRANGER = (
-    DRAW
-    + """
-from pathlib import Path
-from diffusers import DiffusionPipeline
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-found = {}
-for name in sys.argv[2:]:
-    pipeline = DiffusionPipeline.from_pretrained(folder / name, local_files_only=True)
-    found[name] = draw(pipeline)
-    if name == "sdxl":
-        assert not pipeline.config.force_zeros_for_empty_prompt
-np.savez(folder / "images.npz", **found)
-assert not [name for name in sys.modules if name.split(".")[0] == "compress"]
-"""
-)
-_shared: dict = {}
-exec(DRAW, _shared)  # the same lines, so that what is compared is the UNet alone
-draw = _shared["draw"]
 
 
 def upscaler(folder) -> DiffusionPipeline:
@@ -181,11 +127,10 @@ def made(tmp_path_factory):
         pipeline.register_modules(unet=slim)
         save_slim(pipeline, folder / "slim" / name, {"base_model": name}, source=source)
         found[name] = (source, dense, slim, dense_images, masked_images, method)
-    script = pipelines.NO_COMPRESS + STRANGER
-    command = [sys.executable, "-P", "-W", "ignore", "-c", script, str(folder / "slim"), *NAMES]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "slim", found, np.load(folder / "slim" / "images.npz")
+    folders = [folder / "slim" / name for name in NAMES]
+    done = programs.run("stranger", folder / "images.npz", *folders, cwd=folder)
+    assert json.loads(done.stdout)["sdxl"]["force_zeros_for_empty_prompt"] is False
+    return folder / "slim", found, np.load(folder / "images.npz")
 
 
 def files_of(folder) -> dict[str, str]:

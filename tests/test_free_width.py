@@ -2,9 +2,6 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from huggingface_hub import constants
 
-from builders import models, pipelines
+from builders import models, programs
+from builders.drawing import draw
 from compress.checkpoints.slim import load, save_slim
 from compress.common.cost import unet_cost
 from compress.methods.gradflow.groups import find_groups
@@ -28,30 +26,6 @@ INNER = {
 }
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CODE = "unet/compress.models.free_width.py"
-DRAW = """
-import torch
-
-
-def draw(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    seed = torch.Generator().manual_seed(5)
-    return pipeline(batch_size=2, num_inference_steps=3, generator=seed, output_type="np").images
-"""
-STRANGER = (
-    DRAW
-    + """
-import numpy as np
-from diffusers import DDPMPipeline
-
-torch.set_num_threads(int(sys.argv[3]))
-pipeline = DDPMPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-np.save(sys.argv[2], draw(pipeline))
-print(type(pipeline.unet).__name__)
-"""
-)
-_shared: dict = {}
-exec(DRAW, _shared)  # the same lines, so that the same numbers are drawn
-draw = _shared["draw"]
 
 
 def free(name: str = "plain", inner=INNER, **changes) -> FreeWidthUNet2DModel:
@@ -162,21 +136,14 @@ def test_the_card_says_how_diffusers_loads_it(folder):
 def test_plain_diffusers_draws_the_same_bit_for_bit_without_this_package(
     pipeline, folder, tmp_path
 ):
-    script = pipelines.NO_COMPRESS + STRANGER
-    images = tmp_path / "images.npy"
-    threads = str(torch.get_num_threads())  # with others, sums are split in another way
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script, str(folder), str(images), threads],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=False,
+    images = tmp_path / "images.npz"
+    modules = str(tmp_path / "modules")
+    done = programs.run(
+        "stranger", "--trust", images, folder, cwd=tmp_path, HF_MODULES_CACHE=modules
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "FreeWidthUNet2DModel"
+    assert json.loads(done.stdout)[folder.name]["unet"] == "FreeWidthUNet2DModel"
     expected = draw(pipeline)
-    assert np.load(images).tobytes() == expected.tobytes()
+    assert np.load(images)[folder.name].tobytes() == expected.tobytes()
     assert expected.std() > 0.01
 
 

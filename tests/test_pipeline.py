@@ -1,17 +1,14 @@
 """From a recipe to a finished folder: what a run leaves, what it refuses, and what it never breaks.
 
-One driver process imports torch once and forks a child for every run that must die or needs a disk
-of its own; mounts are made in the driver's own namespace.
+Runs that must die or need a disk of their own are those of tests/programs/interrupted.py.
 """
 
 import errno
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +21,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import programs
+from builders.events import finish
 from compress.checkpoints.slim import load, verify
 from compress.data.sources import TensorImages, load_images
 from compress.eval.metrics import DIFFUSION
@@ -38,137 +37,6 @@ from compress.runs.recipe import Recipe, load_recipe
 
 FLOW, RECOVER = 4, 2
 SAMPLES, SEEDS = 16, 2
-
-DRIVER = """
-import contextlib
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
-import torch
-
-import compress.runs.diffusion as pipelines
-from compress.runs.recipe import Recipe
-
-torch.set_num_threads(1)
-job = json.loads(Path(sys.argv[1]).read_text())
-root = Path(job["folder"])
-NOTHING = {"metrics": {}}
-
-
-def kill(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def go(output, until=None, **options):
-    recipe = Recipe.model_validate(job["recipe"])
-    stages = []
-    for event in pipelines.run_events(recipe, output=output, device="cpu", **options):
-        stages.append([event.stage, event.step, event.total])
-        if event.stage == until:
-            kill()
-    return stages
-
-
-def unmeasured(*_):
-    yield from ()
-    return NOTHING
-
-
-def in_child(name, work):
-    child = os.fork()
-    if not child:
-        try:
-            found = {"stages": work()}
-        except BaseException as error:
-            found = {"error": [c.__name__ for c in type(error).__mro__], "message": str(error)}
-        (root / f"{name}.json").write_text(json.dumps(found))
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def left(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-
-
-def kill_in_checkpoint():
-    pipelines._evaluate = unmeasured
-    import compress.checkpoints.slim as checkpoint
-
-    checkpoint._model_card = kill
-    go(root / "evaluated", resume=True)
-
-
-def kill_in_recipe():
-    os.fsync = kill
-    go(root / "fresh")
-
-
-def enter(option):
-    # only far enough to see that it goes on
-    for event in pipelines.run_events(
-        Recipe.model_validate(job["recipe"]), output=root / option, device="cpu", **{option: True}
-    ):
-        if event.stage == "flow":
-            return [event.stage]
-
-
-codes = {}
-codes["evaluated"] = [in_child("x", lambda: go(root / "evaluated", until="evaluate"))]
-codes["evaluated"] += [in_child("x", kill_in_checkpoint)]
-codes["evaluated"] += [in_child("evaluated", lambda: go(root / "evaluated", resume=True))]
-codes["fresh"] = [in_child("x", kill_in_recipe)]
-for option in ("resume", "overwrite"):
-    shutil.copytree(root / "fresh", root / option)
-    codes[option] = [in_child(f"enter {option}", lambda: enter(option))]
-
-
-def mount(name, options):
-    folder = root / name
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    return folder, subprocess.run(command, capture_output=True, text=True)
-
-
-def fill(folder, leave):
-    free = shutil.disk_usage(folder).free
-    (folder / "ballast").write_bytes(bytes(max(0, free - leave)))
-
-
-def small_disk(full_at):
-    pipelines._check_space = lambda job: None
-    if full_at == "state":
-        fill(root / full_at, 200_000)
-    else:
-
-        def full(*args):
-            fill(root / full_at, 8_192)
-            yield from unmeasured()
-            return NOTHING
-
-        pipelines._evaluate = full
-    return go(root / full_at / "run")
-
-
-mounts = {}
-for name in ("state", "checkpoint"):
-    folder, done = mount(name, "size=6m")
-    mounts[name] = done.stderr if done.returncode else ""
-    if not done.returncode:
-        codes[name] = [in_child(name, lambda: small_disk(name))]
-        mounts[f"left in {name}"] = left(folder)
-folder, done = mount("read-only", "size=9m")
-mounts["read-only"] = done.stderr if done.returncode else ""
-if not done.returncode:
-    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    codes["read-only"] = [in_child("read-only", lambda: go(folder / "run"))]
-    mounts["left in read-only"] = left(folder)
-(root / "done.json").write_text(json.dumps({"codes": codes, "mounts": mounts}))
-"""
 
 
 def tiny_pipeline() -> DDPMPipeline:
@@ -222,43 +90,24 @@ def model(tmp_path_factory) -> Path:
 def finished(model, tmp_path_factory):
     """One run from beginning to end, with its events."""
     folder = tmp_path_factory.mktemp("finished")
-    threads = torch.get_num_threads()
-    events = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPRESS_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        torch.set_num_threads(1)  # as in the driver, whose weights are compared bit by bit
-        try:
-            steps = run_events(
-                Recipe.model_validate(settings(model)), output=folder / "run", device="cpu"
-            )
-            while True:
-                try:
-                    events.append(next(steps))
-                except StopIteration as stop:
-                    return folder, stop.value, events
-        finally:
-            torch.set_num_threads(threads)
+        recipe = Recipe.model_validate(settings(model))
+        events, result = finish(run_events(recipe, output=folder / "run", device="cpu"))
+    return folder, result, events
 
 
 @pytest.fixture(scope="module")
 def driven(model, finished, tmp_path_factory):
     """What the driver's children left."""
     folder = tmp_path_factory.mktemp("driven")
-    (folder / "driver.py").write_text(DRIVER)
-    (folder / "job.json").write_text(json.dumps({"folder": str(folder), "recipe": settings(model)}))
-    command = [sys.executable, "-P", str(folder / "driver.py"), str(folder / "job.json")]
-    private = ["unshare", "--user", "--map-root-user", "--mount"]
-    if shutil.which("unshare") and not subprocess.run([*private, "true"], check=False).returncode:
-        command = [*private, *command]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COMPRESS_CACHE": str(finished[0] / "cache")},
-    )
-    assert done.returncode == 0, done.stderr
+    (folder / "recipe.json").write_text(json.dumps(settings(model)))
+    prefix = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], check=False).returncode:
+        prefix = []
+    cache = str(finished[0] / "cache")
+    programs.run("interrupted", "recipe.json", prefix=prefix, cwd=folder, COMPRESS_CACHE=cache)
     return folder, json.loads((folder / "done.json").read_text())
 
 

@@ -1,10 +1,8 @@
 """Every family of pipelines is trained, sampled, saved and resumed by the same code."""
 
 import copy
-import os
-import socket
+import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +20,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from builders import models, pipelines
+from builders import models, pipelines, programs
+from builders.events import finish, leave
+from builders.forks import free_port
 from compress.common.journal import Journal
 from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
@@ -81,15 +81,6 @@ def start(family, pictures):
     return begin
 
 
-def finish(run: PruningRun):
-    events = run.events()
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
-
-
 @pytest.fixture(scope="module")
 def finished(start):
     """A run of every family to the end, made when first asked for."""
@@ -98,7 +89,7 @@ def finished(start):
     def get(name: str):
         if name not in made:
             run = start(name)
-            made[name] = (run, finish(run))
+            made[name] = (run, finish(run.events())[1])
         return made[name]
 
     return get
@@ -184,13 +175,10 @@ def test_losses_are_those_of_the_definition(family, start, name):
 
 @pytest.mark.parametrize("step", [1, FLOW + 1], ids=["in the flow", "in the recovery"])
 def test_a_resumed_run_ends_with_the_same_weights(start, finished, tmp_path, step):
-    events = start("sd1", tmp_path).events()
-    for _ in range(step):
-        next(events)
-    events.close()
+    leave(start("sd1", tmp_path).events(), step)
     resumed = start("sd1", tmp_path, resume=True)
     assert resumed.step == step
-    assert same(finish(resumed).unet.state_dict(), finished("sd1")[1].unet.state_dict())
+    assert same(finish(resumed.events())[1].unet.state_dict(), finished("sd1")[1].unet.state_dict())
 
 
 def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
@@ -206,7 +194,7 @@ def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_checkpointed_activations_give_the_same_losses(start, finished, name):
     checkpointed = start(name, gradient_checkpointing=True)
-    finish(checkpointed)
+    finish(checkpointed.events())
     assert losses(finished(name)[0]) == pytest.approx(losses(checkpointed), rel=1e-4)
 
 
@@ -224,7 +212,7 @@ def test_bf16_trains_what_takes_prompts(start, finished):
     AcceleratorState._reset_state(True)
     try:
         run = start("sdxl", mixed_precision="bf16")
-        pruned = finish(run)
+        _, pruned = finish(run.events())
     finally:
         AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
@@ -619,56 +607,14 @@ def test_the_families_are_not_refused(family):
 
 # ---- several processes ---------------------------------------------------------------------
 
-DRIVER = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-sys.path.insert(0, sys.argv[1])
-import pipeline_models as pipelines
-from compress.parallel import distributed
-from compress.data.sources import load_images
-from compress.methods.gradflow import GradFlow
-from compress.methods.training import Training
-from compress.methods.gradflow.objective import inputs_of
-from compress.methods.gradflow.train import PruningRun
-from compress.common.journal import Journal
-torch.set_num_threads(1)
-name, folder, method = sys.argv[2], Path(sys.argv[3]), eval(sys.argv[4])
-device = distributed.join("cpu")
-pipeline = pipelines.build(name, folder / f"words of {distributed.process()}")
-run = PruningRun(
-    pipeline.unet, pipeline.scheduler,
-    load_images(f"folder:{folder / 'pictures'}", 16, 3, "caption"),
-    GradFlow(keep_macs=pipelines.KEEP[name], **method),
-    Training(steps=2, batch=4, condition_dropout=0.5), Journal(),
-    device=device, inputs=inputs_of(pipeline),
-)
-events = run.events()
-while True:
-    try:
-        next(events)
-    except StopIteration as stop:
-        pruned = stop.value
-        break
-if distributed.is_main():
-    losses = torch.tensor([row["loss"] for row in run.journal.rows if "loss" in row])
-    kept = {"losses": losses, "kept": run.kept, **pruned.trace}
-    save_file(kept, folder / f"{distributed.processes()}.safetensors")
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_two_processes_do_what_one_does(tmp_path, name):
     pipelines.pictures(tmp_path / "pictures", 40)
-    (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-P", str(tmp_path / "driver.py"), str(Path(__file__).parent)]
-    command += [name, str(tmp_path), repr(METHOD)]
+    command = programs.command("family", name, json.dumps(METHOD))
     for count in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         children = []
         for rank in range(count):
             where = {
@@ -677,9 +623,9 @@ def test_two_processes_do_what_one_does(tmp_path, name):
                 "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
             }
-            children.append(subprocess.Popen(command, env=os.environ | where, cwd=tmp_path))
+            environment = programs.environment(**where)
+            children.append(subprocess.Popen(command, env=environment, cwd=tmp_path))
         assert [child.wait(timeout=300) for child in children] == [0] * count
     one, two = (load_file(tmp_path / f"{count}.safetensors") for count in (1, 2))
     assert torch.equal(one["kept"], two["kept"])

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import compress
+from builders.events import finish
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import HOLDER
 from compress.checkpoints.runtime import load_patched, save_patched
@@ -82,14 +83,6 @@ def recipe_of(tmp_path, model, pages, method, **extra):
     return path
 
 
-def finish(events):
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
-
-
 FAST = {"name": "fastocr", "keep_visual": 0.2}
 
 
@@ -98,7 +91,7 @@ def finished(qwen, pages, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("run")
     compare = [FAST | {"fixation": "random"}, FAST | {"keep_visual": 1.0}]
     recipe = recipe_of(tmp_path, qwen, pages, FAST, compare=compare)
-    return finish(run_events(recipe, device="cpu"))
+    return finish(run_events(recipe, device="cpu"))[1]
 
 
 def test_a_run_leaves_what_a_run_leaves(finished):
@@ -171,7 +164,7 @@ def read_for_real(tmp_path_factory):
     method = FAST | {"keep_visual": 0.03, "focal_layers": [1]}
     asked = {"suite": "ocr", "batch": 2, "max_new_tokens": 24}
     recipe = recipe_of(tmp_path, "builtin:reader-qwen", tmp_path / "pages", method, evaluate=asked)
-    return tmp_path / "pages", finish(run_events(recipe, device="cpu"))
+    return tmp_path / "pages", finish(run_events(recipe, device="cpu"))[1]
 
 
 @pytest.mark.parametrize("weights", ["copy", "reference"])
@@ -188,7 +181,7 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
 
     def evaluated(output):
         settings = OcrSettings(str(folder), data=str(pages), batch=2, max_new_tokens=24)
-        return finish(evaluate_events(settings, output, device="cpu"))
+        return finish(evaluate_events(settings, output, device="cpu"))[1]
 
     found = evaluated(tmp_path / "out")
     dense, row = run.metrics["comparison"]
@@ -251,7 +244,7 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
     compare = [FAST | {"focal_layers": [1], "fixation": "static"}]
     method = FAST | {"focal_layers": [1]}
     recipe = recipe_of(tmp_path, qwen, tmp_path / "bench", method, compare=compare)
-    result = finish(run_events(recipe, device="cpu"))
+    result = finish(run_events(recipe, device="cpu"))[1]
     name = "score" if layout == "olmocr" else "overall_proxy"
     assert result.metrics["accuracy"] == name and result.metrics["warnings"] == []
     for row in result.metrics["comparison"]:
@@ -320,7 +313,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, qwen, pages, tmp_path):
         finish(run_events(recipe, device="cpu"))
     with pytest.raises(ValueError, match="method changed"):
         finish(run_events(recipe, overrides=["method.keep_visual=0.5"], resume=True, device="cpu"))
-    result = finish(run_events(recipe, resume=True, device="cpu"))
+    result = finish(run_events(recipe, resume=True, device="cpu"))[1]
     assert result.metrics["comparison"] == finished.metrics["comparison"]
 
 
@@ -346,7 +339,7 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
             return made(*args, **kwargs)
 
         monkeypatch.setattr(compress.reports.reader, name, spy)
-    result = finish(run_events(recipe, device="cpu"))
+    result = finish(run_events(recipe, device="cpu"))[1]
     assert asked == ["all of it", ["all of it"]]  # of the two pictures
     report = (result.folder / "report.html").read_text()
     assert "on the tokens that rtprune left of it; on the first page" in report

@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
+from builders.events import finish
 from compress.common.journal import Journal
 from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot
@@ -74,16 +75,6 @@ def start(method, settings=None, *, unet=None, journal=None, scheduler=None) -> 
     )
 
 
-def finish(run: PruningRun):
-    """Run to the end; returns all events and the result."""
-    events, generator = [], run.events()
-    while True:
-        try:
-            events.append(next(generator))
-        except StopIteration as stop:
-            return events, stop.value
-
-
 def rows(run: PruningRun, stage: str) -> list[dict]:
     return [row for row in run.journal.rows if row["stage"] == stage]
 
@@ -106,7 +97,7 @@ def finished():
             unet = tiny_unet(dropout=0.1)
             before = copy.deepcopy(unet.state_dict())
             run = start(METHODS[name], unet=unet)
-            made[name] = (run, *finish(run), unet, before)
+            made[name] = (run, *finish(run.events()), unet, before)
         return made[name]
 
     return get
@@ -259,7 +250,7 @@ def test_a_soft_mask_lets_units_come_back():
     # nothing drives masks to 0 or 1 and every estimate counts alone: many hover about one half
     restless = {"gamma": 0.0, "flow_rate": 0.05, "criterion_every": 1, "score_ema": 0.0}
     run = start(gradflow(steps=12, criterion="taylor", **restless), training(steps=0))
-    _, pruned = finish(run)
+    _, pruned = finish(run.events())
     assert pruned.report["returned_channels"] == count_returns(pruned.trace["masks"]) > 0
 
 
@@ -282,7 +273,7 @@ def test_estimates_are_compared_with_the_one_before(finished):
 @pytest.mark.parametrize("criterion", ["taylor", "magnitude", "random"])
 def test_the_other_criteria_work_in_the_flow_too(criterion):
     method = gradflow(criterion=criterion, steps=2, criterion_every=1)
-    events, pruned = finish(start(method, training(steps=0)))
+    events, pruned = finish(start(method, training(steps=0)).events())
     assert len(events) == 2 and pruned.widths == WIDTHS
     assert pruned.report["surgery"]["max_difference"] < 1e-5
 
@@ -292,7 +283,9 @@ def test_the_other_criteria_work_in_the_flow_too(criterion):
 
 def test_keeping_everything_and_training_nothing_is_the_identity():
     unet = tiny_unet().eval()
-    _, pruned = finish(start(oneshot(keep_macs=1.0, steps=0), training(steps=0), unet=unet))
+    _, pruned = finish(
+        start(oneshot(keep_macs=1.0, steps=0), training(steps=0), unet=unet).events()
+    )
     images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     with torch.no_grad():
         assert torch.equal(pruned.unet(images, times).sample, unet(images, times).sample)
@@ -301,7 +294,7 @@ def test_keeping_everything_and_training_nothing_is_the_identity():
 def test_without_training_the_weights_are_those_of_the_kept_channels():
     unet = tiny_unet()
     run = start(oneshot(steps=0, criterion="magnitude"), training(steps=0), unet=unet)
-    _, pruned = finish(run)
+    _, pruned = finish(run.events())
     kept = run.layout.extend(run.kept) > 0.5
     first = unet.conv_in.weight[kept[run.layout.outputs["conv_in"]]]
     assert torch.equal(pruned.unet.conv_in.weight, first)
@@ -310,7 +303,7 @@ def test_without_training_the_weights_are_those_of_the_kept_channels():
 
 
 def weights_of(method, settings=None, **kwargs) -> dict[str, torch.Tensor]:
-    return finish(start(method, settings, **kwargs))[1].unet.state_dict()
+    return finish(start(method, settings, **kwargs).events())[1].unet.state_dict()
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -355,7 +348,7 @@ def test_accumulating_gradients_changes_nothing_but_memory():
         # all channels: in a norm group of one channel what comes before is without effect, and
         # Adam makes steps of full length out of the rounding in its gradients
         run = start(oneshot(steps=0, criterion="magnitude", keep_macs=1.0), settings)
-        _, pruned = finish(run)
+        _, pruned = finish(run.events())
         return run, pruned.unet
 
     (one, a), (two, b) = train(1), train(2)
@@ -393,7 +386,7 @@ def test_distillation_adds_to_the_loss_in_both_stages():
         )
     }
     for run in runs.values():
-        finish(run)
+        finish(run.events())
         # nobody keeps watching the dense model
         assert not any(module._forward_hooks for module in run.dense.modules())
     for stage in ("flow", "recover"):
@@ -413,14 +406,14 @@ def test_bf16_trains_on_the_cpu():
     AcceleratorState._reset_state(True)
     try:
         run = start(gradflow(steps=2), training(steps=1, mixed_precision="bf16"))
-        _, pruned = finish(run)
+        _, pruned = finish(run.events())
     finally:
         AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
     # surgery is compared in full precision
     assert pruned.report["surgery"]["max_difference"] < 1e-5
     plain = start(gradflow(steps=2), training(steps=1))
-    finish(plain)
+    finish(plain.events())
     losses = [[row["loss"] for row in rows(r, "flow")] for r in (run, plain)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -455,7 +448,7 @@ def test_max_move_may_be_exactly_the_largest_drop():
 def test_a_loss_that_is_not_finite_stops_the_run():
     run = start(oneshot(), training(steps=20, lr=1e30))
     with pytest.raises(ValueError, match=r"training diverged; lower recover\.lr"):
-        finish(run)
+        finish(run.events())
 
 
 def test_validation_loss_is_the_mean_squared_error_of_the_noise():

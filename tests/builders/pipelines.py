@@ -69,20 +69,6 @@ KEEP = {
 }
 LATENT_NOISE = {"num_train_timesteps": STEPS, "steps_offset": 1, "beta_schedule": "scaled_linear"}
 
-# the beginning of a script for an interpreter in which this package is not installed
-NO_COMPRESS = """
-import sys
-
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "compress":
-            raise ImportError(f"{name} is not here")
-
-
-sys.meta_path.insert(0, Absent())
-"""
-
 
 def tokenizer(folder: Path, tokens: int = TOKENS) -> CLIPTokenizer:
     """CLIP's tokenizer with single characters for a vocabulary."""

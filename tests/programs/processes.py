@@ -1,0 +1,230 @@
+"""What one process and two make of runs, samples and metrics: ``processes.py [slow]``.
+
+One process imports torch and forks a group of one and a group of two, which talk by gloo. On two
+processes the weights of some runs are cut (FSDP). Results lie in the current folder.
+"""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from builders.events import finish, leave
+from builders.forks import exit_code, fork, free_port
+from builders.models import TWO_LEVELS
+from compress.common.journal import Journal
+from compress.data.digits import digits
+from compress.data.sources import ImageData, TensorImages
+from compress.eval import diffusion
+from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.gradflow.train import PruningRun
+from compress.methods.training import Training
+from compress.parallel import distributed
+
+FLOW, RECOVER, STOP = 6, 2, 3
+SOFT = {
+    "name": "gradflow",
+    "keep_macs": 0.29,
+    "steps": FLOW,
+    "update_every": 1,
+    "criterion_every": 2,
+    "criterion_batches": 2,
+    "max_move": 0.5,
+    "settle": 0.25,
+}
+SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
+TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
+SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
+RUNS = {
+    "soft": SOFTLY,
+    "alike": {"method": SOFT, "training": TRAINING | {"distill": 0.5}, "parts": 2},
+    "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]},
+}
+SLOW_RUNS = {
+    "flow": {
+        "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
+        "training": TRAINING
+        | {"steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True},
+    },
+    "one-shot": {"method": SHOT, "training": TRAINING | {"steps": 1, "workers": 1}},
+    "bf16": {
+        "method": SOFT | {"steps": 6},
+        "training": TRAINING | {"steps": 2, "mixed_precision": "bf16"},
+    },
+    "global": {
+        "unet": {"block_out_channels": (16, 32)},
+        "method": SOFT
+        | {"allocation": "global", "keep_macs": 0.37, "criterion_every": 1}
+        | {"steps": 10, "max_move": 0.25},
+        "training": TRAINING | {"steps": 1},
+    },
+}
+SLOW_RUNS |= {
+    f"cut {name}": SLOW_RUNS[name] | {"blocks": ["AttnDownBlock2D", "ResnetBlock2D"]}
+    for name in ("flow", "one-shot", "bf16")
+}
+# it changes what torch makes: nothing may follow
+SLOW_RUNS["double"] = {
+    "method": SOFT | {"steps": 40, "max_move": 0.2, "criterion": "gradient_flow"},
+    "training": TRAINING | {"steps": 10, "distill_features": 0.5},
+    "double": True,
+}
+
+FLOAT = torch.Tensor.float
+
+
+def unet(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(**(TWO_LEVELS | {"sample_size": 16} | changes))
+
+
+def cut_weights(blocks, precision):
+    # accelerate cuts weights on GPUs only; the same code of its runs on a CPU when told so
+    state = Accelerator(cpu=True, mixed_precision=precision).state
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=blocks,
+        # as accelerate's launcher sets them
+        cpu_ram_efficient_loading=True,
+        mixed_precision_policy="bf16",
+    )
+
+
+def numbers(tensors):
+    cut = [t for t in tensors if isinstance(t, DTensor)]
+    return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
+
+
+def prune(name, folder=None, stop=None, resume=False):
+    scenario = (RUNS | SLOW_RUNS)[name]
+    AcceleratorState._reset_state(False)
+    training = dict(scenario["training"])
+    if distributed.processes() > 1:
+        PartialState().distributed_type = DistributedType.MULTI_CPU
+    if "blocks" in scenario:
+        cut_weights(scenario["blocks"], training.get("mixed_precision", "no"))
+    if "parts" in scenario:
+        # micro-batches of the same size on any number of processes
+        training["gradient_accumulation"] = scenario["parts"] // distributed.processes()
+    double = "double" in scenario
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    # what training raises to float32 shall not be lowered to it
+    torch.Tensor.float = torch.Tensor.double if double else FLOAT
+    images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
+    run = PruningRun(
+        unet(**scenario.get("unet", {})),
+        DDPMScheduler(num_train_timesteps=50),
+        ImageData("noise", TensorImages(images[:30]), TensorImages(images[30:])),
+        kind(**scenario["method"]),
+        Training(**training),
+        Journal(folder),
+        device="cpu",
+        resume=resume,
+    )
+    if stop:
+        leave(run.events(), stop)
+        return run, None
+    return run, finish(run.events())[1]
+
+
+def keep(name, run, pruned):
+    if not distributed.is_main():
+        return
+    tensors = dict(pruned.unet.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
+    tensors |= {"kept": run.kept, "quota": run.layout.quota}
+    # cloned, since it is the same tensor where widths are not free
+    tensors["uniform"] = run.mover._layout.quota.clone()
+    save_file(tensors, Path(f"{name}.safetensors"))
+    units = sum(isinstance(module, FSDPModule) for module in run.model.modules())
+    facts = {"units": units, "log": run.journal.rows}
+    facts["ema"] = numbers(run.ema.values())
+    facts["moments"] = numbers(state["exp_avg"] for state in run.optimizer.state.values())
+    (Path(f"{name}.json")).write_text(json.dumps(facts))
+
+
+def measure(name):
+    pipeline = DDPMPipeline(unet=unet().eval(), scheduler=DDPMScheduler(num_train_timesteps=50))
+    settings = diffusion.SamplingSettings(samples=37, steps=2, sampling_seeds=2, batch=16)
+    reference = diffusion.reference_images(digits("b")[0], 100)
+    found = diffusion.evaluate(pipeline, reference=reference, settings=settings)
+    samples = diffusion.draw(pipeline, settings)
+    kept = {"samples": samples.images, "per process": torch.tensor(distributed.process())}
+    save_file(kept, Path(f"{name} {distributed.process()}.safetensors"))
+    values = {key: value.value for key, value in found.items()}
+    (Path(f"{name} {distributed.process()}.json")).write_text(json.dumps(values))
+
+
+def differ():
+    # the second process sees another mask than the first
+    try:
+        distributed.check_same("the mask", {"mask": torch.ones(3) + distributed.process()}, 7)
+    except OSError as error:
+        return str(error)
+
+
+def others():
+    # a dead partner is named, where torch speaks of a socket
+    try:
+        with distributed.explained():
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    except Exception as error:
+        return type(error).__name__
+
+
+def work(runs, count):
+    distributed.join("cpu")
+    for name, scenario in runs.items():
+        if count > 1 or "blocks" not in scenario:
+            keep(f"{name} x{count}", *prune(name))
+    if "soft" not in runs:
+        return
+    state = Path(f"state of {count}")
+    state.mkdir(exist_ok=True)
+    prune("soft", state, stop=STOP)
+    elsewhere = Path(f"state of {3 - count}")
+    if elsewhere.exists():
+        if distributed.is_main():
+            shutil.copytree(elsewhere, Path("state of cut"))
+        prune("cut", Path("state of cut"), stop=1, resume=True)
+        keep("resumed cut", *prune("cut", Path("state of cut"), resume=True))
+        keep(f"resumed x{count}", *prune("soft", elsewhere, resume=True))
+    measure(f"measured x{count}")
+    texts = {"differ": differ(), "gone": others()}
+    (Path(f"texts x{count} {distributed.process()}.json")).write_text(json.dumps(texts))
+
+
+def join(runs, count, rank, port):
+    """One process of a group."""
+    place = {"WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    work(runs, count)
+
+
+def main(runs: dict) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    codes = {}
+    for count in (1, 2):
+        port = free_port()
+        group = [fork(join, runs, count, rank, port) for rank in range(count)]
+        codes[count] = [exit_code(child) for child in group]
+    (Path("codes.json")).write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(SLOW_RUNS if sys.argv[1:] else RUNS)
