@@ -1,15 +1,13 @@
 """Which code does the work: chosen, forced, said once; and all of it without Triton."""
 
 import logging
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from builders import programs
 from compress.kernels import backend
 from compress.kernels.backend import VARIABLE, takes_triton
 
@@ -101,32 +99,8 @@ def test_the_command_line_says_it_on_stderr():
     assert all(found.stderr.count(line) == 1 and line not in found.stdout for line in said)
 
 
-WITHOUT = """
-import sys
-sys.modules["triton"] = None  # an import of it fails
-
-import os, torch
-from compress.methods.fastocr.attention import focal_decode, sparse_decode
-from compress.methods.rtprune import transport_plan
-
-query, cache = torch.ones(1, 4, 1, 8), torch.ones(1, 2, 5, 8)
-rows = torch.tensor([[0, 1]])
-print(sparse_decode(query, cache, cache, rows, None, (3, 5), None, 0.1).sum().item())
-print(focal_decode(query, cache, cache, None, 0.1)[1].sum().item())
-transport_plan(torch.ones(2, 3))
-os.environ["COMPRESS_KERNELS"] = "triton"
-try:
-    transport_plan(torch.ones(2, 3))
-except ValueError as error:
-    print(error)
-"""
-
-
 def test_everything_runs_without_triton():
-    command = [sys.executable, "-P", "-c", WITHOUT]
-    environment = {name: os.environ[name] for name in os.environ if name != VARIABLE}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = programs.run("without_triton")
     sparse, focal, error = run.stdout.splitlines()
     assert (float(sparse), float(focal)) == (32.0, 1.0)
     assert "Triton does not import" in error and "mend that" in error

@@ -1,8 +1,5 @@
 """The Sinkhorn kernel: interpreted on the CPU, compiled for GPUs without one, run on one."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -10,41 +7,11 @@ import torch
 from ot.bregman import sinkhorn_log
 from safetensors.torch import load_file, save_file
 
+from builders import programs
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 SIZES = [(1, 1), (3, 7), (19, 5), (1, 9)]
-
-INTERPRET = """
-import sys
-from safetensors.torch import load_file, save_file
-from compress.kernels import sinkhorn as module
-
-module.LARGEST = 256  # two tiles for 19 rows
-given = load_file(sys.argv[1])
-plan = module.sinkhorn(given["scores"], given["rows"], given["columns"], 0.2, 100)
-save_file({"plan": plan}, sys.argv[2])
-"""
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from compress.kernels.sinkhorn import WARPS, _sinkhorn_kernel
-
-for capability, rows, columns in ((80, 128, 64), (90, 128, 64), (90, 4, 2048)):
-    source = ASTSource(
-        _sinkhorn_kernel,
-        signature={
-            "scores_ptr": "*fp32", "rows_ptr": "*i32", "columns_ptr": "*i32", "plan_ptr": "*fp32",
-            "n_rows": "i32", "n_columns": "i32", "dustbin": "fp32", "iterations": "i32",
-            "BLOCK_ROWS": "constexpr", "BLOCK_COLUMNS": "constexpr",
-        },
-        constexprs={"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    made = triton.compile(source, target=target, options={"num_warps": WARPS})
-    print(capability, len(made.asm["cubin"]))
-"""
 
 
 def _problems(sizes):
@@ -54,14 +21,6 @@ def _problems(sizes):
     for page, (m, p) in zip(scores, sizes, strict=True):
         page[m:] = page[:, p:] = torch.nan  # what a problem does not use must not be read
     return scores, rows, columns
-
-
-def _python(code, *arguments, **variables):
-    environment = {**os.environ, **variables}
-    command = [sys.executable, "-P", "-c", code, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def _by_pot(scores, rows, columns, dustbin=0.2, iterations=100):
@@ -96,13 +55,14 @@ def test_interpreted_it_is_pot(tmp_path):
     scores, rows, columns = _problems(SIZES)
     given, made = tmp_path / "given", tmp_path / "made"
     save_file({"scores": scores, "rows": rows.clone(), "columns": columns.clone()}, given)
-    _python(INTERPRET, str(given), str(made), TRITON_INTERPRET="1")
+    programs.run("interpret_sinkhorn", given, made, TRITON_INTERPRET="1")
     plan = load_file(made)["plan"]
     _check(plan, _by_pot(scores, rows, columns), rows, columns)
 
 
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
-    printed = _python(COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    variables = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    printed = programs.run("compile_sinkhorn", **variables).stdout
     made = [line.split() for line in printed.splitlines()]
     assert [capability for capability, _ in made] == ["80", "90", "90"]
     assert all(int(size) > 0 for _, size in made)

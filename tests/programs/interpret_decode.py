@@ -1,0 +1,43 @@
+"""Interpret the decode kernels, in one split and in many: ``interpret_decode.py FILE``."""
+
+import sys
+
+from safetensors.torch import save_file
+from triton.runtime import interpreter
+
+from builders import decode
+from compress.kernels import sparse_decode as kernels
+
+create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def numbers(handle):
+    """The interpreter keeps bfloat16 as its bits and multiplies these: it gets numbers."""
+    if handle.dtype.scalar != interpreter.tl.bfloat16:
+        return handle
+    return interpreter.interpreter_builder.cast_impl(handle, interpreter.tl.float32)
+
+
+def main(file: str) -> None:
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *others: create_dot(
+        self, numbers(a), numbers(b), *others
+    )
+    outputs = {}
+    for splits in ("one", "many"):
+        if splits == "many":
+            kernels.PROGRAMS, kernels.LEAST_TILES = 1000, 1
+            kernels.TILE_BYTES, kernels.SCORES = 1, 32
+        for dtype in decode.DTYPES:
+            for number, shape in enumerate(decode.SMALL):
+                case, name = decode.draw(shape, dtype), f"{splits} {dtype} {number}"
+                hidden = decode.hidden(case, decode.listed(case))
+                outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
+                outputs[f"{name} lse"] = decode.sparse(hidden, kernels.sparse_decode_lse)[1]
+                hidden = decode.hidden(case, case["mask"][:, 0, 0])
+                focal, weights = decode.focal(hidden, kernels.focal_decode)
+                outputs |= {f"{name} focal": focal, f"{name} weights": weights}
+    save_file(outputs, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
