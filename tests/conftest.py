@@ -58,13 +58,16 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_crossovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    base = tmp_path_factory.getbasetemp()
     # tiny models have few visual tokens: FastOCR shall do what it does, however slow; for the runs
     # of module-wide fixtures too, which begin before any test
-    table = tmp_path_factory.getbasetemp() / "no-crossovers.json"
+    table = base / "no-crossovers.json"
     table.write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPRESS_CROSSOVERS", str(table))
+        # where transformers and diffusers put code that comes with a model
+        patch.setenv("HF_MODULES_CACHE", str(base / "modules"))
         yield
 
 

@@ -1,16 +1,15 @@
 """Bad input to real runs: one clear message, a non-zero exit, nothing half-written."""
 
 import fcntl
-import os
+import json
 import shutil
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from builders import programs
 from compress.cli import app
 
 BUILTIN = Path(str(resources.files("compress.models.builtin"))) / "ddpm-digits"
@@ -148,50 +147,28 @@ def test_device_that_does_not_exist(refused):
     assert "toaster" in refused("--device=toaster")
 
 
+def hostile(place, folder, *arguments):
+    """The exit code, the messages, and what is left in the folder."""
+    cwd = folder.parent
+    options = ["run", "ddpm_gradflow", *arguments, f"--output={folder / 'run'}"]
+    done = programs.run("hostile", place, folder, *options, cwd=cwd, mounts=place != "closed")
+    outcome = json.loads((cwd / "outcome.json").read_text())
+    if outcome is None:
+        pytest.skip("no private mounts, or root cannot give up its rights, on this machine")
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    return outcome["code"], done.stderr, outcome["left"]
+
+
 def test_no_write_permission(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    prefix: list[str] = []
-    if os.geteuid() == 0:
-        # root may write anywhere, unless it gives up the right to
-        prefix = ["setpriv", "--bounding-set=-dac_override"]
-        if not shutil.which("setpriv") or subprocess.run([*prefix, "true"]).returncode:
-            pytest.skip("root cannot give up its right to write anywhere")
-    code = "from compress.cli import main; main()"
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        code,
-        "run",
-        "ddpm_gradflow",
-        f"--output={closed / 'run'}",
-    ]
-    done = subprocess.run([*prefix, *command], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "Permission denied" in done.stderr and "Traceback" not in done.stderr
-    assert list(closed.iterdir()) == []
+    code, message, left = hostile("closed", closed)
+    assert code == 1 and "Permission denied" in message and left == []
 
 
-@pytest.mark.parametrize("foreseen", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_full_disk(foreseen, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=2m tmpfs {small}"
-    if subprocess.run([*private, mount], capture_output=True).returncode:
-        pytest.skip("no private mounts on this machine")
-    # the space is checked beforehand; without that check the disk fills while the run writes
-    unforeseen = "import compress.runs.diffusion as p; p._check_space = lambda job: None; "
-    code = ("" if foreseen else unforeseen) + "from compress.cli import main; main()"
-    arguments = ["run", "ddpm_gradflow", *SHORT, f"--output={small / 'run'}"]
-    script = f'{mount} && "$@"; code=$?; find {small} -mindepth 1; exit $code'
-    done = subprocess.run(
-        [*private, script, "sh", sys.executable, "-P", "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "space" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert done.stdout == ""
+# the space is checked beforehand; without that check the disk fills while the run writes
+@pytest.mark.parametrize("place", ["small", pytest.param("full", marks=pytest.mark.slow)])
+def test_full_disk(place, tmp_path):
+    (tmp_path / "disk").mkdir()
+    code, message, left = hostile(place, tmp_path / "disk", *SHORT)
+    assert code == 1 and "space" in message.splitlines()[-1] and left == []

@@ -100,7 +100,7 @@ def test_the_command_line_says_it_on_stderr():
 
 
 def test_everything_runs_without_triton():
-    run = programs.run("without_triton")
+    run = programs.run("without_triton", fresh=True)
     sparse, focal, error = run.stdout.splitlines()
     assert (float(sparse), float(focal)) == (32.0, 1.0)
     assert "Triton does not import" in error and "mend that" in error

@@ -3,6 +3,7 @@
 import copy
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -612,7 +613,7 @@ def test_the_families_are_not_refused(family):
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_two_processes_do_what_one_does(tmp_path, name):
     pipelines.pictures(tmp_path / "pictures", 40)
-    command = programs.command("family", name, json.dumps(METHOD))
+    command = [sys.executable, "-P", programs.path("family"), name, json.dumps(METHOD)]
     for count in (1, 2):
         port = free_port()
         children = []

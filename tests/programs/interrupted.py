@@ -1,6 +1,6 @@
 """Runs that are killed late, or whose disk is full or read-only: ``interrupted.py RECIPE``.
 
-One process imports torch and forks a child for every run; mounts are made in this process's own
+One process imports torch and forks a child for every run; disks are mounted in this process's own
 namespace. What was found lies in the current folder.
 """
 
