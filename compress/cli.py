@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress.common.extras import MissingExtraError
 from compress.parallel import launch
 
 if TYPE_CHECKING:
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from compress.methods.base import Event
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERRORS = (
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    MissingExtraError,
+    NotADirectoryError,
+)
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
 # so long the main process has to say what went wrong, before another one does
@@ -40,7 +48,7 @@ class _Verbs(TyperGroup):
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        except USER_ERRORS as error:
             _fail(error, USAGE)
         except OSError as error:
             _fail(error, FAILURE)

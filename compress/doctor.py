@@ -10,10 +10,11 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-DISTRIBUTION = "compress-models"
+from compress.common.extras import DISTRIBUTION, EXTRAS, command
+
 OPTIONAL = {
     "tensorboard": "train.trackers: [tensorboard]",
-    "triton": "GPU kernels",
+    "triton": "GPU kernels; torch brings it on Linux",
     "wandb": "train.trackers: [wandb]",
 }
 # a run keeps its checkpoint, its state and a temporary copy of the larger of the two
@@ -41,17 +42,21 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at versions, devices, disk, cache, optional packages and the built-in models."""
-    return [*versions(), *_devices(), *_disk(), *_optional(), *_builtin_models()]
+    """Look at versions, extras, optional packages, devices, disk, cache and built-in models."""
+    return [
+        *versions(),
+        *_extras(),
+        *_optional(),
+        *_devices(),
+        *_disk(),
+        *_builtin_models(),
+    ]
 
 
 def versions() -> Iterator[Check]:
     """Compare every installed dependency with the range that `compress` declares for it."""
     yield Check("python", ".".join(map(str, sys.version_info[:3])))
-    for text in metadata.requires(DISTRIBUTION) or []:
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
+    for requirement in _requirements(""):
         bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
         wanted = bounds or "any version"
         hint = f"run: pip install '{requirement.name}{bounds}'"
@@ -63,6 +68,34 @@ def versions() -> Iterator[Check]:
         ok = requirement.specifier.contains(installed, prereleases=True)
         found = f"{installed} (supported: {wanted})"
         yield Check(requirement.name, found, ok, True, "" if ok else hint)
+
+
+def _requirements(extra: str) -> list[Requirement]:
+    """What an extra requires; of "" what `compress` itself requires."""
+    every = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or []]
+    core = [r for r in every if not r.marker or r.marker.evaluate({"extra": ""})]
+    if not extra:
+        return core
+    return [r for r in every if r not in core and r.marker and r.marker.evaluate({"extra": extra})]
+
+
+def _extras() -> Iterator[Check]:
+    """Tell for every extra whether its packages are installed, in versions that are supported."""
+    for extra, purpose in EXTRAS.items():
+        missing, unsupported = [], []
+        for requirement in _requirements(extra):
+            try:
+                installed = metadata.version(requirement.name)
+            except metadata.PackageNotFoundError:
+                missing.append(requirement.name)
+                continue
+            if not requirement.specifier.contains(installed, prereleases=True):
+                unsupported.append(f"{requirement.name} {installed}")
+        state = f"without {', '.join(missing)}" if missing else "installed"
+        if unsupported:
+            state += f", not supported: {', '.join(unsupported)}"
+        hint = f"run: {command(extra)}" if missing or unsupported else ""
+        yield Check(f"extra {extra}", f"{state} (for {purpose})", not unsupported, hint=hint)
 
 
 def _devices() -> Iterator[Check]:

@@ -347,7 +347,7 @@ def likeness(
         "mse_to_dense": (mse_to(samples.flat, dense.flat), f"grey levels in [0, 1], {pairs}")
     }
     if min(samples.images.shape[-2:]) >= WINDOW:
-        how = f"torchmetrics {version('torchmetrics')}, window {WINDOW}, sigma {SIGMA}, {pairs}"
+        how = f"Gaussian window {WINDOW}, sigma {SIGMA}, {pairs}"
         measured["ssim_to_dense"] = (ssim_to(samples.flat, dense.flat), how)
     result = {}
     for name, (values, how) in measured.items():

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from fuzzysearch import find_near_matches
-from rapidfuzz import fuzz
 
+from compress.common.extras import extra
 from compress.data.olmocr_bench import (
     BaselineTest,
     Bench,
@@ -31,6 +30,9 @@ from compress.eval.retention import Accuracy
 from compress.eval.table_similarity import Table, html_tables, markdown_tables
 from compress.eval.text_metrics import is_empty, tail_copies
 from compress.eval.values import Value, percentile_interval, resampled_sums, share
+
+with extra("ocr", "scoring pages"):
+    from rapidfuzz import fuzz
 
 BASELINE = "baseline"
 
@@ -194,6 +196,43 @@ def normalise(text: str) -> str:
     return text.translate(_PLAIN)
 
 
+def near_matches(wanted: str, text: str, max_diffs: int) -> list[int]:
+    """Find where a text occurs with at most ``max_diffs`` insertions, deletions and substitutions.
+
+    Sellers, "The theory and computation of evolutionary distances" (1980). Of matches that overlap
+    only the one with the fewest differences counts, of equals the longest. olmOCR calls fuzzysearch
+    for this, which finds a match in the same texts; where ``wanted`` is shorter than
+    ``3 (max_diffs + 1)`` characters or repeats itself, its match may begin elsewhere.
+
+    Returns
+    -------
+    list[int] : where the matches begin, in ascending order. Exact matches may overlap.
+    """
+    if max_diffs == 0:
+        return [found.start() for found in re.finditer(f"(?={re.escape(wanted)})", text)]
+    letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    ends = np.arange(len(text) + 1)
+    # of the best match of a beginning of `wanted` with each end in the text: its differences times
+    # `difference`, plus its start, so that the smallest has the fewest differences, then the most
+    # characters
+    difference = len(text) + 1
+    best = ends
+    for letter in wanted:
+        without = best + difference
+        without[1:] = np.minimum(without[1:], best[:-1] + difference * (letters != ord(letter)))
+        best = np.minimum.accumulate(without - difference * ends) + difference * ends
+    differences, starts = np.divmod(best, difference)
+    groups: list[list[tuple[int, int, int]]] = []
+    reach = 0
+    found = np.flatnonzero(differences <= max_diffs)
+    for start, end in sorted(zip(starts[found].tolist(), found.tolist(), strict=True)):
+        if start >= reach:
+            groups.append([])
+        groups[-1].append((int(differences[end]), start - end, start))
+        reach = max(reach, end)
+    return [min(group)[2] for group in groups]
+
+
 def _with_baselines(bench: Bench) -> dict[str, tuple[BenchTest, ...]]:
     files = dict(bench.files)
     have = {test.pdf for tests in files.values() for test in tests if test.type == "baseline"}
@@ -244,10 +283,10 @@ def _order(test: OrderTest, text: str) -> Outcome:
     given = normalise(text)
     starts = []
     for wanted in (normalise(test.before), normalise(test.after)):
-        matches = find_near_matches(wanted, given, max_l_dist=test.max_diffs)
-        if not matches:
+        found = near_matches(wanted, given, test.max_diffs)
+        if not found:
             return Outcome(False, f"{_short(wanted)} not found with {test.max_diffs} differences")
-        starts.append([match.start for match in matches])
+        starts.append(found)
     if min(starts[0]) < max(starts[1]):
         return Outcome(True)
     return Outcome(False, f"{_short(test.before)} never begins before {_short(test.after)}")

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from rapidfuzz import process
-from rapidfuzz.distance import Levenshtein
 from scipy.optimize import linear_sum_assignment
 
+from compress.common.extras import extra
 from compress.data.omnidocbench import Block, Page
 from compress.eval.retention import Accuracy
 from compress.eval.table_similarity import html_tables, markdown_tables, table_html, teds
@@ -27,6 +26,10 @@ from compress.eval.values import (
     ratio_of_sums,
     resampled_sums,
 )
+
+with extra("ocr", "scoring pages"):
+    from rapidfuzz import process
+    from rapidfuzz.distance import Levenshtein
 
 TEXT_CATEGORIES = ("text_block", "title", "code_txt", "code_txt_caption", "reference")
 # matched, so that a prediction of them is not held against the page, but not scored

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-import apted
-from apted import APTED
-from lxml import etree, html
-from rapidfuzz.distance import Levenshtein
+from compress.common.extras import extra
+
+with extra("ocr", "scoring tables"):
+    import apted
+    from apted import APTED
+    from lxml import etree, html
+    from rapidfuzz.distance import Levenshtein
 
 # what HTML allows; a model that writes more must not fill the memory
 MAX_SPAN = 1000

@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import jiwer
 import numpy as np
-import snowballstemmer
-from rapidfuzz.distance import Levenshtein
-from sacrebleu.metrics.bleu import BLEU
 
+from compress.common.extras import extra
 from compress.eval.values import (
     Value,
     page_mean,
@@ -21,6 +18,12 @@ from compress.eval.values import (
     resampled_sums,
     share,
 )
+
+with extra("ocr", "scoring text"):
+    import jiwer
+    import snowballstemmer
+    from rapidfuzz.distance import Levenshtein
+    from sacrebleu.metrics.bleu import BLEU
 
 LOOP_COPIES = 5
 LOOP_CHARACTERS = 60

@@ -36,7 +36,7 @@ METRICS = {
             "ratio": None,
             "better": "higher",
             "unit": "",
-            "how": "torchmetrics",
+            "how": "Gaussian window 11",
         },
     },
     "floor": {"fid_digits": 0.5, "kid_digits": 0.001},

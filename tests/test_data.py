@@ -2,18 +2,22 @@
 
 import json
 from collections import Counter
+from importlib.resources import files
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from compress.data.batches import StepSampler, flipped, noise_and_timesteps
 from compress.data.digits import SIZE, digits
 from compress.data.sources import ImageData, Pairs, TensorImages, load_images, stacked
 
 STEPS = 1000
+DATA = files("compress.data")
 
 
 def upsampled() -> np.ndarray:
@@ -31,6 +35,13 @@ def as_keys(images) -> Counter:
     # grey levels are multiples of 1/16 of a level of the scan, so integers tell them apart exactly
     whole = np.rint(np.asarray(images, dtype=float) * 16).astype(np.int32)
     return Counter(image.tobytes() for image in whole)
+
+
+def test_the_stored_digits_and_words_are_those_of_scikit_learn():
+    scans = load_file(DATA / "digits.safetensors")
+    assert torch.equal(scans["images"].double(), torch.from_numpy(load_digits().images))
+    assert torch.equal(scans["labels"].long(), torch.from_numpy(load_digits().target))
+    assert (DATA / "words.txt").read_text().split() == sorted(ENGLISH_STOP_WORDS)
 
 
 def test_halves_are_disjoint_and_complete_and_upsampled_bilinearly():

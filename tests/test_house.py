@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from compress.common.extras import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 MAPPED = ("kernels", "eval", "recipes")
 SHIPPED = [p for folder in ("compress", *MAPPED) for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -75,6 +77,12 @@ def test_public_functions_name_their_arguments():
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.args.kwarg
     ]
     assert set(found) == KEYWORDS
+
+
+def test_every_extra_is_known_and_part_of_all():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(extras) == {*EXTRAS, "all", "dev"}
+    assert extras["all"] == [f"compress-models[{','.join(EXTRAS)}]"]
 
 
 def test_the_version_stands_in_one_place():

@@ -1,10 +1,12 @@
 """olmOCR-bench folders and tests: the definitions by hand, round trips, and damaged folders."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
 from PIL import Image
+from rapidfuzz.distance import Levenshtein
 
 from compress.data.olmocr_bench import (
     KINDS,
@@ -20,7 +22,7 @@ from compress.data.olmocr_bench import (
     write_candidate,
     write_olmocr_bench,
 )
-from compress.eval.olmocr_bench import normalise, run_test, score_olmocr_bench
+from compress.eval.olmocr_bench import near_matches, normalise, run_test, score_olmocr_bench
 
 COMMON = {"pdf": "a.pdf", "page": 1, "id": "t"}
 
@@ -178,6 +180,56 @@ def test_definitions(test, text, passes):
 )
 def test_tables(test, text, passes):
     assert run_test(test, text).passed is passes
+
+
+def every_match(wanted, text, max_diffs):
+    """For each end in the text the match with the fewest differences, of equals the longest."""
+    matches = []
+    for end in range(1, len(text) + 1):
+        edits, start = min(
+            (Levenshtein.distance(wanted, text[start:end]), start) for start in range(end + 1)
+        )
+        if edits <= max_diffs:
+            matches.append((edits, start - end, start))
+    return matches
+
+
+def test_near_matches_are_the_best_of_those_that_overlap():
+    rng = random.Random(0)
+    for _ in range(300):
+        letters = rng.choice(("ab", "abc", "abcdefgh "))
+        text = "".join(rng.choices(letters, k=rng.randrange(25)))
+        wanted = "".join(rng.choices(letters, k=rng.randrange(3, 10)))
+        max_diffs = rng.randrange(1, len(wanted) // 2 + 1)
+        left, starts = every_match(wanted, text, max_diffs), []
+        while left:
+            group, size = [left.pop(0)], 0
+            while size != len(group):
+                size = len(group)
+                for match in list(left):
+                    _, length, start = match
+                    if any(s < start - length and start < s - n for _, n, s in group):
+                        group.append(match)
+                        left.remove(match)
+            starts.append(min(group)[2])
+        assert near_matches(wanted, text, max_diffs) == sorted(starts), (wanted, text, max_diffs)
+
+
+# what fuzzysearch 0.8.1 finds
+@pytest.mark.parametrize(
+    ("wanted", "text", "max_diffs", "starts"),
+    [
+        ("PATTERN", "---PATERN---PATTERN", 1, [3, 12]),
+        ("aa", "aaaa", 0, [0, 1, 2]),
+        ("a.b", "axb a.b", 0, [4]),
+        ("the quick brown fox", "a teh quikc brown fox, the quick brown fax", 4, [2, 23]),
+        ("the quick brown fox", "a teh quikc brown fox", 3, []),
+        ("\u4e2d\u6587\u6587\u672c", "x \u4e2d\u6587\u672c", 1, [2]),
+        ("word", "", 1, []),
+    ],
+)
+def test_near_matches_agree_with_fuzzysearch(wanted, text, max_diffs, starts):
+    assert near_matches(wanted, text, max_diffs) == starts
 
 
 def test_formulas_are_skipped_and_never_passed(bench):

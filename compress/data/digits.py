@@ -1,9 +1,14 @@
-"""scikit-learn's digits as 16x16 images: 1797 real scans (UCI optical digits, CC BY 4.0)."""
+"""scikit-learn's digits as 16x16 images: 1797 real scans (UCI optical digits, CC BY 4.0).
+
+E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (1998), UCI Machine Learning
+Repository, https://doi.org/10.24432/C50P49. The file beside this module holds the scans unchanged.
+"""
 
 from functools import cache
+from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 SIZE = 16
@@ -13,10 +18,10 @@ HALVES = ("a", "b")
 
 @cache
 def _all_digits() -> tuple[torch.Tensor, torch.Tensor]:
-    raw = load_digits()
-    images = torch.from_numpy(raw.images).float()[:, None]  # (1797, 1, 8, 8), grey levels 0..16
+    scans = load_file(Path(__file__).with_suffix(".safetensors"))
+    images = scans["images"].float()[:, None]  # (1797, 1, 8, 8), grey levels 0..16
     images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    return images / 8 - 1, torch.from_numpy(raw.target).long()
+    return images / 8 - 1, scans["labels"].long()
 
 
 def digits(half: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,9 @@
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 from PIL import ImageFont
+
+from compress.common.extras import extra
 
 # family: (regular, bold); matplotlib's cmr10 is left out, it draws < > " \ _ { | } as other glyphs
 FONTS = {
@@ -18,7 +19,14 @@ SEEN_FONTS = tuple(name for name in FONTS if name != UNSEEN_FONT)
 
 
 def font_file(family: str, bold: bool = False) -> Path:
-    """Path of a family's file."""
+    """Path of a family's file.
+
+    Raises
+    ------
+    MissingExtraError : without matplotlib.
+    """
+    with extra("report", "rendering pages"):
+        import matplotlib
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONTS[family][bold]
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from compress.common.extras import extra
 from compress.data import olmocr_bench, omnidocbench
 from compress.data.fonts import UNSEEN_FONT
 from compress.data.pages import PAGE, SQUARE_PAGE, Difficulty, page
@@ -72,6 +74,7 @@ def load_pages(
     ------
     ValueError : for an unknown source, a folder in none of the layouts, or images without text.
     FileNotFoundError : when the folder does not exist.
+    MissingExtraError : without matplotlib for rendered pages, or pypdfium2 for PDFs.
     """
     kind, _, name = source.partition(":")
     if kind == "builtin":
@@ -94,6 +97,8 @@ def load_pages(
         return OcrData(source, tuple(opened), tuple(annotated))
     if (folder / olmocr_bench.PDFS).is_dir():
         bench = olmocr_bench.read_olmocr_bench(folder)
+        if not all(bench.image(place).is_file() for place in bench.pages):
+            _import_pypdfium2()  # a missing one is found before the first page is read
         documents = [
             OcrPage(page_name(place), partial(_bench_image, bench, place, open_image))
             for place in bench.pages
@@ -141,8 +146,7 @@ def pdf_page(path: Path, number: int) -> Image.Image:
     ------
     ValueError : when the file cannot be read or has no such page.
     """
-    import pypdfium2
-
+    pypdfium2 = _import_pypdfium2()
     try:
         with pypdfium2.PdfDocument(path) as document:
             if not 1 <= number <= len(document):
@@ -155,6 +159,12 @@ def pdf_page(path: Path, number: int) -> Image.Image:
             return sheet.render(scale=scale).to_pil().convert("RGB")
     except pypdfium2.PdfiumError as error:
         raise ValueError(f"{path} should be a PDF; {error}; restore the file") from error
+
+
+def _import_pypdfium2() -> Any:
+    with extra("data", "rendering a PDF"):
+        import pypdfium2
+    return pypdfium2
 
 
 def _pairs(folder: Path, open_image: Callable[[Path], Image.Image]) -> Iterator[OcrPage]:

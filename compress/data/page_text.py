@@ -4,8 +4,7 @@ import hashlib
 import random
 import string
 from functools import cache
-
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
 # no character that Markdown or HTML would read as markup, so the ground truth needs no escapes
@@ -23,8 +22,9 @@ def split_of(word: str) -> str:
 
 @cache
 def _listed_words(split: str, length: int) -> tuple[str, ...]:
-    """Common English words (scikit-learn's list, BSD) of a split and a length."""
-    return tuple(w for w in sorted(ENGLISH_STOP_WORDS) if len(w) == length and split_of(w) == split)
+    """Common English words (scikit-learn's stop words, BSD) of a split and a length."""
+    words = Path(__file__).with_name("words.txt").read_text().split()
+    return tuple(w for w in words if len(w) == length and split_of(w) == split)
 
 
 def _pronounceable(rng: random.Random, length: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from compress.common.extras import extra
 from compress.data.batches import Examples
 from compress.data.digits import HALVES, digits
 
@@ -203,6 +204,7 @@ def load_images(
     ------
     ValueError : for an unknown source, an empty folder, a size that the source does not have, or
         captions or labels that are missing.
+    MissingExtraError : for the hub without `datasets`.
     """
     kind, _, name = source.partition(":")
     column = column or {"caption": "text", "label": "label", None: ""}[wanted]
@@ -311,8 +313,7 @@ def _is_image(path: Path) -> bool:
 def _hub(
     source: str, name: str, size: int, channels: int, wanted: Wanted | None, column: str
 ) -> ImageData:
-    import datasets
-
+    datasets = _import_datasets()
     try:
         loaded = datasets.load_dataset(name)
     except (datasets.exceptions.DatasetsError, OSError) as error:
@@ -349,9 +350,14 @@ def _hub(
     return ImageData.split(source, images_of(rows), conditions)
 
 
-def _hub_conditions(source: str, rows: Any, wanted: Wanted, column: str) -> Sequence[Any]:
-    import datasets
+def _import_datasets() -> Any:
+    with extra("data", "a data set of the hub"):
+        import datasets
+    return datasets
 
+
+def _hub_conditions(source: str, rows: Any, wanted: Wanted, column: str) -> Sequence[Any]:
+    datasets = _import_datasets()
     feature = rows.features.get(column)
     kind = getattr(feature, "dtype", None)
     if wanted == "caption" and kind in ("string", "large_string"):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from torchmetrics.functional.text import char_error_rate
 from transformers import PreTrainedTokenizerFast
 
 from compress.common.files import write_text
@@ -260,7 +260,10 @@ class Trainer:
         texts: list[str] = []
         for first in range(0, len(pages), level.batch):
             texts += self.read(model, pages[first : first + level.batch])
-        return char_error_rate(texts, [p.text for p in pages]).item()
+        edits = sum(
+            Levenshtein.distance(text, p.text) for text, p in zip(texts, pages, strict=True)
+        )
+        return edits / sum(len(p.text) for p in pages)
 
     def save(self) -> None:
         """Store weights, the optimisers' moments and progress."""

@@ -1,0 +1,41 @@
+"""Optional packages: what is said where one is missing, and what works without them."""
+
+import pytest
+
+from compress import doctor
+from compress.common.extras import EXTRAS, MissingExtraError, extra
+
+
+def test_a_missing_package_is_one_line_with_the_command():
+    with pytest.raises(MissingExtraError) as raised, extra("ocr", "scoring text"):
+        import no_such_package.inside  # noqa: F401
+    assert str(raised.value) == (
+        "scoring text needs the package no_such_package, which is not installed; "
+        "run: pip install 'compress-models[ocr]'"
+    )
+    assert raised.value.name == "no_such_package"
+
+
+def test_a_missing_module_of_ours_is_no_missing_extra():
+    with pytest.raises(ModuleNotFoundError, match="no_such"), extra("ocr", "scoring text"):
+        import compress.no_such  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("requires", "found", "ok"),
+    [
+        ("pytest>=1", "installed", True),
+        ("no-such-package", "without no-such-package", True),
+        ("pytest<1", "installed, not supported: pytest", False),
+    ],
+)
+def test_doctor_shows_the_extras(monkeypatch, requires, found, ok):
+    wanted = [f"{requires}; extra == '{name}'" for name in EXTRAS]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: wanted)
+    checks = {check.name: check for check in doctor.examine()}
+    for name, purpose in EXTRAS.items():
+        check = checks[f"extra {name}"]
+        assert check.found.startswith(found) and check.found.endswith(f"(for {purpose})")
+        assert check.ok is ok and not check.required
+        command = f"pip install 'compress-models[{name}]'"
+        assert (command in check.hint) is (found != "installed")
