@@ -12,15 +12,15 @@ from transformers import UnlimitedOcrImageProcessor
 from builders import ocr
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import Applied
-from compress.data.ocr_pages import OcrPage
+from compress.methods.base import Shown
 from compress.methods.fastocr.trace import trace
+from compress.methods.rtprune.figures import pruned_page
 from compress.methods.rtprune.pages import Page, PrunedPage, prune_pages
 from compress.methods.rtprune.transport import similarity, transport_plan
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor
 from compress.models.deepseek_ocr_views import MODES, Mode, page_views
+from compress.models.page_pictures import KEPT, MERGED, MOVE, tokens_on_page
 from compress.models.visual import ADAPTERS, ViewOnPage, views_on_page, visual_layouts
-from compress.reports.reader import _film, _pruned
-from compress.reports.reader_figures import KEPT, MERGED, MOVE, pruned_figure, tokens_on_page
 
 SIZES = [(800, 1200), (1500, 700), (600, 600)]
 
@@ -142,11 +142,11 @@ def test_where_nothing_is_moved_nothing_is_said_of_it(knobs):
     method = RTPrune(**{"keep_tokens": 0.5, **knobs})
     [(page, _)] = prune_pages(method, [Page(grid)], [features], [features[:0]], torch.zeros(8))
     assert page.merged is None and [len(part) for part in page.moves()] == [0, 0, 0]
-    picture, caption = pruned_figure(
+    figure = pruned_page(
         Image.new("RGB", (80, 60), "white"), {0: ViewOnPage((0, 0, 80, 60), 3, 4)}, page
     )
-    assert "the others are dropped" in caption
-    colours = Image.open(io.BytesIO(picture)).getcolors()
+    assert "the others are dropped" in figure.caption
+    colours = Image.open(io.BytesIO(figure.image)).getcolors()
     assert len(colours) == (1 if "keep_tokens" in knobs else 2)
 
 
@@ -163,9 +163,12 @@ def test_kept_and_merged_tokens_are_told_apart():
     page = PrunedPage(grid_of(2, 4), kept, 0.4, merged=merged)
     views = {0: ViewOnPage((0, 0, 480, 240), 2, 4)}
     image = Image.new("RGB", (480, 240), "white")
-    picture, caption = pruned_figure(image, views, page)
-    assert "3 of 8 visual tokens stay (green)" in caption and "each of the 5 that" in caption
-    pixels = np.asarray(Image.open(io.BytesIO(picture))).astype(int)
+    figure = pruned_page(image, views, page)
+    assert (
+        "3 of 8 visual tokens stay (green)" in figure.caption
+        and "each of the 5 that" in figure.caption
+    )
+    pixels = np.asarray(Image.open(io.BytesIO(figure.image))).astype(int)
     for place, colour in (((0, 0), KEPT), ((1, 0), KEPT), ((1, 1), KEPT)):
         corner = pixels[place[0] * 120 + 5, place[1] * 120 + 5]
         assert np.abs(corner - tint(colour)).max() < 2
@@ -179,57 +182,61 @@ def test_kept_and_merged_tokens_are_told_apart():
 # ---- the pictures of a report --------------------------------------------------------------------
 
 
-def noisy(width=300, height=200):
-    image = ocr.page(width, height, 0, 0.6)
-    return OcrPage("page", lambda: image, "")
+PAGE = ocr.page(300, 200, 0, 0.6)
+
+
+def figures_of(method, model, processor, prompt="read", others=()):
+    """What a method draws of the page, by name, and its notes."""
+    [section] = method.sections(Shown(model, processor, PAGE, prompt, others, []))
+    return {figure.name: figure for figure in section.figures}, section.notes
 
 
 def test_crops_get_a_panel_of_their_own():
-    model, page = ocr.deepseek_ocr(), noisy()
-    processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
-    picture, caption = _pruned(RTPrune(keep_tokens=0.5), page, model, processor, "read")
-    assert "left the tokens of the whole page, right those of its crops" in caption
-    assert Image.open(io.BytesIO(picture)).size == (2 * 300 + 8, 200)
+    model, method = ocr.deepseek_ocr(), RTPrune(keep_tokens=0.5)
+    crops = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
+    kept = figures_of(method, model, crops)[0]["kept"]
+    assert "left the tokens of the whole page, right those of its crops" in kept.caption
+    assert Image.open(io.BytesIO(kept.image)).size == (2 * 300 + 8, 200)
     whole = DeepseekOcrProcessor(ocr.tokenizer(), Mode(256))
-    picture, caption = _pruned(RTPrune(keep_tokens=0.5), page, model, whole, "read")
-    assert caption.endswith("on the first page")
-    assert Image.open(io.BytesIO(picture)).size == (300, 200)
+    kept = figures_of(method, model, whole)[0]["kept"]
+    assert kept.caption.endswith("on the first page")
+    assert Image.open(io.BytesIO(kept.image)).size == (300, 200)
 
 
 def test_queries_are_not_drawn():
-    page = noisy()
     grid = visual_layouts(ocr.deepseek_ocr2(), ocr.deepseek2_prompt(["a"]))[0].grid
     kept = PrunedPage(grid, torch.arange(30), 0.1)
     views = ADAPTERS["deepseek_ocr2"].places(None, 300, 200)
-    picture, caption = pruned_figure(page.open(), views, kept)
-    assert "30 of 400 visual tokens stay" in caption and "queries, which have no place" in caption
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(page.open()))
+    figure = pruned_page(PAGE, views, kept)
+    assert "30 of 400 visual tokens stay" in figure.caption
+    assert "queries, which have no place" in figure.caption
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(figure.image))), np.asarray(PAGE))
 
 
 def test_the_film_is_over_what_rtprune_left():
-    model, page = ocr.deepseek_ocr(), noisy()
+    model = ocr.deepseek_ocr()
     model.generation_config.eos_token_id = None
     processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
     pruning, looking = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=0.2, focal_layers=(0,))
-    inputs = dict(processor([page.open()], ["read"]))
+    inputs = dict(processor([PAGE], ["read"]))
     with Applied(model, [pruning]) as applied:
         _, layout, seen = trace(looking, model, inputs, 5)
         [left] = applied.handles["rtprune"].pages
     assert torch.equal(layout.grid, left.grid[left.kept_indices])
     assert [s is None for s in seen] == [True, False, False, False]
     assert all(len(s) == -(-len(layout.grid) // 5) for s in seen[1:])
-    film, strip, words = _film(looking, [pruning], page, model, processor, "read")
-    alone = _film(looking, [], page, model, processor, "read")
-    assert "the tokens that rtprune left of it; left the tokens" in words
-    assert "rtprune" not in alone[2] and film and alone[0] and strip != alone[1]
+    both, _ = figures_of(looking, model, processor, others=[pruning])
+    alone, _ = figures_of(looking, model, processor)
+    assert "the tokens that rtprune left of it; left the tokens" in both["strip"].caption
+    assert "rtprune" not in alone["strip"].caption
+    assert both["strip"].image != alone["strip"].image
+    assert both["film"].image.startswith(b"GIF") and alone["film"].image.startswith(b"GIF")
 
 
 def test_a_film_that_cannot_be_drawn_has_words(monkeypatch):
-    model, page = ocr.deepseek_ocr(), noisy()
+    model = ocr.deepseek_ocr()
     processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
     looking = FastOCR(keep_visual=0.2, focal_layers=(0,))
-    monkeypatch.setattr("compress.reports.reader.FILM_TOKENS", 2)
-    assert _film(looking, [], page, model, processor, None) == (
-        b"", b"", "The fixation while the page is written: every step of so short an answer reads "
-        "all tokens",
-    )  # fmt: skip
+    monkeypatch.setattr("compress.methods.fastocr.figures.NEW_TOKENS", 2)
+    figures, [note] = figures_of(looking, model, processor, prompt=None)
+    assert figures == {} and note.startswith("The fixation while the page is written: every step")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import json
 import shutil
 
@@ -133,7 +134,7 @@ def test_the_report_shows_what_each_layer_attended_to(finished):
     row = finished.metrics["comparison"][2]
     layers = ", ".join(f"{share:.0%}" for share in row["attended_by_layer"])
     assert layers.count("%") == 8 and f"<td>{layers}</td>" in report
-    assert "refreshed steps" in report and f"<td>{row['refreshes']:.2%}</td>" in report
+    assert "Refreshed steps" in report and f"<td>{row['refreshes']:.2%}</td>" in report
 
 
 def test_the_worst_page_against_the_dense_model_is_named(finished):
@@ -331,14 +332,15 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
         tmp_path, deepseek, folder, both, compare=[pruning], weights="reference", evaluate=evaluate
     )
     asked = []
-    for name, place in (("read_pages", 3), ("build_prompt", 3)):
-        made = getattr(compress.reports.reader, name)
+    for method, name in (("rtprune", "read_pages"), ("fastocr", "build_prompt")):
+        module = importlib.import_module(f"compress.methods.{method}.figures")
+        original = getattr(module, name)
 
-        def spy(*args, made=made, place=place, **kwargs):
-            asked.append(args[place])
-            return made(*args, **kwargs)
+        def spy(*args, original=original, **kwargs):
+            asked.append(args[3])
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(compress.reports.reader, name, spy)
+        monkeypatch.setattr(module, name, spy)
     result = finish(run_events(recipe, device="cpu"))[1]
     assert asked == ["all of it", ["all of it"]]  # of the two pictures
     report = (result.folder / "report.html").read_text()

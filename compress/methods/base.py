@@ -228,7 +228,7 @@ class Shown:
     model, processor : without methods; they may be run.
     image : one page.
     prompt : that the pages were read with; the family's own for plain text when None.
-    before : the methods that were applied ahead of this one.
+    others : the other methods of the run.
     facts : what this method counted, batch by batch.
     """
 
@@ -236,7 +236,7 @@ class Shown:
     processor: Any
     image: Any
     prompt: str | None
-    before: Sequence["RuntimeMethod"]
+    others: Sequence["RuntimeMethod"]
     facts: Sequence[Mapping[str, Any]]
 
 

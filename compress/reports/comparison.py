@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +15,6 @@ from rich.text import Text
 
 from compress.common.files import write_bytes
 from compress.eval.metrics import METRICS, arrow, number_text
-from compress.reports.figures import COMPRESSED, DENSE, GREY, STYLE, to_png
 from compress.reports.run_folder import metric_of, read_metrics
 
 
@@ -67,35 +63,10 @@ class Comparison:
 
     def plot(self, path: Path) -> Path:
         """Write one PNG: a small panel per metric, a point and its interval per run."""
-        with matplotlib.rc_context(STYLE | {"font.size": 11}):
-            write_bytes(path, to_png(self._figure()))
-        return path
+        from compress.reports.figures import comparison_panels
 
-    def _figure(self) -> Figure:
-        columns = min(3, len(self.rows))
-        lines = -(-len(self.rows) // columns)
-        height = 0.9 + 0.32 * len(self.names)
-        figure = Figure(figsize=(4.2 * columns, height * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-        for row, axes in zip(self.rows, panels, strict=False):
-            for place, name in enumerate(self.names):
-                side = row["runs"].get(name)
-                if side is None:
-                    continue
-                colour = GREY if name == "dense" else DENSE
-                if row["best"] == name:
-                    colour = COMPRESSED
-                if side.get("ci95"):
-                    axes.plot(side["ci95"], [place, place], color=colour)
-                axes.plot(side["value"], place, "o", color=colour)
-            axes.set_yticks(range(len(self.names)), self.names)
-            axes.set_ylim(len(self.names) - 0.5, -0.5)
-            axes.set_title(f"{metric_of(row['metric']).label} {arrow(row['better'])}", fontsize=11)
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.xaxis.set_major_formatter(lambda value, _: number_text(value))
-        for axes in list(panels):
-            axes.set_visible(False)
-        return figure
+        write_bytes(path, comparison_panels(self.names, self.rows))
+        return path
 
 
 def compare(folders: Sequence[Path]) -> Comparison:

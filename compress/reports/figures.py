@@ -1,56 +1,28 @@
-"""The figures of a finished run, as PNG files."""
+"""The figures of a report that do not depend on the method."""
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from compress.eval.metrics import number_text
-from compress.reports.run_folder import Run
+from compress.common.plots import (
+    COLOURS,
+    COMPRESSED,
+    DENSE,
+    GREY,
+    MARKERS,
+    MaxNLocator,
+    PercentFormatter,
+    Plot,
+    canvas,
+    image_png,
+    styled,
+)
+from compress.eval.metrics import arrow, number_text
+from compress.reports.run_folder import metric_of
 
 GRID = 8
-
-# Okabe and Ito's palette: told apart by colour-blind readers
-DENSE, COMPRESSED, THIRD, FOURTH, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-MARKERS = "osD^vPX*"
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 12,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e7ec",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 11,
-    "lines.linewidth": 1.8,
-}
-DPI = 160
-
-
-def draw_figures(run: Run) -> dict[str, bytes]:
-    """All figures of a run as PNG files, by name."""
-    images = {
-        f"samples_{name}": sample_grid(run.samples[name])
-        for name in ("dense", "compressed")
-        if name in run.samples
-    }
-    for name, draw in FIGURES.items():
-        with matplotlib.rc_context(STYLE):
-            figure = draw(run)
-            if figure is not None:
-                images[name] = to_png(figure)
-    return images
 
 
 def sample_grid(images: np.ndarray, scale: int = 4) -> bytes:
@@ -58,214 +30,88 @@ def sample_grid(images: np.ndarray, scale: int = 4) -> bytes:
     chosen = images[: GRID * GRID]
     count, channels, height, width = chosen.shape
     rows = -(-count // GRID)
-    canvas = np.full((rows * (height + 1) + 1, GRID * (width + 1) + 1, channels), 255, np.uint8)
+    tiles = np.full((rows * (height + 1) + 1, GRID * (width + 1) + 1, channels), 255, np.uint8)
     for index, image in enumerate(chosen):
         top, left = 1 + index // GRID * (height + 1), 1 + index % GRID * (width + 1)
-        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+        tiles[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(tiles[..., 0] if channels == 1 else tiles)
     # small images only: large ones are legible as they are
     scale = max(1, min(scale, 1200 // picture.width))
-    picture = picture.resize(
-        (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
-    )
-    target = io.BytesIO()
-    picture.save(target, format="PNG", optimize=True)
-    return target.getvalue()
+    size = picture.width * scale, picture.height * scale
+    return image_png(picture.resize(size, Image.Resampling.NEAREST), optimize=True)
 
 
-def _widths_figure(run: Run) -> Figure | None:
-    widths = run.metrics.get("widths")
-    if not widths:
-        return None
-    # a model with free inner widths has dozens of rows: they come closer
-    row_height = max(0.3, min(0.62, 8 / len(widths)))
-    figure = Figure(figsize=(6.4, 1.5 + row_height * len(widths)), layout="constrained")
+@styled
+def retention_plot(
+    series: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], accuracy: str
+) -> Plot:
+    """Accuracy retention against the share of visual tokens that was used.
+
+    Parameters
+    ----------
+    series : its name -> points, each the share and the retention with its interval.
+    accuracy : what is retained, such as ``1 - CER``.
+    """
+    figure = canvas(11, 5)
     axes = figure.subplots()
-    places = np.arange(len(widths))
-    for offset, key, colour in ((-0.2, "dense", DENSE), (0.2, "compressed", COMPRESSED)):
-        bars = axes.barh(
-            places + offset, [row[key] for row in widths], 0.38, color=colour, label=key
+    for place, (name, points) in enumerate(series.items()):
+        points = sorted(points, key=lambda point: point[0])
+        values = [kept["value"] for _, kept in points]
+        ends = [kept["ci95"] or (kept["value"],) * 2 for _, kept in points]
+        errors = [
+            [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)],
+            [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)],
+        ]
+        axes.errorbar(
+            [used for used, _ in points],
+            values,
+            yerr=errors,
+            fmt=f"{MARKERS[place % len(MARKERS)]}-",
+            capsize=3,
+            color=COLOURS[place % len(COLOURS)],
+            label=name,
         )
-        axes.bar_label(bars, padding=3)
-    axes.set_yticks(places, [str(row["level"]) for row in widths])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.margins(x=0.12)
-    axes.set_xlabel("channels")
-    _legend_above(axes)
-    return figure
-
-
-def _masks_figure(run: Run) -> Figure | None:
-    if "masks" not in run.trace or "steps" not in run.trace or len(run.trace["steps"]) < 2:
-        return None
-    masks, steps = run.trace["masks"], run.trace["steps"]
-    came_back = returned_units(masks)
-    kept = (masks[-1] >= 0.5) & ~came_back
-    groups = (
-        ("removed", ~kept & ~came_back, COMPRESSED, 0.35, 0.8),
-        ("kept", kept, DENSE, 0.35, 0.8),
-        ("kept, after a time under one half", came_back, "black", 0.9, 1.4),
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
+    axes.set(
+        title=f"Accuracy retention ({accuracy}, over dense), 95% intervals",
+        xlabel="visual tokens used",
     )
-    figure = Figure(figsize=(6.4, 4.1), layout="constrained")
-    axes = figure.subplots()
-    for label, chosen, colour, alpha, thickness in groups:
-        lines = [np.column_stack([steps, unit]) for unit in masks[:, chosen].T]
-        axes.add_collection(LineCollection(lines, colors=colour, alpha=alpha, linewidths=thickness))
-        axes.plot([], [], color=colour, label=f"{label}: {int(chosen.sum())}")
-    axes.set_xlim(steps[0], steps[-1])
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("mask")
-    _legend_above(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    axes.legend(ncols=2)
     return figure
 
 
-def returned_units(masks: np.ndarray) -> np.ndarray:
-    """Units that fell under one half and ended above: ``(updates, units)`` -> bool ``(units,)``."""
-    return (masks < 0.5).any(axis=0) & (masks[-1] >= 0.5)
+@styled
+def comparison_panels(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Plot:
+    """A small panel per metric, with a point and its interval per run.
 
-
-def _schedule_figure(run: Run) -> Figure | None:
-    rows = run.log.get("mask")
-    if not rows:
-        return None
-    steps = _column(rows, "step")
-    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.6, 1, 1))
-    top.plot(steps, _column(rows, "budget"), color=DENSE, label="budget (mean mask)")
-    top.plot(
-        steps, _column(rows, "undecided"), color=FOURTH, ls="--", label="undecided (0.05 to 0.95)"
-    )
-    top.set_ylim(-0.03, 1.03)
-    top.set_ylabel("share of units")
-    _legend_above(top)
-    middle.plot(steps, _column(rows, "gamma"), color=THIRD)
-    middle.set_ylabel("gamma")
-    bottom.plot(steps, _column(rows, "max_move"), color=COMPRESSED)
-    bottom.set_ylabel("largest move")
-    bottom.set_ylim(bottom=0)
-    bottom.set_xlabel("optimiser step")
-    figure.align_ylabels()
+    Parameters
+    ----------
+    names : of the runs.
+    rows : the metrics, as :class:`compress.reports.comparison.Comparison` has them.
+    """
+    columns = min(3, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = canvas(4.2 * columns, (0.9 + 0.32 * len(names)) * lines)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    for row, axes in zip(rows, panels, strict=False):
+        for place, name in enumerate(names):
+            side = row["runs"].get(name)
+            if side is None:
+                continue
+            colour = GREY if name == "dense" else DENSE
+            if row["best"] == name:
+                colour = COMPRESSED
+            if side.get("ci95"):
+                axes.plot(side["ci95"], [place, place], color=colour)
+            axes.plot(side["value"], place, "o", color=colour)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(f"{metric_of(row['metric']).label} {arrow(row['better'])}", fontsize=11)
+        axes.tick_params(labelsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: number_text(value))
+    for axes in list(panels):
+        axes.set_visible(False)
     return figure
-
-
-def _stability_figure(run: Run) -> Figure | None:
-    rows = run.log.get("mask")
-    if not rows:
-        return None
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    ranked = [row for row in rows if row.get("spearman") is not None]
-    top.axhline(0, color=GREY, lw=1)
-    top.plot(_column(ranked, "step"), _column(ranked, "spearman"), "o-", color=DENSE, ms=3.5)
-    top.set_ylim(min(-0.1, *_column(ranked, "spearman"), 0), 1.05)
-    top.set_ylabel("rank correlation")
-    top.set_title("Each criterion estimate against the last (Spearman)")
-    steps, returned = list(_column(rows, "step")), list(_column(rows, "returned"))
-    total = run.metrics.get("run", {}).get("returned_channels")
-    if total is not None:  # those of the last step, binarisation, included
-        steps.append(steps[-1] + 1)
-        returned.append(total)
-    bottom.step(steps, returned, where="post", color=COMPRESSED)
-    bottom.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bottom.set_ylim(0, max(1, 1.05 * max(returned)))
-    bottom.set_ylabel("channels")
-    bottom.set_xlabel("optimiser step")
-    bottom.set_title("Channels that fell under one half and came back")
-    return figure
-
-
-def _loss_figure(run: Run) -> Figure | None:
-    if not any(stage in run.log for stage in ("flow", "recover", "validation")):
-        return None
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for stage, colour in (("flow", DENSE), ("recover", COMPRESSED)):
-        rows = run.log.get(stage, [])
-        if rows:
-            steps, losses = _column(rows, "step"), _column(rows, "loss")
-            axes.plot(steps, losses, color=colour, lw=0.6, alpha=0.3)
-            axes.plot(steps, smooth(losses), color=colour, label=f"training, {stage} (smoothed)")
-    for index, (net, rows) in enumerate(_by_net(run.log.get("validation", [])).items()):
-        label, colour = f"validation, {net}", ("black", THIRD, FOURTH, GREY)[index % 4]
-        if net == "dense":
-            axes.axhline(rows[-1]["loss"], color=DENSE, ls=":", label=label)
-        else:
-            axes.plot(
-                _column(rows, "step"),
-                _column(rows, "loss"),
-                MARKERS[index % len(MARKERS)] + "-",
-                color=colour,
-                ms=5,
-                lw=1,
-                label=label,
-            )
-    for row in run.log.get("surgery", []):
-        masked, slim = (number_text(row.get(key)) for key in ("loss_masked", "loss_slim"))
-        axes.axvline(row["step"], color="black", ls="--", lw=1.2)
-        axes.annotate(
-            f"surgery\n{masked} to {slim}",
-            (row["step"], 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, -4),
-            textcoords="offset points",
-            va="top",
-            fontsize=11,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
-        )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.yaxis.set_minor_formatter(
-        # a range of less than a decade has no major tick to read
-        lambda value, _: f"{value:.3g}" if np.ptp(np.log10(axes.get_ylim())) < 1.2 else ""
-    )
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss")
-    _legend_above(axes)
-    return figure
-
-
-FIGURES: dict[str, Callable[[Run], Figure | None]] = {
-    "widths": _widths_figure,
-    "masks": _masks_figure,
-    "schedule": _schedule_figure,
-    "stability": _stability_figure,
-    "loss": _loss_figure,
-}
-
-
-def smooth(values: Sequence[float], decay: float = 0.95) -> np.ndarray:
-    """Exponential mean of a noisy series, corrected for its start."""
-    means, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        means.append(mean / weight)
-    return np.array(means)
-
-
-def _by_net(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    nets: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        nets.setdefault(row.get("net", ""), []).append(row)
-    return nets
-
-
-def _column(rows: list[dict[str, Any]], key: str) -> list[float]:
-    return [float("nan") if row.get(key) is None else row[key] for row in rows]
-
-
-def _legend_above(axes: Axes) -> None:
-    """Put the legend over the axes, where it hides no data."""
-    entries = len(axes.get_legend_handles_labels()[1])
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if entries > 1 else 1, borderpad=0.2
-    )
-
-
-def to_png(figure: Figure) -> bytes:
-    """Draw a figure as a PNG file."""
-    target = io.BytesIO()
-    # no version string in the file: equal figures are equal bytes
-    figure.savefig(target, format="png", dpi=DPI, metadata={"Software": None})
-    return target.getvalue()

@@ -1,44 +1,23 @@
-"""The report of a run on a reader: one self-contained page."""
+"""The reports of a run on a reader, and of an evaluation of one."""
 
+import difflib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compress.checkpoints.applied import Applied
-from compress.common.files import write_bytes, write_text
+from compress.common.plots import image_png
 from compress.data.ocr_pages import OcrData, OcrPage
-from compress.eval.ocr import read_predictions
-from compress.methods.fastocr import FastOCR
-from compress.methods.fastocr.trace import trace
-from compress.methods.rtprune import RTPrune
-from compress.models.reading import read_pages
-from compress.models.visual import adapter_for, build_prompt, views_on_page, visual_layouts
-from compress.reports.html import (
-    animation,
-    document,
-    escape,
-    facts_table,
-    picture,
-    side_by_side_table,
-    value_cell,
-)
-from compress.reports.pages import OCR_CSS, pages_section
-from compress.reports.reader_figures import (
-    NO_PLACES,
-    comparison_figure,
-    fixation_film,
-    panels_caption,
-    pruned_figure,
-    ratio_figure,
-    recall_figure,
-)
-from compress.reports.reader_rows import measure, used_share
+from compress.eval.ocr import Prediction, read_predictions
+from compress.eval.text_metrics import edit_distance, normalise
+from compress.methods.base import Figure, RuntimeMethod, Section, Shown
+from compress.reports.figures import retention_plot
+from compress.reports.html import Card, PageText, Table, write_page
+from compress.reports.reader_rows import measure, series_name, used_share
 from compress.reports.run_folder import metric_of
 
-FILM_TOKENS = 200
+SHOWN_LONGEST = 900  # pixels: larger images are scaled down in the report
+# keys of a variant's row beside what its methods counted
+NOT_COUNTED = ("variant", "methods", "metrics", "accuracy_retention")
 
 
 def write_reader_report(
@@ -50,7 +29,7 @@ def write_reader_report(
     processor: Any,
     prompt: str | None = None,
 ) -> Path:
-    """Write ``report.html`` and its figures as PNG files.
+    """Write ``report.html`` of a run, and its figures as PNG files.
 
     Parameters
     ----------
@@ -58,168 +37,159 @@ def write_reader_report(
     data : the pages.
     variants : dense, compressed, and those to compare.
     metrics : what metrics.json holds.
-    model, processor : without methods; they are run on one page for the pictures.
+    model, processor : without methods; they are run on one page for the figures.
     prompt : that the pages were read with; the family's own for plain text when None.
     """
-    figures: dict[str, bytes] = {}
-    captions: dict[str, str] = {}
-    shown = data.pages[0]
-    pruning = [method for method in variants[1].methods if isinstance(method, RTPrune)]
-    for method in pruning:
-        figures["kept"], captions["kept"] = _pruned(method, shown, model, processor, prompt)
-    for method in variants[1].methods:
-        if isinstance(method, FastOCR):
-            film = _film(method, pruning, shown, model, processor, prompt)
-            figures["film"], figures["strip"], captions["strip"] = film
-    for calibration in (metrics["calibration"] or {}).values():
-        figures["recall"] = recall_figure(calibration)
-    if curve := comparison_figure(metrics["comparison"], metrics["accuracy"]):
-        figures["comparison"] = curve
-    ratios = [
-        page
-        for prediction in read_predictions(folder / variants[1].file)
-        for page in (prediction.facts or {}).get("rtprune", {}).get("pages", [])
-    ]
-    if ratios and (drawn := ratio_figure(ratios)):
-        figures["ratio"] = drawn
-    for name, content in figures.items():
-        if content and name != "film":
-            write_bytes(folder / f"{name}.png", content)
+    compressed = variants[1]
+    read = read_predictions(folder / compressed.file)
+    batches = [prediction.facts for prediction in read if prediction.facts]
+    image = data.pages[0].open()
+    sections: list[Section] = [_comparison(metrics["comparison"], metrics["accuracy"])]
+    for method in compressed.methods:
+        others = [other for other in compressed.methods if other is not method]
+        facts = [batch[method.name] for batch in batches if method.name in batch]
+        sections += method.sections(Shown(model, processor, image, prompt, others, facts))
+    by_name: dict[str, RuntimeMethod] = {m.name: m for v in variants for m in v.methods}
+    for name, calibration in (metrics["calibration"] or {}).items():
+        sections += by_name[name].calibration_sections(calibration)
     facts = metrics["run"]
-    line = " · ".join(
+    return write_page(
+        folder,
+        metrics,
         [
             f"model {facts['model']}",
             f"data {facts['data']}",
             f"method {' + '.join(facts['method'])}",
-        ]
+        ],
+        cards=_cards(metrics["comparison"][1], metrics["accuracy"], compressed.methods),
+        sections=sections,
+        pages=chosen_pages(data, read),
     )
-    body = [
-        OCR_CSS,
-        _headline(metrics),
-        side_by_side_table(metrics["metrics"], {}),
-        _comparison(metrics["comparison"], metrics["accuracy"], figures),
-        _pictures(figures, captions),
-        pages_section(data, read_predictions(folder / variants[1].file)),
-        f"<section><h2>The run</h2>{facts_table(facts)}</section>",
-    ]
-    path = folder / "report.html"
-    write_text(path, document(folder.resolve().name, line, body))
-    return path
 
 
-def _headline(metrics: Mapping[str, Any]) -> str:
-    row = metrics["comparison"][1]
+def write_ocr_report(
+    folder: Path, data: OcrData, predictions: Sequence[Prediction], metrics: Mapping[str, Any]
+) -> Path:
+    """Write ``report.html`` of an evaluation.
+
+    Parameters
+    ----------
+    folder : where to.
+    data : the pages.
+    predictions : one of each.
+    metrics : what metrics.json holds.
+    """
+    line = [f"{name} {metrics['run'][name]}" for name in ("model", "data", "pages")]
+    if metrics["methods"]:
+        line.append(f"method {' + '.join(method['name'] for method in metrics['methods'])}")
+    pages = chosen_pages(data, predictions)
+    return write_page(folder, metrics, line, pages=pages, facts_title="The evaluation")
+
+
+def _cards(row: Mapping[str, Any], accuracy: str, methods: Sequence[RuntimeMethod]) -> list[Card]:
     cards = []
-    if "accuracy_retention" in row:
-        kept = row["accuracy_retention"]
-        cards.append(
-            ("Accuracy retention", f"{kept['value']:.2%}", f"{metrics['accuracy']}, over dense")
-        )
-    if "tokens_kept" in row:
-        cards.append(("Tokens kept", f"{row['tokens_kept']:.2%}", "of the page, newlines included"))
-    if "attended" in row:
-        cards.append(("Attended", f"{row['attended']:.2%}", "mean over layers and steps"))
-        cards.append(("Refreshes", f"{row['refreshes']:.2%}", "steps that the guard opened"))
-    inside = "".join(
-        f'<div class="card"><h3>{escape(h)}</h3><p>{escape(v)}</p><span>{escape(n)}</span></div>'
-        for h, v, n in cards
-    )
-    return f'<section class="headline"><div class="cards">{inside}</div></section>'
-
-
-def _comparison(
-    rows: Sequence[Mapping[str, Any]], accuracy: str, figures: Mapping[str, bytes]
-) -> str:
-    lines = []
-    curve = ""
-    if "comparison" in figures:
-        curve = picture(figures["comparison"], f"Accuracy ({accuracy}) against visual tokens used")
-    metric = measure(accuracy)
-    for row in rows:
-        layers = ", ".join(f"{share:.0%}" for share in row.get("attended_by_layer", [])) or "–"
-        lines.append(
-            f'<tr><th scope="row">{escape(row["variant"])}</th>'
-            f"<td>{_share(used_share(row))}</td><td>{_share(row.get('tokens_kept'))}</td>"
-            f"<td>{_share(row.get('attended'))}</td><td>{escape(layers)}</td>"
-            f"<td>{_share(row.get('refreshes'))}</td>"
-            f"<td>{value_cell(row.get('accuracy_retention'), '')}</td>"
-            f"<td>{value_cell(row['metrics'].get(metric), '')}</td></tr>"
-        )
-    heads = (
-        "variant",
-        "visual tokens used",
-        "kept",
-        "attended",
-        "by layer",
-        "refreshed steps",
-        f"accuracy retention ({accuracy})",
-        metric_of(metric).label,
-    )
-    inside = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    return (
-        "<section><h2>Every variant, on the same pages</h2><table><thead><tr>"
-        f"{inside}</tr></thead><tbody>{''.join(lines)}</tbody></table>{curve}</section>"
-    )
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
-
-
-def _pictures(figures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
-    parts = [
-        picture(figures[name], caption, kind)
-        for name, caption, kind in (
-            ("kept", captions.get("kept", ""), ""),
-            ("ratio", "Ratio of each page against its textual density", ""),
-            ("strip", captions.get("strip", ""), "wide"),
-            ("recall", "Calibration: who chooses well for whom", "wide"),
-        )
-        if figures.get(name)
+    if kept := row.get("accuracy_retention"):
+        cards.append(Card("Accuracy retention", _percent(kept["value"]), f"{accuracy}, over dense"))
+    return cards + [
+        Card(metric.label, _percent(row[name]), metric.how)
+        for method in methods
+        for name, metric in method.metrics.items()
+        if name in row
     ]
-    if figures.get("film"):
-        parts.append(animation(figures["film"], f"{captions['strip']}, moving"))
-    # a film that could not be drawn has words only
-    words = f"<p>{escape(captions['strip'])}</p>" if captions.get("strip") else ""
-    inside = f'<div class="figures">{"".join(parts)}</div>' if parts else ""
-    inside += "" if figures.get("film") else words
-    return f"<section><h2>What the methods did</h2>{inside}</section>" if inside else ""
 
 
-def _pruned(
-    method: RTPrune, page: OcrPage, model: Any, processor: Any, prompt: str | None
-) -> tuple[bytes, str]:
-    """The first page with what stays of it, and the words for that."""
-    image = page.open()
-    with Applied(model, [method]) as applied:
-        read_pages(model, processor, [image], prompt, max_new_tokens=1)
-        [kept] = applied.handles["rtprune"].pages  # type: ignore[attr-defined]
-    return pruned_figure(image, views_on_page(model, processor, image, kept.grid), kept)
+def _comparison(rows: Sequence[Mapping[str, Any]], accuracy: str) -> Table:
+    """Every variant with what its methods counted, and the curve of accuracy against it."""
+    name = measure(accuracy)
+    counted = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_COUNTED))
+    lines: list[list[str | Mapping[str, Any]]] = []
+    series: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for row in rows:
+        used, retention = used_share(row), row.get("accuracy_retention")
+        counts = [_count(row.get(key)) for key in counted]
+        values = [retention or "–", row["metrics"].get(name) or "–"]
+        lines.append([row["variant"], _count(used), *counts, *values])
+        if used is not None and retention:
+            series.setdefault(series_name(row), []).append((used, retention))
+    caption = f"Accuracy ({accuracy}) against visual tokens used"
+    return Table(
+        "Every variant, on the same pages",
+        figures=[Figure("comparison", retention_plot(series, accuracy), caption, "wide")]
+        if series
+        else [],
+        headings=[
+            "Variant",
+            "Visual tokens used",
+            *(metric_of(key).label for key in counted),
+            f"Accuracy retention ({accuracy})",
+            metric_of(name).label,
+        ],
+        rows=lines,
+    )
 
 
-def _film(
-    method: FastOCR,
-    pruning: Sequence[RTPrune],
-    page: OcrPage,
-    model: Any,
-    processor: Any,
-    prompt: str | None,
-) -> tuple[bytes, bytes, str]:
-    """The fixation on the first page, over what a pruning method left of it: film, strip, words."""
-    image = page.open()
-    text = adapter_for(model.config).read_prompt if prompt is None else prompt
-    inputs = build_prompt(model, processor, [image], [text])
-    inputs = {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
-    [whole] = visual_layouts(model, inputs)
-    views = views_on_page(model, processor, image, whole.grid)
-    if not views:
-        return b"", b"", f"The fixation is on visual tokens of which this must be said: {NO_PLACES}"
-    with Applied(model, pruning) if pruning else nullcontext():
-        ids, layout, seen = trace(method, model, inputs, FILM_TOKENS)
-    letters = [processor.batch_decode(i, skip_special_tokens=True)[0] for i in ids[1:, None, None]]
-    film, strip = fixation_film(image, views, layout, seen, letters)
-    words = "The fixation while the page is written"
-    words += ", on the tokens that rtprune left of it" if pruning else ""
-    if not film:
-        return b"", b"", f"{words}: every step of so short an answer reads all tokens"
-    return film, strip, f"{words}; {panels_caption(views, whole.grid)}"
+def _count(value: float | Sequence[float] | None) -> str:
+    """What a method counted: a number, a share, or a share of each layer."""
+    if value is None:
+        return "–"
+    if isinstance(value, int | float):
+        return str(value) if isinstance(value, int) else _percent(value)
+    return ", ".join(f"{share:.0%}" for share in value)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def chosen_pages(data: OcrData, predictions: Sequence[Prediction]) -> list[PageText]:
+    """The best, the median and the worst page, with what differs from the true text marked.
+
+    Of a benchmark, whose pages have no text to compare with, the first, the middle and the last.
+    """
+    by_page = {prediction.page: prediction.text for prediction in predictions}
+
+    def distance(page: OcrPage) -> float:
+        return edit_distance(normalise(by_page[page.name]), normalise(page.text or "")).rate
+
+    ranked = sorted(data.pages, key=distance) if data.annotations is None else list(data.pages)
+    chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    pages = []
+    for place, page in chosen.items():
+        title = f"Page {page.name}"
+        if page.text is not None:
+            title = f"{place.capitalize()} page, {page.name}: edit distance {distance(page):.3f}"
+        image = page.open().copy()
+        image.thumbnail((SHOWN_LONGEST, SHOWN_LONGEST))
+        pieces = marked(by_page[page.name], page.text)
+        picture = Figure(place, image_png(image), title)
+        pages.append(PageText(picture, pieces, page.text is not None))
+    return pages
+
+
+def marked(predicted: str, true: str | None) -> list[tuple[str, str]]:
+    """Cut a predicted text into pieces by how they differ from the true text.
+
+    Parameters
+    ----------
+    predicted : the text.
+    true : what stands on the page; None where it is not known, then there is one piece.
+
+    Returns
+    -------
+    Pairs of a mark and a piece: "del" of the true text alone, "ins" of the predicted one alone, and
+    none for what is in both.
+    """
+    if true is None:
+        return [("", predicted)]
+    pieces = []
+    matcher = difflib.SequenceMatcher(None, true, predicted, autojunk=False)
+    for kind, a0, a1, b0, b1 in matcher.get_opcodes():
+        if kind == "equal":
+            pieces.append(("", predicted[b0:b1]))
+        else:
+            pieces += [
+                (mark, text)
+                for mark, text in (("del", true[a0:a1]), ("ins", predicted[b0:b1]))
+                if text
+            ]
+    return pieces

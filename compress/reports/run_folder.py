@@ -1,6 +1,7 @@
 """What a run folder holds: facts, log and samples."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 
 from compress.common.files import read_json
 from compress.eval.metrics import Metric, metric
-from compress.methods.base import RuntimeMethod
+from compress.methods.base import RunRecord, RuntimeMethod
 from compress.methods.registry import METHODS
 
 OF_METHODS = {
@@ -23,24 +24,20 @@ OF_METHODS = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds, read once.
+class Run(RunRecord):
+    """What a run folder holds, read once; the parts beside the metrics are empty where it has none.
 
-    ``log`` keeps the rows by stage; the other parts are empty where the run has none.
+    Attributes
+    ----------
+    folder : of the run.
+    recipe_text, recipe : as it was resolved.
+    samples : images by the side that they are of, uint8 ``(n, channels, height, width)``.
     """
 
     folder: Path
-    metrics: dict[str, Any]
     recipe_text: str
-    recipe: dict[str, Any]
-    log: dict[str, list[dict[str, Any]]]
-    trace: dict[str, np.ndarray]
-    samples: dict[str, np.ndarray]
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
+    recipe: Mapping[str, Any]
+    samples: Mapping[str, np.ndarray]
 
 
 def read_run(folder: Path) -> Run:
@@ -58,13 +55,13 @@ def read_run(folder: Path) -> Run:
     except yaml.YAMLError as error:
         raise ValueError(f"{recipe_file} should be YAML: {error}; restore the file") from error
     return Run(
-        folder,
-        metrics,
-        recipe_text,
-        recipe if isinstance(recipe, dict) else {},
-        _read_log(folder / "log.jsonl"),
-        _read_tensors(folder / "trace.safetensors"),
-        _read_tensors(folder / "samples.safetensors"),
+        metrics=metrics,
+        log=_read_log(folder / "log.jsonl"),
+        trace=_read_tensors(folder / "trace.safetensors"),
+        folder=folder,
+        recipe_text=recipe_text,
+        recipe=recipe if isinstance(recipe, dict) else {},
+        samples=_read_tensors(folder / "samples.safetensors"),
     )
 
 

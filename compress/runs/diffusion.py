@@ -173,7 +173,7 @@ def _run_events(
         yield Event("report", 0, 2)
         checkpoint = distributed.from_main(lambda: _finish(job, compressed, pruned, metrics))
         yield Event("report", 1, 2)
-        distributed.from_main(lambda: _report(job.folder))
+        distributed.from_main(lambda: _report(job))
     yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
     return RunResult(job.folder, metrics, checkpoint)
 
@@ -191,9 +191,9 @@ def _finish(
     return checkpoint
 
 
-def _report(folder: Path) -> None:
-    write_report(folder)
-    shutil.rmtree(folder / "state", ignore_errors=True)
+def _report(job: _Job) -> None:
+    write_report(job.folder, job.recipe.method)
+    shutil.rmtree(job.folder / "state", ignore_errors=True)
 
 
 def apply(

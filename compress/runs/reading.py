@@ -24,7 +24,7 @@ from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 from compress.models.vlm import model_folder
-from compress.reports.pages import write_ocr_report
+from compress.reports.reader import write_ocr_report
 
 SETTINGS = "evaluation.yaml"
 PREDICTIONS = "predictions.jsonl"

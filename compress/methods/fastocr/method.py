@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from compress.common.settings import Fraction, NonNegative
 from compress.eval.metrics import Metric
-from compress.methods.base import Calibrated, Handle, RuntimeMethod
+from compress.methods.base import Calibrated, Handle, RuntimeMethod, Section, Shown
 
 if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
@@ -179,6 +179,18 @@ class FastOCR(RuntimeMethod):
         from compress.methods.fastocr.attaching import attach
 
         return attach(self, model)
+
+    def sections(self, shown: Shown) -> list[Section]:
+        """The fixation on the page while it is written."""
+        from compress.methods.fastocr.figures import sections
+
+        return sections(self, shown)
+
+    def calibration_sections(self, facts: Mapping[str, Any]) -> list[Section]:
+        """The recall that the focal layers were chosen by."""
+        from compress.methods.fastocr.figures import calibration_sections
+
+        return calibration_sections(facts)
 
     @classmethod
     def benchmark(cls) -> "Benchmark":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from compress.common.settings import Count, NonNegative, Positive
-from compress.methods.base import WeightMethod
+from compress.methods.base import RunRecord, Section, WeightMethod
 
 if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
@@ -80,6 +80,12 @@ class GradFlow(WeightMethod):
 
         return BENCHMARK
 
+    def sections(self, run: RunRecord) -> list[Section]:
+        """What was removed and how, and the training."""
+        from compress.methods.gradflow.figures import sections
+
+        return sections(run)
+
 
 class OneShot(WeightMethod):
     """One-shot pruning through the same pipeline: score once, cut, train.
@@ -112,3 +118,9 @@ class OneShot(WeightMethod):
     """Timesteps with a smaller relative loss are left out by diff_pruning."""
     allocation: Allocation = "uniform"
     """As for gradflow; the widths are chosen once, like the channels."""
+
+    def sections(self, run: RunRecord) -> list[Section]:
+        """What was removed and how, and the training."""
+        from compress.methods.gradflow.figures import sections
+
+        return sections(run)

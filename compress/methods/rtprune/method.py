@@ -8,7 +8,7 @@ from pydantic import Field
 
 from compress.common.settings import Fraction
 from compress.eval.metrics import Metric
-from compress.methods.base import Handle, RuntimeMethod
+from compress.methods.base import Handle, RuntimeMethod, Section, Shown
 
 if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
@@ -95,6 +95,12 @@ class RTPrune(RuntimeMethod):
         from compress.methods.rtprune.patch import attached
 
         return attached(self, model)
+
+    def sections(self, shown: Shown) -> list[Section]:
+        """What stays of the page, and of every page where the ratio is dynamic."""
+        from compress.methods.rtprune.figures import sections
+
+        return sections(self, shown)
 
     @classmethod
     def benchmark(cls) -> "Benchmark":
