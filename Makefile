@@ -31,9 +31,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the README's tables, from the rows in eval/results; runs whatever is missing there (hours)
+# the documents' tables, from the rows in eval/results; runs whatever is missing there (hours)
 tables: $(INSTALLED)
-	$(BIN)/compress tables --update README.md
+	$(BIN)/compress tables --update eval/RESULTS.md --update README.md
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("compress needs Python 3.11 or newer; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

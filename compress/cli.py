@@ -478,51 +478,39 @@ def bench(
 def tables(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...",
-            help="All when none is named: diffusion's main, ablation, attempts and allocation; "
-            "processes; readers, rtprune, fastocr, fastocr_periphery and fastocr_deepseek; "
-            "bench_gradflow, bench_rtprune, bench_fastocr and bench_kernels.",
-        ),
+        typer.Argument(metavar="[NAME]...", help="Tables to fill; all of them when none is named."),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Finished runs, one JSON line each.")] = Path(
-        "eval/results/ddpm_digits.jsonl"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 0.")] = 3,
-    shard: Annotated[str, typer.Option(help="K/N: do every N-th run, from the K-th.")] = "0/1",
-    update: Annotated[Path | None, typer.Option(help="Document to put the tables into.")] = None,
+    results: Annotated[
+        Path, typer.Option(help="Folder of the measured rows, with tables.yaml.")
+    ] = Path("eval/results"),
+    shard: Annotated[
+        str, typer.Option(help="K/N: make every N-th run only, from the K-th.")
+    ] = "0/1",
+    update: Annotated[
+        list[Path] | None,
+        typer.Option(help="Document to put the tables into; may be repeated."),
+    ] = None,
     only_render: Annotated[bool, typer.Option("--render", help="Run nothing.")] = False,
 ) -> None:
-    """Run what the comparison tables lack, one run at a time, and print them. Resumable."""
+    """Run what the generated tables lack, one run at a time, and print them. Resumable."""
     _check_versions()
     _quieten()
-    from compress.eval.tables import fill_file
-    from compress.tables import diffusion as experiments
-    from compress.tables import processes as process_experiments
-    from compress.tables import reader as reader_experiments
+    from compress.common.files import write_text
+    from compress.tables.documents import all_tables, fill, read_documents
+    from compress.tables.table import parse_shard
 
-    known = (*experiments.TABLES, process_experiments.NAME, *reader_experiments.NAMES)
+    known, part = all_tables(results, Path("runs")), parse_shard(shard)
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"tables are {', '.join(known)}; got {', '.join(unknown)}; name one")
-    chosen = [name for name in names or known if name in experiments.TABLES]
-    readers = [name for name in names or known if name in reader_experiments.NAMES]
-    on_processes = process_experiments.NAME in (names or known)
-    if not only_render:
-        part = experiments.parse_shard(shard)
-        for line in experiments.run_missing(chosen, results, seeds=range(seeds), shard=part):
+    chosen = [known[name] for name in names or known]
+    documents = read_documents(update, [table.name for table in chosen]) if update else {}
+    for table in chosen if not only_render else ():
+        for line in table.run_missing(part):
             _say(line)
-        for line in process_experiments.run_missing(results, Path("runs")) if on_processes else ():
-            _say(line)
-        for name in readers:
-            for line in reader_experiments.run_missing(name, results, Path("runs")):
-                _say(line)
-    made = {name: experiments.render_table(name, results, range(seeds)) for name in chosen}
-    if on_processes:
-        made[process_experiments.NAME] = process_experiments.render_table(results)
-    made |= {name: reader_experiments.render_table(name, results) for name in readers}
-    if update is not None:
-        fill_file(update, made)
-    typer.echo("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
+    rendered = {table.name: table.render() for table in chosen}
+    for path, text in documents.items():
+        write_text(path, fill(text, rendered))
+    typer.echo("\n\n".join(f"## {name}\n\n{text}" for name, text in rendered.items()))
 
 
 @app.command()

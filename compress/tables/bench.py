@@ -1,50 +1,71 @@
-"""Tables of the benchmarks, with the ceilings that were measured beside them."""
+"""The tables of the benchmarks, with the ceilings that were measured beside them."""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
-from compress.bench.rows import Row, newest
+from compress.bench.cells import describe
+from compress.bench.rows import newest
+from compress.bench.suite import Benchmark, bench
+from compress.eval.tables import Row
 from compress.methods.registry import benchmarks
+from compress.tables.table import Job, Run, Table, has
 
 CEILINGS = ("copy", "matrix")
-TABLES = tuple(f"bench_{name}" for name in benchmarks())
 
 
-def render_bench(table: str, rows: Sequence[Row], file: str) -> str:
-    """The table of a benchmark, with the ceilings and how it was made beneath.
-
-    What was measured again is there once, as it was measured last.
-    """
-    measured = newest([row for row in rows if row["part"] not in CEILINGS])
-    text = benchmarks()[table.removeprefix("bench_")].table(measured)
-    notes = [
-        "Times are ms, median [p20, p80], taking turns.",
-        *_left_out(measured),
-        *_ceilings(rows),
-        f"Made by `compress tables {table} --update README.md`; rows in `eval/results/{file}`.",
+def tables(results: Path) -> list[Table]:
+    """A table for each benchmark."""
+    return [
+        Table(
+            f"bench_{name}",
+            partial(body, benchmark),
+            results / f"bench_{name}.jsonl",
+            [Job(f"compress bench {name}", has(bench=name), partial(_measure, benchmark))],
+            lines,
+        )
+        for name, benchmark in benchmarks().items()
     ]
-    return f"{text} {' '.join(notes)}"
 
 
-def _left_out(rows: Sequence[Row]) -> list[str]:
-    """What a dash says, where there is one."""
-    if not any(row["shape"].get("without") for row in rows):
-        return []
-    return ["A dash is a dense way that was left out, as what it copies did not fit in memory."]
+def _measure(benchmark: Benchmark) -> Run[list[Row]]:
+    rows = []
+    for row in bench(benchmark):
+        rows.append(row)
+        yield f"    {'  '.join(describe(row))}"
+    return rows
+
+
+def lines(rows: Sequence[Row]) -> list[Row]:
+    """What was measured, as it was measured last, with the sizes beside the results."""
+    measured = newest([row for row in rows if row["part"] not in CEILINGS])
+    return [row["shape"] | row for row in measured]
+
+
+def body(benchmark: Benchmark, rows: Sequence[Row]) -> str:
+    """The benchmark's own table, and what holds for all benchmarks."""
+    measured = newest([row for row in rows if row["part"] not in CEILINGS])
+    notes = [benchmark.table(measured), "Times are ms, median [p20, p80], taking turns."]
+    if any(row["shape"].get("without") for row in measured):
+        notes.append(
+            "A dash is a dense way that was left out, as what it copies did not fit in memory."
+        )
+    return " ".join([*notes, *_ceilings(rows)])
 
 
 def _ceilings(rows: Sequence[Row]) -> list[str]:
     """The ceilings of each device, the best of those that were measured."""
-    lines = []
+    notes = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        here = [row for row in rows if row["device"] == device and row["part"] in CEILINGS]
+        here = [row for row in rows if row["device"] == device]
         copies = [row["gb_per_s"] for row in here if row["part"] == "copy"]
-        rates: dict[str, list[float]] = {}
+        rates: dict[str, float] = {}
         for row in here:
             if row["part"] == "matrix":
-                rates.setdefault(row["shape"]["dtype"], []).append(row["tflop_per_s"])
-        said = [f"{max(found):.3g} TFLOP/s ({name})" for name, found in rates.items()]
-        if copies:
-            said.insert(0, f"{max(copies):.1f} GB/s copying")
-        if said:
-            lines.append(f"Ceilings measured beside them on {device}: {', '.join(said)}.")
-    return lines
+                dtype = row["shape"]["dtype"]
+                rates[dtype] = max(row["tflop_per_s"], rates.get(dtype, 0.0))
+        best = [f"{max(copies):.1f} GB/s copying"] if copies else []
+        best += [f"{rate:.3g} TFLOP/s ({dtype})" for dtype, rate in rates.items()]
+        if best:
+            notes.append(f"Ceilings measured beside them on {device}: {', '.join(best)}.")
+    return notes

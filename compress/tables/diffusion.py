@@ -1,362 +1,193 @@
-"""The tables' runs: every method at the same widths and the same total optimiser steps.
+"""The tables of diffusion: variants of a recipe at the same total optimiser steps, over seeds.
 
-Resumable: each finished run is appended to a results file, and runs that are there are skipped.
+``tables.yaml`` beside the rows declares them.
 """
 
 import datetime
-import hashlib
 import itertools
-import json
-import subprocess
+import statistics
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from compress.eval import tables
+from compress.eval.metrics import metric
+from compress.eval.tables import Row, markdown
 from compress.runs.diffusion import floor, run_events
 from compress.runs.recipe import Recipe, load_pipeline_recipe
+from compress.tables.table import Job, Run, Table, finish, weights
 
-RECIPE = "ddpm_gradflow_full"
-SEEDS = (0, 1, 2)
-KEEPS = ("0.5", "0.3")
-ONE_SHOT = ("random", "magnitude", "taylor", "diff_pruning")
-CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
-# keys of `train` and `evaluate` that change how a run is executed, not what comes out
-UNDECIDING = ("save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch", "batch")
-PROCESSES = ("soft flow", "hard iterative", "one-shot")
-# allocation, granularity, keep_macs; a uniform 0.3 lands on 0.273, so that global has both
-VARIANTS = (
-    ("uniform", "fine", "0.3"),
-    ("global", "fine", "0.3"),
-    ("uniform", "coarse", "0.3"),
-    ("global", "fine", "0.273"),
-)
-# knobs that are younger than the first rows: where they are not set, the rows' keys stay
-YOUNGER = {
-    "allocation": "uniform",
-    "granularity": "fine",
-    "flip": False,
-    "condition_dropout": 0.1,
-    "guidance_scale": None,
+QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")
+SHARES = {"macs_share": "macs", "params_share": "params", "latency_share": "latency_ms"}
+TIMES = ("prune_cpu_seconds", "criterion_share")
+# how a run is executed, not what comes out
+EXECUTION: Any = {
+    "output": True,
+    "train": {"save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch"},
+    "evaluate": {"batch"},
 }
-# tables whose times are compared: their runs are made in one sitting, in a file of their own
-TIMED = ("allocation",)
-COST = ("macs_share", "params_share", "latency_share", "prune_cpu_seconds", "criterion_share")
-
-NOTES = {
-    "main": "Widths and total optimiser steps are the same within a `keep_macs`.",
-    "ablation": "`keep_macs` 0.3; same widths and total optimiser steps throughout.",
-    "attempts": "`keep_macs` 0.3, the first seed; same widths and total optimiser steps throughout."
-    " Unless the line says otherwise:",
-    "allocation": "The same level widths and total optimiser steps throughout."
-    " Latency is that of one forward pass, in turns with the dense model's; time to prune is the"
-    " process's CPU time from the first mask to the last optimiser step.",
-}
-# what was tried -> what is set
-RIVAL = "one-shot diff_pruning"
-ATTEMPTS: dict[str, tuple[str, ...]] = {
-    "nothing: as in the first table": (),
-    "no distillation": ("recover.distill=0",),
-    "no distillation, learning rate 1e-3": ("recover.distill=0", "recover.lr=1e-3"),
-    "distillation 1": ("recover.distill=1",),
-    "distillation 1, learning rate 1e-3": ("recover.distill=1", "recover.lr=1e-3"),
-    "learning rate 1e-3": ("recover.lr=1e-3",),
-    "200 soft + 200 recovery steps": ("method.steps=200", "recover.steps=200"),
-    "cubic budget": ("method.budget=cubic", "method.max_move=0.2"),
-    "no drive to 0 or 1 (gamma 0)": ("method.gamma=0",),
-    "flow rate 0.3": ("method.flow_rate=0.3",),
-    "twice as many estimates, of 8 batches": (
-        "method.criterion_every=3",
-        "method.criterion_batches=8",
-    ),
-    "binary for the last 30% of the soft stage": ("method.settle=0.3", "method.max_move=0.2"),
-    "lookahead": ("method.criterion=lookahead",),
-    "gradient_flow, signed as in the paper": (
-        "method.criterion=gradient_flow",
-        "method.reduction=signed",
-    ),
-}
+_floor = cache(floor)
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One run of a table: what to set in the base recipe, and how its row is labelled."""
-
-    labels: tuple[tuple[str, str], ...]
-    overrides: tuple[str, ...]
-    seed: int
-
-    def recipe(self) -> Recipe:
-        """The base recipe with this experiment's settings."""
-        return load_pipeline_recipe(RECIPE, [*self.overrides, f"seed={self.seed}"])
-
-    def key(self) -> str:
-        """Hash of everything in the recipe that decides the result."""
-        content = self.recipe().model_dump(mode="json")
-        # the built-in data have no columns
-        for name in ("output", "columns"):
-            content.pop(name)
-        for part in ("train", "evaluate"):
-            for name in UNDECIDING:
-                content[part].pop(name, None)
-        for part in ("method", "train", "evaluate"):
-            for knob, old in YOUNGER.items():
-                if content[part].get(knob, ...) == old:
-                    del content[part][knob]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
+    """A declared table, its rows in the folder ``results``."""
+    lines, jobs = {}, []
+    for seed, (labels, sets) in itertools.product(
+        range(declared.get("seeds", 3)), list(_combinations(declared["blocks"]))
+    ):
+        line = ", ".join(f"{label} {value}" for label, value in labels.items())
+        lines[line] = labels
+        jobs.append(_job(line, declared["recipe"], sets, seed))
+    return Table(
+        name,
+        partial(_body, declared, lines, jobs),
+        results / declared["rows"],
+        jobs,
+        partial(_lines, lines, jobs),
+    )
 
 
-def _one_shot(criterion: str) -> tuple[str, ...]:
-    steps = load_pipeline_recipe(RECIPE).method.steps
-    method = json.dumps({"name": "oneshot", "criterion": criterion, "steps": steps})
-    return (f"method={method}",)
+def _combinations(
+    blocks: Sequence[Mapping[str, Mapping[str, Any]]],
+) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """The labels of each line, and what it sets in the recipe, whole sections first."""
+    for block in blocks:
+        for values in itertools.product(*block.values()):
+            labels = dict(zip(block, values, strict=True))
+            chosen = [block[label][value] for label, value in labels.items()]
+            sets = [s for part in chosen for s in ([part] if isinstance(part, str) else part)]
+            yield labels, sorted(sets, key=lambda s: s.partition("=")[0].count("."))
 
 
-def main_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
-    """Gradflow (the shipped defaults) against the one-shot methods at two budgets."""
-    methods = {"gradflow": ()} | {f"one-shot {c}": _one_shot(c) for c in ONE_SHOT}
-    return [
-        Experiment(
-            (("keep_macs", keep), ("method", name)),
-            (*overrides, f"method.keep_macs={keep}"),
-            seed,
-        )
-        for keep, seed, (name, overrides) in itertools.product(
-            reversed(KEEPS), seeds, methods.items()
-        )
-    ]
+def _job(line: str, base: str, sets: Sequence[str], seed: int) -> Job:
+    recipe = load_pipeline_recipe(base, [*sets, f"seed={seed}"])
+    return Job(line, same_result(recipe), partial(measure, recipe, base, sets))
 
 
-def ablation_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
-    """Criterion x process at ``keep_macs`` 0.3."""
-    experiments = []
-    for seed, process, criterion in itertools.product(seeds, PROCESSES, CRITERIA):
-        if process == "one-shot":
-            overrides = _one_shot(criterion)
-        else:
-            overrides = (
-                f"method.criterion={criterion}",
-                f"method.process={process.split()[0]}",
-            )
-        labels = (("process", process), ("criterion", criterion))
-        experiments.append(Experiment(labels, (*overrides, "method.keep_macs=0.3"), seed))
-    return experiments
-
-
-def attempts_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
-    """What was tried to make gradflow better at ``keep_macs`` 0.3; the first seed only.
-
-    What concerns the training is tried on the strongest rival as well.
-    """
-    return [
-        Experiment(
-            (("tried", tried), ("method", method)),
-            (*(rival if method == RIVAL else ()), *overrides, "method.keep_macs=0.3"),
-            seed,
-        )
-        for seed in seeds[:1]
-        for tried, overrides in ATTEMPTS.items()
-        for method in (("gradflow", RIVAL) if _training_only(overrides) else ("gradflow",))
-        for rival in (_one_shot("diff_pruning"),)
-    ]
-
-
-def allocation_table(seeds: Sequence[int] = SEEDS) -> list[Experiment]:
-    """Uniform against free inner widths, fine against coarse masks, at equal MACs too."""
-    return [
-        Experiment(
-            (("allocation", allocation), ("granularity", granularity), ("keep_macs", keep)),
-            (
-                f"method.allocation={allocation}",
-                f"method.granularity={granularity}",
-                f"method.keep_macs={keep}",
-            ),
-            seed,
-        )
-        for seed in seeds
-        for allocation, granularity, keep in VARIANTS
-    ]
-
-
-def _training_only(overrides: Sequence[str]) -> bool:
-    return all(o.startswith("recover.") and not o.startswith("recover.steps") for o in overrides)
-
-
-TABLES = {
-    "main": main_table,
-    "ablation": ablation_table,
-    "attempts": attempts_table,
-    "allocation": allocation_table,
-}
-LABELS: dict[str, dict[str, Sequence[str]]] = {
-    "main": {
-        "keep_macs": KEEPS,
-        "method": ("gradflow", *(f"one-shot {c}" for c in ONE_SHOT)),
-    },
-    "ablation": {"process": PROCESSES, "criterion": CRITERIA},
-    "attempts": {"tried": tuple(ATTEMPTS), "method": ("gradflow", RIVAL)},
-    "allocation": {
-        "allocation": ("uniform", "global"),
-        "granularity": ("fine", "coarse"),
-        "keep_macs": ("0.3", "0.273"),
-    },
-}
-COMPARE_WITHIN: dict[str, tuple[str, ...]] = {
-    "main": ("keep_macs",),
-    "ablation": (),
-    "attempts": ("tried",),
-    "allocation": (),
-}
-
-
-def results_of(name: str, results: Path) -> Path:
-    """The file of a table's rows: the given one, or one beside it for a table that is timed."""
-    return beside(results, name) if name in TIMED else results
-
-
-def beside(results: Path, name: str) -> Path:
-    """A file of rows of its own, next to the others' results."""
-    return results.with_name(f"{results.stem}_{name}{results.suffix}")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Read ``K/N``, with 0 <= K < N.
-
-    Raises
-    ------
-    ValueError : when it is something else.
-    """
-    first, _, second = text.partition("/")
-    if first.isdigit() and second.isdigit() and int(first) < int(second):
-        return int(first), int(second)
-    raise ValueError(f"shard must be K/N with 0 <= K < N, such as 0/2; got {text!r}")
-
-
-def run_missing(
-    names: Sequence[str],
-    results: Path,
-    *,
-    seeds: Sequence[int] = SEEDS,
-    shard: tuple[int, int] = (0, 1),
-) -> Iterator[str]:
-    """Run what the tables lack, one run at a time; yields a line per run, before and after.
-
-    Parameters
-    ----------
-    names : tables to fill.
-    results : the results file.
-    seeds : training seeds.
-    shard : (k, n): only every n-th missing run, from the k-th, so that n shells can share work.
-    """
-    wanted = {
-        (results_of(name, results), e.key()): e for name in names for e in TABLES[name](seeds)
+def settings(recipe: Recipe, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    """The knobs that decide a run's result, such as ``method.steps``."""
+    content = recipe.model_dump(mode="json", exclude=EXECUTION, exclude_defaults=exclude_defaults)
+    sections = {
+        key: part if isinstance(part, dict) else {"": part} for key, part in content.items()
     }
-    mine = list(wanted.items())[shard[0] :: shard[1]]
-    for number, ((file, key), experiment) in enumerate(mine, start=1):
-        if any(row["key"] == key for row in tables.read_rows(file)):
-            continue
-        title = ", ".join(f"{k} {v}" for k, v in experiment.labels)
-        yield f"[{number}/{len(mine)}] {title}, seed {experiment.seed}"
-        row = _run_one(experiment, key)
-        tables.append_row(file, row)
-        values = ", ".join(f"{c} {row['values'][c]:.5g}" for c in tables.QUALITY)
-        yield f"    {row['seconds']:.0f} s: {values}"
+    return {
+        f"{key}.{knob}".rstrip("."): value
+        for key, part in sections.items()
+        for knob, value in part.items()
+    }
 
 
-def _run_one(experiment: Experiment, key: str) -> dict[str, Any]:
+def same_result(recipe: Recipe) -> Callable[[Row], bool]:
+    """Whether a row was measured by such a recipe.
+
+    A knob that is younger than the row had what is its default now.
+    """
+    knobs, changed = settings(recipe), settings(recipe, exclude_defaults=True)
+
+    def owns(row: Row) -> bool:
+        before = row["settings"]
+        return all(before[k] == v if k in before else k not in changed for k, v in knobs.items())
+
+    return owns
+
+
+def measure(recipe: Recipe, base: str, sets: Sequence[str]) -> Run[list[Row]]:
+    """Run a recipe, a variant of the shipped one ``base`` that sets ``sets``."""
     started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="compress-table-") as folder:
-        events = run_events(experiment.recipe(), output=Path(folder) / "run")
-        pruning, before = 0.0, time.process_time()
-        while True:
-            try:
-                event = next(events)
-                now = time.process_time()
-                if event.stage in ("flow", "recover"):
-                    pruning += now - before
-                before = now
-            except StopIteration as stop:
-                metrics = stop.value.metrics
-                break
+        result, spent = yield from finish(run_events(recipe, output=Path(folder) / "run"))
     seconds = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
-    facts = metrics["run"]
-    return {
-        "key": key,
-        "command": "compress tables",
-        "recipe": RECIPE,
-        "overrides": list(experiment.overrides),
-        "seed": experiment.seed,
-        "commit": commit(),
+    metrics, facts = result.metrics["metrics"], result.metrics["run"]
+    row: Row = {
+        "recipe": base,
+        "overrides": list(sets),
+        "settings": settings(recipe),
+        "model": recipe.model,
+        "model_hash": weights(recipe.model),
         "date": started.isoformat(timespec="seconds"),
-        "device": facts["device"],
-        "threads": facts["threads"],
-        "versions": facts["versions"],
+        **{name: facts[name] for name in ("seed", "device", "threads", "versions", "surgery")},
         "seconds": round(seconds, 1),
         "train_seconds": round(facts["train_seconds"], 1),
-        "prune_cpu_seconds": round(pruning, 1),
+        "prune_cpu_seconds": round(spent.get("flow", 0) + spent.get("recover", 0), 1),
         "criterion_share": round(facts["criterion_share"], 4),
         "optimiser_steps": facts["optimiser_steps"],
-        "widths": [w["compressed"] for w in metrics["widths"]],
-        "values": {n: e["compressed"]["value"] for n, e in metrics["metrics"].items()},
-        "dense": {n: e["dense"]["value"] for n, e in metrics["metrics"].items()},
-        "surgery": facts["surgery"],
+        "widths": [width["compressed"] for width in result.metrics["widths"]],
+        **{
+            side: {name: entry[of]["value"] for name, entry in metrics.items()}
+            for side, of in (("values", "compressed"), ("dense", "dense"))
+        },
     }
+    shown = (f"{name} {row['values'][name]:.5g}" for name in QUALITY)
+    yield f"    {seconds:.0f} s: {', '.join(shown)}"
+    return [row]
 
 
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside one."""
-    here = Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return asked.stdout.strip() or "unknown"
+def _lines(
+    lines: Mapping[str, Mapping[str, str]], jobs: Sequence[Job], rows: Sequence[Row]
+) -> list[Row]:
+    """Each line that has a row: its labels, how many seeds, and its metrics over these."""
+    measured = []
+    for line, labels in lines.items():
+        owners = [job for job in jobs if job.name == line]
+        values = [_values(row) for job in owners for row in rows if job.owns(row)]
+        if values:
+            spreads = {name: _spread(name, [v[name] for v in values]) for name in values[0]}
+            facts = {"seeds": str(len(values)), "dense": rows[0]["dense"]}
+            measured.append({**labels, **facts, **spreads})
+    return measured
 
 
-def render_table(name: str, results: Path, seeds: Sequence[int] = SEEDS) -> str:
-    """One table in Markdown from the rows that are there, with what it is measured against."""
-    results = results_of(name, results)
-    rows_by_key = {row["key"]: row for row in tables.read_rows(results)}
-    rows = []
-    for experiment in TABLES[name](seeds):
-        row = rows_by_key.get(experiment.key())
-        if row is not None:
-            rows.append(row | {"labels": dict(experiment.labels)})
-    if not rows:
-        return f"*No rows yet: run `compress tables {name}`.*"
-    columns: tuple[str, ...] = tables.QUALITY
-    if name in TIMED:
-        columns += COST
-        rows = [row | {"values": row["values"] | _costs(row)} for row in rows]
-    body = tables.render(rows, LABELS[name], COMPARE_WITHIN[name], columns)
-    dense = rows[0]["dense"]
-    recipe = load_pipeline_recipe(RECIPE)
-    asked, recover = recipe.evaluate, recipe.recover
-    real = floor(recipe.data, asked.samples)
-    facts = [
-        NOTES[name],
-        f"{recipe.method.steps + recover.steps} optimiser steps of batch {recover.batch}, "
-        f"distillation {recover.distill:g};",
-        f"{asked.sampling_seeds} x {asked.samples} samples, {asked.sampler.upper()} {asked.steps} "
-        "steps.",
-        f"Dense model: fid_digits {dense['fid_digits']:.2f}, validation loss "
-        f"{dense['validation_loss']:.5f};",
-        f"{asked.samples} images of one half of the real data against the other: fid_digits "
-        f"{real['fid_digits']:.2f}.",
-        "Mean ± standard deviation over training seeds;",
-        f"{len(rows)} of {len(TABLES[name](seeds))} runs are in.",
-        f"Made by `compress tables {name} --update README.md` from `eval/results/{results.name}`.",
+def _values(row: Row) -> dict[str, float]:
+    """What was measured of a run's result, and what it costs beside the dense model."""
+    shares = {name: row["values"][of] / row["dense"][of] for name, of in SHARES.items()}
+    times = {name: row[name] for name in TIMES if name in row}
+    return {name: row["values"][name] for name in QUALITY} | shares | times
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation, as a number and as a table writes them."""
+    mean, known = statistics.fmean(values), metric(name)
+    deviation = f" ± {known.cell(statistics.stdev(values))}" if len(values) > 1 else ""
+    return {"mean": mean, "text": known.cell(mean) + deviation}
+
+
+def _body(
+    declared: Mapping[str, Any],
+    lines: Mapping[str, Mapping[str, str]],
+    jobs: Sequence[Job],
+    rows: Sequence[Row],
+) -> str:
+    """The lines in Markdown; the best of each column is bold among those of one comparison."""
+    measured, within = _lines(lines, jobs, rows), declared.get("best_within", ())
+
+    def cell(name: str, line: Row) -> str:
+        rivals = [rival for rival in measured if all(rival[k] == line[k] for k in within)]
+        choose = min if metric(name).better == "lower" else max
+        best = choose(rival[name]["mean"] for rival in rivals)
+        won = len(rivals) > 1 and line[name]["mean"] == best
+        return f"**{line[name]['text']}**" if won else str(line[name]["text"])
+
+    columns = (*QUALITY, *SHARES, *TIMES) if declared.get("costs") else QUALITY
+    shown = [
+        {label: line[label] for label in (*declared["blocks"][0], "seeds")}
+        | {f"{metric(name).column()} {metric(name).arrow}": cell(name, line) for name in columns}
+        for line in measured
     ]
-    return f"{body}\n\n{' '.join(facts)}"
+    return f"{markdown(shown)}\n\n{_note(declared, rows, len(jobs))}"
 
 
-def _costs(row: dict[str, Any]) -> dict[str, float]:
-    """What a run's result costs beside the dense model, and what the run itself cost."""
-    shares = (("macs_share", "macs"), ("params_share", "params"), ("latency_share", "latency_ms"))
-    found = {name: row["values"][of] / row["dense"][of] for name, of in shares}
-    return found | {name: row[name] for name in ("prune_cpu_seconds", "criterion_share")}
+def _note(declared: Mapping[str, Any], rows: Sequence[Row], jobs: int) -> str:
+    """How all runs of a table were made, and what they are measured against."""
+    recipe, dense = load_pipeline_recipe(declared["recipe"]), rows[0]["dense"]
+    evaluate, recover = recipe.evaluate, recipe.recover
+    real = _floor(recipe.data, evaluate.samples)
+    return (
+        f"{declared['note']} {recipe.method.steps + recover.steps} optimiser steps of batch "
+        f"{recover.batch}, distillation {recover.distill:g}; {evaluate.sampling_seeds} x "
+        f"{evaluate.samples} samples, {evaluate.sampler.upper()} {evaluate.steps} steps. Dense "
+        f"model: fid_digits {dense['fid_digits']:.2f}, validation loss "
+        f"{dense['validation_loss']:.5f}; {evaluate.samples} images of one half of the real data "
+        f"against the other: fid_digits {real['fid_digits']:.2f}. Mean ± standard deviation over "
+        f"training seeds; {len(rows)} of {jobs} runs are in."
+    )

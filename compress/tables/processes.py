@@ -7,7 +7,7 @@ compared twice: with one process, and with one process that sees as few images a
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,101 +16,90 @@ import torch
 from safetensors.torch import load_file
 
 from compress.common.files import read_json
-from compress.eval import tables
-from compress.eval.metrics import METRICS
-from compress.tables.diffusion import beside, commit
+from compress.eval.metrics import metric
+from compress.eval.tables import Cell, Row, cell_table
+from compress.runs.recipe import load_pipeline_recipe
+from compress.tables.diffusion import QUALITY
+from compress.tables.table import Job, Run, Table, has, run_folder, weights
 
-NAME = "processes"
 RECIPE = "ddpm_gradflow"
-# processes and the micro-batches of each, after those that they are compared with
+# processes, and the micro-batches of each
 CELLS = ((1, 1), (1, 2), (2, 1), (1, 4), (4, 1))
 WEIGHTS = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
+# how far a run is from that of one process, and from that of one process in equal micro-batches
+APART = {
+    "soft masks apart, at most": ("from_one", "soft_mask_difference"),
+    "slim weights apart": ("from_one", "weight_difference"),
+    "masks apart, alike": ("from_alike", "soft_mask_difference"),
+    "weights apart, alike": ("from_alike", "weight_difference"),
+}
 
 
-def results_file(results: Path) -> Path:
-    """Where the rows are kept, beside those of the other tables."""
-    return beside(results, NAME)
+def table(results: Path, runs: Path) -> Table:
+    """The table: its rows in the folder ``results``, its runs in ``runs``."""
+    jobs = [
+        Job(
+            f"{processes} process(es), {parts} micro-batch(es) each",
+            has(processes=processes, gradient_accumulation=parts),
+            partial(measure, runs, processes, parts),
+        )
+        for processes, parts in CELLS
+    ]
+    return Table("processes", body, results / "ddpm_digits_processes.jsonl", jobs)
 
 
-def run_missing(results: Path, runs: Path) -> Iterator[str]:
-    """Run the recipe on each number of processes that has no row yet.
-
-    Parameters
-    ----------
-    results : rows of another table; these go beside it.
-    runs : where the runs are; all of them are needed, since they are compared with the first.
-
-    Yields
-    ------
-    Lines to show.
+def measure(runs: Path, processes: int, parts: int) -> Run[list[Row]]:
+    """Run the recipe so, and as it is compared with; a row of how far they are apart.
 
     Raises
     ------
     ValueError : when a run fails.
     """
-    path = results_file(results)
-    if len(tables.read_rows(path)) == len(CELLS):
-        return
-    path.unlink(missing_ok=True)
-    for processes, parts in CELLS:
-        yield f"{RECIPE} on {processes} process(es), in {parts} micro-batch(es) each"
-        folder = _folder(runs, processes, parts)
-        # without metrics it is not finished; with them only its row may be missing
-        if not (folder / "metrics.json").exists():
-            _run(folder, processes, parts)
-        one, alike = _folder(runs, 1, 1), _folder(runs, 1, processes * parts)
-        tables.append_row(path, make_row(folder, parts, one, alike))
-
-
-def _folder(runs: Path, processes: int, parts: int) -> Path:
-    return runs / f"table_processes_{processes}x{parts}"
+    folders = []
+    for number, cut in ((processes, parts), (1, 1), (1, processes * parts)):
+        name = f"processes_{number}x{cut}"
+        folders.append(run_folder(runs, name, load_pipeline_recipe(RECIPE).model))
+        if not (folders[-1] / "metrics.json").exists():  # it is not finished
+            yield f"    {name}"
+            _run(folders[-1], number, cut)
+    return [make_row(parts, *folders)]
 
 
 def _run(folder: Path, processes: int, parts: int) -> None:
-    command = ["run", RECIPE, "--processes", str(processes), "--output", str(folder)]
-    command += ["--set", f"train.gradient_accumulation={parts}"]
-    command += ["--resume"] if folder.exists() else []
     # -P: a checkout's kernels/ must not be found as a top-level module
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "compress.cli", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        # as many for each: another number of threads sums in another order
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise ValueError(
-            f"expected {RECIPE} to run on {processes} processes; it ended with "
-            f"{done.returncode}: {done.stderr.strip()[-500:]}; mend that and run again"
-        )
+    command = [sys.executable, "-P", "-m", "compress.cli", "run", RECIPE, "--output", str(folder)]
+    command += ["--processes", str(processes), "--set", f"train.gradient_accumulation={parts}"]
+    command += ["--resume"] if folder.exists() else []
+    # as many threads for each: another number of threads sums in another order
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if subprocess.run(command, stdout=sys.stderr, check=False, env=environment).returncode:
+        raise ValueError(f"expected {' '.join(command)} to finish; it failed; mend what it says")
 
 
-def make_row(folder: Path, parts: int, one: Path, alike: Path) -> dict[str, Any]:
+def make_row(parts: int, folder: Path, one: Path, alike: Path) -> Row:
     """A finished run's metrics, and how far its masks and weights are from those of other runs.
 
     Parameters
     ----------
-    folder : of the run.
     parts : micro-batches of each of its processes.
+    folder : of the run.
     one : the run of one process that sees the whole batch at once.
     alike : that of one process that sees as many images at once as this run's.
     """
     metrics = read_json(folder / "metrics.json")
     facts = metrics["run"]
-    measured = {name: metrics["metrics"][name]["compressed"] for name in tables.QUALITY}
+    measured = {name: metrics["metrics"][name]["compressed"] for name in QUALITY}
+    names = ("model", "processes", "seed", "device", "threads", "versions")
     return {
-        "key": f"{RECIPE} on {facts['processes']}x{parts}",
-        "command": f"compress tables {NAME}",
         "recipe": RECIPE,
-        "commit": commit(),
+        "model_hash": weights(facts["model"]),
         "date": facts["created"],
-        **{name: facts[name] for name in ("processes", "seed", "device", "threads", "versions")},
+        **{name: facts[name] for name in names},
         "gradient_accumulation": parts,
         "train_seconds": round(facts["train_seconds"], 1),
         "widths": [w["compressed"] for w in metrics["widths"]],
-        "values": {name: found["value"] for name, found in measured.items()},
-        "ci95": {name: found["ci95"] for name, found in measured.items()},
+        "values": {name: value["value"] for name, value in measured.items()},
+        "ci95": {name: value["ci95"] for name, value in measured.items()},
         "from_one": compare(folder, one),
         "from_alike": compare(folder, alike),
     }
@@ -129,51 +118,37 @@ def compare(folder: Path, first: Path) -> dict[str, Any]:
         (load_file(run / "trace.safetensors")["masks"], load_file(run / WEIGHTS))
         for run in (folder, first)
     )
-    weights = [(ours[name].float() - tensor.float()).abs().max() for name, tensor in theirs.items()]
+    apart = [(ours[name].float() - tensor.float()).abs().max() for name, tensor in theirs.items()]
     return {
         "soft_mask_difference": (mine[:-1] - other[:-1]).abs().max().item(),
         "same_kept": torch.equal(mine[-1], other[-1]),
-        "weight_difference": max(weights).item(),
+        "weight_difference": max(apart).item(),
     }
 
 
-def render_table(results: Path) -> str:
-    """The table in Markdown from the rows that are there."""
-    path = results_file(results)
-    rows = tables.read_rows(path)
-    if not rows:
-        return f"*No rows yet: run `compress tables {NAME}`.*"
-    columns: dict[str, Callable[[tables.Row], str]] = {
+def body(rows: Sequence[Row]) -> str:
+    """The rows in Markdown."""
+    columns: dict[str, Cell] = {
         "processes": lambda row: str(row["processes"]),
         "micro-batches of each": lambda row: str(row["gradient_accumulation"]),
-        **{
-            f"{METRICS[name].column()} {METRICS[name].arrow}": partial(_cell, name)
-            for name in tables.QUALITY
-        },
+        **{f"{metric(n).column()} {metric(n).arrow}": partial(_cell, n) for n in QUALITY},
         "same kept units": lambda row: "yes" if row["from_one"]["same_kept"] else "NO",
-        "soft masks apart, at most": partial(_apart, "from_one", "soft_mask_difference"),
-        "slim weights apart": partial(_apart, "from_one", "weight_difference"),
-        "masks apart, alike": partial(_apart, "from_alike", "soft_mask_difference"),
-        "weights apart, alike": partial(_apart, "from_alike", "weight_difference"),
+        **{heading: partial(_apart, *keys) for heading, keys in APART.items()},
     }
-    note = (
-        f"`{RECIPE}` as it ships, on the CPU over gloo, the same batch in all shared between the "
-        "processes, and cut into micro-batches by `train.gradient_accumulation`. Masks and weights "
-        "are compared with those of one process, and of one process in micro-batches of the same "
-        "size (alike). 95% intervals over sampling seeds. Made by "
-        f"`compress tables {NAME} --update README.md`; rows in `eval/results/{path.name}`."
+    return (
+        f"{cell_table(rows, columns)}\n\n`{RECIPE}` as it ships, on the CPU over gloo, the same "
+        "batch in all shared between the processes, and cut into micro-batches by "
+        "`train.gradient_accumulation`. Masks and weights are compared with those of one process, "
+        "and of one process in micro-batches of the same size (alike). 95% intervals over sampling "
+        "seeds."
     )
-    return f"{tables.cell_table(rows, columns)}\n\n{note}"
 
 
-def _apart(other: str, what: str, row: tables.Row) -> str:
+def _apart(other: str, what: str, row: Row) -> str:
     return f"{row[other][what]:.1e}"
 
 
-def _cell(name: str, row: tables.Row) -> str:
-    metric = METRICS[name]
-    shown = metric.cell(row["values"][name])
-    if row["ci95"][name] is None:
-        return shown
-    low, high = map(metric.cell, row["ci95"][name])
-    return f"{shown} [{low}, {high}]"
+def _cell(name: str, row: Row) -> str:
+    known, interval = metric(name), row["ci95"][name]
+    inside = "" if interval is None else f" [{', '.join(map(known.cell, interval))}]"
+    return known.cell(row["values"][name]) + inside

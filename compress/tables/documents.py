@@ -1,0 +1,136 @@
+"""All generated tables, and the documents that they stand in."""
+
+import functools
+import operator
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.eval.metrics import metric
+from compress.eval.tables import Row, markdown
+from compress.methods.base import Method
+from compress.methods.registry import METHODS
+from compress.tables import bench, diffusion, processes, reader
+from compress.tables.table import Table
+
+PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
+
+
+def all_tables(results: Path, runs: Path) -> dict[str, Table]:
+    """All generated tables by name.
+
+    Parameters
+    ----------
+    results : folder of the rows, with ``tables.yaml``.
+    runs : folder in which runs are that can go on.
+
+    Raises
+    ------
+    FileNotFoundError : outside a checkout, where nothing declares the tables.
+    """
+    declared = yaml.safe_load((results / "tables.yaml").read_text(encoding="utf8"))
+    measured = [
+        *(
+            diffusion.table(name, content, results)
+            for name, content in declared["diffusion"].items()
+        ),
+        processes.table(results, runs),
+        reader.readers(results, runs),
+        *reader.recipe_tables(results, runs),
+        *bench.tables(results),
+    ]
+    tables = {table.name: table for table in measured}
+    headline = Table("headline", lambda _: _headline(declared["headline"], tables))
+    return {
+        "headline": headline,
+        "methods": Table("methods", lambda _: _methods(METHODS)),
+        **tables,
+    }
+
+
+def read_documents(paths: Sequence[Path], names: Collection[str]) -> dict[Path, str]:
+    """The texts of documents that have a place for each of these tables.
+
+    A place is ``<!-- table:NAME -->`` to ``<!-- /table:NAME -->``.
+
+    Raises
+    ------
+    ValueError : for tables that have a place in none of the documents.
+    """
+    texts = {path: path.read_text(encoding="utf8") for path in paths}
+    places = {place[2] for text in texts.values() for place in PLACE.finditer(text)}
+    if lost := [name for name in names if name not in places]:
+        raise ValueError(
+            f"places such as <!-- table:{lost[0]} --> and <!-- /table:{lost[0]} --> are expected "
+            f"in {', '.join(map(str, paths))} for {', '.join(lost)}; add the marks"
+        )
+    return texts
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """A document with these tables in their places."""
+    return PLACE.sub(
+        lambda place: (
+            f"{place[1]}{tables[place[2]]}\n{place[3]}" if place[2] in tables else place[0]
+        ),
+        text,
+    )
+
+
+def _headline(headline: Mapping[str, Any], tables: Mapping[str, Table]) -> str:
+    """The declared claims in Markdown: a line of another table each, and its best rivals."""
+    lines = []
+    for claim in headline["claims"]:
+        table = tables[claim["table"]]
+        measured = table.lines(table.rows())
+        [line] = [line for line in measured if _says(claim["line"], line)]
+        others = [other for other in measured if other is not line]
+        rivals = [_best(others, facts, claim["best"]) for facts in claim.get("rivals", ())] or [
+            line
+        ]
+        lines.append(
+            {
+                "claim": claim["claim"].format_map(line),
+                "measured": claim["measured"].format_map(line),
+                "best rival": "; ".join(claim["rival"].format_map(rival) for rival in rivals),
+                "n": claim["n"].format_map(line),
+            }
+        )
+    return f"{markdown(lines)}\n\n{headline['note']}"
+
+
+def _says(facts: Mapping[str, Any], line: Row) -> bool:
+    return all(line.get(name) == value for name, value in facts.items())
+
+
+def _best(lines: Sequence[Row], facts: Mapping[str, Any], by: str) -> Row:
+    """The best of the lines that say this."""
+
+    def value(line: Row) -> float:
+        return float(functools.reduce(operator.getitem, by.split("."), line))  # type: ignore[arg-type]
+
+    choose = min if metric(by.partition(".")[0]).better == "lower" else max
+    return choose((line for line in lines if _says(facts, line)), key=value)
+
+
+def _methods(methods: Mapping[str, type[Method]]) -> str:
+    """What each method is, in Markdown."""
+    return markdown(
+        [
+            {
+                "method": f"`{name}`",
+                "what it compresses": method.serves,
+                "what it keeps fewer of": method.keeps,
+                "paper": _linked(method.paper),
+            }
+            for name, method in methods.items()
+        ]
+    )
+
+
+def _linked(paper: str) -> str:
+    """A title with a link to arXiv where it ends in an id."""
+    return re.sub(r", (\d{4}\.\d{5})$", r", [arXiv \1](https://arxiv.org/abs/\1)", paper)
