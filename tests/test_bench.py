@@ -18,10 +18,11 @@ from compress.common.cost import unet_cost
 from compress.eval.latency import summarise
 from compress.methods.fastocr.bench import DecodeShape, crossovers, end_to_end_bound
 from compress.methods.gradflow.bench import DENSE, UNetShape, random_inputs, slim_builder, warning
+from compress.methods.registry import benchmarks
 from compress.methods.rtprune import bench as rtprune
 from compress.methods.rtprune import patch
 from compress.methods.rtprune.bench import PrefillShape, derived, parts
-from compress.tables.bench import render_bench
+from compress.tables.bench import body
 
 COMMON = {"bench", "part", "shape", "ms", "device", "clock", "threads", "seed", "versions", "date"}
 READER = {"model": "reader-deepseek", "text": 2}
@@ -242,7 +243,7 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
         assert set(row["ms"]) == expected
         assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"])
         assert row["versions"]["torch"] and row["device"] == "cpu"
-    table = render_bench(f"bench_{name}", [*rows, *rows], results.name)
+    table = body(benchmarks()[name], [*rows, *rows])
     assert table.count("\n| cpu") == len(ways)  # each cell once, however often it was measured
     # a dash where a way was left out, and why
     assert ("A dash" in table) == any("without" in shape for shape in shapes)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -269,26 +270,21 @@ def test_eval_hands_its_settings_on(invoke, library):
     assert other.exit_code == 2 and "got audio" in other.stderr
 
 
-def test_tables_prints_what_the_rows_say_and_fills_a_document(invoke, tmp_path):
-    marks = "<!-- table:main -->\nold\n<!-- /table:main -->\n"
-    (tmp_path / "doc.md").write_text(marks)
-    result = invoke("tables", "main", "--render", "--update", "doc.md")
+def test_tables_prints_what_the_rows_say_and_fills_documents(invoke, tmp_path):
+    marks = "<!-- table:{0} -->\nold\n<!-- /table:{0} -->\n"
+    (tmp_path / "a.md").write_text(marks.format("main"))
+    (tmp_path / "b.md").write_text(marks.format("methods"))
+    documents = ("--update", "a.md", "--update", "b.md")
+    arguments = ("--results", str(Path(__file__).parents[1] / "eval" / "results"), "--render")
+    result = invoke("tables", "main", "methods", *arguments, *documents)
     assert result.exit_code == 0, result.output
-    filled = (tmp_path / "doc.md").read_text()
-    assert result.stdout.removeprefix("## main\n\n").strip() in filled and "old" not in filled
-    for wrong in (["mine"], ["--shard", "2/2"], ["--shard", "x"], ["--shard=1"]):
-        refused = invoke("tables", *wrong)
-        assert refused.exit_code == 2 and "got " in refused.stderr
-
-
-def test_tables_names_all_tables(invoke):
-    from compress.tables import diffusion as experiments
-    from compress.tables import reader as reader_experiments
-
-    refused = invoke("tables", "main", "nonsense")
-    assert refused.exit_code == 2 and "got nonsense" in refused.stderr
-    for name in (*experiments.TABLES, *reader_experiments.NAMES):
-        assert name in refused.stderr and name in invoke("tables", "--help").stdout
+    for name, told in (("a", "| gradflow |"), ("b", "| `gradflow` |")):
+        text = (tmp_path / f"{name}.md").read_text()
+        assert told in text and "old" not in text
+    for wrong in (["mine"], ["--shard", "2/2"], ["readers", *documents]):
+        refused = invoke("tables", *wrong, *arguments)
+        assert refused.exit_code == 2 and re.search("got |add the marks", refused.stderr)
+    assert "tables are headline, methods, main" in invoke("tables", "x", *arguments).stderr
 
 
 def test_a_reader_where_a_pipeline_is_wanted_is_told_the_right_call():

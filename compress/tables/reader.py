@@ -8,7 +8,7 @@ from typing import Any
 from compress.eval.metrics import metric
 from compress.eval.tables import Cell, Row, cell_table
 from compress.models.vlm import builtin_readers
-from compress.reports.reader_rows import keep_text, series_name, used_share
+from compress.reports.reader_rows import keep_text, methods_of, series_name, used_share
 from compress.runs.diffusion import run_events
 from compress.runs.reading import OcrSettings, evaluate_events
 from compress.runs.recipe import list_recipes, load_recipe
@@ -71,8 +71,7 @@ def rows_of(recipe: str, metrics: Mapping[str, Any]) -> list[Row]:
 def variants(rows: Sequence[Row]) -> list[Row]:
     """The compressed variants, with what their methods are called, were told to keep and used."""
     lines = [
-        row
-        | {"method": series_name(row), "keep": keep_text(row), "used": used_share(row)}
+        row | {"method": series_name(row), "keep": keep_text(row), "used": used_share(row)}
         for row in rows
         if row["methods"]
     ]
@@ -81,6 +80,7 @@ def variants(rows: Sequence[Row]) -> list[Row]:
 
 def _variants(rows: Sequence[Row]) -> str:
     [dense] = [row for row in rows if not row["methods"]]
+    hows = dict.fromkeys(m.metrics[m.used].how for row in rows for m in methods_of(row))
     columns: dict[str, Cell] = {
         "method": lambda row: row["method"],
         "keep": lambda row: row["keep"],
@@ -91,8 +91,8 @@ def _variants(rows: Sequence[Row]) -> str:
     return (
         f"{cell_table(variants(rows), columns)}\n\n{dense['model']}, {dense['pages']} held-out "
         f"pages, dense CER {_percent(dense['metrics']['cer_corpus'])}. Accuracy is 1 - CER; 95% "
-        "intervals from a bootstrap over pages, paired with the dense model's. `used` is the share "
-        "of the visual tokens that was used."
+        f"intervals from a bootstrap over pages, paired with the dense model's. `used`: "
+        f"{', times '.join(hows)}."
     )
 
 
