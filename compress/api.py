@@ -1,33 +1,66 @@
 """``compress.apply``: one call for every method."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from compress.checkpoints.applied import Applied, Compressed
-from compress.methods.base import RuntimeMethod, WeightMethod
+from compress.common.environment import choose_device
+from compress.common.events import drain
+from compress.common.journal import Journal
+from compress.data.sources import ImageData, Images, load_images
+from compress.methods.base import Method, PruneJob, RuntimeMethod, WeightMethod
+from compress.methods.registry import named
+from compress.methods.training import Training
+from compress.models.pipelines import denoiser, image_shape, wanted, with_parts
+from compress.parallel import distributed
 
 if TYPE_CHECKING:
-    from compress.data.sources import ImageData, Images
-    from compress.methods.training import Training
+    from diffusers import DiffusionPipeline
+
+
+@overload
+def apply(
+    model: "DiffusionPipeline",
+    method: WeightMethod | str,
+    *,
+    data: ImageData | Images | str,
+    training: Training | None = None,
+    device: str | None = None,
+) -> Compressed: ...
+
+
+@overload
+def apply(
+    model: Any,
+    method: RuntimeMethod | str | Sequence[RuntimeMethod | str],
+    *,
+    processor: Any = None,
+) -> Applied: ...
 
 
 def apply(
     model: Any,
-    method: WeightMethod | RuntimeMethod | Sequence[RuntimeMethod],
+    method: Method | str | Sequence[Method | str],
     *,
-    data: "ImageData | Images | str | None" = None,
-    training: "Training | None" = None,
+    data: ImageData | Images | str | None = None,
+    training: Training | None = None,
     device: str | None = None,
+    processor: Any = None,
 ) -> Compressed | Applied:
     """Compress a model in memory.
 
     Parameters
     ----------
-    model : a diffusers pipeline, for methods that make new weights; a vision-language model of
-        transformers, for those that change how it runs.
-    method : one method; several that change how a model runs may be stacked, the first one applied
-        first.
-    data, training, device : as in :func:`compress.runs.diffusion.apply`; for pipelines only.
+    model : a diffusers pipeline, for methods that make new weights (it is not changed); a
+        vision-language model of transformers, for those that change how it runs.
+    method : a method, or the name of one with its default settings; several that change how a model
+        runs may be stacked, the first one applied first.
+    data : for pipelines: a data source as in a recipe, or a data set of ``(channels, height,
+        width)`` images in [-1, 1], whose every tenth image is held out; an `ImageData` with
+        conditions for a pipeline that takes captions or labels.
+    training : for pipelines: how weights are trained.
+    device : for pipelines: where; CUDA if there is any when None.
+    processor : for vision-language models: stored with a checkpoint of the result.
 
     Returns
     -------
@@ -38,28 +71,83 @@ def apply(
     ------
     ValueError : for a method that does not suit the model, or arguments that it has no use for.
     """
-    methods = list(method) if isinstance(method, Sequence) else [method]
-    at_run_time = [hasattr(m, "attach") for m in methods]
-    if all(at_run_time):
-        given = {"data": data, "training": training, "device": device}
-        unused = [name for name, value in given.items() if value is not None]
-        if unused:
-            raise ValueError(
-                "methods that change how a model runs learn nothing and stay on its device; got "
-                f"{', '.join(unused)}; leave them out"
-            )
-        return Applied(model, methods)  # type: ignore[arg-type]
-    if len(methods) > 1:
-        names = ", ".join(m.name for m in methods)
+    several = isinstance(method, Sequence) and not isinstance(method, str)
+    methods = [_instance(one) for one in (method if several else [method])]
+    weights = [one for one in methods if isinstance(one, WeightMethod)]
+    runtime = [one for one in methods if isinstance(one, RuntimeMethod)]
+    names = ", ".join(one.name for one in methods)
+    if weights and len(methods) > 1:
         raise ValueError(
             f"methods that make new weights are applied alone; got {names}; apply one after the "
             "other"
         )
+    _check_kind(model, names, pipeline=bool(weights), reader=bool(runtime))
+    if not weights:
+        _refuse_unused(
+            "methods that change how a model runs", data=data, training=training, device=device
+        )
+        return Applied(model, runtime, processor)
+    _refuse_unused("methods that make new weights", processor=processor)
     if data is None:
         raise ValueError(
-            f"{methods[0].name} trains and measures on data; got none; give such as "
-            'data="builtin:digits"'
+            f'{names} trains and measures on data; got none; give such as data="builtin:digits"'
         )
-    from compress.runs.diffusion import apply as compress_pipeline
+    return _prune(model, weights[0], data, training or Training(), device)
 
-    return compress_pipeline(model, methods[0], data=data, training=training, device=device)  # type: ignore[arg-type]
+
+def _instance(method: Any) -> Method:
+    if isinstance(method, str):
+        return named(method)()  # type: ignore[call-arg]
+    if isinstance(method, Method):
+        return method
+    shown = method.__name__ if isinstance(method, type) else type(method).__name__
+    what = "the class" if isinstance(method, type) else "an object of type"
+    raise ValueError(
+        f"a method is expected, such as {shown if isinstance(method, type) else 'GradFlow'}(), or "
+        f"the name of one; got {what} {shown}; make an instance"
+    )
+
+
+def _check_kind(model: Any, names: str, *, pipeline: bool, reader: bool) -> None:
+    """Refuse a method on a model of the other kind."""
+    from diffusers import DiffusionPipeline
+    from transformers import PreTrainedModel
+
+    got = type(model).__name__
+    if pipeline and not isinstance(model, DiffusionPipeline):
+        raise ValueError(
+            f"{names} compresses a diffusers pipeline; got {got}; load one with compress.load"
+        )
+    if reader and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{names} changes how a vision-language model of transformers runs; got {got}; load "
+            "one with compress.load_reader, and give its .model"
+        )
+
+
+def _refuse_unused(kind: str, **values: Any) -> None:
+    unused = [name for name, value in values.items() if value is not None]
+    if unused:
+        raise ValueError(f"{kind} have no use for {', '.join(unused)}; leave them out")
+
+
+def _prune(
+    pipeline: "DiffusionPipeline",
+    method: WeightMethod,
+    data: ImageData | Images | str,
+    training: Training,
+    device: str | None,
+) -> Compressed:
+    if isinstance(data, str):
+        data = load_images(data, *image_shape(pipeline), wanted(pipeline))
+    elif not isinstance(data, ImageData):
+        data = ImageData.split("data", data)
+    where = distributed.join(choose_device(device))
+    pruned = drain(method.prune(PruneJob(pipeline, data, training, where, Journal())))
+    part, _ = denoiser(pipeline)
+    report = {
+        **pruned.report,
+        "method": method.model_dump(mode="json"),
+        "widths": pruned.widths,
+    }
+    return Compressed(with_parts(pipeline, {part: pruned.model}), report)

@@ -19,6 +19,10 @@ import typer
 from typer.core import TyperGroup
 
 from compress.common.extras import MissingExtraError
+from compress.common.options import options_of, taken, validated
+from compress.data.columns import Columns
+from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings, Sampling
+from compress.methods.registry import RUNTIME_METHODS
 from compress.parallel import launch
 
 if TYPE_CHECKING:
@@ -35,17 +39,25 @@ USER_ERRORS = (
 )
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
-# so long the main process has to say what went wrong, before another one does
+# how long the main process has to report an error before another one does
 YIELD_SECONDS = 3
+ARGUMENTS = "compress.arguments"
+CALIBRATING = {name: kind for name, kind in RUNTIME_METHODS.items() if kind.calibrated}
+OPEN = {setting for kind in CALIBRATING.values() for setting in kind.calibrated}
+
+logger = logging.getLogger("compress")
 
 
 class _Verbs(TyperGroup):
     """Turns what a user can cause into one line on stderr and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)  # what several processes are started with
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _kernels_told():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except USER_ERRORS as error:
@@ -64,22 +76,24 @@ app = typer.Typer(
     cls=_Verbs,
     help="Compress diffusion models and page readers: from a recipe to a checkpoint and a report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Device = Annotated[
-    str | None, typer.Option(help="Such as cpu or cuda:1. Default: CUDA if there is any.")
+    str | None, typer.Option(help="Device, such as cpu or cuda:1. Default: CUDA if there is any.")
 ]
 Processes = Annotated[
-    int, typer.Option(min=1, help="On this machine; more than one share the work.")
+    int, typer.Option(min=1, help="Number of processes on this machine that share the work.")
 ]
+Output = Annotated[Path | None, typer.Option(help="Folder to write; the recipe's own by default.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue where a run stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(show: bool) -> None:
+    if show:
         from importlib.metadata import version
 
         typer.echo(f"compress {version('compress-models')}")
@@ -88,6 +102,8 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings only.")] = False,
     version: Annotated[
         bool,
         typer.Option(
@@ -96,33 +112,41 @@ def _options(
     ] = False,
 ) -> None:
     os.environ.update(launch.adopt_slurm(os.environ))
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
 
 
 @app.command()
 def run(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key; may be repeated."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict; write nothing.")] = False,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Predict the result; write nothing.")
+    ] = False,
     as_json: Json = False,
     device: Device = None,
     processes: Processes = 1,
 ) -> None:
     """Compress, recover, export, evaluate and report, as a recipe says."""
-    if resume and overwrite:
-        raise ValueError("expected --resume or --overwrite; got both; choose one")
+    _check_resume(resume, overwrite)
     from compress.runs.recipe import ReaderRecipe, load_recipe
 
     typed = load_recipe(recipe, overrides or ())
+    several = launch.wanted(processes)
+    if several and isinstance(typed, ReaderRecipe):
+        raise ValueError(f"readers run on one process; got --processes {processes}")
     _check_versions()
-    _quieten()
+    _hide_library_output()
     if dry_run:
-        from compress.runs.diffusion import dry_run as predict
+        from compress.runs.forecast import dry_run as predict
 
         prediction = predict(typed, device=device)
         _print(prediction, as_json, _lines(prediction))
@@ -130,45 +154,46 @@ def run(
             raise typer.Exit(USAGE)
         return
     folder = Path(output or typed.output or "")
-    command = ["run", recipe]
-    for override in overrides or ():
-        command += ["--set", override]
-    command += ["--device", device] if device else []
-    command += ["--processes", str(processes)] if processes > 1 else []
-    command += ["--output", str(folder)]
-    with _hint(folder, f"compress {shlex.join(command)} --resume"):
-        if launch.wanted(processes):
-            if isinstance(typed, ReaderRecipe):
-                raise ValueError(f"readers run on one process; got --processes {processes}")
-            flags = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
-            launch.launch(processes, [*command, *(flag for flag, on in flags.items() if on)])
+    with _resume_hint(context, folder):
+        if several:
+            launch.launch(processes, context.meta[ARGUMENTS])
             return
-        from compress.runs.diffusion import run_events
+        from compress.runs.run import run_events
 
         _follow(run_events(typed, output=folder, resume=resume, overwrite=overwrite, device=device))
     if not launch.rank():
         _print_run(folder, as_json)
 
 
+def _check_resume(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("expected --resume or --overwrite; got both; choose one")
+
+
 @contextlib.contextmanager
-def _hint(folder: Path, again: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C, SIGTERM, or the end of one of several processes."""
+def _resume_hint(context: typer.Context, folder: Path) -> Iterator[None]:
+    """Say how to continue after Ctrl-C, SIGTERM, or the end of one of several processes."""
 
     def stop(number: int, _frame: Any) -> None:
         raise launch.Stopped(f"stopped by {signal.Signals(number).name}", launch.TERMINATED)
+
+    def explain(what: str) -> None:
+        if not launch.speaks():
+            return
+        # of a run, or of an evaluation
+        if (folder / "state").exists() or (folder / "predictions.jsonl").exists():
+            arguments = [a for a in context.meta[ARGUMENTS] if a not in ("--overwrite", "--resume")]
+            what += f"; continue with: compress {shlex.join([*arguments, '--resume'])}"
+        _say(what)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        saved = (folder / "state").exists()
-        if launch.speaks():
-            _say(f"interrupted: state saved; go on with: {again}" if saved else "interrupted")
+        explain("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except launch.Stopped as error:
-        saved = (folder / "state").exists()
-        if launch.speaks():
-            _say(f"error: {error}; go on with: {again}" if saved else f"error: {error}")
+        explain(f"error: {error}")
         raise typer.Exit(error.code) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -177,7 +202,7 @@ def _hint(folder: Path, again: str) -> Iterator[None]:
 @app.command()
 def show(
     folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a finished run or evaluation.")
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished run or evaluation.")
     ],
     as_json: Json = False,
 ) -> None:
@@ -187,8 +212,10 @@ def show(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, evaluations.")],
-    plot: Annotated[Path | None, typer.Option(help="Also draw the comparison: a PNG.")] = None,
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or evaluations.")
+    ],
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the comparison to.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put several runs into one table, and one plot."""
@@ -205,16 +232,21 @@ def recipes(as_json: Json = False) -> None:
     """List the recipes that ship with compress."""
     from compress.runs.recipe import list_recipes
 
-    found = list_recipes()
-    width = max(len(name) for name, _ in found)
-    rows = [{"name": name, "about": about} for name, about in found]
-    _print(rows, as_json, "\n".join(f"{name:<{width}}  {about}" for name, about in found))
+    listed = list_recipes()
+    width = max(len(name) for name, _ in listed)
+    rows = [{"name": name, "about": about} for name, about in listed]
+    _print(rows, as_json, "\n".join(f"{name:<{width}}  {about}" for name, about in listed))
 
 
 @app.command("eval")
+@options_of(Sampling, Columns, OcrEvaluation, renamed={Columns: "{}_column"})
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")],
-    suite: Annotated[str, typer.Option(help="Set of metrics: diffusion or ocr.")] = "diffusion",
+    options: dict[str, Any],
+    suite: Annotated[
+        str | None, typer.Option(help="diffusion or ocr; by default what the model is.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -222,108 +254,51 @@ def evaluate(
             "builtin:square-pages or a folder."
         ),
     ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(min=2, help="Images per sampling seed (512), or rendered pages (64)."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="diffusion: denoising steps.")] = 20,
-    sampler: Annotated[str, typer.Option(help="diffusion: ddim or ddpm.")] = "ddim",
-    sampling_seeds: Annotated[int, typer.Option(min=1, help="diffusion: repetitions.")] = 3,
-    inception_weights: Annotated[
-        str | None, typer.Option(help="diffusion: FID Inception weights.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="diffusion: of prompts (the pipeline's own).")
-    ] = None,
-    caption_column: Annotated[str, typer.Option(help="diffusion: captions in the data.")] = "text",
-    label_column: Annotated[str, typer.Option(help="diffusion: labels in the data.")] = "label",
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images drawn together (128), or pages read together (8)."),
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="ocr: what is asked of the model.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="ocr: of a page.")] = None,
-    dtype: Annotated[str, typer.Option(help="ocr: float32, bfloat16 or float16.")] = "float32",
-    mode: Annotated[str | None, typer.Option(help="ocr: DeepSeek-OCR's resolution.")] = None,
-    ocean_order: Annotated[
-        str, typer.Option(help="ocr: Ocean-OCR's metrics, correct or as published.")
-    ] = "correct",
     output: Annotated[
-        Path | None, typer.Option(help="ocr: folder of predictions and report.")
+        Path | None, typer.Option(help="Readers: folder of predictions and report.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="ocr: read what is left.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="ocr: start again.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     device: Device = None,
     processes: Processes = 1,
 ) -> None:
     """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
-    if suite not in ("diffusion", "ocr"):
+    kinds = {"diffusion": "diffusion", "ocr": "reader", None: None}
+    if suite not in kinds:
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
-    if resume and overwrite:
-        raise ValueError("expected --resume or --overwrite; got both; choose one")
-    if launch.wanted(processes):
-        if suite == "ocr":
-            raise ValueError(f"readers run on one process; got --processes {processes}")
-        chosen = {
-            "data": data,
-            "samples": samples,
-            "steps": steps,
-            "sampler": sampler,
-            "sampling-seeds": sampling_seeds,
-            "guidance-scale": guidance_scale,
-            "caption-column": caption_column,
-            "label-column": label_column,
-            "batch": batch,
-            "inception-weights": inception_weights,
-            "device": device,
-            "processes": processes,
-        }
-        options = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
-        launch.launch(processes, ["eval", model, *options, *["--json"] * as_json])
-        return
+    _check_resume(resume, overwrite)
     _check_versions()
-    _quieten()
-    if suite == "ocr":
-        from compress.runs.reading import OcrSettings, evaluate_events
+    _hide_library_output()
+    from compress.models.locate import locate
 
-        settings = OcrSettings(
-            model=model,
-            data=data,
-            samples=samples or 64,
-            batch=batch or 8,
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            mode=mode,
-            ocean_order=ocean_order,
-        )
-        name = model.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
-        folder = output or Path("runs") / f"eval_{name}"
+    at = locate(model, kinds[suite])  # type: ignore[arg-type]
+    several = launch.wanted(processes)
+    if several and at.kind == "reader":
+        raise ValueError(f"readers run on one process; got --processes {processes}")
+    if several:
+        launch.launch(processes, context.meta[ARGUMENTS])
+        return
+    if at.kind == "reader":
+        from compress.runs.reading import evaluate_events
+
+        settings = validated(OcrEvaluation, {"unseen_font": True} | options, "readers of pages")
+        folder = output or Path("runs") / f"eval_{at.folder.name}"
         events = evaluate_events(
-            settings, folder, resume=resume, overwrite=overwrite, device=device
+            at, folder, settings, data=data, resume=resume, overwrite=overwrite, device=device
         )
-        try:
+        with _resume_hint(context, folder):
             _follow(events)
-        except KeyboardInterrupt:
-            _say(f"interrupted: predictions kept; go on with --resume --output {folder}")
-            raise typer.Exit(INTERRUPTED) from None
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf8"))["metrics"]
     else:
-        from compress.runs.diffusion import evaluate_model
-        from compress.runs.recipe import Columns
+        from compress.runs.diffusion import BUILTIN_DATA, evaluate_pipeline
 
-        metrics = evaluate_model(
-            model,
-            data=data or "builtin:digits",
-            samples=samples or 512,
-            steps=steps,
-            sampler=sampler,
-            sampling_seeds=sampling_seeds,
-            guidance_scale=guidance_scale,
-            batch=batch or 128,
-            columns=Columns(caption=caption_column, label=label_column),
-            inception_weights=inception_weights,
+        columns = {name: options.pop(f"{name}_column", None) for name in Columns.model_fields}
+        metrics = evaluate_pipeline(
+            at,
+            validated(Sampling, options, "diffusion pipelines"),
+            data=data or BUILTIN_DATA,
+            columns=Columns(**{name: value for name, value in columns.items() if value}),
             device=device,
         )
     if launch.rank():
@@ -332,97 +307,90 @@ def evaluate(
 
 
 @app.command()
+@options_of(ReadSettings)
 def read(
     pages: Annotated[list[Path], typer.Argument(metavar="PAGE...", help="Image files.")],
+    options: dict[str, Any],
     model: Annotated[
         str, typer.Option(help="A folder, builtin:NAME or a hub id.")
     ] = "builtin:reader-qwen",
-    prompt: Annotated[str | None, typer.Option(help="What is asked of the model.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a page.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    mode: Annotated[str | None, typer.Option(help="DeepSeek-OCR's resolution.")] = None,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
     """Print the text of page images."""
+    settings = validated(ReadSettings, options)
     _check_versions()
-    _quieten()
+    _hide_library_output()
     from compress.runs.reading import read_files
 
-    readings = read_files(
-        model,
-        pages,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        dtype=dtype,
-        mode=mode,
-        device=device,
-    )
-    rows = [{"page": str(p), "text": t} for p, t in zip(pages, readings, strict=True)]
-    _print(rows, as_json, "\n\n".join(readings))
+    texts = read_files(model, pages, settings, device=device)
+    rows = [{"page": str(p), "text": t} for p, t in zip(pages, texts, strict=True)]
+    _print(rows, as_json, "\n\n".join(texts))
 
 
 @app.command()
 def pages(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    layout: Annotated[str, typer.Option(help="omnidocbench or olmocr.")] = "omnidocbench",
-    difficulty: Annotated[str, typer.Option(help="page, square or document.")] = "document",
-    count: Annotated[int, typer.Option(min=1, help="Pages.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the pages.")] = 0,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    layout: Annotated[
+        str, typer.Option(help="Layout of the folder: omnidocbench or olmocr.")
+    ] = "omnidocbench",
+    difficulty: Annotated[
+        str, typer.Option(help="Kind of page: page, square or document.")
+    ] = "document",
+    count: Annotated[int, typer.Option(min=1, help="Number of pages.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the pages' content.")] = 0,
+    split: Annotated[str, typer.Option(help="Split: train, validation or test.")] = "test",
 ) -> None:
     """Render pages with exact ground truth, in the layout of a benchmark."""
     from compress.data.page_folders import write_rendered_pages
 
     write_rendered_pages(output, layout, difficulty, count, seed, split)
-    _say(f"{count} pages in {output}; compress eval MODEL --suite ocr --data {output}")
+    _say(f"{count} pages in {output}; compress eval MODEL --data {output}")
 
 
 @app.command()
+@options_of(Calibration, ReadSettings, *CALIBRATING.values(), exclude=("name", "mode", *OPEN))
 def calibrate(
     model: Annotated[str, typer.Argument(help="A folder, builtin:NAME or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder of the checkpoint to write.")],
-    data: Annotated[str, typer.Option(help="builtin:pages, or a folder.")] = "builtin:pages",
-    pages: Annotated[int, typer.Option(min=1, help="That are written densely.")] = 16,
-    keep_visual: Annotated[float, typer.Option(help="Fraction of the visual tokens.")] = 0.05,
-    periphery: Annotated[
-        int, typer.Option(min=0, help="Summaries per head of what is not attended to.")
-    ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Of a page.")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    options: dict[str, Any],
+    method: Annotated[
+        str, typer.Option(help=f"Method to calibrate: {', '.join(CALIBRATING)}.")
+    ] = next(iter(CALIBRATING)),
+    data: Annotated[
+        str, typer.Option(help="Pages: builtin:pages, builtin:square-pages or a folder.")
+    ] = "builtin:pages",
+    overwrite: Overwrite = False,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
-    """Find the focal layers of a reader for FastOCR, and write a checkpoint with them."""
+    """Measure a method's open settings on pages, and write a checkpoint with them."""
+    if method not in CALIBRATING:
+        raise ValueError(f"--method should be one of {', '.join(CALIBRATING)}; got {method!r}")
+    calibration = validated(Calibration, taken(options, Calibration))
+    settings = validated(ReadSettings, taken(options, ReadSettings))
+    typed = validated(CALIBRATING[method], options, method)
     _check_versions()
-    _quieten()
-    from compress.methods.fastocr import FastOCR
+    _hide_library_output()
     from compress.runs.reader import calibrated_checkpoint
 
-    facts = calibrated_checkpoint(
+    result = calibrated_checkpoint(
         model,
-        FastOCR(keep_visual=keep_visual, periphery=periphery),
         output,
+        typed,
         data=data,
-        pages=pages,
-        max_new_tokens=max_new_tokens,
-        dtype=dtype,
+        calibration=calibration,
+        read=settings,
         device=device,
-    ).facts
-    curve = [(str(n), f"{v:.4f}", "") for n, v in enumerate(facts["curve"], start=1)]
-    lines = [
-        _table([("focal layers", "mean recall", ""), *curve]),
-        "",
-        f"order        {', '.join(map(str, facts['order']))}",
-        f"chosen       {', '.join(map(str, facts['focal_layers']))}",
-        f"checkpoint   {output}",
-    ]
-    _print(facts, as_json, "\n".join(lines))
+        overwrite=overwrite,
+    )
+    lines = [*result.lines, f"checkpoint   {output}"]
+    _print(result.facts, as_json, "\n".join(lines))
 
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="gradflow, rtprune, fastocr or kernels.")],
+    name: Annotated[str, typer.Argument(help="A method, or kernels.")],
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -433,29 +401,30 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each way.")] = 15,
     clock: Annotated[
-        str, typer.Option(help="wall, or cpu: for one thread on a machine that others use too.")
+        str,
+        typer.Option(help="wall, or cpu: CPU time of one thread, for a machine that is shared."),
     ] = "wall",
-    results: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    results: Annotated[Path | None, typer.Option(help="File to append the rows to.")] = None,
     crossover: Annotated[
         Path | None,
-        typer.Option(help="fastocr: write from how many visual tokens on it is faster."),
+        typer.Option(help="File to write to from which size on the method is faster."),
     ] = None,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
     """Time a method, or the kernels, against the best dense way, in one run."""
     _check_versions()
-    _quieten()
+    _hide_library_output()
     from compress.bench.cells import describe
     from compress.bench.suite import bench as rows_of
     from compress.methods.registry import benchmarks
 
     known = benchmarks()
-    if what not in known:
-        raise ValueError(f"expected one of {', '.join(known)}; got {what!r}; choose one")
+    if name not in known:
+        raise ValueError(f"expected one of {', '.join(known)}; got {name!r}; choose one")
     rows, cells = [], []
     for row in rows_of(
-        known[what],
+        known[name],
         shapes=shapes or (),
         repeats=repeats,
         clock=clock,
@@ -468,7 +437,7 @@ def bench(
         _say("  ".join(cells[-1]))
         if row.get("warning"):
             _say(f"warning: {row['warning']}")
-    header = ("benchmark", "shape", "median [p20, p80] ms", "found")
+    header = ("benchmark", "shape", "median [p20, p80] ms", "result")
     _print(rows, as_json, _table([header, *cells]))
     if crossover is not None:
         _say(f"crossover  {crossover}")
@@ -494,7 +463,7 @@ def tables(
 ) -> None:
     """Run what the generated tables lack, one run at a time, and print them. Resumable."""
     _check_versions()
-    _quieten()
+    _hide_library_output()
     from compress.common.files import write_text
     from compress.tables.documents import all_tables, fill, read_documents
     from compress.tables.table import parse_shard
@@ -541,7 +510,7 @@ def _fail(error: Exception, code: int) -> None:
     if os.environ.get("COMPRESS_DEBUG"):
         raise error
     if launch.rank() or (isinstance(error, ConnectionError) and not launch.speaks()):
-        # what went wrong everywhere the main process says, and then the launcher ends this one
+        # an error that all processes have is reported by the main one, and the launcher ends this
         time.sleep(YIELD_SECONDS)
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -551,25 +520,11 @@ def _fail(error: Exception, code: int) -> None:
     raise typer.Exit(code) from None
 
 
-class _OnStderr(logging.Handler):
+class _StderrHandler(logging.Handler):
     """Logged lines as they are."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(record.getMessage())
-
-
-@contextlib.contextmanager
-def _kernels_told() -> Iterator[None]:
-    """Say on stderr which kernels do the work."""
-    logger, handler = logging.getLogger("compress.kernels"), _OnStderr()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 def _check_versions() -> None:
@@ -583,7 +538,7 @@ def _check_versions() -> None:
         raise typer.Exit(FAILURE)
 
 
-def _quieten() -> None:
+def _hide_library_output() -> None:
     """Hide what a user of the command line can do nothing about."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -665,11 +620,11 @@ def _print(content: Any, as_json: bool, text: str) -> None:
 def _print_run(folder: Path, as_json: bool) -> None:
     from compress.reports.run_folder import read_metrics
 
-    found = read_metrics(folder)
-    if not any("compressed" in entry for entry in found["metrics"].values()):
-        report = f"report      {folder / 'report.html'}"
-        text = f"{_metrics_table(found['metrics'])}\n\n{report}"
-        _print({"folder": str(folder), **found}, as_json, text)
+    metrics = read_metrics(folder)
+    report = f"report      {folder / 'report.html'}"
+    if not any("compressed" in entry for entry in metrics["metrics"].values()):
+        text = f"{_metrics_table(metrics['metrics'])}\n\n{report}"
+        _print({"folder": str(folder), **metrics}, as_json, text)
         return
     header = ("metric", "dense", "compressed", "ratio", "better")
     rows = [
@@ -680,19 +635,18 @@ def _print_run(folder: Path, as_json: bool) -> None:
             "" if entry["ratio"] is None else f"{entry['ratio']:.3f}",
             entry["better"],
         )
-        for name, entry in found["metrics"].items()
+        for name, entry in metrics["metrics"].items()
     ]
     lines = [_table([header, *rows]), ""]
-    if "comparison" in found:
-        lines += [_variants_table(found), ""]
-    widths = [f"{w['level']}: {w['dense']} -> {w['compressed']}" for w in found.get("widths", [])]
+    if "comparison" in metrics:
+        lines += [_variants_table(metrics), ""]
+    widths = [f"{w['level']}: {w['dense']} -> {w['compressed']}" for w in metrics.get("widths", [])]
     lines += [f"widths      {', '.join(widths)}"] if widths else []
-    for name, value in found.get("floor", {}).items():
+    for name, value in metrics.get("floor", {}).items():
         lines.append(f"floor       {name} {value:.4g} between the two halves of the real data")
-    lines += [f"warning     {warning}" for warning in found.get("warnings", [])]
-    lines.append(f"checkpoint  {folder / 'checkpoint'}")
-    lines.append(f"report      {folder / 'report.html'}")
-    everything = {"folder": str(folder), "checkpoint": str(folder / "checkpoint"), **found}
+    lines += [f"warning     {warning}" for warning in metrics.get("warnings", [])]
+    lines += [f"checkpoint  {folder / 'checkpoint'}", report]
+    everything = {"folder": str(folder), "checkpoint": str(folder / "checkpoint"), **metrics}
     _print(everything, as_json, "\n".join(lines))
 
 
@@ -702,12 +656,11 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return _table([("metric", "value", "n"), *rows])
 
 
-def _variants_table(found: Mapping[str, Any]) -> str:
+def _variants_table(metrics: Mapping[str, Any]) -> str:
     """What a run on a reader compared, a line for each variant."""
     from compress.reports.reader_rows import keep_text, measure, series_name, used_text
 
-    # runs of before it was named measured this
-    accuracy = found.get("accuracy", "1 - CER")
+    accuracy = metrics["accuracy"]
     metric = measure(accuracy)
     rows = [
         (
@@ -718,7 +671,7 @@ def _variants_table(found: Mapping[str, Any]) -> str:
             _interval(row.get("accuracy_retention")),
             _interval(row["metrics"].get(metric)),
         )
-        for row in found["comparison"]
+        for row in metrics["comparison"]
     ]
     retention = f"retention ({accuracy})"
     return _table([("variant", "method", "keep", "visual tokens used", retention, metric), *rows])
@@ -734,9 +687,21 @@ def _interval(entry: Mapping[str, Any] | None) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    """Rows with aligned columns, the first one as their heads; no line is cut."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in rows[0]:
+        table.add_column(Text(head), no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console = Console(width=10_000, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _lines(content: Mapping[str, Any]) -> str:

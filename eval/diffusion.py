@@ -28,68 +28,13 @@ from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
 from compress.eval.latency import latency, peak_memory
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
+from compress.eval.settings import SamplingSettings
 from compress.eval.values import Value, share_interval
 from compress.models.digits_features import load_digits_features
 from compress.parallel import distributed
 
 JUDGE = "digits-judge"
 JUDGE_CONFIDENCE = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How the images of the suite are drawn.
-
-    The seed belongs to the evaluation, not to the training: runs with different training seeds are
-    compared on the same noise and share the dense model's cached images.
-
-    Parameters
-    ----------
-    samples : images per sampling seed; the distances need many, and are biased upwards by few.
-    sampler : ``ddim`` or ``ddpm``.
-    steps : denoising steps.
-    sampling_seeds : how many independent sets are drawn; the intervals of FID and its like come
-        from their spread, so at least 2 give one.
-    seed : the first sampling seed; the others follow it.
-    batch : images per forward pass; no effect on the noise.
-    conditions : prompts or class labels, for pipelines that take them: sample ``i`` of every seed
-        has the ``i``-th of them, in turn.
-    guidance_scale : of prompts; the pipeline's own default when None.
-    """
-
-    samples: int = 512
-    sampler: str = "ddim"
-    steps: int = 20
-    sampling_seeds: int = 3
-    seed: int = 0
-    batch: int = 128
-    conditions: tuple[Any, ...] = ()
-    guidance_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "sampling_seeds", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}; raise it")
-
-    @property
-    def seeds(self) -> range:
-        """The sampling seeds."""
-        return range(self.seed, self.seed + self.sampling_seeds)
-
-    @property
-    def batches(self) -> int:
-        """How many batches `draw_batches` yields."""
-        return self.sampling_seeds * math.ceil(self.samples / self.batch)
-
-    def __str__(self) -> str:
-        """Say it as ``3 seeds x 512 images, DDIM, 20 steps``."""
-        told = f", {len(self.conditions)} conditions in turn" if self.conditions else ""
-        if self.guidance_scale is not None:
-            told += f", guidance {self.guidance_scale:g}"
-        return (
-            f"{self.sampling_seeds} seeds x {self.samples} images, {self.sampler.upper()}, "
-            f"{self.steps} steps{told}"
-        )
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from compress.common.journal import Journal
 from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
-from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.train import PruningRun
+from compress.methods.gradflow.unets import find_groups
 from compress.methods.gradflow.widths import TOLERANCE
 from compress.methods.training import Training
 from compress.models.free_width import FreeWidthUNet2DModel

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from builders import programs
 from builders.drawing import draw
-from compress.checkpoints.slim import load, save_slim, verify
+from compress.checkpoints.facts import verify
+from compress.checkpoints.load import load
+from compress.checkpoints.slim import save_slim
 from compress.common import files
 from compress.models.loading import load_pipeline
 

@@ -14,9 +14,10 @@ from builders import models
 from compress.common.cost import unet_cost, unet_inputs
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.condition import whole_heads
-from compress.methods.gradflow.groups import dense_widths, find_groups, level_of
+from compress.methods.gradflow.groups import dense_widths, level_of
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.unets import find_groups
 from compress.methods.gradflow.widths import MacModel, choose_widths, legal_widths
 
 TOLERANCE = 1e-5

@@ -23,14 +23,17 @@ from transformers import CLIPTextModel
 from builders import models, pipelines, programs
 from builders.drawing import draw
 from compress.checkpoints.exporting import export, exported_bytes, model_bytes, part_files
-from compress.checkpoints.slim import load, save_slim
+from compress.checkpoints.load import load
+from compress.checkpoints.slim import save_slim
 from compress.common.cost import unet_cost
 from compress.methods.gradflow import GradFlow, surgery
 from compress.methods.gradflow.allocation import plan
-from compress.methods.gradflow.groups import dense_widths, find_groups
+from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.masks import SoftUNet
-from compress.models.loading import load_pipeline, pipeline_folder
-from compress.runs.diffusion import dry_run
+from compress.methods.gradflow.unets import find_groups
+from compress.models.loading import load_pipeline
+from compress.models.locate import locate
+from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
 
 # diffusers' Euler scheduler converts tensors in a way that NumPy 2 has deprecated
@@ -247,8 +250,7 @@ def test_a_model_of_the_hub_is_exported_from_its_snapshot(tmp_path, monkeypatch)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123abcd")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert pipeline_folder("somebody/model") == snapshot
-    assert pipeline_folder(str(snapshot)) == snapshot
+    assert locate("somebody/model", "diffusion").folder == snapshot
 
 
 def test_bounds_hold_where_the_scores_decide_the_widths(tmp_path):

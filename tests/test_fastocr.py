@@ -23,10 +23,12 @@ from builders import fastocr
 from builders.fastocr import PAGES, TEXTS, write
 from builders.vlm import FAMILIES
 from compress.checkpoints.runtime import load_reader
-from compress.methods.fastocr import FastOCR, calibrate, preflight
+from compress.methods.fastocr import FastOCR
 from compress.methods.fastocr.attention import NAME
+from compress.methods.fastocr.calibration import calibrate
 from compress.methods.fastocr.fixation import budget, random_fixation, same_mean_budget
 from compress.methods.fastocr.patch import decoder
+from compress.methods.fastocr.preflight import preflight
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import (
     VISUAL_LAYOUTS,

@@ -11,9 +11,10 @@ from huggingface_hub import constants
 
 from builders import models, programs
 from builders.drawing import draw
-from compress.checkpoints.slim import load, save_slim
+from compress.checkpoints.load import load
+from compress.checkpoints.slim import save_slim
 from compress.common.cost import unet_cost
-from compress.methods.gradflow.groups import find_groups
+from compress.methods.gradflow.unets import find_groups
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 from compress.models.loading import load_pipeline
 

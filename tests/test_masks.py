@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from builders import models
 from compress.common.cost import unet_cost
 from compress.methods.gradflow import surgery
-from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout, kept_frequencies
 from compress.methods.gradflow.masks import SoftUNet, masked_group_norm
+from compress.methods.gradflow.unets import find_groups
 from compress.methods.gradflow.widths import choose_widths
 
 # float32 rounding of outputs of size about 1

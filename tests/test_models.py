@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.data.digits import digits
 from compress.data.sources import load_images
-from compress.methods.gradflow.train import validation_loss
 from compress.models.digits_features import BUILTIN, load_digits_features
-from compress.models.loading import builtin_names, load_pipeline, model_hash
+from compress.models.loading import load_pipeline
+from compress.models.locate import builtin_models, locate
+from compress.models.objective import validation_loss
 
 DDPM = BUILTIN / "ddpm-digits"
 
@@ -117,20 +118,36 @@ def test_training_logs_ship_with_the_weights(name):
     assert steps == sorted(set(steps)) and len(steps) >= 4
 
 
-def test_builtin_names_are_the_pipelines():
-    assert builtin_names() == ["ddpm-digits"]
+def test_built_in_models_by_kind():
+    assert builtin_models("diffusion") == ["ddpm-digits"]
+    assert builtin_models("reader") == ["reader-deepseek", "reader-qwen"]
 
 
-def test_model_hash_is_stable_and_follows_the_weights(pipeline, tmp_path):
-    first = model_hash("builtin:ddpm-digits", pipeline)
-    assert model_hash("builtin:ddpm-digits", pipeline) == first
+def test_a_hash_is_stable_and_follows_the_weights(pipeline, tmp_path):
+    assert locate("builtin:ddpm-digits").hash == locate("builtin:ddpm-digits", "diffusion").hash
     pipeline.save_pretrained(tmp_path / "copy")
-    copied = model_hash(str(tmp_path / "copy"), pipeline)
-    changed = load_pipeline(str(tmp_path / "copy"))
+    copied = locate(tmp_path / "copy")
+    changed = load_pipeline(copied)
     with torch.no_grad():
         next(changed.unet.parameters()).view(-1)[0] += 1e-3
     changed.save_pretrained(tmp_path / "changed")
-    assert model_hash(str(tmp_path / "changed"), changed) != copied
-    # a hub id has no folder: its parameters are hashed
-    hub = "somebody/model"
-    assert model_hash(hub, pipeline) == model_hash(hub, pipeline) != model_hash(hub, changed)
+    assert locate(tmp_path / "changed").hash != copied.hash == locate(str(tmp_path / "copy")).hash
+
+
+def test_a_model_is_located_once_and_its_kind_is_seen(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "copy")
+    found = locate(tmp_path / "copy")
+    assert (found.kind, found.folder) == ("diffusion", tmp_path / "copy")
+    assert locate(found) is found
+    assert locate("builtin:reader-qwen").kind == "reader"
+    (tmp_path / "empty").mkdir()
+    for name, kind, message in (
+        ("builtin:reader-qwen", "diffusion", "a diffusion pipeline is expected"),
+        ("builtin:ddpm-digits", "reader", "a reader of pages is expected"),
+        ("builtin:nothing", None, "built-in models are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            locate(name, kind)
+    for name, message in ((tmp_path / "empty", "has neither"), ("nowhere", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=message):
+            locate(name)

@@ -17,12 +17,12 @@ from diffusers import (
 from builders import pipelines
 from compress.data.batches import Batch, Examples
 from compress.data.sources import ImageData, TensorImages
-from compress.methods.gradflow import objective
 from compress.methods.gradflow.criterion import denoising_loss
-from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.objective import inputs_of, noise_schedule, prediction_target
+from compress.methods.gradflow.unets import find_groups
+from compress.models import objective
+from compress.models.objective import inputs_of, noise_schedule, prediction_target
 
 PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
 CAPTIONS = ["a red square", "", "blue 7 blue 7 blue 7 and much more", "!"]

@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.common.events import drain
 from compress.common.files import folder_hash
 from compress.data.fonts import UNSEEN_FONT
 from compress.data.ocr_pages import OcrData, OcrPage, load_pages, pdf_page
@@ -26,11 +27,13 @@ from compress.eval.ocr import (
 )
 from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import retention, worst_page_delta
+from compress.eval.settings import OcrEvaluation
 from compress.eval.text_metrics import ocean_scores
 from compress.models.builtin import train_reader_qwen
+from compress.models.locate import locate
 from compress.models.page_images import open_image
 from compress.reports.reader import marked
-from compress.runs.reading import OcrSettings, evaluate_events
+from compress.runs.reading import default_pages, evaluate_events
 
 
 def prediction(name, text, ended=True):
@@ -343,14 +346,11 @@ def test_marks_keep_every_character():
 
 
 def evaluate(reader, lines, output, **changes):
-    settings = OcrSettings(str(reader), data=str(lines), max_new_tokens=5, batch=3)
     options = {name: changes.pop(name) for name in ("resume", "overwrite") if name in changes}
-    events = evaluate_events(replace(settings, **changes), output, device="cpu", **options)
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
+    settings = OcrEvaluation(**{"max_new_tokens": 5, "batch": 3} | changes)
+    return drain(
+        evaluate_events(reader, output, settings, data=str(lines), device="cpu", **options)
+    )
 
 
 def test_an_evaluation_leaves_predictions_metrics_and_a_report(reader, lines, tmp_path):
@@ -391,15 +391,16 @@ def test_an_evaluation_resumes_only_with_its_own_settings(reader, lines, tmp_pat
 
 
 def test_each_built_in_reader_has_pages_of_its_own(tmp_path):
-    assert OcrSettings("builtin:reader-deepseek").data == "builtin:square-pages"
-    assert OcrSettings("builtin:reader-qwen").data == "builtin:pages"
-    square = tmp_path / "patched"
+    assert default_pages(locate("builtin:reader-deepseek")) == "builtin:square-pages"
+    assert default_pages(locate("builtin:reader-qwen")) == "builtin:pages"
+    square = tmp_path / "runtime"
     square.mkdir()
-    facts = {"kind": "patched", "methods": [], "base_model": "builtin:reader-deepseek"}
+    facts = {"format": 1, "kind": "runtime", "methods": [], "weights": {}}
+    facts["base_model"] = "builtin:reader-deepseek"
     (square / "compress.json").write_text(json.dumps(facts))
-    assert OcrSettings(str(square)).data == "builtin:square-pages"
-    with pytest.raises(ValueError, match="float32, bfloat16, float16; got 'int8'"):
-        OcrSettings("builtin:reader-qwen", dtype="int8")
+    assert default_pages(locate(square)) == "builtin:square-pages"
+    with pytest.raises(ValueError, match="'float32', 'bfloat16' or 'float16'"):
+        OcrEvaluation(dtype="int8")
 
 
 # ---- the command line ----------------------------------------------------------------------
@@ -420,7 +421,7 @@ def test_read_prints_the_text_of_each_page(reader, lines):
 
 
 def test_eval_prints_a_table(reader, lines, tmp_path):
-    found = run("eval", reader, "--suite", "ocr", "--data", lines, "--output", tmp_path / "o",
+    found = run("eval", reader, "--data", lines, "--output", tmp_path / "o",
                 "--max-new-tokens", 3, "--device", "cpu")  # fmt: skip
     assert found.exit_code == 0, found.output
     assert "cer_corpus" in found.stdout and "loop_rate" in found.stdout
@@ -446,11 +447,11 @@ def test_evaluations_are_compared_and_counts_have_no_winner(reader, lines, tmp_p
 
 
 def test_eval_hands_ocean_order_on_and_does_not_resume_what_it_overwrites(reader, lines, tmp_path):
-    arguments = ("eval", reader, "--suite", "ocr", "--data", lines, "--output", tmp_path / "o")
+    arguments = ("eval", reader, "--data", lines, "--output", tmp_path / "o")
     refused = run(*arguments, "--resume", "--overwrite")
     assert refused.exit_code == 2 and "choose one" in refused.stderr
     wrong = run(*arguments, "--ocean-order", "theirs")
-    assert wrong.exit_code == 2 and "correct, published; got 'theirs'" in wrong.stderr
+    assert wrong.exit_code == 2 and "'theirs'" in wrong.stderr
     found = run(*arguments, "--ocean-order", "published", "--max-new-tokens", 2, "--json")
     assert found.exit_code == 0, found.output
     assert "published order" in json.loads(found.stdout)["ocean_bleu"]["how"]

@@ -22,17 +22,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from builders import programs
 from builders.events import finish
-from compress.checkpoints.slim import load, verify
+from compress.api import apply
+from compress.checkpoints.facts import verify
+from compress.checkpoints.load import load
 from compress.data.sources import TensorImages, load_images
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample
 from compress.methods.gradflow import GradFlow, OneShot
-from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
-from compress.models.loading import load_pipeline, model_hash
+from compress.models.locate import locate
+from compress.models.objective import validation_loss
 from compress.runs import diffusion as pipelines
-from compress.runs.diffusion import apply, dry_run, run_events
+from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe, load_recipe
+from compress.runs.run import run_events
 
 FLOW, RECOVER = 4, 2
 SAMPLES, SEEDS = 16, 2
@@ -207,7 +211,7 @@ def test_the_checkpoint_says_where_it_comes_from(finished, model):
     _, result, _ = finished
     facts = verify(result.checkpoint)
     assert facts["base_model"] == str(model)
-    assert facts["base_hash"] == model_hash(str(model), load_pipeline(str(model)))
+    assert facts["base_hash"] == locate(model).hash
     assert facts["recipe"]["method"]["keep_macs"] == 0.3 and facts["recipe"]["seed"] == 3
     assert facts["widths"] == result.metrics["widths"]
     assert facts["metrics"] == json.loads(json.dumps(result.metrics["metrics"]))

@@ -29,13 +29,13 @@ from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
 from compress.eval.diffusion import SamplingSettings
 from compress.methods.gradflow import GradFlow, OneShot, surgery
-from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.objective import inputs_of
 from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.gradflow.unets import find_groups
 from compress.methods.training import Training
 from compress.models.loading import load_pipeline
+from compress.models.objective import inputs_of
 from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
 from compress.runs import diffusion as runs
 from compress.runs.recipe import Recipe

@@ -16,20 +16,24 @@ import compress
 from builders.events import finish
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import HOLDER
-from compress.checkpoints.runtime import load_patched, save_patched
+from compress.checkpoints.load import load_reader
+from compress.checkpoints.runtime import save_runtime
 from compress.cli import app
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import PAGE, page
 from compress.eval.ocr import read_predictions
+from compress.eval.settings import OcrEvaluation, ReadSettings
 from compress.eval.text_metrics import edit_distance, normalise
 from compress.models.builtin import train_reader_deepseek, train_reader_qwen
 from compress.models.builtin.reader_training import LEVELS
+from compress.models.locate import locate
 from compress.models.reading import Reading, read_pages
 from compress.models.vlm import load_vlm
-from compress.runs.diffusion import run_events
+from compress.runs.counting import counted
 from compress.runs.reader import calibrated_checkpoint, variant_name, variants
-from compress.runs.reading import OcrSettings, counted, evaluate_events, read_files
+from compress.runs.reading import evaluate_events, read_files
 from compress.runs.recipe import load_recipe
+from compress.runs.run import run_events
 
 SMALL = LEVELS[1].difficulty
 SQUARE = train_reader_deepseek.LEVELS[2].difficulty
@@ -76,7 +80,7 @@ def recipe_of(tmp_path, model, pages, method, **extra):
         "data": str(pages),
         "method": method,
         "calibrate": {"pages": 2, "max_new_tokens": 4},
-        "evaluate": {"suite": "ocr", "batch": 2},
+        "evaluate": {"batch": 2},
         "output": str(tmp_path / "out"),
         **extra,
     }
@@ -163,7 +167,7 @@ def read_for_real(tmp_path_factory):
         made.image.save(tmp_path / "pages" / f"{index}.png")
         (tmp_path / "pages" / f"{index}.txt").write_text(made.text[:24])
     method = FAST | {"keep_visual": 0.03, "focal_layers": [1]}
-    asked = {"suite": "ocr", "batch": 2, "max_new_tokens": 24}
+    asked = {"batch": 2, "max_new_tokens": 24}
     recipe = recipe_of(tmp_path, "builtin:reader-qwen", tmp_path / "pages", method, evaluate=asked)
     return tmp_path / "pages", finish(run_events(recipe, device="cpu"))[1]
 
@@ -175,14 +179,15 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     pages, run = read_for_real
     folder = run.folder / "checkpoint"
     if weights == "reference":
-        model, processor, applied = load_patched(folder)
+        model, processor, applied = load_reader(folder)
         applied.remove()
         folder = tmp_path / "reference"
-        save_patched(model, processor, applied.methods, folder, reference="builtin:reader-qwen")
+        base = locate("builtin:reader-qwen")
+        save_runtime(model, processor, applied.methods, folder, base=base, reference=True)
 
     def evaluated(output):
-        settings = OcrSettings(str(folder), data=str(pages), batch=2, max_new_tokens=24)
-        return finish(evaluate_events(settings, output, device="cpu"))[1]
+        settings = OcrEvaluation(batch=2, max_new_tokens=24)
+        return finish(evaluate_events(folder, output, settings, data=str(pages), device="cpu"))[1]
 
     found = evaluated(tmp_path / "out")
     dense, row = run.metrics["comparison"]
@@ -196,9 +201,9 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     assert "pages 3 · method fastocr" in (tmp_path / "out" / "report.html").read_text()
     stored = [p.text for p in read_predictions(tmp_path / "out" / "predictions.jsonl")]
     image = [pages / "2.png"]
-    assert read_files(str(folder), image, max_new_tokens=24, device="cpu") == stored[2:]
+    assert read_files(folder, image, ReadSettings(max_new_tokens=24), device="cpu") == stored[2:]
     if weights == "reference":
-        monkeypatch.setattr("compress.checkpoints.runtime.folder_hash", lambda folder: "0" * 64)
+        monkeypatch.setattr("compress.models.locate.folder_hash", lambda folder: "0" * 64)
         with pytest.raises(ValueError, match="refers to .* what is there now has 000000"):
             evaluated(tmp_path / "again")
 
@@ -206,14 +211,14 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
 def test_methods_are_not_put_on_a_checkpoint_that_has_some(finished, qwen, pages, tmp_path):
     checkpoint = finished.folder / "checkpoint"
     recipe = recipe_of(tmp_path, checkpoint, pages, FAST)
-    with pytest.raises(ValueError, match="is a patched checkpoint with methods of its own") as said:
+    with pytest.raises(ValueError, match="is a runtime checkpoint with methods of its own") as said:
         finish(run_events(recipe, device="cpu"))
     assert str(qwen) in str(said.value) and '"keep_visual": 0.2' in str(said.value)
     dry = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json"])
-    assert dry.exit_code == 2 and "patched checkpoint" in json.loads(dry.stdout)["problems"][0]
-    with pytest.raises(ValueError, match="is a patched checkpoint"):
+    assert dry.exit_code == 2 and "runtime checkpoint" in json.loads(dry.stdout)["problems"][0]
+    with pytest.raises(ValueError, match="is a runtime checkpoint"):
         calibrated_checkpoint(
-            str(checkpoint), FastOCR(), tmp_path / "c", data=str(pages), device="cpu"
+            str(checkpoint), tmp_path / "c", FastOCR(), data=str(pages), device="cpu"
         )
 
 
@@ -285,7 +290,7 @@ def test_the_checkpoint_gives_the_run_s_own_predictions(finished, pages, qwen):
 
     folder = finished.folder / "checkpoint"
     images = [Image.open(pages / f"{k}.png") for k in range(3)]
-    model, processor, applied = load_patched(folder)
+    model, processor, applied = load_reader(folder)
     [method] = applied.methods
     assert method.focal_layers == tuple(finished.metrics["calibration"]["fastocr"]["focal_layers"])
     again = read_pages(model, processor, images[:2])
@@ -327,7 +332,7 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
         (folder / f"{index}.txt").write_text(made.text)
     pruning = {"name": "rtprune", "keep_tokens": 0.5}
     both = [pruning, FAST | {"focal_layers": [2]}]
-    evaluate = {"suite": "ocr", "batch": 2, "prompt": "all of it"}
+    evaluate = {"batch": 2, "prompt": "all of it"}
     recipe = recipe_of(
         tmp_path, deepseek, folder, both, compare=[pruning], weights="reference", evaluate=evaluate
     )
@@ -354,7 +359,7 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
     assert (result.folder / "kept.png").is_file()
     assert not list((result.folder / "checkpoint").glob("*.safetensors"))
     assert "cannot load it" in (result.folder / "checkpoint" / "README.md").read_text()
-    _, processor, applied = load_patched(result.folder / "checkpoint")
+    _, processor, applied = load_reader(result.folder / "checkpoint")
     assert [m.name for m in applied.methods] == ["rtprune", "fastocr"]
     assert processor.mode.side == 224
 
@@ -406,9 +411,9 @@ def test_a_patched_model_is_patched_once_and_not_copied(qwen):
 
 def test_apply_says_what_a_method_has_no_use_for(qwen):
     model, _ = load_vlm(qwen)
-    with pytest.raises(ValueError, match="got data, device; leave them out"):
+    with pytest.raises(ValueError, match="no use for data, device; leave them out"):
         compress.apply(model, FastOCR(), data="builtin:digits", device="cpu")
-    with pytest.raises(ValueError, match="trains and measures on data"):
+    with pytest.raises(ValueError, match="gradflow compresses a diffusers pipeline; got Qwen"):
         compress.apply(model, compress.GradFlow())
     with pytest.raises(ValueError, match="are applied alone; got gradflow, fastocr"):
         compress.apply(model, [compress.GradFlow(), FastOCR()])
@@ -427,9 +432,8 @@ def test_saved_and_loaded_a_model_is_patched_again(which, request, tmp_path):
         applied.save(tmp_path / "patched", processor)
         image = page(0, 0, SQUARE if which == "deepseek" else SMALL, "test").image
         expected = read_pages(model, processor, [image])
-    loaded = compress.load(tmp_path / "patched")
-    gc.collect()  # nobody holds what was applied but the model
-    again = compress.load_processor(tmp_path / "patched")
+    loaded, again, _ = compress.load(tmp_path / "patched")
+    gc.collect()  # the model alone holds what was applied
     assert read_pages(loaded, again, [image]) == expected
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "patched", dtype=torch.float32)
     assert type(plain) is type(model)
@@ -440,13 +444,16 @@ def test_saved_and_loaded_a_model_is_patched_again(which, request, tmp_path):
 def test_a_card_has_the_licence_of_the_base_and_what_was_measured(finished, qwen, tmp_path):
     card = (finished.folder / "checkpoint" / "README.md").read_text()
     metrics = finished.metrics["metrics"]
-    assert f"| cer_corpus | {metrics['cer_corpus']['dense']['value']:.5g} |" in card
+    assert f"| cer_corpus | {metrics['cer_corpus']['dense']['value']:.5g} [" in card
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
     assert "accuracy_retention" in card
     assert f"stated neither in its README.md nor in a LICENSE; look where {qwen} came from" in card
 
-    def card_of(model, **facts):
+    def card_of(model, **options):
         network, processor = load_vlm(model)
-        folder = save_patched(network, processor, [FastOCR()], tmp_path / "p", **facts)
+        folder = save_runtime(
+            network, processor, [FastOCR()], tmp_path / "p", overwrite=True, **options
+        )
         return folder, (folder / "README.md").read_text()
 
     _, built_in = card_of("builtin:reader-qwen")
@@ -462,10 +469,10 @@ def test_a_card_has_the_licence_of_the_base_and_what_was_measured(finished, qwen
     assert "Licence of the base model: other; mine-1.0; see LICENSE.txt" in named
     assert (folder / "LICENSE.txt").read_text() == "Do as you like."
     # made from what was made from it, it is the same licence
-    model, processor, applied = load_patched(folder)
+    model, processor, applied = load_reader(folder)
     again = applied.save(tmp_path / "again", processor)
     assert "other; mine-1.0" in (again / "README.md").read_text()
-    folder, refers = card_of(base, reference=str(base))
+    folder, refers = card_of(base, reference=True)
     assert "other; mine-1.0" in refers and not (folder / "LICENSE.txt").exists()
 
 
@@ -487,7 +494,7 @@ def test_a_run_is_not_resumed_with_other_weights(qwen, pages, tmp_path):
 
 def test_a_changed_checkpoint_is_refused(qwen, tmp_path):
     model, processor = load_vlm(qwen)
-    folder = save_patched(model, processor, [FastOCR()], tmp_path / "patched")
+    folder = save_runtime(model, processor, [FastOCR()], tmp_path / "patched")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not what was saved"):
         compress.load(folder)
@@ -497,8 +504,8 @@ def test_a_reference_to_another_model_is_refused(qwen, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(qwen, base)
     model, processor = load_vlm(base)
-    folder = save_patched(model, processor, [FastOCR()], tmp_path / "p", reference=str(base))
-    assert type(compress.load(folder)) is type(model)
+    folder = save_runtime(model, processor, [FastOCR()], tmp_path / "p", reference=True)
+    assert type(compress.load(folder).model) is type(model)
     config = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(config | {"max_new_tokens": 5}))
     with pytest.raises(ValueError, match="refers to .* with hash"):
@@ -560,10 +567,10 @@ def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, 
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
     assert len(facts["curve"]) == 8 and facts["curve"] == sorted(facts["curve"])
-    _, _, applied = load_patched(tmp_path / "c")
+    _, _, applied = load_reader(tmp_path / "c")
     focal = tuple(facts["focal_layers"])
     assert applied.methods[0] == FastOCR(keep_visual=0.2, periphery=3, focal_layers=focal)
     stored = json.loads((tmp_path / "c" / "compress.json").read_text())
     assert stored["calibration"] == {"fastocr": facts}
     again = calibrate()
-    assert again.exit_code == 2 and "holds files" in again.stderr
+    assert again.exit_code == 2 and "holds a checkpoint" in again.stderr

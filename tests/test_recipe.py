@@ -7,18 +7,17 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from compress.eval.settings import Sampling
 from compress.methods.fastocr import FastOCR
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.registry import WEIGHT_METHODS
 from compress.methods.rtprune import RTPrune
+from compress.methods.training import Recover, Train
 from compress.runs.recipe import (
     METHODS,
-    Evaluate,
     ReaderRecipe,
     Recipe,
     RecipeError,
-    Recover,
-    Train,
     dump,
     list_recipes,
     load_recipe,
@@ -93,7 +92,7 @@ def test_text_that_looks_like_something_else_survives_a_round_trip(awkward, writ
 def test_defaults_are_those_of_the_classes(write):
     recipe = load_recipe(write(MINIMAL))
     assert recipe.method == GradFlow()
-    assert (recipe.recover, recipe.train, recipe.evaluate) == (Recover(), Train(), Evaluate())
+    assert (recipe.recover, recipe.train, recipe.evaluate) == (Recover(), Train(), Sampling())
     assert recipe.output == "runs/mine"
 
 
@@ -132,7 +131,7 @@ def test_run_time_methods_stand_alone_or_in_a_list(write):
             "method: {name: fastocr, fixation: static, dilate: 1}",
             "dilate, min_mass and reuse belong to the dynamic fixation",
         ),
-        ("method: {name: rtprune}\nevaluate: {suite: diffusion}", "evaluate.suite: expected"),
+        ("method: {name: rtprune}\nevaluate: {steps: 20}", "evaluate.steps: expected"),
     ],
 )
 def test_a_mistake_in_a_recipe_of_a_reader_is_named_with_its_place(text, part, write):

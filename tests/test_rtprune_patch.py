@@ -24,16 +24,10 @@ from transformers.modeling_flash_attention_utils import (
 from builders import ocr
 from compress import FastOCR
 from compress.checkpoints.applied import Applied
-from compress.methods.rtprune import (
-    RTPrune,
-    distinctness,
-    keep_fraction,
-    merge,
-    textual_density,
-    transport_plan,
-)
+from compress.methods.rtprune import RTPrune
 from compress.methods.rtprune.encoder_attention import EncoderAttention
-from compress.methods.rtprune.transport import similarity
+from compress.methods.rtprune.ratio import distinctness, keep_fraction, textual_density
+from compress.methods.rtprune.transport import merge, similarity, transport_plan
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
 

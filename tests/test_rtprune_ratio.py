@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.signal import correlate2d
 
-from compress.methods.rtprune import distinctness, keep_fraction, textual_density
+from compress.methods.rtprune.ratio import distinctness, keep_fraction, textual_density
 
 
 def _density(pixels, rows, columns):

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from compress.methods.rtprune import drop_adjacent_newlines, merge, select, transport_plan
-from compress.methods.rtprune.selection import left_over
-from compress.methods.rtprune.transport import nearest_plan, similarity, transport_plans
+from compress.methods.rtprune.selection import drop_adjacent_newlines, left_over, select
+from compress.methods.rtprune.transport import (
+    merge,
+    nearest_plan,
+    similarity,
+    transport_plan,
+    transport_plans,
+)
 
 
 def superglue(scores, dustbin=0.2, iterations=100):

@@ -20,6 +20,7 @@ class Benchmark:
     ----------
     name : of the method, or of what else is timed.
     shape : settings that say what is timed, such as sizes and dtype.
+    smallest : the shape for a quick check that it runs, as ``--shape`` takes it.
     default_shapes : those that are timed on a device when none are requested.
     run : (shape, where, ceilings) to rows.
     table : rows without ceilings, each cell once, to Markdown with the note beneath.
@@ -28,6 +29,7 @@ class Benchmark:
 
     name: str
     shape: type
+    smallest: str
     default_shapes: Callable[[str], Sequence[Any]]
     run: Callable[..., Iterator[Row]]
     table: Callable[[Sequence[Row]], str]

@@ -1,4 +1,4 @@
-"""Patched checkpoints: a transformers folder, and the methods to apply to it, in compress.json."""
+"""Runtime checkpoints: a transformers folder, and the methods to apply to it, in compress.json."""
 
 import json
 import shutil
@@ -6,28 +6,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from compress.checkpoints.applied import Applied
-from compress.checkpoints.slim import FACTS, FORMAT, file_hashes, metrics_table, verify
-from compress.common.files import atomic_folder, folder_hash, read_json, write_json, write_text
+from compress.checkpoints.facts import (
+    FACTS,
+    checkpoint_folder,
+    model_card,
+    read_facts,
+    verify,
+)
 from compress.methods.base import RuntimeMethod
 from compress.methods.registry import runtime_method
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, save_processor
-from compress.models.licence import licence_files, licence_of
-from compress.models.loading import BUILTIN
-from compress.models.vlm import load_vlm, model_folder
+from compress.models.licence import licence_files, licence_id, licence_of
+from compress.models.locate import BUILTIN, ModelFolder, locate
+from compress.models.vlm import load_vlm
 
+KIND = "runtime"
 UNKNOWN = "unknown; look where you got the base model from"
 
 
-def save_patched(
+def save_runtime(
     model: Any,
     processor: Any,
     methods: Sequence[RuntimeMethod],
     folder: Path,
     facts: Mapping[str, Any] | None = None,
-    reference: str | None = None,
+    *,
+    base: ModelFolder | None = None,
+    reference: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint of run-time methods; complete or untouched.
 
@@ -38,174 +44,149 @@ def save_patched(
     model, processor : of :func:`compress.models.vlm.load_vlm`; the methods may be applied or not.
     methods : with their settings.
     folder : where to.
-    facts : JSON values: base model, recipe, calibration, metrics.
-    reference : name of the base model that is stored in place of a copy of its weights.
+    facts : JSON values: recipe, calibration, metrics.
+    base : where the model was loaded from; found by the model's own record when None.
+    reference : store the name of ``base`` in place of a copy of its weights.
+    overwrite : replace a checkpoint that is there.
 
     Raises
     ------
+    FileExistsError : when the folder holds something that is not to be replaced.
     OSError : when the disk is full or the folder cannot be written.
     """
-    settings = [method.model_dump(mode="json") for method in methods]
-    made = {"format": FORMAT, "kind": "patched", "methods": settings, **(facts or {})}
-    base = reference or made.get("base_model")
-    source = model_folder(base) if base else _origin(model)
-    if source is not None:
-        made |= {"base_model": base or base_model(source), "base_licence": _licence(source, base)}
-    with atomic_folder(folder) as temporary:
-        if reference is None:
-            _save_dense(model, processor, temporary, folder)
-            for path in licence_files(source) if source else ():
+    content: dict[str, Any] = {
+        "methods": [method.model_dump(mode="json") for method in methods],
+        **(facts or {}),
+    }
+    base = base or _origin(model)
+    if base is not None:
+        content |= {"base_model": base_model(base), "base_hash": base.hash, **_licence(base)}
+        if reference:
+            content["weights"] = {"model": base.name, "hash": base.hash}
+    with checkpoint_folder(folder, KIND, content, _card, overwrite=overwrite) as (temporary, _):
+        if not reference:
+            model.save_pretrained(temporary)
+            if isinstance(processor, DeepseekOcrProcessor):
+                save_processor(processor, temporary)
+            else:
+                processor.save_pretrained(temporary)
+            for path in licence_files(base.folder) if base else ():
                 shutil.copy(path, temporary)
-        else:
-            made["weights"] = {"model": reference, "hash": folder_hash(model_folder(reference))}
-        write_text(temporary / "README.md", _model_card(made, reference))
-        write_json(temporary / FACTS, {**made, "files": file_hashes(temporary)})
     return folder
 
 
-def _origin(model: Any) -> Path | None:
-    """The folder that a model was loaded from, if it is still there."""
+def _origin(model: Any) -> ModelFolder | None:
+    """Where a model was loaded from, if that is still there."""
     folder = Path(model.name_or_path)
-    return folder if model.name_or_path and folder.is_dir() else None
+    if not (model.name_or_path and folder.is_dir()):
+        return None
+    return ModelFolder(str(folder), folder, "reader")
 
 
-def _licence(source: Path, name: str | None) -> str:
-    """Of the base model in a folder; where that is a patched checkpoint, of what it was made of."""
-    facts = _patched_facts(source)
-    if facts is None:
-        return licence_of(source, name or str(source))
-    return str(facts.get("base_licence", UNKNOWN))
+def _licence(base: ModelFolder) -> dict[str, Any]:
+    """Of a base model; where that is a runtime checkpoint, of what it was made of."""
+    facts = runtime_facts(base.folder)
+    if facts is not None:
+        kept = {key: facts.get(key) for key in ("base_licence", "base_licence_id")}
+        return kept | {"base_licence": kept["base_licence"] or UNKNOWN}
+    return {
+        "base_licence": licence_of(base.folder, base.name),
+        "base_licence_id": licence_id(base.folder),
+    }
 
 
-def _save_dense(model: Any, processor: Any, temporary: Path, folder: Path) -> None:
-    try:
-        model.save_pretrained(temporary)
-    except SafetensorError as error:  # how safetensors says that a disk is full
-        raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
-    if isinstance(processor, DeepseekOcrProcessor):
-        save_processor(processor, temporary)
-    else:
-        processor.save_pretrained(temporary)
+def load_runtime(
+    at: ModelFolder, dtype: Any = None, *, adapter: bool = True
+) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
+    """Any reader, and the methods that belong to it, which are not applied yet.
 
-
-def load_patched(folder: Path, dtype: Any = None) -> tuple[Any, Any, Applied]:
-    """The model of a checkpoint with its methods applied, its processor, and what applies them.
-
-    Of any family: where it has no adapter the methods try the model on its first prompt, or refuse.
+    Parameters
+    ----------
+    at : a reader, or a runtime checkpoint of ours, which alone has methods.
+    dtype : of the parameters; float32 when None.
+    adapter : whether a dense family without an adapter is refused; see ``load_vlm``.
 
     Raises
     ------
     ValueError, FileNotFoundError : naming the file that is damaged or missing, or a base model that
         is not the one that the checkpoint refers to.
     """
-    model, processor, methods = _read(folder, dtype, adapter=False)
-    return model, processor, Applied(model, methods)
-
-
-def load_reader(model: str | Path, dtype: Any = None) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
-    """Any reader, and the methods that belong to it, which are not applied yet.
-
-    Parameters
-    ----------
-    model : as in :func:`compress.models.vlm.load_vlm`, or a patched checkpoint of ours, which alone
-        has methods.
-    dtype : of the parameters; float32 when None.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError : as :func:`load_patched`.
-    """
     import torch
 
-    folder = model_folder(model)
-    if _patched_facts(folder) is not None:
-        return _read(folder, dtype, adapter=True)
-    return *load_vlm(folder, dtype or torch.float32), ()
+    dtype = dtype or torch.float32
+    if runtime_facts(at.folder) is None:
+        return *load_vlm(at, dtype, adapter=adapter), ()
+    facts = verify(at.folder)
+    if "weights" in facts:
+        base = locate(facts["weights"]["model"], "reader")
+        if base.hash != facts["weights"]["hash"]:
+            raise ValueError(
+                f"{at.folder} refers to {base.name} with hash {facts['weights']['hash'][:12]}; "
+                f"what is there now has {base.hash[:12]}; restore that version, or save a copy of "
+                "the weights"
+            )
+        at = base
+    model, processor = load_vlm(at, dtype, adapter=adapter)
+    return model, processor, tuple(map(runtime_method, facts["methods"]))
 
 
-def base_model(model: str | Path) -> str:
-    """The model that a patched checkpoint was made of; any other model is its own."""
-    folder = Path(model).expanduser()
-    if folder.resolve().parent == BUILTIN.resolve():
-        return f"builtin:{folder.name}"
-    facts = _patched_facts(folder)
+def base_model(at: ModelFolder) -> str:
+    """The model that a runtime checkpoint was made of; any other model is its own."""
+    if at.folder.resolve().parent == BUILTIN.resolve():
+        return f"builtin:{at.folder.name}"
+    facts = runtime_facts(at.folder)
     if facts is None:
-        return str(model)
-    return str(facts.get("base_model") or facts.get("weights", {}).get("model", model))
+        return at.name
+    return str(facts.get("base_model") or facts.get("weights", {}).get("model", at.name))
 
 
-def check_dense(model: str, folder: Path) -> None:
-    """Refuse a patched checkpoint where a model is wanted to put methods on.
+def check_dense(at: ModelFolder) -> None:
+    """Refuse a runtime checkpoint where a model is expected to put methods on.
 
     Raises
     ------
     ValueError : naming its base model and its methods.
     """
-    facts = _patched_facts(folder)
+    facts = runtime_facts(at.folder)
     if facts is not None:
         settings = ", ".join(json.dumps(method) for method in facts["methods"])
         raise ValueError(
-            f"methods are put on a dense model; {model} is a patched checkpoint with methods of "
-            f"its own; name its base model, {base_model(folder)}, and under method what it has: "
+            f"methods are put on a dense model; {at.name} is a runtime checkpoint with methods of "
+            f"its own; name its base model, {base_model(at)}, and under method what it has: "
             f"{settings}"
         )
 
 
-def _patched_facts(folder: Path) -> dict[str, Any] | None:
-    """What ``compress.json`` says, unverified; None for what is no patched checkpoint."""
-    if not (folder / FACTS).is_file():
-        return None
-    facts = read_json(folder / FACTS)
-    return facts if isinstance(facts, dict) and facts.get("kind") == "patched" else None
+def runtime_facts(folder: Path) -> dict[str, Any] | None:
+    """What ``compress.json`` says, unverified; None for what is no runtime checkpoint."""
+    facts = read_facts(folder)
+    return facts if facts is not None and facts.get("kind") == KIND else None
 
 
-def _read(folder: Path, dtype: Any, *, adapter: bool) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
-    import torch
-
-    facts = verify(folder)
-    base: str | Path = folder
-    if "weights" in facts:
-        base = facts["weights"]["model"]
-        if (found := folder_hash(model_folder(base))) != facts["weights"]["hash"]:
-            raise ValueError(
-                f"{folder} refers to {base} with hash {facts['weights']['hash'][:12]}; what is "
-                f"there now has {found[:12]}; restore that version, or save a copy of the weights"
-            )
-    model, processor = load_vlm(base, dtype or torch.float32, adapter=adapter)
-    return model, processor, tuple(map(runtime_method, facts["methods"]))
-
-
-def _model_card(facts: Mapping[str, Any], reference: str | None) -> str:
-    base = facts.get("base_model") or reference or "unknown"
-    names = ", ".join(method["name"] for method in facts["methods"])
+def _card(facts: Mapping[str, Any]) -> str:
+    base = facts.get("base_model", "a vision-language model")
+    names = " and ".join(method["name"] for method in facts["methods"])
     plain = (
-        "Plain transformers loads this folder as the dense model; `compress.load` applies the "
-        "methods."
-        if reference is None
-        else f"This folder has no weights: it refers to `{reference}`, and plain transformers "
-        "cannot load it."
+        f"This folder has no weights: it refers to `{facts['weights']['model']}`, and plain "
+        "transformers cannot load it."
+        if "weights" in facts
+        else "Plain transformers loads this folder as the dense model; `compress.load` applies the "
+        f"methods that `{FACTS}` lists."
     )
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [compress, ocr]",
-            "---",
-            f"# {base} with {names}",
-            "",
-            f"Base model: `{base}` (SHA-256 `{facts.get('base_hash', 'unknown')}`).",
-            f"Licence of the base model: {facts.get('base_licence', UNKNOWN)}",
-            "",
-            plain,
-            "",
-            "```python",
-            "import compress",
-            "",
-            'model = compress.load("path/to/this/folder")',
-            "```",
-            *metrics_table(facts.get("metrics", {})),
-            "",
-            "Settings, recipe and provenance: `compress.json`.",
-            "",
-        ]
+    code = [
+        plain,
+        "",
+        "```python",
+        "import compress",
+        "",
+        'reader = compress.load("path/to/this/folder")  # .model, .processor, .applied',
+        "```",
+    ]
+    return model_card(
+        facts,
+        title=f"{base} with {names}",
+        library="transformers",
+        task="image-text-to-text",
+        tags=["ocr"],
+        usage="\n".join(code),
     )

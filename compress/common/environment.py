@@ -1,8 +1,10 @@
 """What a result depends on besides the recipe: devices and versions."""
 
 import contextlib
+import datetime
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -29,6 +31,15 @@ def device_name(device: str | torch.device) -> str:
     """``cpu``, or the GPU's product name."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def created(device: str) -> dict[str, Any]:
+    """When and where something was measured."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

@@ -248,10 +248,12 @@ class Calibrated:
     ----------
     settings : knobs of the method, by name.
     facts : JSON, for the checkpoint and the report.
+    lines : what was found, for people.
     """
 
     settings: dict[str, Any]
     facts: dict[str, Any]
+    lines: list[str] = field(default_factory=list)
 
 
 class RuntimeMethod(Method):
@@ -263,10 +265,12 @@ class RuntimeMethod(Method):
     ----------
     metrics : of what :meth:`count` returns, the numbers that are metrics.
     used : the one among them that is a share of the visual tokens that the model used.
+    calibrated : settings that may be left open, to be measured on pages.
     """
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
     used: ClassVar[str]
+    calibrated: ClassVar[tuple[str, ...]] = ()
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Apply the method to ``model`` until the context is left, which restores everything.

@@ -1,14 +1,13 @@
 """A small classifier of digits; its penultimate layer is the extractor of `fid_digits`."""
 
 import json
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-BUILTIN = Path(__file__).parent / "builtin"
+from compress.models.locate import BUILTIN
 
 
 class DigitsFeatures(nn.Module):

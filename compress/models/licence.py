@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from compress.models.loading import BUILTIN
+from compress.models.locate import BUILTIN
 
 OURS = "Apache-2.0, that of compress, whose scripts trained it on rendered pages"
 KEYS = ("license", "license_name", "license_link")  # of a model card's metadata
@@ -28,6 +28,14 @@ def licence_of(folder: Path, model: str) -> str:
     if not Path(model).expanduser().is_dir():
         where = f"at https://huggingface.co/{model}"
     return "; ".join(found) or f"stated neither in its README.md nor in a LICENSE; look {where}"
+
+
+def licence_id(folder: Path) -> str | None:
+    """The licence's identifier as the hub knows it, where the model's card has one."""
+    if folder.resolve().parent == BUILTIN.resolve():
+        return "apache-2.0"
+    named = _metadata(folder / "README.md").get("license")
+    return named if isinstance(named, str) else None
 
 
 def licence_files(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ class Kind:
     passes_generator: bool = True
 
 
+DENOISERS = ("unet", "transformer")
 PIXELS = Kind(inputs=frozenset({"class_labels"}))
 # by the name of the class, since importing them all takes seconds
 KINDS: Mapping[str, Kind] = {
@@ -58,6 +59,24 @@ def kind_of(pipeline: Any) -> Kind | None:
     if set(getattr(pipeline, "components", {})) == {"unet", "scheduler"}:
         return PIXELS
     return next((KINDS[c.__name__] for c in type(pipeline).__mro__ if c.__name__ in KINDS), None)
+
+
+def denoiser(pipeline: Any) -> tuple[str, Any]:
+    """Name and module of the part that is trained and made smaller.
+
+    Raises
+    ------
+    ValueError : for a pipeline that has none.
+    """
+    for name in DENOISERS:
+        module = getattr(pipeline, name, None)
+        if module is not None:
+            return name, module
+    raise ValueError(
+        "a pipeline with a unet or a transformer is expected; got a "
+        f"{type(pipeline).__name__} with "
+        f"{sorted(getattr(pipeline, 'components', {}))}; choose a DDPM-like pipeline"
+    )
 
 
 def supported() -> str:
@@ -88,13 +107,13 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
     ValueError : for another family, a part that is missing or of another class, or a UNet that
         needs what its pipeline or the data do not give.
     """
-    name, unet, kind = type(pipeline).__name__, pipeline.unet, kind_of(pipeline)
+    name, kind, (part, unet) = type(pipeline).__name__, kind_of(pipeline), denoiser(pipeline)
     if kind is None:
-        given = {key for key, part in pipeline.components.items() if part is not None}
-        others = sorted(given - {"unet", "scheduler"})
+        present = {key for key, component in pipeline.components.items() if component is not None}
+        others = sorted(present - {part, "scheduler"})
         raise ValueError(
             f"compress trains and samples {supported()}; {name} also has {', '.join(others)}; "
-            "plan with --dry-run, and cut with compress.methods.gradflow.surgery"
+            "plan with --dry-run, or choose another pipeline"
         )
     size = unet.config.sample_size
     if size is None or (kind.autoencoder and not isinstance(size, int)):
@@ -111,8 +130,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
     if needs:
         raise ValueError(
             f"compress gives the UNet of a {name} {', '.join(sorted(kind.inputs)) or 'nothing'}; "
-            f"this one needs {', '.join(needs)}; plan with --dry-run, and cut with "
-            "compress.methods.gradflow.surgery"
+            f"this one needs {', '.join(needs)}; plan with --dry-run, or choose another pipeline"
         )
     for part in [p for pair in kind.encoders for p in pair] + [kind.autoencoder or "unet"]:
         if getattr(pipeline, part, None) is None:
@@ -160,7 +178,7 @@ def autoencoder_of(pipeline: Any) -> Any | None:
 
 def image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Side and channels of the images that a pipeline draws: its autoencoder's, if it has one."""
-    config = pipeline.unet.config
+    config = denoiser(pipeline)[1].config
     autoencoder = autoencoder_of(pipeline)
     if autoencoder is None:
         return config.sample_size, config.in_channels

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,21 +21,16 @@ from compress.common.files import read_json
 from compress.models.deepseek_ocr import load_deepseek_ocr
 from compress.models.deepseek_ocr_layout import ARCHITECTURE, ARCHITECTURE_2, native_config_2
 from compress.models.deepseek_ocr_processor import load_processor
-from compress.models.loading import BUILTIN, builtin_readers
+from compress.models.locate import ModelFolder, locate
 from compress.models.transformers_folder import read_model, stored_shapes
 from compress.models.visual import ADAPTERS
 
 # what the first revision of `baidu/Unlimited-OCR` calls itself; transformers knows unlimited_ocr
 UNLIMITED_OCR = "unlimited-ocr"
-# no code, nothing pickled
-FILES = [
-    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"),
-    *("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
-]
 
 
 def load_vlm(
-    model: str | Path, dtype: torch.dtype = torch.float32, *, adapter: bool = True
+    model: str | Path | ModelFolder, dtype: torch.dtype = torch.float32, *, adapter: bool = True
 ) -> tuple[Any, Any]:
     """Load a model and its processor.
 
@@ -55,7 +48,7 @@ def load_vlm(
         unknown architecture (listing the known ones), or an id that the hub does not give.
     FileNotFoundError : when the folder or one of its files is missing.
     """
-    folder = model_folder(model)
+    folder = locate(model, "reader").folder
     stored_shapes(folder)
     config = read_json(folder / "config.json")
     kind, architectures = config.get("model_type"), config.get("architectures") or []
@@ -85,14 +78,14 @@ def load_vlm(
     return read_model(AutoModelForImageTextToText, folder, dtype), load_processor_of(folder)
 
 
-def load_processor_of(model: str | Path) -> Any:
+def load_processor_of(model: str | Path | ModelFolder) -> Any:
     """The processor of a model; as :func:`load_vlm` gives it, without the weights.
 
     Raises
     ------
     ValueError, FileNotFoundError : naming what is damaged or missing.
     """
-    folder = model_folder(model)
+    folder = locate(model, "reader").folder
     config = read_json(folder / "config.json")
     full_attention = set(config.get("text_config", {}).get("layer_types", [])) == {"full_attention"}
     if ARCHITECTURE in (config.get("architectures") or []) or (
@@ -110,38 +103,4 @@ def load_processor_of(model: str | Path) -> Any:
         raise ValueError(
             f"{folder} should have the tokenizer and the image processor of "
             f"{config.get('model_type')}, which do not load: {error}; restore their files"
-        ) from error
-
-
-def model_folder(model: str | Path) -> Path:
-    """The folder of a model: built in, local, or fetched from the hub.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError : as :func:`load_vlm`.
-    """
-    kind, _, builtin = str(model).partition(":")
-    if kind == "builtin":
-        if builtin not in builtin_readers():
-            raise ValueError(
-                f"built-in readers are {', '.join(builtin_readers())}; got {str(model)!r}; name "
-                "one of them"
-            )
-        return BUILTIN / builtin
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(model)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(
-            f"model folder expected at {model}, which does not exist; give a transformers folder "
-            "or a hub id such as deepseek-ai/DeepSeek-OCR"
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"model {name!r} is no folder here and could not be loaded from the hub: {first}; "
-            "check the name and the network, or give a local folder"
         ) from error

@@ -1,61 +1,59 @@
-"""The pipeline: load -> compress -> recover -> evaluate -> export -> report; resumable."""
+"""Runs on a diffusion pipeline: prune, draw samples of both models, measure, export, report."""
 
 import contextlib
-import copy
-import datetime
 import errno
-import math
 import shutil
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 from safetensors.torch import save
 from torch.utils.data import Dataset, Subset
 
-from compress.checkpoints.applied import Compressed
+from compress.checkpoints.load import load
 from compress.checkpoints.slim import save_slim
-from compress.common.environment import choose_device, device_name, versions_of
-from compress.common.files import write_bytes, write_json, write_text
+from compress.common.environment import choose_device, created, versions_of
+from compress.common.files import write_bytes
 from compress.common.journal import Journal
-from compress.common.output_folder import check_same_settings, check_target, claim
+from compress.data.columns import Columns
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.digits import digits
 from compress.data.sources import ImageData, Images, load_images
 from compress.eval import diffusion, fidelity
 from compress.eval.metrics import DIFFUSION
-from compress.methods.base import Event
-from compress.methods.gradflow import GradFlow, OneShot
-from compress.methods.gradflow.groups import dense_widths
-from compress.methods.gradflow.objective import Inputs, inputs_of, noise_schedule
-from compress.methods.gradflow.train import Pruned, PruningRun, validation_loss
-from compress.methods.training import Training
-from compress.models.free_width import inner_width
-from compress.models.loading import load_pipeline, model_hash, pipeline_folder
+from compress.eval.settings import Sampling, SamplingSettings
+from compress.methods.base import Event, PruneJob
+from compress.models.loading import load_pipeline
+from compress.models.locate import ModelFolder, locate
+from compress.models.objective import (
+    Inputs,
+    check_trainable,
+    inputs_of,
+    noise_schedule,
+    validation_loss,
+)
 from compress.models.pipelines import (
-    check_pipeline,
     default_guidance,
+    denoiser,
     image_shape,
     placed,
     wanted,
     with_parts,
 )
 from compress.parallel import distributed
-from compress.parallel.launch import launched
 from compress.reports.diffusion import write_report
-from compress.runs.forecast import forecast
-from compress.runs.recipe import Columns, ReaderRecipe, Recipe, dump, load_recipe
-from compress.runs.run import RunResult
+from compress.runs.recipe import Recipe
 
 # more real images than this change a distance's third digit, and cost time and memory
 REFERENCE_LIMIT = 10_000
 VALIDATION_LIMIT = 2_048
 SHOWN_SAMPLES = 64
+TIMED_BATCH = 64
+BUILTIN_DATA = "builtin:digits"
 PACKAGES = (
     "compress-models",
     "torch",
@@ -66,363 +64,178 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A recipe with everything it names opened."""
+class DiffusionRun:
+    """A recipe of a diffusion pipeline with everything that it names opened."""
 
-    recipe: Recipe
-    folder: Path
-    pipeline: DiffusionPipeline
-    data: ImageData
-    training: Training
-    inputs: Inputs
-    settings: diffusion.SamplingSettings
-    device: str
+    def __init__(self, recipe: Recipe, folder: Path, device: str) -> None:
+        self.recipe, self.folder, self.device = recipe, folder, device
+        # what the hub has, one process downloads, and the others find it
+        with distributed.main_first():
+            self.at = locate(recipe.model, "diffusion")
+            self.pipeline = load_pipeline(self.at)
+            denoiser(self.pipeline)
+            self.data = load_data(recipe.data, self.pipeline, recipe.columns)
+        self.training = recipe.training()
+        self.inputs = inputs_of(self.pipeline)
+        self.settings = with_conditions(recipe.evaluate, self.pipeline, self.data)
+        self.header = [f"{name} {number}" for name, number in versions_of(PACKAGES).items()]
 
+    def job(self, *, resume: bool) -> PruneJob:
+        """What the method works on."""
+        return PruneJob(
+            self.pipeline,
+            self.data,
+            self.training,
+            self.device,
+            Journal(self.folder),
+            resume,
+        )
 
-def run(
-    recipe: str | Path | Recipe | ReaderRecipe,
-    *,
-    overrides: Sequence[str] = (),
-    output: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: str | None = None,
-) -> RunResult:
-    """Do what a recipe says, to the end; the same as ``compress run``.
+    def prepare(self, *, resume: bool) -> Iterator[Event]:
+        """Check pipeline, method and disk; the method's own events begin here."""
+        check_trainable(self.pipeline)
+        if distributed.is_main():
+            self._check_space()
+        self._events = self.recipe.method.prune(self.job(resume=resume))
+        event = next(self._events)
+        plan = f"{self.recipe.model}: {event.message}, output {self.folder}"
+        yield Event(event.stage, event.step, event.total, event.values, plan)
 
-    Parameters
-    ----------
-    recipe : path of a YAML file, the bare name of a shipped recipe, or a typed recipe.
-    overrides : ``"method.keep_macs=0.4"`` each.
-    output : the run's folder; the recipe's own when None.
-    resume : go on from the folder's saved state, if there is one.
-    overwrite : replace a run that is there.
-    device : such as "cpu" or "cuda"; CUDA where there is any when None.
+    def work(self) -> Generator[Event, None, dict[str, Any]]:
+        """Prune, and measure the pipeline before and after."""
+        self.pruned = yield from self._events
+        part, _ = denoiser(self.pipeline)
+        self.compressed = with_parts(self.pipeline, {part: self.pruned.model})
+        return (yield from self._measure())
 
-    Raises
-    ------
-    ValueError : for a recipe, model or data that cannot be used.
-    FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
-    OSError : when the folder cannot be written or the disk is full.
-    """
-    events = run_events(
-        recipe,
-        overrides=overrides,
-        output=output,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-    )
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
+    def save(self, checkpoint: Path, metrics: dict[str, Any]) -> None:
+        """Write the slim pipeline, and the trace of the method's work."""
+        facts = self._provenance(metrics["metrics"])
+        # a run's own folder: what is there was written by the run that is resumed
+        save_slim(self.compressed, checkpoint, facts, source=self.at.folder, overwrite=True)
+        if self.pruned.trace:
+            write_bytes(self.folder / "trace.safetensors", save(self.pruned.trace))
 
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Write the report; the states go."""
+        write_report(self.folder, self.recipe.method)
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
 
-def run_events(
-    recipe: str | Path | Recipe | ReaderRecipe,
-    *,
-    overrides: Sequence[str] = (),
-    output: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    device: str | None = None,
-) -> Generator[Event, None, RunResult]:
-    """:func:`run` as a generator of events: the caller owns the loop."""
-    if not isinstance(recipe, Recipe | ReaderRecipe):
-        recipe = load_recipe(recipe, overrides)
-    if isinstance(recipe, ReaderRecipe):
-        from compress.runs.reader import reader_events
-
-        if launched():
-            raise ValueError("readers run on one process; start it without a launcher")
-        folder = Path(output or recipe.output or "")
-        return (
-            yield from reader_events(
-                recipe, folder, resume=resume, overwrite=overwrite, device=device
+    def _check_space(self) -> None:
+        """Refuse a disk that cannot hold the states and the checkpoint."""
+        existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        params = parameters(denoiser(self.pipeline)[1])
+        # one state more than are kept, since the oldest goes when the newest is complete
+        needed = ((self.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
+        # the checkpoint holds the frozen parts as they are
+        frozen = (p for module in self.inputs.modules for p in module.parameters())
+        needed += sum(p.numel() * p.element_size() for p in frozen)
+        free = shutil.disk_usage(existing).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"about {needed / 2**20:.0f} MB are needed in {self.folder} for state and "
+                f"checkpoint, {free / 2**20:.0f} MB are free; free some space or choose another "
+                "--output",
             )
-        )
-    with distributed.explained():
-        return (yield from _run_events(recipe, output, resume, overwrite, device))
+
+    def _measure(self) -> Generator[Event, None, dict[str, Any]]:
+        settings, pipelines = self.settings, {"dense": self.pipeline, "compressed": self.compressed}
+        key = diffusion.samples_key(self.at.hash, settings, self.device)
+        cache = diffusion.samples_cache_path(key)
+        cached = distributed.from_main(lambda: diffusion.load_samples(cache))
+        images = {} if cached is None else {"dense": cached}
+        missing = [name for name in pipelines if name not in images]
+        done, total = 0, settings.batches * len(missing)
+        for name in missing:
+            batches = []
+            for batch in diffusion.draw_batches(pipelines[name], settings, self.device):
+                batches.append(batch)
+                done += 1
+                yield Event("evaluate", done, total)
+            images[name] = diffusion.gather(batches, settings)
+        if cached is None and distributed.is_main():
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                diffusion.save_samples(cache, images["dense"])
+        reference = diffusion.reference_images(self.data.held_out, REFERENCE_LIMIT)
+        values = {}
+        for name, pipeline in pipelines.items():
+            validation = distributed.from_main(
+                partial(_validation, pipeline, self.data, self.inputs, self.device)
+            )
+            values[name] = diffusion.evaluate(
+                pipeline,
+                reference=reference,
+                settings=settings,
+                samples=images[name],
+                dense=None if name == "dense" else images["dense"],
+                extractor=_extractor(self.recipe.data),
+                weights=settings.inception_weights,
+                device=self.device,
+                extra={"validation_loss": validation},
+            )
+        models = {name: denoiser(pipeline)[1] for name, pipeline in pipelines.items()}
+        for name, found in _speed(models, settings, self.device).items():
+            values[name] |= found
+        table = diffusion.side_by_side(values["dense"], values["compressed"])
+        if distributed.is_main():
+            shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
+            write_bytes(self.folder / "samples.safetensors", save(shown))
+        return {
+            "run": self._facts(),
+            "widths": self.pruned.widths,
+            "metrics": table,
+            "floor": floor(self.recipe.data, settings.samples),
+            "warnings": diffusion.warnings_of(table),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "method": self.recipe.method.model_dump(mode="json"),
+            "model": self.recipe.model,
+            "data": self.recipe.data,
+            "seed": self.recipe.seed,
+            **created(self.device),
+            "processes": distributed.processes(),
+            "versions": versions_of(PACKAGES),
+            **self.pruned.report,
+        }
+
+    def _provenance(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        builtin = self.recipe.model.startswith("builtin:")
+        return {
+            "base_model": self.recipe.model,
+            "base_hash": self.at.hash,
+            "base_licence": DIGITS_LICENCE if builtin else "see the base model",
+            "recipe": self.recipe.model_dump(mode="json"),
+            "widths": self.pruned.widths,
+            "metrics": metrics,
+            "versions": versions_of(PACKAGES),
+        }
 
 
-def _run_events(
-    recipe: Recipe, output: str | Path | None, resume: bool, overwrite: bool, device: str | None
-) -> Generator[Event, None, RunResult]:
-    job = _open(recipe, output, device)
-    main = distributed.is_main()
-    check_trainable(job.pipeline)
-    # everything that a user can have got wrong is checked before the folder is touched
-    if main:
-        check_target(job.folder, resume=resume, overwrite=overwrite)
-        if resume:
-            check_same_settings(job.folder / "recipe.yaml", yaml.safe_load(_resolved(job)))
-        _check_space(job)
-    pruning = _pruning_run(job, Journal(job.folder), resume=resume)
-    yield Event("prepare", 1, 1, message=_plan(job, pruning))
-    # of several processes only the main one touches the folder
-    claimed = claim(job.folder, resume=resume, overwrite=overwrite)
-    with claimed if main else contextlib.nullcontext():
-        if main:
-            write_text(job.folder / "recipe.yaml", _resolved(job))
-        pruned = yield from pruning.events()
-        compressed = with_parts(job.pipeline, {"unet": pruned.unet})
-        metrics = yield from _evaluate(job, compressed, pruned)
-        yield Event("report", 0, 2)
-        checkpoint = distributed.from_main(lambda: _finish(job, compressed, pruned, metrics))
-        yield Event("report", 1, 2)
-        distributed.from_main(lambda: _report(job))
-    yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
-    return RunResult(job.folder, metrics, checkpoint)
+def parameters(model: torch.nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
-def _finish(
-    job: _Job, compressed: DiffusionPipeline, pruned: Pruned, metrics: dict[str, Any]
-) -> Path:
-    """Write checkpoint, trace and metrics."""
-    facts = _provenance(job, pruned, metrics["metrics"])
-    source = pipeline_folder(job.recipe.model)
-    checkpoint = save_slim(compressed, job.folder / "checkpoint", facts, source=source)
-    if pruned.trace:
-        write_bytes(job.folder / "trace.safetensors", save(pruned.trace))
-    write_json(job.folder / "metrics.json", metrics)
-    return checkpoint
+def load_data(source: str, pipeline: DiffusionPipeline, columns: Columns) -> ImageData:
+    """Images as a pipeline draws them, with what its denoiser must know about each."""
+    condition = wanted(pipeline)
+    column = None if condition is None else getattr(columns, condition)
+    return load_images(source, *image_shape(pipeline), condition, column)
 
 
-def _report(job: _Job) -> None:
-    write_report(job.folder, job.recipe.method)
-    shutil.rmtree(job.folder / "state", ignore_errors=True)
-
-
-def apply(
-    pipeline: DiffusionPipeline,
-    method: GradFlow | OneShot,
-    *,
-    data: ImageData | Images | str,
-    training: Training | None = None,
-    device: str | None = None,
-) -> Compressed:
-    """Compress a diffusers pipeline in memory; the given one is not changed.
-
-    Parameters
-    ----------
-    pipeline : with a ``unet`` and a ``scheduler``.
-    method : what to do.
-    data : a data source as in a recipe, or a data set of ``(channels, height, width)`` images in
-        [-1, 1], whose every tenth image is held out; an ``ImageData`` with conditions, or a source
-        with columns "text" or "label", for a pipeline that takes captions or labels.
-    training : how weights are trained.
-    device : CUDA where there is any when None.
-
-    Returns
-    -------
-    With ``model`` (a pipeline), ``report`` and ``save(folder)``.
-    """
-    unet = pipeline.unet
-    check_trainable(pipeline)
-    if isinstance(data, str):
-        data = load_images(data, *image_shape(pipeline), wanted(pipeline))
-    elif not isinstance(data, ImageData):
-        data = ImageData.split("data", data)
-    where, inputs = distributed.join(choose_device(device)), inputs_of(pipeline)
-    with placed(inputs.modules, where):
-        run_ = PruningRun(
-            copy.deepcopy(unet),
-            pipeline.scheduler,
-            data,
-            method,
-            training or Training(),
-            Journal(),
-            device=where,
-            inputs=inputs,
-        )
-        events = run_.events()
-        while True:
-            try:
-                next(events)
-            except StopIteration as stop:
-                pruned: Pruned = stop.value
-                break
-    report = {
-        **pruned.report,
-        "method": method.model_dump(mode="json"),
-        "widths": _widths(unet, pruned),
-    }
-    return Compressed(with_parts(pipeline, {"unet": pruned.unet}), report)
-
-
-def dry_run(
-    recipe: str | Path | Recipe | ReaderRecipe, *, device: str | None = None
-) -> dict[str, Any]:
-    """Predict what a recipe would make, without training or writing anything.
-
-    Returns
-    -------
-    What ``forecast`` predicts, ``optimiser_steps``, ``memory_mb`` (weights,
-    gradients and Adam's moments; activations come on top), ``not_trainable`` (why a pipeline that
-    can be cut cannot be trained here, if so) and ``problems``; for readers see
-    :func:`compress.runs.reader.dry_run`.
-    """
-    try:
-        if not isinstance(recipe, Recipe | ReaderRecipe):
-            recipe = load_recipe(recipe)
-        if isinstance(recipe, ReaderRecipe):
-            from compress.runs.reader import dry_run as dry_run_of_reader
-
-            return dry_run_of_reader(recipe, device=device)
-        job = _open(recipe, None, device)
-        source, method = pipeline_folder(recipe.model), recipe.method
-        predicted = forecast(job.pipeline, source, cast(GradFlow | OneShot, method), job.training)
-    except (ValueError, FileNotFoundError) as error:
-        return {"problems": [str(error)]}
-    refused, problems = [], []
-    try:
-        check_trainable(job.pipeline)
-    except ValueError as error:
-        refused.append(str(error))
-    try:
-        check_target(job.folder, resume=False, overwrite=False)
-    except FileExistsError as error:
-        problems.append(str(error))
-    # weights, gradients, two moments and a teacher of dense size
-    memory = 5 * 4 * _parameters(job.pipeline.unet) / 2**20
-    return {
-        "model": job.recipe.model,
-        **predicted,
-        "optimiser_steps": method.steps + job.training.steps,
-        "memory_mb": round(memory, 1),
-        "output": str(job.folder),
-        "not_trainable": refused,
-        "problems": problems,
-    }
-
-
-@distributed.explained()
-def evaluate_model(
-    model: str,
-    *,
-    data: str = "builtin:digits",
-    samples: int = 512,
-    steps: int = 20,
-    sampler: str = "ddim",
-    sampling_seeds: int = 3,
-    guidance_scale: float | None = None,
-    batch: int = 128,
-    columns: Columns | None = None,
-    inception_weights: str | None = None,
-    device: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Measure any diffusers pipeline that can be trained here with the diffusion suite.
-
-    Parameters
-    ----------
-    model : ``builtin:NAME``, a hub id, or a local diffusers folder.
-    columns : where the data has captions or labels.
-    data, samples, steps, sampler, sampling_seeds, guidance_scale, batch, inception_weights : as in
-        a recipe.
-    device : CUDA where there is any when None.
-
-    Returns
-    -------
-    Per metric ``value``, ``ci95``, ``n``, ``how``, ``better`` and ``unit``.
-    """
-    from compress.checkpoints.slim import load
-
-    where = distributed.join(choose_device(device))
-    pipeline = load(model)
-    unet = _unet_of(pipeline, model)
-    check_trainable(pipeline)
-    images = _load_data(data, pipeline, columns or Columns())
-    settings = _with_conditions(
-        diffusion.SamplingSettings(
-            samples=samples,
-            sampler=sampler,
-            steps=steps,
-            sampling_seeds=sampling_seeds,
-            batch=batch,
-            guidance_scale=guidance_scale,
-        ),
-        pipeline,
-        images,
-    )
-    inputs = inputs_of(pipeline)
-    inputs.check(images)
-    validation = distributed.from_main(lambda: _validation(pipeline, images, inputs, where))
-    found = diffusion.evaluate(
-        pipeline,
-        reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
-        settings=settings,
-        extractor=_extractor(data),
-        weights=inception_weights,
-        device=where,
-        extra={"validation_loss": validation},
-    )
-    found |= distributed.from_main(
-        lambda: diffusion.speed({"model": unet}, settings, device=where, batch=_timed(settings))[
-            "model"
-        ]
-    )
-    return {
-        name: asdict(found[name]) | {"better": metric.better, "unit": metric.unit}
-        for name, metric in DIFFUSION.items()
-        if name in found and not name.endswith("_to_dense")
-    }
-
-
-def _open(typed: Recipe, output: str | Path | None, device: str | None) -> _Job:
-    where = distributed.join(choose_device(device))
-    # what the hub has, one process downloads, and the others find it
-    with distributed.main_first():
-        pipeline = load_pipeline(typed.model)
-        _unet_of(pipeline, typed.model)
-        data = _load_data(typed.data, pipeline, typed.columns)
-    training = Training(**typed.recover.model_dump(), **typed.train.model_dump(), seed=typed.seed)
-    folder = Path(output or typed.output or "runs/compress")
-    asked = typed.evaluate
-    settings = _with_conditions(
-        diffusion.SamplingSettings(
-            samples=asked.samples,
-            sampler=asked.sampler,
-            steps=asked.steps,
-            sampling_seeds=asked.sampling_seeds,
-            batch=asked.batch,
-            guidance_scale=asked.guidance_scale,
-        ),
-        pipeline,
-        data,
-    )
-    return _Job(typed, folder, pipeline, data, training, inputs_of(pipeline), settings, where)
-
-
-def _unet_of(pipeline: DiffusionPipeline, model: str) -> Any:
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
-        raise ValueError(
-            f"a pipeline with a unet is expected; {model} is a {type(pipeline).__name__} with "
-            f"{sorted(pipeline.components)}; choose a DDPM-like pipeline"
-        )
-    return unet
-
-
-def _load_data(source: str, pipeline: DiffusionPipeline, columns: Columns) -> ImageData:
-    """Images as a pipeline draws them, with what its UNet must know about each."""
-    wants = wanted(pipeline)
-    column = None if wants is None else getattr(columns, wants)
-    return load_images(source, *image_shape(pipeline), wants, column)
-
-
-def _with_conditions(
-    settings: diffusion.SamplingSettings, pipeline: DiffusionPipeline, data: ImageData
-) -> diffusion.SamplingSettings:
+def with_conditions(
+    sampling: Sampling, pipeline: DiffusionPipeline, data: ImageData
+) -> SamplingSettings:
     """Say what images are drawn of: held-out captions, or labels spread over the classes.
 
     Raises
     ------
     ValueError : for guidance where there are no prompts.
     """
-    guidance, default = settings.guidance_scale, default_guidance(pipeline)
+    guidance, default = sampling.guidance_scale, default_guidance(pipeline)
     if guidance is not None and default is None:
         raise ValueError(
             f"guidance_scale is for pipelines that take prompts; {type(pipeline).__name__} takes "
@@ -434,153 +247,47 @@ def _with_conditions(
         conditions = [held_out[i] for i in range(min(len(held_out), REFERENCE_LIMIT))]
     elif wanted(pipeline) == "label":
         conditions = sorted({*(data.train_conditions or ())})
-    guidance = default if guidance is None else guidance
-    return replace(settings, conditions=tuple(conditions), guidance_scale=guidance)
-
-
-def _timed(settings: diffusion.SamplingSettings) -> int:
-    """Batch of the timed passes: no larger than what sampling is trusted with."""
-    return min(64, settings.batch)
-
-
-def check_trainable(pipeline: DiffusionPipeline) -> None:
-    """Refuse a pipeline whose UNet can be planned and cut, but not trained or sampled here.
-
-    Raises
-    ------
-    ValueError : naming what is not supported.
-    """
-    check_pipeline(pipeline)
-    noise_schedule(pipeline.scheduler)
-
-
-def _pruning_run(job: _Job, journal: Journal, *, resume: bool = False) -> PruningRun:
-    return PruningRun(
-        job.pipeline.unet,
-        job.pipeline.scheduler,
-        job.data,
-        cast(GradFlow | OneShot, job.recipe.method),
-        job.training,
-        journal,
-        device=job.device,
-        resume=resume,
-        inputs=job.inputs,
+    scale = default if guidance is None else guidance
+    return SamplingSettings(
+        **dict(sampling) | {"guidance_scale": scale}, conditions=tuple(conditions)
     )
-
-
-def _plan(job: _Job, pruning: PruningRun) -> str:
-    return (
-        f"{job.recipe.model}: widths {tuple(dense_widths(job.pipeline.unet))} -> "
-        f"{tuple(pruning.widths)}, {pruning.total_steps} optimiser steps, output {job.folder}"
-    )
-
-
-def _parameters(unet: torch.nn.Module) -> int:
-    return sum(p.numel() for p in unet.parameters())
-
-
-def _check_space(job: _Job) -> None:
-    """Refuse a disk that cannot hold the states and the checkpoint."""
-    existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.exists())
-    params = _parameters(job.pipeline.unet)
-    # one state more than are kept, since the oldest goes when the newest is complete
-    needed = ((job.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
-    # the checkpoint holds the frozen parts as they are
-    needed += sum(p.numel() * p.element_size() for m in job.inputs.modules for p in m.parameters())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"about {needed / 2**20:.0f} MB are needed in {job.folder} for state and checkpoint, "
-            f"{free / 2**20:.0f} MB are free; free some space or choose another --output",
-        )
 
 
 def _extractor(data: str) -> str:
-    return fidelity.DIGITS if data == "builtin:digits" else fidelity.INCEPTION
+    return fidelity.DIGITS if data == BUILTIN_DATA else fidelity.INCEPTION
+
+
+def _speed(
+    models: Mapping[str, torch.nn.Module], settings: SamplingSettings, device: str
+) -> dict[str, dict[str, diffusion.Value]]:
+    # no larger a batch than sampling is trusted with
+    batch = min(TIMED_BATCH, settings.batch)
+    return distributed.from_main(
+        lambda: diffusion.speed(dict(models), settings, device=device, batch=batch)
+    )
 
 
 def _validation(
     pipeline: DiffusionPipeline, data: ImageData, inputs: Inputs, device: str
 ) -> diffusion.Value:
     count = min(VALIDATION_LIMIT, len(data.held_out))
-    unet, scheduler = pipeline.unet.to(device).eval(), noise_schedule(pipeline.scheduler)
+    model = denoiser(pipeline)[1].to(device).eval()
+    scheduler = noise_schedule(pipeline.scheduler)
     with placed(inputs.modules, device):
         loss = validation_loss(
-            lambda x, t, **condition: unet(x, t, **condition).sample,
+            lambda x, t, **condition: model(x, t, **condition).sample,
             cast(Images, Subset(cast(Dataset, data.held_out), range(count))),
             scheduler,
             inputs=inputs,
             conditions=data.held_out_conditions,
             device=device,
         )
-    how = "denoising MSE on held-out images, fixed noise and stratified timesteps, 2 draws each"
+    how = ["denoising MSE on held-out images, fixed noise and stratified timesteps, 2 draws each"]
     kind = scheduler.config.prediction_type
-    told = [f"prediction_type {kind}"] if kind != "epsilon" else []
-    told += ["of latents"] if inputs.encode.modules else []
-    told += [f"each with its {inputs.wants}"] if inputs.wants else []
-    how = "; ".join([how, *told])
-    return diffusion.Value(loss, f"{how}, {torch.device(device).type}", count)
-
-
-def _evaluate(
-    job: _Job, compressed: DiffusionPipeline, pruned: Pruned
-) -> Generator[Event, None, dict[str, Any]]:
-    asked, settings = job.recipe.evaluate, job.settings
-    key = diffusion.samples_key(model_hash(job.recipe.model, job.pipeline), settings, job.device)
-    cache = diffusion.samples_cache_path(key)
-    images: dict[str, diffusion.Samples] = {}
-    cached = distributed.from_main(lambda: diffusion.load_samples(cache))
-    if cached is not None:
-        images["dense"] = cached
-    todo = [
-        (n, p) for n, p in (("dense", job.pipeline), ("compressed", compressed)) if n not in images
-    ]
-    done, total = 0, settings.batches * len(todo)
-    for name, pipeline in todo:
-        batches = []
-        for batch in diffusion.draw_batches(pipeline, settings, job.device):
-            batches.append(batch)
-            done += 1
-            yield Event("evaluate", done, total, message="")
-        images[name] = diffusion.gather(batches, settings)
-    if cached is None and distributed.is_main():
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-            diffusion.save_samples(cache, images["dense"])
-    reference = diffusion.reference_images(job.data.held_out, REFERENCE_LIMIT)
-    found = {}
-    for name, pipeline in (("dense", job.pipeline), ("compressed", compressed)):
-        validation = distributed.from_main(
-            partial(_validation, pipeline, job.data, job.inputs, job.device)
-        )
-        found[name] = diffusion.evaluate(
-            pipeline,
-            reference=reference,
-            settings=settings,
-            samples=images[name],
-            dense=None if name == "dense" else images["dense"],
-            extractor=_extractor(job.recipe.data),
-            weights=asked.inception_weights,
-            device=job.device,
-            extra={"validation_loss": validation},
-        )
-    unets = {"dense": job.pipeline.unet, "compressed": compressed.unet}
-    speed = distributed.from_main(
-        lambda: diffusion.speed(unets, settings, device=job.device, batch=_timed(settings))
-    )
-    for name, values in speed.items():
-        found[name] |= values
-    table = diffusion.side_by_side(found["dense"], found["compressed"])
-    if distributed.is_main():
-        shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
-        write_bytes(job.folder / "samples.safetensors", save(shown))
-    return {
-        "run": _run_facts(job, pruned),
-        "widths": _widths(job.pipeline.unet, pruned),
-        "metrics": table,
-        "floor": floor(job.recipe.data, settings.samples),
-        "warnings": diffusion.warnings_of(table),
-    }
+    how += [f"prediction_type {kind}"] if kind != "epsilon" else []
+    how += ["of latents"] if inputs.encode.modules else []
+    how += [f"each with its {inputs.wants}"] if inputs.wants else []
+    return diffusion.Value(loss, f"{'; '.join(how)}, {torch.device(device).type}", count)
 
 
 def floor(data: str, samples: int) -> dict[str, float]:
@@ -588,60 +295,57 @@ def floor(data: str, samples: int) -> dict[str, float]:
 
     As many images of half a are taken as a sampling seed draws, since FID is biased by 1 / n.
     """
-    if data != "builtin:digits":
+    if data != BUILTIN_DATA:
         return {}
     halves = [diffusion.reference_images(digits(half)[0]) for half in ("a", "b")]
     found = fidelity.floor(*halves, count=samples)
     return {name: found[name] for name in ("fid_digits", "kid_digits")}
 
 
-def _run_facts(job: _Job, pruned: Pruned) -> dict[str, Any]:
-    facts = {k: v for k, v in pruned.report.items() if k != "surgery"}
+@distributed.explained()
+def evaluate_pipeline(
+    model: str | ModelFolder,
+    sampling: Sampling | None = None,
+    *,
+    data: str = BUILTIN_DATA,
+    columns: Columns | None = None,
+    device: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure any diffusers pipeline that can be trained here with the diffusion suite.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a hub id, or a local diffusers folder.
+    sampling : how its images are drawn.
+    data : the real images, as in a recipe.
+    columns : where the data has captions or labels.
+    device : CUDA where there is any when None.
+
+    Returns
+    -------
+    Per metric ``value``, ``ci95``, ``n``, ``how``, ``better`` and ``unit``.
+    """
+    where = distributed.join(choose_device(device))
+    pipeline: Any = load(locate(model, "diffusion"))
+    network = denoiser(pipeline)[1]
+    check_trainable(pipeline)
+    images = load_data(data, pipeline, columns or Columns())
+    settings = with_conditions(sampling or Sampling(), pipeline, images)
+    inputs = inputs_of(pipeline)
+    inputs.check(images)
+    validation = distributed.from_main(lambda: _validation(pipeline, images, inputs, where))
+    values = diffusion.evaluate(
+        pipeline,
+        reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
+        settings=settings,
+        extractor=_extractor(data),
+        weights=settings.inception_weights,
+        device=where,
+        extra={"validation_loss": validation},
+    )
+    values |= _speed({"model": network}, settings, where)["model"]
     return {
-        "method": job.recipe.method.model_dump(mode="json"),
-        "model": job.recipe.model,
-        "data": job.recipe.data,
-        "seed": job.recipe.seed,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device_name(job.device),
-        "threads": torch.get_num_threads(),
-        "processes": distributed.processes(),
-        "versions": versions_of(PACKAGES),
-        "surgery": {k: _finite(v) for k, v in pruned.report["surgery"].items()},
-        **facts,
+        name: asdict(values[name]) | {"better": metric.better, "unit": metric.unit}
+        for name, metric in DIFFUSION.items()
+        if name in values and not name.endswith("_to_dense")
     }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _widths(unet: UNet2DModel, pruned: Pruned) -> list[dict[str, Any]]:
-    levels = [
-        {"level": f"block_out_channels[{i}]", "dense": dense, "compressed": slim}
-        for i, (dense, slim) in enumerate(zip(dense_widths(unet), pruned.widths, strict=True))
-    ]
-    inner = [
-        {"level": name, "dense": inner_width(unet.get_submodule(name)), "compressed": slim}
-        for name, slim in pruned.inner_widths.items()
-    ]
-    return levels + inner
-
-
-def _provenance(job: _Job, pruned: Pruned, metrics: dict[str, Any]) -> dict[str, Any]:
-    recipe = job.recipe.model_dump(mode="json")
-    licence = DIGITS_LICENCE if job.recipe.model == "builtin:ddpm-digits" else None
-    return {
-        "base_model": job.recipe.model,
-        "base_hash": model_hash(job.recipe.model, job.pipeline),
-        "base_licence": licence or "see the base model",
-        "recipe": recipe,
-        "widths": _widths(job.pipeline.unet, pruned),
-        "metrics": metrics,
-        "versions": versions_of(PACKAGES),
-    }
-
-
-def _resolved(job: _Job) -> str:
-    lines = [f"# {name} {number}" for name, number in versions_of(PACKAGES).items()]
-    return "\n".join([*lines, dump(job.recipe)])

@@ -1,125 +1,105 @@
-"""What pruning a pipeline would make of it: groups, widths, costs and bytes, without training."""
+"""What a recipe would make, predicted without training, reading or writing anything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import DiffusionPipeline
+from compress.checkpoints.exporting import other_parts, part_files
+from compress.common.environment import choose_device
+from compress.common.output_folder import check_target
+from compress.models.objective import check_trainable
+from compress.models.pipelines import denoiser
+from compress.runs.recipe import ReaderRecipe, Recipe, load_recipe
 
-from compress.checkpoints.exporting import exported_bytes
-from compress.common.cost import Cost, unet_cost
-from compress.methods.gradflow import GradFlow, OneShot, surgery
-from compress.methods.gradflow.allocation import Allocator, plan
-from compress.methods.gradflow.groups import ChannelGroup, dense_widths, find_groups
-from compress.methods.gradflow.layout import Layout
-from compress.methods.gradflow.mover import MaskMover
-from compress.methods.training import Training
-
-Bounds = tuple[int, int]
+if TYPE_CHECKING:
+    from compress.runs.diffusion import DiffusionRun
 
 
-def forecast(
-    pipeline: DiffusionPipeline, source: Path, method: GradFlow | OneShot, training: Training
+def dry_run(
+    recipe: str | Path | Recipe | ReaderRecipe, *, device: str | None = None
 ) -> dict[str, Any]:
-    """Predict the pipeline that a method exports.
-
-    Weights are neither copied nor changed: all is counted on the meta device.
-
-    Parameters
-    ----------
-    pipeline : the dense one.
-    source : the folder that it was read from.
-    method, training : the knobs.
+    """Predict what a recipe would make.
 
     Returns
     -------
-    ``params``, ``macs`` and ``bytes`` (bounds where the scores decide), ``keep_macs`` (achieved; at
-    most, where the scores decide), ``widths`` and ``groups`` of the levels. The bytes are those of
-    all files of the pipeline, the UNet's in float32; model card and ``compress.json`` come on top.
-
-    Raises
-    ------
-    ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
+    Of a pipeline what its method predicts, ``optimiser_steps``, ``memory_mb`` (weights, gradients
+    and Adam's moments; activations come on top) and ``not_trainable`` (why a pipeline that can be
+    cut cannot be trained here, if so); of a reader what :func:`compress.runs.reader.forecast`
+    predicts. Always ``output`` and ``problems``, the texts of errors that a run would end with.
     """
-    training.check_batch(processes=1)
-    unet = pipeline.unet
-    groups = find_groups(unet)
-    layout, allocator = plan(unet, groups, method)
-    # made for its checks of the schedule alone
-    MaskMover(
-        method,
-        layout,
-        pipeline.scheduler,
-        lambda _number: [],
-        step_rate=training.lr,
-        seed=training.seed,
-        device=torch.device("cpu"),
-        allocator=allocator,
-    )
-    before = unet_cost(unet)
-    params, macs = _slim_cost(unet, layout, allocator)
-    with torch.device("meta"):
-        dense = type(unet).from_config(surgery.public_config(unet))
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        try:
+            return check() or {}
+        except (ValueError, FileNotFoundError, FileExistsError) as error:
+            problems.append(str(error))
+            return {}
+
+    if isinstance(recipe, str | Path):
+        try:
+            recipe = load_recipe(recipe)
+        except (ValueError, FileNotFoundError) as error:
+            return {"problems": [str(error)]}
+    opened = recipe
+    folder = Path(recipe.output or "runs/compress")
+    predicted = attempt(lambda: _predict(opened, folder, choose_device(device)))
+    attempt(lambda: check_target(folder, resume=False, overwrite=False))
+    return {**predicted, "output": str(folder), "problems": problems}
+
+
+def _predict(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> dict[str, Any]:
+    # each kind needs packages that the other does not
+    if isinstance(recipe, ReaderRecipe):
+        from compress.runs.reader import forecast
+
+        return forecast(recipe, "cpu")
+    from compress.runs.diffusion import DiffusionRun, parameters
+
+    run = DiffusionRun(recipe, folder, device)
+    refused = []
+    try:
+        check_trainable(run.pipeline)
+    except ValueError as error:
+        refused.append(str(error))
+    # weights, gradients, two moments and a teacher of dense size
+    memory = 5 * 4 * parameters(denoiser(run.pipeline)[1]) / 2**20
     return {
-        "params": [f"{before.params:,} -> {span(params)}"],
-        "macs": [f"{before.macs:,} -> {span(macs)}"],
-        "keep_macs": round(macs[1] / before.macs, 4),
-        "bytes": [
-            f"{exported_bytes(pipeline, source, dense):,} -> "
-            f"{span(_slim_bytes(pipeline, source, layout, allocator, params))}"
-        ],
-        "widths": [f"{dense_widths(unet)} -> {tuple(layout.widths)}"],
-        "groups": _levels(groups, layout),
-        "norms_that_switch_membership": len(layout.unaligned),
+        "model": recipe.model,
+        **_sizes(run),
+        "optimiser_steps": recipe.method.steps + run.training.steps,
+        "memory_mb": round(memory, 1),
+        "not_trainable": refused,
     }
 
 
-def span(bounds: Sequence[int]) -> str:
-    """A predicted number, or its bounds where it depends on the scores."""
-    low, high = bounds
-    return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+def _sizes(run: "DiffusionRun") -> dict[str, Any]:
+    """Costs and the size of all files of the pipeline that the method exports."""
+    facts = run.recipe.method.forecast(run.pipeline, run.training)
+    params, macs = facts.pop("params"), facts.pop("macs")
+    source, (part, module) = run.at.folder, denoiser(run.pipeline)
+    files = (
+        source / path for name in other_parts(source, part) for path in part_files(source, name)
+    )
+    others = sum(path.stat().st_size for path in files)
+    sizes = [others + next(module.parameters()).element_size() * count for count in params]
+    return {
+        "params": [_change(*(f"{count:,}" for count in params))],
+        "macs": [_change(*(f"{count:,}" for count in macs))],
+        "keep_macs": round(macs[2] / macs[0], 4),
+        "size": [_change(*(megabytes(size) for size in sizes))],
+        **facts,
+    }
 
 
-def _on_meta(unet: Any, layout: Layout) -> Any:
-    with torch.device("meta"):
-        return surgery.slim_unet(unet, layout)
+def megabytes(size: float) -> str:
+    """A size in words.
+
+    >>> megabytes(1_234_567), megabytes(34_500_000)
+    ('about 1.2 MB', 'about 34 MB')
+    """
+    return f"about {size / 1e6:.{1 if size < 1e7 else 0}f} MB"
 
 
-def _slim_cost(unet: Any, layout: Layout, allocator: Allocator | None) -> tuple[Bounds, Bounds]:
-    if allocator is not None:
-        return allocator.params_range(), allocator.macs_range()
-    found: Cost = unet_cost(_on_meta(unet, layout))
-    return (found.params, found.params), (found.macs, found.macs)
-
-
-def _slim_bytes(
-    pipeline: DiffusionPipeline,
-    source: Path,
-    layout: Layout,
-    allocator: Allocator | None,
-    params: Bounds,
-) -> Bounds:
-    if allocator is None:
-        found = exported_bytes(pipeline, source, _on_meta(pipeline.unet, layout))
-        return found, found
-    # beside the parameters, names and shapes: the wider the layers, the longer their figures
-    quotas = allocator.least_quota(), allocator.most_quota()
-    bounds = []
-    for quota, count in zip(quotas, params, strict=True):
-        unet = _on_meta(pipeline.unet, allocator.layout_of(quota))
-        weights = sum(p.numel() * p.element_size() for p in unet.parameters())
-        size = next(unet.parameters()).element_size()
-        bounds.append(exported_bytes(pipeline, source, unet) - weights + size * count)
-    return bounds[0], bounds[1]
-
-
-def _levels(groups: Sequence[ChannelGroup], layout: Layout) -> list[str]:
-    """For each level its groups, and what becomes of the channels in all of them."""
-    lines = [f"{len(groups)} in all, {layout.units:,} units"]
-    for level in range(len(layout.widths)):
-        found = [group for group in groups if group.level == level]
-        before = sum(group.width for group in found)
-        after = sum(group.slim_width(layout.widths) for group in found)
-        lines.append(f"level {level}: {len(found)}, {before:,} -> {after:,} channels")
-    return lines
+def _change(dense: str, least: str, most: str) -> str:
+    return f"{dense} -> {most}" if least == most else f"{dense} -> {least} to {most}"

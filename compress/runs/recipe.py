@@ -6,162 +6,77 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from compress.common.settings import Settings
+from compress.data.columns import Columns
+from compress.eval.settings import Calibration, OcrEvaluation, Sampling
 from compress.methods.registry import (
     METHODS,
     RUNTIME_METHODS,
     AnyRuntimeMethod,
     AnyWeightMethod,
 )
-from compress.methods.training import Recover, Train
+from compress.methods.training import Recover, Train, Training
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message lists every problem found in it."""
 
 
-class Columns(Settings):
-    """Where a data source keeps what a model wants to know about each image.
+class Recipe(Settings):
+    """One run of `compress` on a diffusion pipeline: a method that makes new weights."""
 
-    Parameters
-    ----------
-    caption : column of a ``hub:`` data set, or key in the ``metadata.jsonl`` of a folder, for
-        pipelines that take prompts.
-    label : column of a ``hub:`` data set, for class-conditional UNets. The classes of a folder are
-        its subfolders.
-    """
+    model: str = Field(min_length=1)
+    """``builtin:NAME``, a hub id, or a local diffusers folder."""
+    data: str = Field(min_length=1)
+    """``builtin:digits``, ``folder:PATH`` or ``hub:NAME``."""
+    method: AnyWeightMethod
+    """The compression method and its knobs; ``name`` chooses which."""
+    columns: Columns = Columns()
+    """Where the data has captions or labels, for models that take them."""
+    recover: Recover = Recover()
+    """Training of the slim net."""
+    train: Train = Train()
+    """How optimiser steps are executed."""
+    evaluate: Sampling = Sampling()
+    """How the samples are drawn that are measured."""
+    seed: Seed = 0
+    """Seed of every random draw in the run."""
+    output: str | None = Field(None, min_length=1)
+    """Folder of the run; ``runs/NAME-OF-THE-RECIPE`` when null."""
 
-    caption: str = Field("text", min_length=1)
-    label: str = Field("label", min_length=1)
-
-
-class Evaluate(Settings):
-    """What is measured, on the dense and on the compressed model alike.
-
-    Parameters
-    ----------
-    suite : the set of metrics.
-    samples : images drawn per sampling seed.
-    sampler : ``ddim`` (deterministic, eta 0) or ``ddpm`` (ancestral).
-    steps : denoising steps per image.
-    guidance_scale : of classifier-free guidance, for pipelines that take prompts; 1 is none, null
-        the pipeline's own default.
-    batch : images that are drawn together; no effect on the noise of an image. Throughput and peak
-        memory are measured at this batch, or at 64 if that is less.
-    sampling_seeds : independent repetitions that the confidence intervals come from.
-    against : the reference of every ratio.
-    inception_weights : file with the FID Inception weights, for models that need it; without it
-        torch-fidelity downloads them.
-    """
-
-    suite: Literal["diffusion"] = "diffusion"
-    samples: int = Field(512, ge=2)
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = Field(20, ge=1)
-    guidance_scale: float | None = Field(None, ge=1)
-    batch: int = Field(128, ge=1)
-    sampling_seeds: int = Field(3, ge=1)
-    against: Literal["dense"] = "dense"
-    inception_weights: str | None = Field(None, min_length=1)
-
-
-class ReadPages(Settings):
-    """What a reader is measured on, dense and compressed alike.
-
-    Parameters
-    ----------
-    suite : the set of metrics.
-    samples : rendered pages of each kind; a folder is read as a whole.
-    unseen_font : whether rendered pages come in the font that no training page has, too.
-    batch : pages that are read together.
-    prompt : the family's own for plain text when null.
-    max_new_tokens : of a page; what the checkpoint says when null.
-    dtype : of the weights.
-    mode : DeepSeek-OCR's resolution; the checkpoint's own when null.
-    ocean_order : whether Ocean-OCR's metrics get the model's text as prediction (``correct``) or,
-        as in their published script, the label.
-    against : the reference of every ratio.
-    """
-
-    suite: Literal["ocr"] = "ocr"
-    samples: int = Field(64, ge=1)
-    unseen_font: bool = False
-    batch: int = Field(8, ge=1)
-    prompt: str | None = None
-    max_new_tokens: int | None = Field(None, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
-    ocean_order: Literal["correct", "published"] = "correct"
-    against: Literal["dense"] = "dense"
-
-
-class Calibrate(Settings):
-    """How focal layers are found, where a method asks for it.
-
-    Parameters
-    ----------
-    pages : that are written densely; rendered validation pages, or the first of a folder.
-    max_new_tokens : of a page.
-    """
-
-    pages: int = Field(16, ge=1)
-    max_new_tokens: int = Field(128, ge=2)
+    def training(self) -> Training:
+        """The knobs of training, together."""
+        return Training(**dict(self.recover), **dict(self.train), seed=self.seed)
 
 
 class ReaderRecipe(Settings):
-    """One run of `compress` on a reader of pages: run-time methods, and how they are checked.
-
-    Parameters
-    ----------
-    model : ``builtin:NAME``, a hub id, or a local folder.
-    data : ``builtin:pages``, ``builtin:square-pages``, or a folder of pages.
-    method : one method, or a list of those that work together, the first one applied first.
-    compare : further methods, each measured alone on the same pages.
-    calibrate, evaluate : see the classes.
-    weights : whether the checkpoint holds a copy of the model's weights or a reference to them.
-    seed : of every random draw in the run.
-    output : the run's folder; ``load_recipe`` fills in ``runs/NAME-OF-THE-RECIPE``.
-    """
+    """One run of `compress` on a reader of pages: methods that change how it runs."""
 
     model: str = Field(min_length=1)
+    """``builtin:NAME``, a hub id, or a local transformers folder."""
     data: str = Field(min_length=1)
+    """``builtin:pages``, ``builtin:square-pages``, or a folder of pages."""
     method: list[AnyRuntimeMethod] = Field(min_length=1)
+    """One method, or a list of those that work together, the first one applied first."""
     compare: list[AnyRuntimeMethod] = []
-    calibrate: Calibrate = Calibrate()
-    evaluate: ReadPages = ReadPages()
+    """Further methods, each measured alone on the same pages."""
+    calibrate: Calibration = Calibration()
+    """Pages on which open settings of a method are measured."""
+    evaluate: OcrEvaluation = OcrEvaluation()
+    """How pages are read and scored."""
     weights: Literal["copy", "reference"] = "copy"
-    seed: int = Field(0, ge=0, lt=2**63)
+    """Whether the checkpoint holds a copy of the model's weights or a reference to them."""
+    seed: Seed = 0
+    """Seed of every random draw in the run."""
     output: str | None = Field(None, min_length=1)
-
-
-class Recipe(Settings):
-    """One run of `compress`: what to compress, with what, and how to check the result.
-
-    Parameters
-    ----------
-    model : ``builtin:NAME``, a hub id, or a local diffusers folder.
-    data : ``builtin:digits``, ``folder:PATH`` or ``hub:NAME``.
-    method : the compression method and its knobs; ``name`` chooses which.
-    columns : see the class; for models that take captions or labels.
-    recover, train, evaluate : see the classes.
-    seed : of every random draw in the run.
-    output : the run's folder; ``load_recipe`` fills in ``runs/NAME-OF-THE-RECIPE``.
-    """
-
-    model: str = Field(min_length=1)
-    data: str = Field(min_length=1)
-    method: AnyWeightMethod
-    columns: Columns = Columns()
-    recover: Recover = Recover()
-    train: Train = Train()
-    evaluate: Evaluate = Evaluate()
-    seed: int = Field(0, ge=0, lt=2**63)
-    output: str | None = Field(None, min_length=1)
+    """Folder of the run; ``runs/NAME-OF-THE-RECIPE`` when null."""
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | ReaderRecipe:

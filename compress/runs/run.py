@@ -1,8 +1,21 @@
-"""What a run leaves."""
+"""What every run does: check, claim the folder, work, checkpoint, metrics, report."""
 
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import yaml
+
+from compress.common.environment import choose_device
+from compress.common.events import drain
+from compress.common.files import write_json, write_text
+from compress.common.output_folder import check_same_settings, check_target, claim
+from compress.methods.base import Event
+from compress.parallel import distributed
+from compress.parallel.launch import launched
+from compress.runs.recipe import ReaderRecipe, Recipe, dump, load_recipe
 
 
 @dataclass(frozen=True)
@@ -12,3 +25,119 @@ class RunResult:
     folder: Path
     metrics: dict[str, Any]
     checkpoint: Path
+
+
+class Work(Protocol):
+    """A recipe with everything that it names opened; what one kind of run does of its own."""
+
+    header: list[str]
+
+    def prepare(self, *, resume: bool) -> Iterator[Event]:
+        """Refuse whatever can be known before the folder is touched."""
+        ...
+
+    def work(self) -> Generator[Event, None, dict[str, Any]]:
+        """Compress and measure; returns what metrics.json holds."""
+        ...
+
+    def save(self, checkpoint: Path, metrics: dict[str, Any]) -> None:
+        """Write the checkpoint."""
+        ...
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Write the report beside metrics.json, and remove what only resuming needs."""
+        ...
+
+
+def run(
+    recipe: str | Path | Recipe | ReaderRecipe,
+    *,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> RunResult:
+    """Do what a recipe says, to the end; the same as ``compress run``.
+
+    Parameters
+    ----------
+    recipe : path of a YAML file, the bare name of a shipped recipe, or a typed recipe.
+    overrides : ``"method.keep_macs=0.4"`` each.
+    output : the run's folder; the recipe's own when None.
+    resume : go on from the folder's saved state, if there is one.
+    overwrite : replace a run that is there.
+    device : such as "cpu" or "cuda"; CUDA where there is any when None.
+
+    Raises
+    ------
+    ValueError : for a recipe, model or data that cannot be used, or to resume other settings.
+    FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
+    OSError : when the folder cannot be written or the disk is full.
+    """
+    return drain(
+        run_events(
+            recipe,
+            overrides=overrides,
+            output=output,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+        )
+    )
+
+
+def run_events(
+    recipe: str | Path | Recipe | ReaderRecipe,
+    *,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> Generator[Event, None, RunResult]:
+    """:func:`run` as a generator of events: the caller owns the loop."""
+    if not isinstance(recipe, Recipe | ReaderRecipe):
+        recipe = load_recipe(recipe, overrides)
+    folder = Path(output or recipe.output or "runs/compress")
+    with distributed.explained():
+        where = distributed.join(choose_device(device))
+        main = distributed.is_main()  # of several processes only this one touches the folder
+        if main:
+            check_target(folder, resume=resume, overwrite=overwrite)
+            if resume:
+                check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
+        work = open_work(recipe, folder, where)
+        yield from work.prepare(resume=resume)
+        claimed = claim(folder, resume=resume, overwrite=overwrite)
+        with claimed if main else contextlib.nullcontext():
+            if main:
+                write_text(folder / "recipe.yaml", dump(recipe, work.header))
+            metrics = yield from work.work()
+            yield Event("report", 0, 2)
+            checkpoint = folder / "checkpoint"
+            distributed.from_main(lambda: work.save(checkpoint, metrics))
+            distributed.from_main(lambda: write_json(folder / "metrics.json", metrics))
+            yield Event("report", 1, 2)
+            distributed.from_main(lambda: work.report(metrics))
+    yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
+    return RunResult(folder, metrics, checkpoint)
+
+
+def open_work(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> Work:
+    """Open what a recipe names.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : for a model or data that cannot be used.
+    """
+    # each kind needs packages that the other does not
+    if isinstance(recipe, Recipe):
+        from compress.runs.diffusion import DiffusionRun
+
+        return DiffusionRun(recipe, folder, device)
+    from compress.runs.reader import ReaderRun
+
+    if launched():
+        raise ValueError("readers run on one process; start it without a launcher")
+    return ReaderRun(recipe, folder, device)

@@ -14,8 +14,9 @@ from typing import Any
 
 from compress.eval.metrics import metric
 from compress.eval.tables import Row, markdown
-from compress.runs.diffusion import floor, run_events
+from compress.runs.diffusion import floor
 from compress.runs.recipe import Recipe, load_pipeline_recipe
+from compress.runs.run import run_events
 from compress.tables.table import Job, Run, Table, finish, weights
 
 QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")

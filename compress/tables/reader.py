@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.eval.metrics import metric
+from compress.eval.settings import OcrEvaluation
 from compress.eval.tables import Cell, Row, cell_table
-from compress.models.vlm import builtin_readers
+from compress.models.locate import builtin_models
 from compress.reports.reader_rows import keep_text, methods_of, series_name, used_share
-from compress.runs.diffusion import run_events
-from compress.runs.reading import OcrSettings, evaluate_events
+from compress.runs.reading import evaluate_events
 from compress.runs.recipe import list_recipes, load_recipe
+from compress.runs.run import run_events
 from compress.tables.table import Job, Run, Table, finish, has, run_folder
 
 METRICS = (
@@ -27,7 +28,7 @@ METRICS = (
 
 def readers(results: Path, runs: Path) -> Table:
     """How well the built-in readers read."""
-    models = [f"builtin:{name}" for name in builtin_readers()]
+    models = [f"builtin:{name}" for name in builtin_models("reader")]
     jobs = [Job(model, has(model=model), partial(_evaluate, model, runs)) for model in models]
     return Table("readers", _readers, results / "readers.jsonl", jobs)
 
@@ -49,7 +50,8 @@ def recipe_tables(results: Path, runs: Path) -> Iterator[Table]:
 
 def _evaluate(model: str, runs: Path) -> Run[list[Row]]:
     folder = run_folder(runs, "readers", model)
-    events = evaluate_events(OcrSettings(model, batch=32), folder, resume=folder.exists())
+    settings = OcrEvaluation(batch=32, unseen_font=True)
+    events = evaluate_events(model, folder, settings, resume=folder.exists())
     result, _ = yield from finish(events)
     return [{**result["run"], "metrics": result["metrics"]}]
 

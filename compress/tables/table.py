@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from compress.common.files import folder_hash, write_text
 from compress.eval.tables import Row, append_row, read_rows
 from compress.methods.base import Event
-from compress.models.loading import BUILTIN
+from compress.models.locate import BUILTIN
 
 T = TypeVar("T")
 Run = Generator[str, None, T]  # lines to show on the way to a result

@@ -8,8 +8,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from compress.data.batches import Batch, noise_and_timesteps
-from compress.methods.gradflow.groups import ChannelGroup, find_groups
+from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout, build_layout
+from compress.methods.gradflow.unets import find_groups
 from compress.models.builtin.train_ddpm_digits import build_unet
 
 TWO_LEVELS = {

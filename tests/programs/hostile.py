@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compress.runs.diffusion as runs
 from builders.forks import give_up_rights
 from compress.cli import main as command
+from compress.runs.diffusion import DiffusionRun
 
 
 def prepared(place: str, folder: str) -> bool:
@@ -19,7 +19,7 @@ def prepared(place: str, folder: str) -> bool:
         return give_up_rights()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
     if place == "full":
-        runs._check_space = lambda job: None
+        DiffusionRun._check_space = lambda self: None
     return not subprocess.run(mount, capture_output=True).returncode
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 import compress.checkpoints.slim as checkpoint
-import compress.runs.diffusion as runs
 from builders.forks import exit_code, fork
+from compress.runs.diffusion import DiffusionRun
 from compress.runs.recipe import Recipe
+from compress.runs.run import run_events
 
 NOTHING = {"metrics": {}}
 
@@ -29,7 +30,7 @@ def kill(*_, **__):
 
 def go(recipe, output, until=None, **options):
     stages = []
-    for event in runs.run_events(recipe, output=output, device="cpu", **options):
+    for event in run_events(recipe, output=output, device="cpu", **options):
         stages.append([event.stage, event.step, event.total])
         if event.stage == until:
             kill()
@@ -59,8 +60,8 @@ def left(folder):
 
 
 def kill_in_checkpoint(recipe):
-    runs._evaluate = unmeasured
-    checkpoint._model_card = kill
+    DiffusionRun._measure = unmeasured
+    checkpoint.model_card = kill
     go(recipe, "evaluated", resume=True)
 
 
@@ -71,7 +72,7 @@ def kill_in_recipe(recipe):
 
 def enter(recipe, option):
     # only far enough to see that it goes on
-    for event in runs.run_events(recipe, output=option, device="cpu", **{option: True}):
+    for event in run_events(recipe, output=option, device="cpu", **{option: True}):
         if event.stage == "flow":
             return [event.stage]
 
@@ -102,7 +103,7 @@ def fill(folder, leave):
 
 
 def small_disk(recipe, full_at):
-    runs._check_space = lambda job: None
+    DiffusionRun._check_space = lambda self: None
     if full_at == "state":
         fill(full_at, 200_000)
     else:
@@ -112,7 +113,7 @@ def small_disk(recipe, full_at):
             yield from unmeasured()
             return NOTHING
 
-        runs._evaluate = full
+        DiffusionRun._measure = full
     return go(recipe, f"{full_at}/run")
 
 

@@ -1,7 +1,5 @@
-"""FastOCR: each decode step attends to the visual tokens on which the eye rests now."""
+"""FastOCR: each decode step attends to the few visual tokens that a focal layer chose."""
 
-from compress.methods.fastocr.calibration import Calibration, calibrate
 from compress.methods.fastocr.method import FastOCR
-from compress.methods.fastocr.preflight import preflight
 
-__all__ = ["Calibration", "FastOCR", "calibrate", "preflight"]
+__all__ = ["FastOCR"]

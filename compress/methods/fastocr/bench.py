@@ -542,4 +542,12 @@ def _crossover(device: str, found: Mapping[str, Any]) -> str:
     return f"On {device} FastOCR is faster from {least:,} visual tokens on."
 
 
-BENCHMARK = Benchmark("fastocr", DecodeShape, default_shapes, run, table, crossovers)
+BENCHMARK = Benchmark(
+    "fastocr",
+    DecodeShape,
+    "model=tiny,visual=64,text=8",
+    default_shapes,
+    run,
+    table,
+    crossovers,
+)

@@ -46,6 +46,7 @@ class FastOCR(RuntimeMethod):
         ),
     }
     used: ClassVar[str] = "attended"
+    calibrated: ClassVar[tuple[str, ...]] = ("focal_layers",)
 
     name: Literal["fastocr"] = "fastocr"
     keep_visual: Fraction = 0.05
@@ -163,7 +164,13 @@ class FastOCR(RuntimeMethod):
         from compress.methods.fastocr.calibration import calibrate
 
         found = calibrate(model, batches, self.keep_visual, max_new_tokens=max_new_tokens)
-        return Calibrated({"focal_layers": found.focal_layers}, found.facts())
+        recall = [f"{value:.4f} with {n}" for n, value in enumerate(found.curve, start=1)]
+        lines = [
+            f"mean recall  {', '.join(recall)} focal layers",
+            f"order        {', '.join(map(str, found.order))}",
+            f"chosen       {', '.join(map(str, found.focal_layers))}",
+        ]
+        return Calibrated({"focal_layers": found.focal_layers}, found.facts(), lines)
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Let ``model`` decode so until the context is left, which restores everything.

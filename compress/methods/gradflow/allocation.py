@@ -10,17 +10,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DModel
 
 from compress.common.cost import layer_macs, unet_cost, unet_inputs
-from compress.methods.gradflow import surgery
+from compress.methods.gradflow import flow, surgery
 from compress.methods.gradflow.coarse import coarsen
 from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout, build_layout
-from compress.methods.gradflow.method import GradFlow, OneShot
 from compress.methods.gradflow.widths import TOLERANCE, choose_widths
+
+if TYPE_CHECKING:
+    from compress.methods.gradflow.method import ChannelPruning
 
 # inner widths stay within this factor of the uniform ones (our choice: first-order scores tell
 # little about a layer of which hardly anything is left)
@@ -200,7 +203,7 @@ class Allocator:
 
 
 def plan(
-    unet: UNet2DModel, groups: Sequence[ChannelGroup], method: GradFlow | OneShot
+    unet: UNet2DModel, groups: Sequence[ChannelGroup], method: "ChannelPruning"
 ) -> tuple[Layout, Allocator | None]:
     """Lay out the mask as a method's ``allocation`` and ``granularity`` say.
 
@@ -210,20 +213,20 @@ def plan(
 
     Raises
     ------
-    ValueError : for widths that cannot be had, or knobs that exclude each other.
+    ValueError : for widths that cannot be had, or a budget that falls faster than ``max_move``
+        lets masks move.
     """
     layout = build_layout(unet, groups, choose_widths(unet, groups, method.keep_macs))
-    if isinstance(method, GradFlow):
-        if method.granularity == "coarse":
-            layout = coarsen(layout)
-        if method.allocation == "global" and method.process == "hard":
-            raise ValueError(
-                "allocation 'global' lets widths grow again, and process 'hard' removes channels "
-                "for good; choose process 'soft' or allocation 'uniform'"
-            )
-    if method.allocation == "uniform":
-        return layout, None
-    return layout, Allocator(unet, layout, method.keep_macs)
+    steps = method.flow
+    if steps and steps.granularity == "coarse":
+        layout = coarsen(layout)
+    allocator = None
+    if method.allocation == "global":
+        allocator = Allocator(unet, layout, method.keep_macs)
+    if steps and steps.process == "soft":
+        least = allocator.least_quota() if allocator else layout.quota
+        flow.updates_fit(steps.updates, layout.sizes(), least, steps.max_move, steps.budget)
+    return layout, allocator
 
 
 def _uniform_width(free: FreeWidth, layout: Layout) -> int:

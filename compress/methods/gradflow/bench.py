@@ -16,9 +16,9 @@ from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, time_ways
 from compress.common.cost import cost, unet_inputs
 from compress.eval.latency import peak_memory
-from compress.methods.gradflow.groups import find_groups
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.surgery import slim_config
+from compress.methods.gradflow.unets import find_groups
 from compress.methods.gradflow.widths import choose_widths
 from compress.models.builtin.train_ddpm_digits import build_unet
 
@@ -160,4 +160,4 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-BENCHMARK = Benchmark("gradflow", UNetShape, default_shapes, run, table)
+BENCHMARK = Benchmark("gradflow", UNetShape, "model=ddpm-digits", default_shapes, run, table)

@@ -13,60 +13,21 @@ A feed-forward's hidden channels, four for each channel of its level, keep the l
 two halves of GEGLU's projection go together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from torch import nn
 
-from compress.methods.gradflow.groups import ChannelGroup, Slot, check_blocks, level_of
-
-DOWN_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D"}
-MIDDLE_BLOCKS = {"UNetMidBlock2D", "UNetMidBlock2DCrossAttn"}
-UP_BLOCKS = {"UpBlock2D", "CrossAttnUpBlock2D"}
-# what each option may be; anything else would add layers or wiring that the walk does not know
-OPTIONS: Mapping[str, tuple] = {
-    "time_embedding_type": ("positional",),
-    "class_embed_type": (None, "timestep", "identity", "projection"),
-    "addition_embed_type": (None, "text_time"),
-    "encoder_hid_dim_type": (None,),
-    "attention_type": ("default",),
-    "cross_attention_norm": (None,),
-    "dual_cross_attention": (False,),
-    "class_embeddings_concat": (False,),
-    "time_cond_proj_dim": (None,),
-}
-
-
-def check_condition_unet(unet: UNet2DConditionModel) -> None:
-    """Refuse, by name, what gradflow cannot prune in a ``UNet2DConditionModel``.
-
-    Raises
-    ------
-    ValueError : naming the block or option, and what is supported.
-    """
-    check_blocks(unet, DOWN_BLOCKS | MIDDLE_BLOCKS | UP_BLOCKS)
-    for option, known in OPTIONS.items():
-        if unet.config[option] not in known:
-            raise ValueError(
-                f"gradflow expects {option} in {list(known)}; this UNet's config has "
-                f"{unet.config[option]!r}; choose a model with a supported value"
-            )
-    if not isinstance(unet.config.cross_attention_dim, int):
-        raise ValueError(
-            "gradflow expects one cross_attention_dim for all levels; this UNet's config has "
-            f"{unet.config.cross_attention_dim!r}; choose a model with one"
-        )
-    for name, module in unet.named_modules():
-        if isinstance(module, Transformer2DModel) and module.inner_dim != module.in_channels:
-            raise ValueError(
-                f"attention_head_dim={unet.config.attention_head_dim}, the number of heads in "
-                f"this class, should divide the width of every level with attention; {name} has "
-                f"{module.in_channels} channels and {module.num_attention_heads} heads; choose a "
-                "model whose heads fill its levels"
-            )
+from compress.methods.gradflow.groups import (
+    ChannelGroup,
+    Slot,
+    in_forward_order,
+    level_of,
+    merged,
+    out_width,
+)
 
 
 def whole_heads(unet: UNet2DConditionModel) -> bool:
@@ -133,13 +94,10 @@ class _Walk:
         stream.add("conv_out", "in")
         for found in self._streams:
             self._group(found.slots, found.width)
-        order = {name: i for i, name in enumerate(self.modules)}
-        return tuple(sorted(self.groups, key=lambda group: order[group.name]))
+        return in_forward_order(self.groups, self.unet)
 
     def _stream(self, producer: str) -> _Stream:
-        module = self.modules[producer]
-        width = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-        stream = _Stream(width)
+        stream = _Stream(out_width(self.modules[producer]))
         stream.add(producer, "out")
         self._streams.append(stream)
         return stream
@@ -147,7 +105,7 @@ class _Walk:
     def _group(
         self, slots: Iterable[Slot], width: int, unit: int = 1, expansion: int = 1, parts: int = 1
     ) -> None:
-        slots = _merged(slots)
+        slots = merged(slots)
         producers = [slot.module for slot in slots if slot.side == "out"]
         levels = len(self.unet.down_blocks)
         level = min(level_of(producer, levels) for producer in producers)
@@ -235,18 +193,6 @@ class _Walk:
         hidden.add(f"{name}.net.0.proj", "out", copies=2)
         hidden.add(f"{name}.net.2", "in")
         self._group(hidden.slots, width, expansion=width // inner.width)
-
-
-def _merged(slots: Iterable[Slot]) -> tuple[Slot, ...]:
-    """One slot for each module and side: a concatenation may hold the same channels twice."""
-    places: dict[tuple[str, str], dict[int, int]] = {}
-    for slot in slots:
-        found = places.setdefault((slot.module, slot.side), {})
-        found.update(zip(slot.positions, slot.channels, strict=True))
-    return tuple(
-        Slot(module, side, tuple(found), tuple(found.values()))
-        for (module, side), found in places.items()
-    )
 
 
 def condition_groups(unet: UNet2DConditionModel) -> tuple[ChannelGroup, ...]:

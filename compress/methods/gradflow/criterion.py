@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from compress.data.batches import Batch
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.objective import prediction_target
+from compress.models.objective import prediction_target
 from compress.parallel import distributed
 
 Tensors = dict[str, torch.Tensor]

@@ -1,21 +1,73 @@
 """The knobs of gradflow and of the one-shot baselines."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+import math
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.common.settings import Count, NonNegative, Positive
-from compress.methods.base import RunRecord, Section, WeightMethod
+from compress.methods.base import Event, Pruned, PruneJob, RunRecord, Section, WeightMethod
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from compress.bench.suite import Benchmark
-
-Reduction = Literal["absolute", "signed"]
-HessianProduct = Literal["finite", "exact"]
-Allocation = Literal["uniform", "global"]
+    from compress.methods.training import Training
 
 
-class GradFlow(WeightMethod):
+class ChannelPruning(WeightMethod):
+    """What gradflow and one-shot pruning share: how channels are scored, and how many are kept."""
+
+    serves: ClassVar[str] = "diffusion UNets (diffusers)"
+    keeps: ClassVar[str] = "channels, by MACs"
+
+    criterion: str
+    """What scores a channel."""
+    criterion_batches: Count
+    """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
+    reduction: Literal["absolute", "signed"] = "absolute"
+    """"absolute" sums |.| over a channel's weights, "signed" is the first-order change."""
+    hvp: Literal["finite", "exact"] = "finite"
+    """Hessian-vector products by "finite" difference, or "exact" double backward (slower)."""
+    horizon: Positive | None = None
+    """Horizon of the lookahead criterion, in learning rate x SGD steps; null is the learning rate
+    times the optimiser steps between two mask updates."""
+    allocation: Literal["uniform", "global"] = "uniform"
+    """"uniform" keeps one ratio per level, so that the result is a plain diffusers model; "global"
+    lets each resnet and attention have an inner width of its own, chosen by score per MAC under the
+    same budget. In a flow they move with the scores during its first half."""
+
+    @property
+    def flow(self) -> "GradFlow | None":
+        """The knobs of the soft stage; None where the mask is chosen at once."""
+        return None
+
+    @property
+    def score_threshold(self) -> float:
+        """Timesteps with a smaller relative loss are left out by diff_pruning."""
+        return 0.0
+
+    def prune(self, job: PruneJob) -> Generator[Event, None, Pruned]:
+        """Score, cut and train the denoiser; see `WeightMethod`."""
+        from compress.methods.gradflow.train import prune
+
+        return (yield from prune(self, job))
+
+    def forecast(self, pipeline: "DiffusionPipeline", training: "Training") -> dict[str, Any]:
+        """Parameters, MACs, widths and groups; see `WeightMethod`."""
+        from compress.methods.gradflow.forecast import forecast
+
+        return forecast(pipeline, self, training)
+
+    def sections(self, run: RunRecord) -> list[Section]:
+        """What was removed and how, and the training."""
+        from compress.methods.gradflow.figures import sections
+
+        return sections(run)
+
+
+class GradFlow(ChannelPruning):
     """Gradient-flow iterative soft pruning of a diffusion UNet's channels.
 
     Wan et al., "Pruning for Sparse Diffusion Models based on Gradient Flow" (ICASSP 2025, arXiv
@@ -26,8 +78,6 @@ class GradFlow(WeightMethod):
     """
 
     paper: ClassVar[str] = "Pruning for Sparse Diffusion Models based on Gradient Flow, 2501.09464"
-    serves: ClassVar[str] = "diffusion UNets (diffusers)"
-    keeps: ClassVar[str] = "channels, by MACs"
 
     name: Literal["gradflow"] = "gradflow"
     criterion: Literal["gradient_flow", "lookahead", "taylor", "magnitude", "random"] = "taylor"
@@ -42,36 +92,49 @@ class GradFlow(WeightMethod):
     criterion_every: Count = 6
     """Mask updates between criterion estimates."""
     criterion_batches: Count = 2
-    """Minibatches per estimate, with timesteps stratified over the schedule."""
-    reduction: Reduction = "absolute"
-    """"absolute" sums |.| over a channel's weights, "signed" is the first-order change."""
-    hvp: HessianProduct = "finite"
-    """Hessian-vector products by "finite" difference, or "exact" double backward (slower)."""
+    """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     score_ema: float = Field(0.7, ge=0, lt=1)
     """Weight of the past in the scores' running mean."""
-    horizon: Positive | None = None
-    """Horizon of the lookahead criterion, in learning rate x SGD steps; null is lr x update_every.
-    """
     flow_rate: Positive = 0.1
     """Step size of the flow, in masks per unit of normalised score."""
     gamma: float = Field(1.0, ge=0)
     """Final weight of the term that drives masks to 0 or 1; it grows from 0."""
     budget: Literal["s_shaped", "cubic"] = "s_shaped"
     """Shape of the budget's fall. The timestep sinusoid's values that the slim model cannot have
-    fade by the same schedule (our choice: cut at once, they alone make the loss jump as much as
+    shrink by the same schedule (our choice: cut at once, they alone make the loss jump as much as
     one-shot pruning does)."""
     max_move: float = Field(0.1, gt=0, le=1)
     """Continuity bound: no mask moves more than this in one update."""
     settle: float = Field(0.1, ge=0, lt=1)
     """Share of the soft stage after binarisation, when weights train on the binary mask."""
-    allocation: Allocation = "uniform"
-    """"uniform" keeps one ratio per level, so that the result is a plain diffusers model; "global"
-    lets each resnet and attention have an inner width of its own, chosen by score per MAC under the
-    same budget. They move with the scores in the first half of the flow."""
     granularity: Literal["fine", "coarse"] = "fine"
     """"fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels together and
     estimates the criterion a third as often (the journal extension's variant; both numbers are our
     choice)."""
+
+    @model_validator(mode="after")
+    def _check_process(self) -> Self:
+        if self.allocation == "global" and self.process == "hard":
+            raise ValueError(
+                "allocation 'global' lets widths grow again, and process 'hard' removes channels "
+                "for good; choose process 'soft' or allocation 'uniform'"
+            )
+        return self
+
+    @property
+    def flow(self) -> "GradFlow":
+        """These knobs."""
+        return self
+
+    @property
+    def binarised_at(self) -> int:
+        """The optimiser step before which the mask becomes binary."""
+        return self.steps - int(self.settle * self.steps)
+
+    @property
+    def updates(self) -> int:
+        """Mask updates until then."""
+        return math.ceil(self.binarised_at / self.update_every)
 
     @classmethod
     def benchmark(cls) -> "Benchmark":
@@ -80,14 +143,8 @@ class GradFlow(WeightMethod):
 
         return BENCHMARK
 
-    def sections(self, run: RunRecord) -> list[Section]:
-        """What was removed and how, and the training."""
-        from compress.methods.gradflow.figures import sections
 
-        return sections(run)
-
-
-class OneShot(WeightMethod):
+class OneShot(ChannelPruning):
     """One-shot pruning through the same pipeline: score once, cut, train.
 
     The default criterion is Fang et al., "Structural Pruning for Diffusion Models" (NeurIPS 2023,
@@ -95,8 +152,6 @@ class OneShot(WeightMethod):
     """
 
     paper: ClassVar[str] = "Structural Pruning for Diffusion Models, 2305.10924"
-    serves: ClassVar[str] = "diffusion UNets (diffusers)"
-    keeps: ClassVar[str] = "channels, by MACs"
 
     name: Literal["oneshot"] = "oneshot"
     criterion: Literal[
@@ -107,20 +162,15 @@ class OneShot(WeightMethod):
     """Optimiser steps that a soft stage would take; spent on recovery, so that methods are compared
     at equal total steps."""
     criterion_batches: Count = 8
-    """Minibatches per estimate."""
-    reduction: Reduction = "absolute"
-    """As for gradflow."""
-    hvp: HessianProduct = "finite"
-    """As for gradflow."""
-    horizon: Positive | None = None
-    """As for gradflow."""
+    """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     threshold: float = Field(0.05, ge=0, lt=1)
     """Timesteps with a smaller relative loss are left out by diff_pruning."""
-    allocation: Allocation = "uniform"
-    """As for gradflow; the widths are chosen once, like the channels."""
 
-    def sections(self, run: RunRecord) -> list[Section]:
-        """What was removed and how, and the training."""
-        from compress.methods.gradflow.figures import sections
+    @property
+    def score_threshold(self) -> float:
+        """The knob."""
+        return self.threshold
 
-        return sections(run)
+    def label(self) -> str:
+        """One-shot pruning is known by its criterion."""
+        return f"one-shot {self.criterion}"

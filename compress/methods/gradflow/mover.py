@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,8 +15,10 @@ from compress.methods.gradflow.allocation import Allocator
 from compress.methods.gradflow.coarse import COARSE_REFRESH
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.method import GradFlow, OneShot
 from compress.parallel import sharding
+
+if TYPE_CHECKING:
+    from compress.methods.gradflow.method import ChannelPruning
 
 TRACED_UNITS = 400
 # share of the flow after which free inner widths stay as they are
@@ -82,15 +84,11 @@ class MaskMover:
     seed : of the random criterion.
     device : where the mask lives.
     allocator : chooses the inner widths where they are free.
-
-    Raises
-    ------
-    ValueError : when the continuity bound does not let the budget fall as scheduled.
     """
 
     def __init__(
         self,
-        method: GradFlow | OneShot,
+        method: "ChannelPruning",
         layout: Layout,
         scheduler,
         batches: Callable[[int], list[Batch]],
@@ -104,20 +102,10 @@ class MaskMover:
         self.seed, self.allocator, self._layout = seed, allocator, layout
         self.block = layout.block.to(device)
         self.sizes = layout.sizes().to(device).float()
-        every = method.update_every if isinstance(method, GradFlow) else 1
-        self.horizon = method.horizon or step_rate * every
+        flow_knobs = method.flow
+        self.horizon = method.horizon or step_rate * (flow_knobs.update_every if flow_knobs else 1)
         # the optimiser step before which the mask becomes binary
-        self.binarised_at = 0
-        if isinstance(method, GradFlow):
-            self.binarised_at = method.steps - int(method.settle * method.steps)
-            if method.process == "soft":
-                flow.updates_fit(
-                    math.ceil(self.binarised_at / method.update_every),
-                    self.sizes.cpu(),
-                    layout.quota if allocator is None else allocator.least_quota(),
-                    method.max_move,
-                    method.budget,
-                )
+        self.binarised_at = flow_knobs.binarised_at if flow_knobs else 0
         zeros = torch.zeros(layout.units, device=device)
         self.state = MaskState(
             zeros, zeros.clone(), zeros.bool(), layout.quota.to(device), zeros.clone()
@@ -135,13 +123,11 @@ class MaskMover:
 
     def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
         """Move the mask when it is due before optimiser step ``step``; returns the log row."""
-        method = self.method
-        if not isinstance(method, GradFlow):
-            return None
-        if step >= self.binarised_at or step % method.update_every:
+        method = self.method.flow
+        if method is None or step >= method.binarised_at or step % method.update_every:
             return None
         update = step // method.update_every
-        progress = (update + 1) / math.ceil(self.binarised_at / method.update_every)
+        progress = (update + 1) / method.updates
         every = method.criterion_every
         if method.granularity == "coarse":
             every *= COARSE_REFRESH
@@ -204,10 +190,10 @@ class MaskMover:
         fresh = scoring.normalise(raw, self._layout, method.criterion)
         shared = scoring.normalise(raw, self._layout, "lookahead")
         rank = None
-        if state.estimates and isinstance(method, GradFlow):
+        if state.estimates and method.flow:
             alive = soft.mask > 0.05
             rank = flow.spearman(state.last_scores[alive], fresh[alive])
-            decay = method.score_ema
+            decay = method.flow.score_ema
             state.scores = decay * state.scores + (1 - decay) * fresh
             state.shared_scores = decay * state.shared_scores + (1 - decay) * shared
         else:
@@ -226,7 +212,7 @@ class MaskMover:
                 soft,
                 self.scheduler,
                 batches,
-                threshold=method.threshold,
+                threshold=method.score_threshold,
                 parts=len(batches) // method.criterion_batches,
             )
         return scoring.raw_scores(

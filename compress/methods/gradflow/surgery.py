@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from compress.methods.gradflow.condition import heads_of_levels, whole_heads
+from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import Layout
-from compress.models.free_width import FreeWidthUNet2DModel
+from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 
 UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
 
@@ -39,6 +40,14 @@ def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dic
     shift = layout.freq_shift
     config["freq_shift"] = int(shift) if float(shift).is_integer() else shift
     return config
+
+
+def width_rows(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> list[dict[str, Any]]:
+    """Rows ``{level, dense, compressed}`` of the levels' widths and of free inner widths."""
+    levels = enumerate(zip(dense_widths(unet), layout.widths, strict=True))
+    rows = [(f"block_out_channels[{i}]", dense, slim) for i, (dense, slim) in levels]
+    rows += [(n, inner_width(unet.get_submodule(n)), slim) for n, slim in layout.inner.items()]
+    return [dict(zip(("level", "dense", "compressed"), row, strict=True)) for row in rows]
 
 
 def slim_unet(unet: UNet, layout: Layout) -> UNet:

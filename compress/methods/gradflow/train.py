@@ -4,10 +4,9 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,79 +14,62 @@ from diffusers import UNet2DModel
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from compress.common.journal import Journal, Saved, Tensors
+from compress.common.journal import Saved, Tensors
 from compress.data.batches import Batch, Examples, StepSampler, flipped
-from compress.data.sources import ImageData, Images, Pairs, stacked
-from compress.methods.base import Event
+from compress.data.sources import Pairs, stacked
+from compress.methods.base import Event, Pruned, PruneJob
 from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.distill import Teacher
-from compress.methods.gradflow.groups import find_groups
+from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.method import GradFlow, OneShot
 from compress.methods.gradflow.mover import MaskMover, MaskState
-from compress.methods.gradflow.objective import Inputs, noise_schedule, prediction_target
-from compress.methods.training import Training
+from compress.methods.gradflow.unets import find_groups
+from compress.models.objective import (
+    VALIDATED_AT_ONCE,
+    check_trainable,
+    inputs_of,
+    noise_schedule,
+    prediction_target,
+    validation_loss,
+)
+from compress.models.pipelines import denoiser, placed
 from compress.parallel import distributed, sharding
 
+if TYPE_CHECKING:
+    from compress.methods.gradflow.method import ChannelPruning
+
 WARM_UP = 20
-VALIDATION_DRAWS = 2
-VALIDATED_AT_ONCE = 256
 COMPARED = 64
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """The slim UNet (averaged weights) and the facts of its making."""
+def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pruned]:
+    """Prune the denoiser of a pipeline, which is back in its place at the end, as it was.
 
-    unet: UNet2DModel
-    widths: tuple[int, ...]
-    report: dict[str, Any]
-    trace: Tensors
-    inner_widths: dict[str, int] = field(default_factory=dict)
+    Yields
+    ------
+    Event : "prepare" with the widths, when everything is checked and nothing is written; then one
+        for each optimiser step.
 
-
-def validation_loss(
-    predict: Callable[..., torch.Tensor],
-    images: Images | torch.Tensor,
-    scheduler,
-    draws: int = VALIDATION_DRAWS,
-    *,
-    inputs: Inputs | None = None,
-    conditions: Sequence[Any] | None = None,
-    device: torch.device | str | None = None,
-) -> float:
-    """Mean squared error of the prediction over all images, with fixed noise and timesteps.
-
-    Parameters
-    ----------
-    predict : maps noisy samples ``(batch, channels, height, width)``, timesteps ``(batch,)`` and
-        further inputs of the UNet, by name, to the prediction.
-    images : ``(n, channels, height, width)`` in [-1, 1].
-    scheduler : for ``add_noise`` and the target.
-    draws : noise draws per image.
-    inputs : makes clean samples and conditions; pixels alone by default.
-    conditions : what the data says about each image.
-    device : where ``predict`` works; where the images are when None.
+    Raises
+    ------
+    ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
     """
-    inputs = inputs or Inputs()
-    pairs, count = Pairs(images, conditions), len(images)
-    total, length = 0.0, scheduler.config.num_train_timesteps
-    with torch.no_grad():
-        for draw in range(draws):
-            for first in range(0, count, VALIDATED_AT_ONCE):
-                part = range(first, min(first + VALIDATED_AT_ONCE, count))
-                examples = stacked(pairs[index] for index in part)
-                examples = examples._replace(images=examples.images.to(device))
-                batch = inputs.batch(examples, length, 99, draw, first, count)
-                noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-                predicted = predict(noisy, batch.timesteps, **batch.condition)
-                error = (predicted - prediction_target(scheduler, batch)).square()
-                total += error.mean(dim=(1, 2, 3)).sum().item()
-    return total / (draws * count)
+    check_trainable(job.pipeline)
+    _, unet = denoiser(job.pipeline)
+    with placed([unet, *inputs_of(job.pipeline).modules], job.device):
+        run = PruningRun(method, job)
+        yield Event(
+            "prepare",
+            1,
+            1,
+            message=f"widths {dense_widths(unet)} -> {run.layout.widths}, {run.total_steps} "
+            "optimiser steps",
+        )
+        return (yield from run.events())
 
 
 def _predicted(
@@ -119,44 +101,27 @@ class PruningRun:
 
     Parameters
     ----------
-    unet : the dense model; never modified.
-    scheduler : its noise scheduler.
-    data : training images and held-out images, with captions or labels where the model takes them.
-    method, training : the knobs.
-    journal : where log and state go.
-    device : where to train, a process's own where there are several; accelerate's choice when
-        None.
-    resume : go on from the journal's state if it has one.
-    inputs : makes the UNet's clean samples and conditions; pixels alone by default.
+    method : the knobs.
+    job : what to prune, on which data; its ``device`` is a process's own where there are several.
 
     Raises
     ------
     ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
     """
 
-    def __init__(
-        self,
-        unet: UNet2DModel,
-        scheduler,
-        data: ImageData,
-        method: GradFlow | OneShot,
-        training: Training,
-        journal: Journal,
-        *,
-        device: str | None = None,
-        resume: bool = False,
-        inputs: Inputs | None = None,
-    ) -> None:
-        self.scheduler = noise_schedule(scheduler)
-        self.data, self.method, self.training, self.journal = data, method, training, journal
-        self.inputs = inputs or Inputs()
-        self.inputs.check(data)
+    def __init__(self, method: "ChannelPruning", job: PruneJob) -> None:
+        self.method, self.data = method, job.data
+        self.training, self.journal = job.training, job.journal
+        self.scheduler = noise_schedule(job.pipeline.scheduler)
+        self.inputs = inputs_of(job.pipeline)
+        self.inputs.check(self.data)
+        training, journal, (_, unet) = job.training, job.journal, denoiser(job.pipeline)
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation,
             log_with=list(training.trackers) or None,
             project_dir=journal.folder,
-            cpu=device == "cpu",
+            cpu=job.device == "cpu",
         )
         training.check_batch(self.accelerator.num_processes)
         sharding.gather_in_float32(self.accelerator)
@@ -166,7 +131,6 @@ class PruningRun:
         self.inputs.to(self.device)
         self.groups = find_groups(unet)
         layout, allocator = plan(unet, self.groups, method)
-        self.widths = layout.widths
         self.mover = MaskMover(
             method,
             layout,
@@ -177,7 +141,7 @@ class PruningRun:
             device=self.device,
             allocator=allocator,
         )
-        self.flow_steps = method.steps if isinstance(method, GradFlow) else 0
+        self.flow_steps = method.flow.steps if method.flow else 0
         self.total_steps = method.steps + training.steps
         self.teacher = Teacher(self.dense, training.distill, training.distill_features, layout)
         self.train_seconds = 0.0
@@ -186,11 +150,11 @@ class PruningRun:
         self.ema: Tensors = {}
         journal.keep = training.keep_states
         journal.writes &= self.accelerator.is_main_process
-        saved = journal.load() if resume else None
+        saved = journal.load() if job.resume else None
         distributed.check_same(
             "recipe, model and saved state (the run's folder must be one that every process sees)",
             dict(unet.named_parameters()) | (saved.tensors if saved else {}),
-            (method, training, self.widths, len(data.train), saved and saved.facts),
+            (method, training, layout.widths, len(self.data.train), saved and saved.facts),
         )
         self._enter(saved)
 
@@ -210,7 +174,7 @@ class PruningRun:
         if self.training.trackers:
             self.accelerator.init_trackers("compress")
         if self.stage == "flow":
-            if isinstance(self.method, GradFlow):
+            if self.flow_steps:
                 yield from self._steps("flow", self.flow_steps)
             else:
                 self._score_once()
@@ -219,9 +183,8 @@ class PruningRun:
         yield from self._steps("recover", self.total_steps)
         if self.training.trackers:
             self.accelerator.end_training()
-        return Pruned(
-            self._averaged(), self.widths, self._report(), self.mover.trace(), self.layout.inner
-        )
+        widths = surgery.width_rows(self.dense, self.layout)
+        return Pruned(self._averaged(), widths, self._report(), self.mover.trace())
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
         batches = self._batches(self.step, stop)
@@ -482,7 +445,7 @@ class PruningRun:
             "criterion_share": state.seconds / max(self.train_seconds, 1e-9),
             "optimiser_steps": self.step,
             "returned_channels": state.returned,
-            "surgery": self.surgery_facts,
+            "surgery": {k: v if math.isfinite(v) else None for k, v in self.surgery_facts.items()},
         }
 
     # ---- state ------------------------------------------------------------------------------

@@ -296,4 +296,4 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-BENCHMARK = Benchmark("rtprune", PrefillShape, default_shapes, run, table)
+BENCHMARK = Benchmark("rtprune", PrefillShape, "model=reader-deepseek", default_shapes, run, table)

@@ -3,7 +3,7 @@
 Autoencoder and text encoders are used as they are: evaluated without gradients, never trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +11,10 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 
 from compress.data.batches import Batch, Examples, by_chance, noise_and_timesteps, noise_of
-from compress.data.sources import ImageData, Wanted
+from compress.data.sources import ImageData, Images, Pairs, Wanted, stacked
 from compress.models.pipelines import (
     autoencoder_of,
+    check_pipeline,
     fresh_scheduler,
     image_shape,
     kind_of,
@@ -27,6 +28,20 @@ ENCODED_AT_ONCE = 8
 DROPPED, POSTERIOR = 2, 3
 # LDMTextToImagePipeline pads to this length, whatever its tokenizer says
 LDM_TOKENS = 77
+VALIDATION_DRAWS = 2
+VALIDATED_AT_ONCE = 256
+VALIDATION_SEED = 99
+
+
+def check_trainable(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose denoiser cannot be trained and sampled here.
+
+    Raises
+    ------
+    ValueError : naming what is not supported.
+    """
+    check_pipeline(pipeline)
+    noise_schedule(pipeline.scheduler)
 
 
 def noise_schedule(scheduler: Any) -> DDPMScheduler:
@@ -42,18 +57,18 @@ def noise_schedule(scheduler: Any) -> DDPMScheduler:
     needed = {"num_train_timesteps", "beta_schedule"}
     if not needed <= set(config):
         raise ValueError(
-            f"gradflow trains on a discrete schedule with {', '.join(sorted(needed))}; {name} "
+            f"compress trains on a discrete schedule with {', '.join(sorted(needed))}; {name} "
             "has another one; choose a pipeline with a DDPM-like scheduler"
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
-            f"gradflow trains models with prediction_type in {', '.join(PREDICTIONS)}; this "
+            f"compress trains models with prediction_type in {', '.join(PREDICTIONS)}; this "
             f"pipeline's scheduler has {prediction!r}; choose another pipeline"
         )
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(
-            f"gradflow trains on discrete timesteps; {name} has timestep_type "
+            f"compress trains on discrete timesteps; {name} has timestep_type "
             f"{config['timestep_type']!r}; choose another pipeline"
         )
     return fresh_scheduler(DDPMScheduler, config)
@@ -343,3 +358,43 @@ def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
             size=image_shape(pipeline)[0],
         )
     return Inputs(wants, encode, condition)
+
+
+def validation_loss(
+    predict: Callable[..., torch.Tensor],
+    images: Images | torch.Tensor,
+    scheduler: Any,
+    draws: int = VALIDATION_DRAWS,
+    *,
+    inputs: Inputs | None = None,
+    conditions: Sequence[Any] | None = None,
+    device: torch.device | str | None = None,
+) -> float:
+    """Mean squared error of the prediction over all images, with fixed noise and timesteps.
+
+    Parameters
+    ----------
+    predict : maps noisy samples ``(batch, channels, height, width)``, timesteps ``(batch,)`` and
+        further inputs of the UNet, by name, to the prediction.
+    images : ``(n, channels, height, width)`` in [-1, 1].
+    scheduler : for ``add_noise`` and the target.
+    draws : noise draws per image.
+    inputs : makes clean samples and conditions; pixels alone by default.
+    conditions : what the data says about each image.
+    device : where ``predict`` works; where the images are when None.
+    """
+    inputs = inputs or Inputs()
+    pairs, count = Pairs(images, conditions), len(images)
+    total, length = 0.0, scheduler.config.num_train_timesteps
+    with torch.no_grad():
+        for draw in range(draws):
+            for first in range(0, count, VALIDATED_AT_ONCE):
+                part = range(first, min(first + VALIDATED_AT_ONCE, count))
+                examples = stacked(pairs[index] for index in part)
+                examples = examples._replace(images=examples.images.to(device))
+                batch = inputs.batch(examples, length, VALIDATION_SEED, draw, first, count)
+                noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+                predicted = predict(noisy, batch.timesteps, **batch.condition)
+                error = (predicted - prediction_target(scheduler, batch)).square()
+                total += error.mean(dim=(1, 2, 3)).sum().item()
+    return total / (draws * count)

@@ -1,0 +1,101 @@
+"""What an evaluation depends on: the settings that recipes, Python and the command line share."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+
+from compress.common.settings import Count, Settings
+
+
+class Sampling(Settings):
+    """How the images of the diffusion suite are drawn, of the dense and the compressed model alike.
+
+    The sampling seeds belong to the evaluation, not to the training: runs with different training
+    seeds are compared on the same noise and share the dense model's cached images.
+    """
+
+    samples: int = Field(512, ge=2)
+    """Images per sampling seed; the distances need many, and are biased upwards by few."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler: ddim (deterministic, eta 0) or ddpm (ancestral)."""
+    steps: Count = 20
+    """Denoising steps per image."""
+    guidance_scale: float | None = Field(None, ge=1)
+    """Classifier-free guidance, for pipelines that take prompts; 1 is none, null the pipeline's own
+    default."""
+    batch: Count = 128
+    """Images that are drawn together; no effect on the noise of an image. Throughput and peak
+    memory are measured at this batch, or at 64 if that is less."""
+    sampling_seeds: Count = 3
+    """Independent sets of images; the confidence intervals come from their spread, so at least 2
+    give one."""
+    inception_weights: str | None = Field(None, min_length=1)
+    """File with the FID Inception weights, for models that need it; torch-fidelity downloads them
+    where it is null."""
+
+
+class SamplingSettings(Sampling):
+    """`Sampling` of a pipeline: with the conditions that its images are drawn of."""
+
+    seed: int = 0
+    """The first sampling seed; the others follow it."""
+    conditions: tuple[Any, ...] = ()
+    """Prompts or class labels, for pipelines that take them: sample ``i`` of every seed has the
+    ``i``-th of them, in turn."""
+
+    @property
+    def seeds(self) -> range:
+        """The sampling seeds."""
+        return range(self.seed, self.seed + self.sampling_seeds)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches in which all images are drawn."""
+        return self.sampling_seeds * math.ceil(self.samples / self.batch)
+
+    def __str__(self) -> str:
+        """Describe it as ``3 seeds x 512 images, DDIM, 20 steps``."""
+        extra = f", {len(self.conditions)} conditions in turn" if self.conditions else ""
+        if self.guidance_scale is not None:
+            extra += f", guidance {self.guidance_scale:g}"
+        return (
+            f"{self.sampling_seeds} seeds x {self.samples} images, {self.sampler.upper()}, "
+            f"{self.steps} steps{extra}"
+        )
+
+
+class ReadSettings(Settings):
+    """How a vision-language model reads a page."""
+
+    prompt: str | None = None
+    """Instruction to the model; the family's own for plain text when null."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest text of a page, in tokens; what the checkpoint says when null."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights."""
+    mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
+    """Resolution of DeepSeek-OCR; the checkpoint's own when null."""
+
+
+class OcrEvaluation(ReadSettings):
+    """What a reader is measured on, dense and compressed alike."""
+
+    samples: Count = 64
+    """Rendered pages of each kind; a folder is read as a whole."""
+    unseen_font: bool = False
+    """Whether rendered pages come in the font that no training page has, too."""
+    batch: Count = 8
+    """Pages that are read together."""
+    ocean_order: Literal["correct", "published"] = "correct"
+    """Whether Ocean-OCR's metrics get the model's text as prediction (correct) or, as in their
+    published script, the label."""
+
+
+class Calibration(Settings):
+    """Pages on which a method measures the settings that are left open."""
+
+    pages: Count = 16
+    """Number of calibration pages: rendered validation pages, or the first of a folder."""
+    max_new_tokens: int = Field(128, ge=2)
+    """Longest text of a calibration page, in tokens."""
