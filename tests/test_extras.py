@@ -1,9 +1,13 @@
 """Optional packages: what is said where one is missing, and what works without them."""
 
+import json
+
 import pytest
 
+from builders import programs
 from compress import doctor
 from compress.common.extras import EXTRAS, MissingExtraError, extra
+from compress.reports.html import drawn
 
 
 def test_a_missing_package_is_one_line_with_the_command():
@@ -39,3 +43,26 @@ def test_doctor_shows_the_extras(monkeypatch, requires, found, ok):
         assert check.ok is ok and not check.required
         command = f"pip install 'compress-models[{name}]'"
         assert (command in check.hint) is (found != "installed")
+
+
+def test_a_report_without_matplotlib_says_so():
+    def draw():
+        with extra("report", "drawing figures"):
+            import no_such_package  # noqa: F401
+
+    assert drawn(lambda: []) == []
+    [section] = drawn(draw)
+    assert section.figures == () and "pip install 'compress-models[report]'" in section.notes[0]
+
+
+def test_what_needs_an_extra_is_refused_before_work_begins(tmp_path):
+    lines = (
+        "run ddpm_oneshot --dry-run --json",
+        f"run reader_fastocr --output {tmp_path / 'run'}",
+    )
+    done = programs.run("without_extras", *lines, cwd=tmp_path, fresh=True)
+    assert done.stdout.splitlines()[-2:] == ["exit 0", "exit 2"]
+    assert json.loads(done.stdout[: done.stdout.index("exit")])["problems"] == []
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line.endswith("which is not installed; run: pip install 'compress-models[ocr]'")
+    assert not (tmp_path / "run").exists()

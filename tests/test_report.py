@@ -17,8 +17,7 @@ from compress.eval.metrics import METRICS
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.figures import returned_units, smooth
 from compress.reports.comparison import compare
-from compress.reports.diffusion import write_report
-from compress.reports.figures import sample_grid
+from compress.reports.diffusion import sample_grid, write_report
 from compress.reports.run_folder import read_run
 
 UNITS = {

@@ -2,13 +2,17 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @contextlib.contextmanager
@@ -109,3 +113,10 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def image_png(image: "Image.Image", **options: Any) -> bytes:
+    """A picture as a PNG file; ``options`` are Pillow's."""
+    target = io.BytesIO()
+    image.save(target, format="PNG", **options)
+    return target.getvalue()

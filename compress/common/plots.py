@@ -5,8 +5,6 @@ import io
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
-from PIL import Image
-
 from compress.common.extras import extra
 
 with extra("report", "drawing figures"):
@@ -68,10 +66,3 @@ def legend_above(axes: Axes) -> None:
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if entries > 1 else 1, borderpad=0.2
     )
-
-
-def image_png(image: Image.Image, **options: Any) -> bytes:
-    """A picture as a PNG file; ``options`` are Pillow's."""
-    target = io.BytesIO()
-    image.save(target, format="PNG", **options)
-    return target.getvalue()

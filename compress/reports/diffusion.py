@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from compress.common.files import image_png
 from compress.eval.metrics import number_text
 from compress.methods.base import Figure, Section, WeightMethod
-from compress.reports.figures import sample_grid
-from compress.reports.html import Card, write_page
+from compress.reports.html import Card, drawn, write_page
 from compress.reports.run_folder import Run, metric_of, read_run
 
+GRID = 8  # samples in a row
 HEADLINE = ("params", "fid", "fid_digits", "ssim_to_dense", "latency_ms")
 
 
@@ -39,7 +43,7 @@ def write_report(folder: Path, method: WeightMethod) -> Path:
         _line(run, method),
         lead=_lead(run.metrics["metrics"], method),
         cards=_cards(run.metrics["metrics"]),
-        sections=[*_samples(run), *method.sections(run)],
+        sections=[*_samples(run), *drawn(lambda: method.sections(run))],
         recipe=run.recipe_text,
     )
 
@@ -85,3 +89,19 @@ def _samples(run: Run) -> list[Section]:
         if side in run.samples
     ]
     return [Section("Samples, from the same noise", figures=figures)] if figures else []
+
+
+def sample_grid(images: np.ndarray, scale: int = 4) -> bytes:
+    """Tile the first 64 images, uint8 ``(n, channels, height, width)``, eight a row, as a PNG."""
+    chosen = images[: GRID * GRID]
+    count, channels, height, width = chosen.shape
+    rows = -(-count // GRID)
+    tiles = np.full((rows * (height + 1) + 1, GRID * (width + 1) + 1, channels), 255, np.uint8)
+    for index, image in enumerate(chosen):
+        top, left = 1 + index // GRID * (height + 1), 1 + index % GRID * (width + 1)
+        tiles[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(tiles[..., 0] if channels == 1 else tiles)
+    # small images only: large ones are legible as they are
+    scale = max(1, min(scale, 1200 // picture.width))
+    size = picture.width * scale, picture.height * scale
+    return image_png(picture.resize(size, Image.Resampling.NEAREST), optimize=True)

@@ -3,9 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from compress.common.plots import (
     COLOURS,
     COMPRESSED,
@@ -16,29 +13,10 @@ from compress.common.plots import (
     PercentFormatter,
     Plot,
     canvas,
-    image_png,
     styled,
 )
 from compress.eval.metrics import arrow, number_text
 from compress.reports.run_folder import metric_of
-
-GRID = 8
-
-
-def sample_grid(images: np.ndarray, scale: int = 4) -> bytes:
-    """Tile the first 64 images, uint8 ``(n, channels, height, width)``, eight a row, as a PNG."""
-    chosen = images[: GRID * GRID]
-    count, channels, height, width = chosen.shape
-    rows = -(-count // GRID)
-    tiles = np.full((rows * (height + 1) + 1, GRID * (width + 1) + 1, channels), 255, np.uint8)
-    for index, image in enumerate(chosen):
-        top, left = 1 + index // GRID * (height + 1), 1 + index % GRID * (width + 1)
-        tiles[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(tiles[..., 0] if channels == 1 else tiles)
-    # small images only: large ones are legible as they are
-    scale = max(1, min(scale, 1200 // picture.width))
-    size = picture.width * scale, picture.height * scale
-    return image_png(picture.resize(size, Image.Resampling.NEAREST), optimize=True)
 
 
 @styled

@@ -1,13 +1,14 @@
 """Reports as self-contained HTML pages, from the template beside this module."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader
 
+from compress.common.extras import MissingExtraError
 from compress.common.files import write_bytes, write_text
 from compress.eval.metrics import arrow, number_text
 from compress.methods.base import Figure, Section
@@ -43,6 +44,14 @@ class PageText(NamedTuple):
     picture: Figure
     pieces: Sequence[tuple[str, str]]
     marked: bool
+
+
+def drawn(draw: Callable[[], Sequence[Section]]) -> Sequence[Section]:
+    """The sections that ``draw`` returns; one that says why where there is nothing to draw with."""
+    try:
+        return draw()
+    except MissingExtraError as error:
+        return [Section("Figures", [f"Left out: {error}."])]
 
 
 def write_page(

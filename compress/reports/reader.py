@@ -1,17 +1,18 @@
 """The reports of a run on a reader, and of an evaluation of one."""
 
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.common.plots import image_png
+from compress.common.extras import MissingExtraError
+from compress.common.files import image_png
 from compress.data.ocr_pages import OcrData, OcrPage
 from compress.eval.ocr import Prediction, read_predictions
 from compress.eval.text_metrics import edit_distance, normalise
 from compress.methods.base import Figure, RuntimeMethod, Section, Shown
-from compress.reports.figures import retention_plot
-from compress.reports.html import Card, PageText, Table, write_page
+from compress.reports.html import Card, PageText, Table, drawn, write_page
 from compress.reports.reader_rows import measure, series_name, used_share
 from compress.reports.run_folder import metric_of
 
@@ -44,14 +45,18 @@ def write_reader_report(
     read = read_predictions(folder / compressed.file)
     batches = [prediction.facts for prediction in read if prediction.facts]
     image = data.pages[0].open()
-    sections: list[Section] = [_comparison(metrics["comparison"], metrics["accuracy"])]
-    for method in compressed.methods:
-        others = [other for other in compressed.methods if other is not method]
-        facts = [batch[method.name] for batch in batches if method.name in batch]
-        sections += method.sections(Shown(model, processor, image, prompt, others, facts))
-    by_name: dict[str, RuntimeMethod] = {m.name: m for v in variants for m in v.methods}
-    for name, calibration in (metrics["calibration"] or {}).items():
-        sections += by_name[name].calibration_sections(calibration)
+
+    def of_methods() -> list[Section]:
+        sections: list[Section] = []
+        for method in compressed.methods:
+            others = [other for other in compressed.methods if other is not method]
+            facts = [batch[method.name] for batch in batches if method.name in batch]
+            sections += method.sections(Shown(model, processor, image, prompt, others, facts))
+        by_name: dict[str, RuntimeMethod] = {m.name: m for v in variants for m in v.methods}
+        for name, calibration in (metrics["calibration"] or {}).items():
+            sections += by_name[name].calibration_sections(calibration)
+        return sections
+
     facts = metrics["run"]
     return write_page(
         folder,
@@ -62,7 +67,7 @@ def write_reader_report(
             f"method {' + '.join(facts['method'])}",
         ],
         cards=_cards(metrics["comparison"][1], metrics["accuracy"], compressed.methods),
-        sections=sections,
+        sections=[_comparison(metrics["comparison"], metrics["accuracy"]), *drawn(of_methods)],
         pages=chosen_pages(data, read),
     )
 
@@ -111,12 +116,18 @@ def _comparison(rows: Sequence[Mapping[str, Any]], accuracy: str) -> Table:
         lines.append([row["variant"], _count(used), *counts, *values])
         if used is not None and retention:
             series.setdefault(series_name(row), []).append((used, retention))
-    caption = f"Accuracy ({accuracy}) against visual tokens used"
+    figures = []
+    # where it is missing the other figures' section says so
+    with contextlib.suppress(MissingExtraError):
+        from compress.reports.figures import retention_plot
+
+        if series:
+            caption = f"Accuracy ({accuracy}) against visual tokens used"
+            plot = retention_plot(series, accuracy)
+            figures.append(Figure("comparison", plot, caption, "wide"))
     return Table(
         "Every variant, on the same pages",
-        figures=[Figure("comparison", retention_plot(series, accuracy), caption, "wide")]
-        if series
-        else [],
+        figures=figures,
         headings=[
             "Variant",
             "Visual tokens used",

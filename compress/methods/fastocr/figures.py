@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from compress.common.plots import COMPRESSED, DENSE, Plot, canvas, image_png, styled
+from compress.common.files import image_png
+from compress.common.plots import COMPRESSED, DENSE, Plot, canvas, styled
 from compress.methods.base import Figure, Section, Shown
 from compress.methods.fastocr.trace import trace
 from compress.models.page_pictures import KEPT, NO_PLACES, beside, panels_caption, tokens_on_page

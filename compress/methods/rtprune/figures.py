@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from compress.common.plots import COMPRESSED, Plot, canvas, image_png, styled
+from compress.common.files import image_png
+from compress.common.plots import COMPRESSED, Plot, canvas, styled
 from compress.methods.base import Figure, Section, Shown
 from compress.methods.rtprune.pages import PrunedPage
 from compress.models.page_pictures import (
