@@ -239,6 +239,19 @@ def test_tables_share_the_runs_whose_recipe_is_the_same(shipped):
     assert shipped["main"].path == shipped["ablation"].path != shipped["allocation"].path
 
 
+@pytest.mark.slow
+def test_a_run_becomes_a_row(tmp_path):
+    sets = ["method={name: oneshot, steps: 0, criterion: magnitude}", "recover.steps=2"]
+    sets += ["recover.batch=2", "recover.distill=0", "evaluate.samples=8", "evaluate.steps=2"]
+    tiny = TOY | {"blocks": [{"method": {"tiny": sets}}], "best_within": [], "seeds": 1}
+    table = diffusion.table("tiny", tiny, tmp_path)
+    assert "    recover" in list(table.run_missing()) and list(table.run_missing()) == []
+    [row] = read_rows(table.path)
+    assert row["optimiser_steps"] == 2 and row["prune_cpu_seconds"] > 0
+    assert set(diffusion.QUALITY) <= set(row["values"]) and not tables.is_stale(row)
+    assert cells(table.render())[0][:2] == ["tiny", "1"]
+
+
 # ---- one recipe on several processes -------------------------------------------------------
 
 

@@ -44,28 +44,20 @@ def lines(rows: Sequence[Row]) -> list[Row]:
 
 def body(benchmark: Benchmark, rows: Sequence[Row]) -> str:
     """The benchmark's own table, and what holds for all benchmarks."""
-    measured = newest([row for row in rows if row["part"] not in CEILINGS])
+    measured = lines(rows)
     notes = [benchmark.table(measured), "Times are ms, median [p20, p80], taking turns."]
-    if any(row["shape"].get("without") for row in measured):
+    if any(row.get("without") for row in measured):
         notes.append(
             "A dash is a dense way that was left out, as what it copies did not fit in memory."
         )
-    return " ".join([*notes, *_ceilings(rows)])
-
-
-def _ceilings(rows: Sequence[Row]) -> list[str]:
-    """The ceilings of each device, the best of those that were measured."""
-    notes = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        here = [row for row in rows if row["device"] == device]
-        copies = [row["gb_per_s"] for row in here if row["part"] == "copy"]
-        rates: dict[str, float] = {}
-        for row in here:
-            if row["part"] == "matrix":
-                dtype = row["shape"]["dtype"]
-                rates[dtype] = max(row["tflop_per_s"], rates.get(dtype, 0.0))
-        best = [f"{max(copies):.1f} GB/s copying"] if copies else []
-        best += [f"{rate:.3g} TFLOP/s ({dtype})" for dtype, rate in rates.items()]
-        if best:
-            notes.append(f"Ceilings measured beside them on {device}: {', '.join(best)}.")
-    return notes
+        best = {"GB/s copying": 0.0}
+        for row in rows:
+            if row["device"] == device and row["part"] == "copy":
+                best["GB/s copying"] = max(row["gb_per_s"], best["GB/s copying"])
+            elif row["device"] == device and row["part"] == "matrix":
+                unit = f"TFLOP/s ({row['shape']['dtype']})"
+                best[unit] = max(row["tflop_per_s"], best.get(unit, 0.0))
+        ceilings = ", ".join(f"{value:#.3g} {unit}" for unit, value in best.items())
+        notes.append(f"Ceilings measured beside them on {device}: {ceilings}.")
+    return " ".join(notes)

@@ -33,20 +33,23 @@ _floor = cache(floor)
 
 def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
     """A declared table, its rows in the folder ``results``."""
-    lines, jobs = {}, []
-    for seed, (labels, sets) in itertools.product(
-        range(declared.get("seeds", 3)), list(_combinations(declared["blocks"]))
-    ):
-        line = ", ".join(f"{label} {value}" for label, value in labels.items())
-        lines[line] = labels
-        jobs.append(_job(line, declared["recipe"], sets, seed))
-    return Table(
-        name,
-        partial(_body, declared, lines, jobs),
-        results / declared["rows"],
-        jobs,
-        partial(_lines, lines, jobs),
-    )
+    lines = list(_combinations(declared["blocks"]))
+    jobs = [
+        _job(labels, sets, declared["recipe"], seed)
+        for seed in range(declared.get("seeds", 3))
+        for labels, sets in lines
+    ]
+
+    def measured(rows: Sequence[Row]) -> list[Row]:
+        return _lines([labels for labels, _ in lines], jobs, rows)
+
+    def body(rows: Sequence[Row]) -> str:
+        columns = (*QUALITY, *SHARES, *TIMES) if declared.get("costs") else QUALITY
+        labels, within = [*declared["blocks"][0], "seeds"], declared.get("best_within", ())
+        shown = _shown(measured(rows), labels, columns, within)
+        return f"{shown}\n\n{_note(declared, rows, len(jobs))}"
+
+    return Table(name, body, results / declared["rows"], jobs, measured)
 
 
 def _combinations(
@@ -61,9 +64,13 @@ def _combinations(
             yield labels, sorted(sets, key=lambda s: s.partition("=")[0].count("."))
 
 
-def _job(line: str, base: str, sets: Sequence[str], seed: int) -> Job:
+def _name(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{label} {value}" for label, value in labels.items())
+
+
+def _job(labels: Mapping[str, str], sets: Sequence[str], base: str, seed: int) -> Job:
     recipe = load_pipeline_recipe(base, [*sets, f"seed={seed}"])
-    return Job(line, same_result(recipe), partial(measure, recipe, base, sets))
+    return Job(_name(labels), same_result(recipe), partial(measure, recipe, base, sets))
 
 
 def settings(recipe: Recipe, *, exclude_defaults: bool = False) -> dict[str, Any]:
@@ -125,12 +132,12 @@ def measure(recipe: Recipe, base: str, sets: Sequence[str]) -> Run[list[Row]]:
 
 
 def _lines(
-    lines: Mapping[str, Mapping[str, str]], jobs: Sequence[Job], rows: Sequence[Row]
+    lines: Sequence[Mapping[str, str]], jobs: Sequence[Job], rows: Sequence[Row]
 ) -> list[Row]:
     """Each line that has a row: its labels, how many seeds, and its metrics over these."""
     measured = []
-    for line, labels in lines.items():
-        owners = [job for job in jobs if job.name == line]
+    for labels in lines:
+        owners = [job for job in jobs if job.name == _name(labels)]
         values = [_values(row) for job in owners for row in rows if job.owns(row)]
         if values:
             spreads = {name: _spread(name, [v[name] for v in values]) for name in values[0]}
@@ -153,29 +160,26 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "text": known.cell(mean) + deviation}
 
 
-def _body(
-    declared: Mapping[str, Any],
-    lines: Mapping[str, Mapping[str, str]],
-    jobs: Sequence[Job],
-    rows: Sequence[Row],
+def _shown(
+    lines: Sequence[Row], labels: Sequence[str], columns: Sequence[str], within: Sequence[str]
 ) -> str:
-    """The lines in Markdown; the best of each column is bold among those of one comparison."""
-    measured, within = _lines(lines, jobs, rows), declared.get("best_within", ())
+    """The lines in Markdown, the best of each column bold among those that agree in ``within``."""
 
     def cell(name: str, line: Row) -> str:
-        rivals = [rival for rival in measured if all(rival[k] == line[k] for k in within)]
+        rivals = [rival for rival in lines if all(rival[key] == line[key] for key in within)]
         choose = min if metric(name).better == "lower" else max
         best = choose(rival[name]["mean"] for rival in rivals)
         won = len(rivals) > 1 and line[name]["mean"] == best
         return f"**{line[name]['text']}**" if won else str(line[name]["text"])
 
-    columns = (*QUALITY, *SHARES, *TIMES) if declared.get("costs") else QUALITY
-    shown = [
-        {label: line[label] for label in (*declared["blocks"][0], "seeds")}
-        | {f"{metric(name).column()} {metric(name).arrow}": cell(name, line) for name in columns}
-        for line in measured
-    ]
-    return f"{markdown(shown)}\n\n{_note(declared, rows, len(jobs))}"
+    headings = {name: f"{metric(name).column()} {metric(name).arrow}" for name in columns}
+    return markdown(
+        [
+            {label: line[label] for label in labels}
+            | {heading: cell(name, line) for name, heading in headings.items()}
+            for line in lines
+        ]
+    )
 
 
 def _note(declared: Mapping[str, Any], rows: Sequence[Row], jobs: int) -> str:

@@ -49,7 +49,7 @@ def table(results: Path, runs: Path) -> Table:
 
 
 def measure(runs: Path, processes: int, parts: int) -> Run[list[Row]]:
-    """Run the recipe so, and as it is compared with; a row of how far they are apart.
+    """Run the recipe so, and as it is compared with; its metrics, and how far they are apart.
 
     Raises
     ------
@@ -62,7 +62,25 @@ def measure(runs: Path, processes: int, parts: int) -> Run[list[Row]]:
         if not (folders[-1] / "metrics.json").exists():  # it is not finished
             yield f"    {name}"
             _run(folders[-1], number, cut)
-    return [make_row(parts, *folders)]
+    folder, one, alike = folders
+    metrics = read_json(folder / "metrics.json")
+    facts = metrics["run"]
+    names = ("model", "processes", "seed", "device", "threads", "versions")
+    measured = {name: metrics["metrics"][name]["compressed"] for name in QUALITY}
+    row = {
+        "recipe": RECIPE,
+        "model_hash": weights(facts["model"]),
+        "date": facts["created"],
+        **{name: facts[name] for name in names},
+        "gradient_accumulation": parts,
+        "train_seconds": round(facts["train_seconds"], 1),
+        "widths": [width["compressed"] for width in metrics["widths"]],
+        "values": {name: value["value"] for name, value in measured.items()},
+        "ci95": {name: value["ci95"] for name, value in measured.items()},
+        "from_one": compare(folder, one),
+        "from_alike": compare(folder, alike),
+    }
+    return [row]
 
 
 def _run(folder: Path, processes: int, parts: int) -> None:
@@ -74,35 +92,6 @@ def _run(folder: Path, processes: int, parts: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if subprocess.run(command, stdout=sys.stderr, check=False, env=environment).returncode:
         raise ValueError(f"expected {' '.join(command)} to finish; it failed; mend what it says")
-
-
-def make_row(parts: int, folder: Path, one: Path, alike: Path) -> Row:
-    """A finished run's metrics, and how far its masks and weights are from those of other runs.
-
-    Parameters
-    ----------
-    parts : micro-batches of each of its processes.
-    folder : of the run.
-    one : the run of one process that sees the whole batch at once.
-    alike : that of one process that sees as many images at once as this run's.
-    """
-    metrics = read_json(folder / "metrics.json")
-    facts = metrics["run"]
-    measured = {name: metrics["metrics"][name]["compressed"] for name in QUALITY}
-    names = ("model", "processes", "seed", "device", "threads", "versions")
-    return {
-        "recipe": RECIPE,
-        "model_hash": weights(facts["model"]),
-        "date": facts["created"],
-        **{name: facts[name] for name in names},
-        "gradient_accumulation": parts,
-        "train_seconds": round(facts["train_seconds"], 1),
-        "widths": [w["compressed"] for w in metrics["widths"]],
-        "values": {name: value["value"] for name, value in measured.items()},
-        "ci95": {name: value["ci95"] for name, value in measured.items()},
-        "from_one": compare(folder, one),
-        "from_alike": compare(folder, alike),
-    }
 
 
 def compare(folder: Path, first: Path) -> dict[str, Any]:
@@ -149,6 +138,5 @@ def _apart(other: str, what: str, row: Row) -> str:
 
 
 def _cell(name: str, row: Row) -> str:
-    known, interval = metric(name), row["ci95"][name]
-    inside = "" if interval is None else f" [{', '.join(map(known.cell, interval))}]"
-    return known.cell(row["values"][name]) + inside
+    cell, interval = metric(name).cell, row["ci95"][name]
+    return cell(row["values"][name]) + (f" [{', '.join(map(cell, interval))}]" if interval else "")

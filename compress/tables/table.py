@@ -5,6 +5,7 @@ skipped, so a sitting that was stopped goes on where it was, and several shells 
 """
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -144,13 +145,13 @@ def _commit() -> str:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Read ``K/N``, with 0 <= K < N.
+    """Read ``K/N``.
 
     Raises
     ------
-    ValueError : when it is something else.
+    ValueError : unless 0 <= K < N.
     """
-    first, _, second = text.partition("/")
-    if first.isdigit() and second.isdigit() and int(first) < int(second):
-        return int(first), int(second)
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match and int(match[1]) < int(match[2]):
+        return int(match[1]), int(match[2])
     raise ValueError(f"shard must be K/N with 0 <= K < N, such as 0/2; got {text!r}")
