@@ -77,17 +77,17 @@ def test_every_table_of_a_recipe_measures_64_pages_and_each_variant_once(tmp_pat
 def test_readers_are_evaluated_once(tmp_path, monkeypatch):
     requests = []
 
-    def evaluate(settings, folder, resume):
-        requests.append(settings.model)
+    def evaluate(model, folder, settings, resume):
+        requests.append((model, settings.unseen_font))
         yield Event("read", 1, 1)
         metrics = {name: value(0.5, 0.4, 0.6) for name in reader.METRICS} | {"cer": value(0.5)}
-        return {"metrics": metrics, "run": {"model": settings.model, "data": settings.data}}
+        return {"metrics": metrics, "run": {"model": model, "data": "builtin:pages"}}
 
     monkeypatch.setattr(reader, "evaluate_events", evaluate)
-    monkeypatch.setattr(reader, "builtin_readers", lambda: ["reader-qwen"])
+    monkeypatch.setattr(reader, "builtin_models", lambda kind: ["reader-qwen"])
     table = reader.readers(tmp_path, tmp_path)
     assert list(table.run_missing()) == [f"readers [1/1] {MODEL}", "    read"]
-    assert list(table.run_missing()) == [] and requests == [MODEL]
+    assert list(table.run_missing()) == [] and requests == [(MODEL, True)]
     text = table.render()
     assert f"| `{MODEL}` | 50.00% [40.00%, 60.00%] |" in text
     assert "64 held-out pages of `builtin:pages`" in text
