@@ -135,10 +135,20 @@ def test_plain_diffusers_draws_the_same_where_compress_cannot_be_imported(made, 
 
 def test_saving_again_replaces_the_checkpoint_as_a_whole(pipeline, folder):
     (folder / "unet" / "left_over").write_text("old")
-    save_slim(pipeline, folder, FACTS | {"recipe": {"seed": 1}})
+    with pytest.raises(FileExistsError, match="holds a checkpoint of compress already"):
+        save_slim(pipeline, folder, FACTS)
+    save_slim(pipeline, folder, FACTS | {"recipe": {"seed": 1}}, overwrite=True)
     assert verify(folder)["recipe"] == {"seed": 1}
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == SAVED
     assert [p.name for p in folder.parent.iterdir()] == ["checkpoint"]
+
+
+def test_what_compress_did_not_write_is_never_replaced(pipeline, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    for target in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(FileExistsError, match="no checkpoint of compress"):
+            save_slim(pipeline, target, FACTS, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("call", range(1, 4))
@@ -160,7 +170,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(pipeline, folder, monkeypatch, ca
 
     monkeypatch.setattr(DDPMPipeline, "save_pretrained", save)
     with pytest.raises(OSError, match="No space left"):
-        save_slim(pipeline, folder, FACTS)
+        save_slim(pipeline, folder, FACTS, overwrite=True)
     assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
 
 

@@ -512,7 +512,7 @@ def test_a_failure_later_keeps_the_state(model, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(pipelines, "_evaluate", broken)
+    monkeypatch.setattr(pipelines.DiffusionRun, "_measure", broken)
     with pytest.raises(RuntimeError, match="no memory"):
         begin(model, output, "never")
     assert (output / "state" / "state.safetensors").exists()
