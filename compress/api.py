@@ -100,11 +100,10 @@ def _instance(method: Any) -> Method:
         return named(method)()  # type: ignore[call-arg]
     if isinstance(method, Method):
         return method
-    shown = method.__name__ if isinstance(method, type) else type(method).__name__
-    what = "the class" if isinstance(method, type) else "an object of type"
+    got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
     raise ValueError(
-        f"a method is expected, such as {shown if isinstance(method, type) else 'GradFlow'}(), or "
-        f"the name of one; got {what} {shown}; make an instance"
+        f"a method is expected, or the name of one; got {got}; make an instance by "
+        "calling its class"
     )
 
 

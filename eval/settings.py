@@ -15,8 +15,9 @@ class Sampling(Settings):
     seeds are compared on the same noise and share the dense model's cached images.
     """
 
-    samples: int = Field(512, ge=2)
-    """Images per sampling seed; the distances need many, and are biased upwards by few."""
+    samples: int = Field(512, ge=4)
+    """Images per sampling seed; the distances need many, and are biased upwards by few. Precision
+    and recall look at 3 neighbours, so there are at least 4."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """Sampler: ddim (deterministic, eta 0) or ddpm (ancestral)."""
     steps: Count = 20

@@ -277,7 +277,7 @@ def test_eval_hands_its_settings_on(invoke, library):
     other = invoke("eval", "some/model", "--suite", "audio")
     assert other.exit_code == 2 and "got audio" in other.stderr
     for options, parts in (
-        (("--samples", "1"), ["--samples: Input should be greater than or equal to 2; got 1"]),
+        (("--samples", "1"), ["--samples: Input should be greater than or equal to 4; got 1"]),
         (("--mode", "large"), ["--mode is not for diffusion pipelines"]),
     ):
         refused = invoke("eval", "some/model", *options)

@@ -32,7 +32,7 @@ PAGES = {
     "reader-qwen": ("builtin:pages", PAGE),
     "reader-deepseek": ("builtin:square-pages", SQUARE_PAGE),
 }
-SHORT = {"samples": 2, "steps": 2, "sampling_seeds": 1, "batch": 2}
+SHORT = {"samples": 4, "steps": 2, "sampling_seeds": 1, "batch": 4}
 weight_methods = pytest.mark.parametrize("name", WEIGHT_METHODS)
 runtime_methods = pytest.mark.parametrize("name", RUNTIME_METHODS)
 
