@@ -1,6 +1,5 @@
-"""Fast kernels, each with its plain-torch reference.
+"""Triton kernels, each with its plain-torch reference; ``backend`` chooses between the two.
 
-``sparse_decode`` is FastOCR's attention, ``sinkhorn`` RTPrune's transport; ``backend`` chooses. The
-per-patch Sobel filter of RTPrune's ``textual_density`` has no kernel: it was measured, and is too
-small a part of reading a page (the figures stand beside it).
+``sparse_decode`` is the attention of decode steps that read some rows of the cache, ``sinkhorn``
+entropic optimal transport for many small problems.
 """

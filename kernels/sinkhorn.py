@@ -2,16 +2,16 @@
 
 ``T = argmax <T, S> + entropy(T)`` over the scores ``S`` of M x P with a row and a column of score
 ``dustbin`` added; marginals 1/(M+P) for every row and column, P/(M+P) for the row and M/(M+P) for
-the column that were added. Given is ``(M+P) T`` without the two (SuperGlue, arXiv 1911.11763).
+the column that were added. The result is ``(M+P) T`` without the two (SuperGlue, arXiv 1911.11763).
 
 Sinkhorn's algorithm in the log domain alternates ``u = log a - logsumexp_j(S + v)`` and
 ``v = log b - logsumexp_i(S + u)``. One program solves one problem and reads the scores once an
-iteration: as soon as ``u`` of some rows is known, they are added to a running logsumexp of the
-columns. The dustbins are two scalars; nothing is padded in memory.
+iteration: as soon as ``u`` of some rows is known, they enter a running logsumexp of the columns.
+The dustbins are two scalars; nothing is padded in memory.
 
 **Bytes.** The scores must be read and the plan written (:func:`bytes_moved`): 8 an element. Each
 iteration reads the scores again, from the L2 cache where they fit, and takes two exponentials an
-element; only few iterations are bounded by memory.
+element; with more than a few iterations memory is not what bounds it.
 """
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
@@ -57,7 +57,7 @@ def _sinkhorn_kernel(  # type: ignore[no-untyped-def]
     used = column < columns
     v = tl.where(used, 0.0, -float("inf"))
     v_bin = 0.0
-    v_before = v  # what the last u was made from: cheaper to make it again than to store it
+    v_before = v  # the last u is computed from it again, which is cheaper than storing it
     v_bin_before = v_bin
     for _ in range(iterations):
         top = tl.maximum(tl.max(v, 0), v_bin)
@@ -109,10 +109,10 @@ def sinkhorn(
 
     Parameters
     ----------
-    scores : larger for more alike, ``(problems, rows, columns)`` float32; what a problem does not
+    scores : larger for more similar, ``(problems, rows, columns)`` float32; what a problem does not
         use is not read.
     rows, columns : how many of them each problem uses, at least 1, ``(problems,)``.
-    dustbin : score of going nowhere.
+    dustbin : score of not being transported.
     iterations : at least 1.
 
     Returns
@@ -134,7 +134,7 @@ def sinkhorn(
             f"a number of rows and one of columns is expected for each of {problems} problems; got "
             f"{tuple(rows.shape)} and {tuple(columns.shape)}; give ({problems},) each"
         )
-    if reason := obstacle(scores.shape[2]):
+    if reason := why_unsupported(scores.shape[2]):
         raise ValueError(f"{reason}; got {scores.shape[2]}; prune fewer tokens of a page")
     block_columns = _next_power_of_2(scores.shape[2])
     block_rows = min(_next_power_of_2(scores.shape[1]), LARGEST // block_columns)
@@ -157,13 +157,13 @@ def sinkhorn(
     return plan
 
 
-def obstacle(columns: int) -> str | None:
-    """Why the kernel cannot solve problems with so many columns, or None: it can."""
+def why_unsupported(columns: int) -> str | None:
+    """Why the kernel cannot solve problems with so many columns; None where it can."""
     return f"at most {LARGEST} columns fit a tile" if columns > LARGEST else None
 
 
 def bytes_moved(rows: torch.Tensor, columns: torch.Tensor) -> int:
-    """Bytes that solving problems of these sizes cannot do without: see the module."""
+    """Bytes that must be moved to solve problems of these sizes; see the module."""
     return 8 * int((rows.long() * columns.long()).sum())
 
 
@@ -178,7 +178,7 @@ def sinkhorn_reference(
     dustbin: float,
     iterations: int,
 ) -> torch.Tensor:
-    """:func:`sinkhorn` in plain torch, on any device: the same arguments, the same result."""
+    """:func:`sinkhorn` in plain torch, on any device: same arguments, same result."""
     padded = torch.nn.functional.pad(scores, (0, 1, 0, 1), value=dustbin)
     rows, columns = rows.to(scores)[:, None], columns.to(scores)[:, None]
     row = torch.arange(padded.shape[1], device=scores.device)

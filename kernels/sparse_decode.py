@@ -1,4 +1,4 @@
-"""Attention of one new token to some rows of a cache, or to all with a look at where it lies.
+"""Attention of one new token to some rows of a cache, or to all rows with the weights returned.
 
 For each sequence and query head, with the rows ``R`` that are read of the cache of its key head:
 ``o = sum_R p_r v_r``, ``p_r = exp(scaling q.k_r - lse)``, ``lse = logsumexp_R(scaling q.k_r)``.
@@ -10,22 +10,23 @@ mass below it and the weighted sum in float32, in base 2. A second, small kernel
 by their lse: ``o = sum_s 2^(lse_s - lse) o_s``. Where one split is enough, the first writes the
 result.
 
-**Sparse** (:func:`sparse_decode`): the rows are a list, gathered where they lie and never copied
-together, and behind it a range, which needs no list. What a mask excludes is not loaded.
-:func:`sparse_decode_lse` gives the lse as well: with another piece's, outputs add up as splits do.
+**Sparse** (:func:`sparse_decode`): the rows are a list, gathered in place and never copied
+together, and after it a range, which needs no list. Masked rows are not loaded.
+:func:`sparse_decode_lse` also returns the lse: with that of another part, outputs add up as splits
+do.
 
 **Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
-final lse, which nobody has while the keys pass: their logits are stored, and the second kernel
+final lse, which is unknown while the keys pass: their logits are stored, and the second kernel
 turns them into weights. The keys are read once.
 
 **Bytes.** A row is used for two products of a few heads: memory bounds both functions. What must
-move (:func:`bytes_moved`) is a row's key and value, ``kv_heads (dim + value_dim) itemsize``; of a
-listed row also its index and mask, 9; in the focal variant its weight, 4; and query and output. On
-top of this bound come, written and read again, mostly in the L2 cache, ``4 (value_dim + 1)`` a head
-for each split where there are several, and, focal, ``4 heads`` a row for the logits.
+be moved (:func:`bytes_moved`) is a row's key and value, ``kv_heads (dim + value_dim) itemsize``; of
+a listed row also its index and mask, 9; in the focal variant its weight, 4; and query and output.
+Beyond this bound, ``4 (value_dim + 1)`` a head for each split where there are several, and, focal,
+``4 heads`` a row for the logits are written and read again, mostly in the L2 cache.
 
-Sizes are chosen on paper for an H100 (132 multiprocessors, 228 KiB of shared memory each), and so
-that the tiles on their way fit the 99 KiB of smaller GPUs.
+Sizes are computed for an H100 (132 multiprocessors, 228 KiB of shared memory each), and so that
+the tiles in flight fit the 99 KiB of smaller GPUs.
 """
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
@@ -42,9 +43,9 @@ LARGEST_DIM = 256
 LARGEST_GROUP = 64  # query heads of a key head
 TILE_BYTES = 2**15  # of keys and values
 MOST_ROWS = 128  # of a tile
-LEAST_TILES = 2  # of a split, so that one is on its way while another is used
+LEAST_TILES = 2  # of a split, so that one is loaded while another is used
 MOST_SPLITS = 64
-PROGRAMS = 1  # splits that are wanted of a multiprocessor
+PROGRAMS = 1  # splits per multiprocessor that are aimed at
 SCORES = 512  # rows whose weights one program computes
 WARPS = 4
 STAGES = 3
@@ -61,14 +62,14 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     dense_mask_ptr,  # (batch, read - picked) uint8; None is all of the range
     output_ptr,  # (batch, heads, splits, value_dim): float32 parts, or of one split the result
     lse_ptr,  # (batch, heads, splits) float32, in base 2
-    logits_ptr,  # (batch, heads, read) float32, in base 2; None where nobody wants them
+    logits_ptr,  # (batch, heads, read) float32, in base 2; None where they are not needed
     scale,  # of the dot products, for base 2
     picked,  # rows of the list
     start,  # first row of the range
     read,  # rows of both
     split_rows,  # rows of a split, a multiple of BLOCK_ROWS
     kv_heads,
-    query_batch,  # what follows are strides
+    query_batch,  # from here on strides
     query_head,
     query_dim,
     key_batch,
@@ -118,33 +119,33 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + split_rows, read)
     for begin in range(first, last, BLOCK_ROWS):
         n = begin + tl.arange(0, BLOCK_ROWS)
-        seen = n < last
+        used = n < last
         row = (start + n - picked).to(tl.int64)
         if rows_ptr is not None:
-            listed = seen & (n < picked)
-            found = tl.load(rows_ptr + batch * rows_batch + n, mask=listed, other=0)
-            row = tl.where(listed, found.to(tl.int64), row)
+            listed = used & (n < picked)
+            index = tl.load(rows_ptr + batch * rows_batch + n, mask=listed, other=0)
+            row = tl.where(listed, index.to(tl.int64), row)
             if rows_mask_ptr is not None:
-                wanted = tl.load(rows_mask_ptr + batch * rows_mask_batch + n, mask=listed, other=1)
-                seen = seen & (wanted != 0)
+                mask = tl.load(rows_mask_ptr + batch * rows_mask_batch + n, mask=listed, other=1)
+                used = used & (mask != 0)
         if dense_mask_ptr is not None:
             ranged = (n < last) & (n >= picked)
-            wanted = tl.load(
+            mask = tl.load(
                 dense_mask_ptr + batch * dense_mask_batch + (n - picked), mask=ranged, other=1
             )
-            seen = seen & (wanted != 0)
+            used = used & (mask != 0)
         key = tl.load(
             key_ptr + row[:, None] * key_row + d[None, :] * key_dim,
-            mask=seen[:, None] & in_dim[None, :],
+            mask=used[:, None] & in_dim[None, :],
             other=0.0,
         )
         value = tl.load(
             value_ptr + row[:, None] * value_row + e[None, :] * value_dim,
-            mask=seen[:, None] & in_value[None, :],
+            mask=used[:, None] & in_value[None, :],
             other=0.0,
         )
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        logits = tl.where(seen[None, :], logits, -float("inf"))
+        logits = tl.where(used[None, :], logits, -float("inf"))
         if logits_ptr is not None:
             tl.store(
                 logits_ptr + heads[:, None] * logits_row + n[None, :],
@@ -172,7 +173,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
 
 @jit()
 def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Those of a head's splits relative to the largest, that one, and the logarithm of all."""
+    """The masses of a head's splits relative to the largest, and the lse of all in base 2."""
     split = tl.arange(0, BLOCK_SPLITS)
     parts = tl.load(lse_ptr + head * splits + split, mask=split < splits, other=-float("inf"))
     top = tl.max(parts, 0)
@@ -186,7 +187,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,  # (batch, heads, splits, value_dim) float32
     lse_ptr,  # (batch, heads, splits) float32, in base 2
     output_ptr,  # (batch, heads, value_dim)
-    logits_ptr,  # (batch, heads, read) float32, in base 2; None where nobody wants weights
+    logits_ptr,  # (batch, heads, read) float32, in base 2; None where weights are not needed
     weights_ptr,  # (batch, read) float32
     splits,
     read,
@@ -257,7 +258,7 @@ def sparse_decode(
 
     Raises
     ------
-    ValueError : for shapes that do not fit each other, or what :func:`obstacle` names.
+    ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
     return _sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)[0]
 
@@ -272,7 +273,7 @@ def sparse_decode_lse(
     dense_mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sparse_decode`, and the logsumexp of the logits, by which more can be added.
+    """:func:`sparse_decode`, and the logsumexp of the logits, to combine it with other rows.
 
     Returns
     -------
@@ -315,7 +316,7 @@ def focal_decode(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one token to the whole cache, and how it lies there, on the GPU.
+    """Attention of one token to the whole cache, and its weights, on the GPU.
 
     Parameters
     ----------
@@ -324,12 +325,12 @@ def focal_decode(
 
     Returns
     -------
-    The output ``(batch, heads, 1, value_dim)``, and the attention's mean over the heads ``(batch,
-    length)`` in float32.
+    The output ``(batch, heads, 1, value_dim)``, and the mean of the weights over the heads
+    ``(batch, length)`` in float32.
 
     Raises
     ------
-    ValueError : for shapes that do not fit each other, or what :func:`obstacle` names.
+    ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
     _check(query, key, value, mask)
     batch, length = len(query), key.shape[2]
@@ -341,10 +342,10 @@ def focal_decode(
     return output, weights
 
 
-def obstacle(
+def why_unsupported(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *masks: torch.Tensor | None
 ) -> str | None:
-    """Why the kernels cannot serve these tensors, or None: they can.
+    """Why the kernels cannot compute with these tensors; None where they can.
 
     Parameters
     ----------
@@ -363,7 +364,7 @@ def obstacle(
     if any(mask is not None and mask.dtype != torch.bool for mask in masks):
         return "masks should be True where attended; one is added to the logits"
     if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
-        return "gradients are asked for, and the kernels have none"
+        return "gradients are required, and the kernels have none"
     return None
 
 
@@ -379,7 +380,7 @@ def bytes_moved(
     value_dim: int | None = None,
     focal: bool = False,
 ) -> int:
-    """Bytes that a call cannot do without: see the module.
+    """Bytes that a call must move; see the module.
 
     Parameters
     ----------
@@ -412,7 +413,7 @@ def _check(
             f"a multiple of kv_heads are expected; got {tuple(query.shape)}, {tuple(key.shape)} "
             f"and {tuple(value.shape)}; give one new token of each sequence and its cache"
         )
-    if reason := obstacle(query, key, value, *masks):
+    if reason := why_unsupported(query, key, value, *masks):
         raise ValueError(f"{reason}; convert them, or use the plain torch reference")
 
 
@@ -477,7 +478,7 @@ def _read(
             *(query.stride(axis) for axis in (0, 1, 3)),
             *key.stride(),
             *value.stride(),
-            *(0 if given is None else given.stride(0) for given in (rows, *masks)),
+            *(0 if part is None else part.stride(0) for part in (rows, *masks)),
             logits_row,
             GROUP=heads // kv_heads,
             DIM=dim,
@@ -522,15 +523,15 @@ def _tile_rows(block_dim: int, block_value: int, itemsize: int) -> int:
 
 
 def _stages(listed: bool) -> int:
-    """For Triton: a list runs as many tiles ahead of its rows as these of their use."""
+    """For Triton: the list is loaded as far ahead of its rows as these are of their use."""
     return 2 * STAGES - 1 if listed else STAGES
 
 
 def _split_rows(read: int, block_rows: int, problems: int, device: torch.device) -> int:
-    """Rows of a split: enough splits to fill the GPU, each with enough to do."""
-    wanted = PROGRAMS * _multiprocessors(device) // problems
+    """Rows of a split: enough splits to fill the GPU, each with enough tiles."""
+    filling = PROGRAMS * _multiprocessors(device) // problems
     most = read // (LEAST_TILES * block_rows)
-    splits = max(1, min(wanted, most, MOST_SPLITS))
+    splits = max(1, min(filling, most, MOST_SPLITS))
     return max(1, -(-read // (splits * block_rows))) * block_rows
 
 
@@ -559,7 +560,7 @@ def sparse_decode_reference(
     dense_mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """:func:`sparse_decode` in plain torch, on any device: the same arguments, the same result.
+    """:func:`sparse_decode` in plain torch, on any device: same arguments, same result.
 
     Masks may also be added to the logits, both of them.
     """
@@ -582,7 +583,7 @@ def focal_decode_reference(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`focal_decode` in plain torch, on any device: the same arguments, the same result.
+    """:func:`focal_decode` in plain torch, on any device: same arguments, same result.
 
     A mask may also be added to the logits.
     """
@@ -607,7 +608,7 @@ def listed(
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the list and of the range in one list, and its mask."""
+    """The rows of a list and of a range as one list, and its mask; ``(batch, read)`` each."""
     ranged = torch.arange(*dense, device=rows.device).expand(len(rows), -1)
     if rows_mask is None:
         rows_mask = torch.ones_like(rows, dtype=torch.bool)
@@ -619,7 +620,7 @@ def listed(
 def gathered(
     key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the cache, copied together, ``(batch, kv_heads, read, dim)`` each."""
+    """Keys and values of some rows of the cache, ``(batch, kv_heads, read, dim)`` each."""
     batch, kv_heads, length, _ = key.shape
     # whole rows of one long table: index_select copies them as blocks, gather by elements
     starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length

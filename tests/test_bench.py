@@ -19,8 +19,7 @@ from compress.eval.latency import summarise
 from compress.methods.fastocr.bench import DecodeShape, crossovers, end_to_end_bound
 from compress.methods.gradflow.bench import DENSE, UNetShape, random_inputs, slim_builder, warning
 from compress.methods.registry import benchmarks
-from compress.methods.rtprune import bench as rtprune
-from compress.methods.rtprune import patch
+from compress.methods.rtprune import RTPrune, hooks
 from compress.methods.rtprune.bench import PrefillShape, derived, parts
 from compress.tables.bench import body
 
@@ -47,7 +46,7 @@ def test_end_to_end_the_weights_are_read_as_well():
     assert end_to_end_bound(shape) == pytest.approx(dense / sparse)
 
 
-def test_the_parts_of_a_prefill_are_disjoint_and_lacking_layers_count():
+def test_the_parts_of_a_prefill_are_disjoint_and_missing_layers_count():
     spans = {
         "vision": 10.0,
         "selection": 5.0,
@@ -56,7 +55,7 @@ def test_the_parts_of_a_prefill_are_disjoint_and_lacking_layers_count():
         "last_layer": 4.0,
         "prefill": 40.0,
     }
-    found = parts(spans, lacking=3)
+    found = parts(spans, missing=3)
     assert found == {
         "vision": 10.0,
         "selection": 3.0,
@@ -69,14 +68,14 @@ def test_the_parts_of_a_prefill_are_disjoint_and_lacking_layers_count():
 
 def test_pages_that_were_not_encoded_count_like_those_that_were():
     spans = {"vision": 10.0, "language_model": 20.0, "last_layer": 4.0, "prefill": 31.0}
-    found = parts(spans, lacking=2, encoded=0.25)
+    found = parts(spans, missing=2, encoded=0.25)
     assert found["vision"] == 40.0 and found["language_model"] == 28.0
     assert found["prefill"] == 31.0 + 30.0 + 8.0 and found["other"] == 1.0
 
 
 def test_one_encoded_page_stands_for_a_batch(monkeypatch):
     encoded, pruned = [], []
-    encode, prune = UnlimitedOcrModel.get_image_features, patch.prune_pages
+    encode, prune = UnlimitedOcrModel.get_image_features, hooks.prune_pages
 
     @functools.wraps(encode)
     def _encode(self, pixel_values, *args, **kwargs):
@@ -88,11 +87,13 @@ def test_one_encoded_page_stands_for_a_batch(monkeypatch):
         return prune(method, pages, *args)
 
     monkeypatch.setattr(UnlimitedOcrModel, "get_image_features", _encode)
-    monkeypatch.setattr(patch, "prune_pages", _prune)
+    monkeypatch.setattr(hooks, "prune_pages", _prune)
     monkeypatch.setitem(CLOCKS, "wall", itertools.count().__next__)  # a second a look
     where, ceilings = Bench("cpu", 1), Ceilings(copy=10.0, rate={}, ms={}, shapes={})
     whole, one = (
-        next(rtprune.run(PrefillShape(batch=2, encoded=pages, **READER), where, ceilings))
+        next(
+            RTPrune.benchmark().run(PrefillShape(batch=2, encoded=pages, **READER), where, ceilings)
+        )
         for pages in (None, 1)
     )
     calls = len(encoded) // 2

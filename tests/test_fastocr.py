@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ from builders.fastocr import PAGES, TEXTS, write
 from builders.vlm import FAMILIES
 from compress.checkpoints.runtime import load_reader
 from compress.methods.fastocr import FastOCR
-from compress.methods.fastocr.attention import NAME
+from compress.methods.fastocr.attention import NAME, STATE
 from compress.methods.fastocr.calibration import calibrate
 from compress.methods.fastocr.fixation import budget, random_fixation, same_mean_budget
-from compress.methods.fastocr.patch import decoder
+from compress.methods.fastocr.hooks import decoder
 from compress.methods.fastocr.preflight import preflight
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import (
@@ -530,11 +531,11 @@ def test_a_request_ends_with_its_cache(qwen):
     model, _, inputs = qwen
     with FastOCR(focal_layers=[1]).attach(model) as handle, torch.no_grad():
         out = model(**inputs, use_cache=True)
-        assert len(handle.requests) == 1
+        assert len(handle.states) == 1
         model(**inputs, use_cache=False)  # scoring leaves no request behind
         del out
         gc.collect()
-        assert len(handle.requests) == 0
+        assert len(handle.states) == 0
 
 
 def test_half_precision(qwen):
@@ -556,8 +557,8 @@ def test_auto_finds_the_layers_that_calibration_finds(qwen):
     with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
         held = DynamicCache(config=text_model(model).config)
         found = write(model, inputs, 6, **{cache_argument(model): held})
-        [request] = handle.requests.values()
-        assert tuple(request.gaze.focal) == calibration.focal_layers
+        [state] = handle.states.values()
+        assert tuple(state.policy.focal) == calibration.focal_layers
         facts = handle.facts()
     dense = write(model, inputs, 6)
     torch.testing.assert_close(found[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
@@ -581,7 +582,7 @@ def test_calibration_on_a_model(qwen):
     )
     everything = calibrate(model, [inputs], keep_visual=1.0, max_new_tokens=3)
     torch.testing.assert_close(torch.tensor(everything.recall), torch.ones(4, 4))
-    json.dumps(once.facts())
+    json.dumps(asdict(once))
     FastOCR(focal_layers=once.focal_layers)
 
 
@@ -849,7 +850,7 @@ def _deaf(model, layer):
     forward = type(module).forward
 
     def deaf(self, hidden_states, **kwargs):
-        kwargs.pop("fastocr_request", None)
+        kwargs.pop(STATE, None)
         return forward(self, hidden_states, **kwargs)
 
     module.forward = deaf.__get__(module)
@@ -890,7 +891,7 @@ def test_a_family_that_nobody_tried_is_tried_once(cache):
             assert torch.equal(sample(), dense)  # nothing is drawn from the random generator
             # a dense and a full answer of two steps each, then the caller's
             assert lengths == [length, 1, 1] * 2 + [length, 1, 1, 1]
-            assert handle.facts()["steps"] == 3 * len(PAGES) and len(handle.requests) <= 1
+            assert handle.facts()["steps"] == 3 * len(PAGES) and len(handle.states) <= 1
             assert torch.equal(sample(), dense)
             assert lengths[10:] == [length, 1, 1, 1]
     assert implementations() == names
@@ -942,7 +943,7 @@ def test_a_loop_of_one_s_own_waits_for_the_preflight():
             model(**inputs, use_cache=True)
         model.generate(**inputs, max_new_tokens=1)
         read = model(**inputs, use_cache=True)
-        assert list(handle.requests) == [cache_in(read)]
+        assert list(handle.states) == [cache_in(read)]
 
 
 def test_preflight_says_what_is_missing():
@@ -957,7 +958,7 @@ def test_preflight_says_what_is_missing():
     forward = type(module).forward
 
     def odd(self, hidden_states, **kwargs):  # as if it scaled its logits behind the interface
-        self.scaling = 1.0 if "fastocr_request" in kwargs else 0.25
+        self.scaling = 1.0 if STATE in kwargs else 0.25
         return forward(self, hidden_states, **kwargs)
 
     module.forward = odd.__get__(module)

@@ -6,7 +6,7 @@ import torch
 from compress.kernels.sparse_decode import gathered
 from compress.methods.fastocr.attention import peripheral_decode, sparse_decode
 from compress.methods.fastocr.fixation import Fixation
-from compress.methods.fastocr.periphery import Periphery, alike
+from compress.methods.fastocr.periphery import Periphery, cluster
 
 BATCH, HEADS, KV_HEADS, TEXT, VISUAL, DIM = 3, 6, 2, 5, 17, 8
 
@@ -118,7 +118,7 @@ def test_groups_are_those_that_are_apart():
     centres = 20 * torch.eye(4, DIM)
     kinds = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 2])
     keys = (centres[kinds] + 0.1 * _draw(10, DIM)).view(1, 1, 10, DIM)
-    member = alike(keys, keys.clone(), torch.ones(1, 10, dtype=torch.bool), 4)[0, 0]
+    member = cluster(keys, keys.clone(), torch.ones(1, 10, dtype=torch.bool), 4)[0, 0]
     same = member[:, None] == member
     assert torch.equal(same, kinds[:, None] == kinds)
 
@@ -131,7 +131,7 @@ def test_neither_keys_nor_values_drown_the_other(small):
     even = 1e3 * _draw(12, DIM)
     keys, values = (apart, even) if small == "keys" else (even, apart)
     valid = torch.ones(1, 12, dtype=torch.bool)
-    member = alike(keys[None, None], values[None, None], valid, 2)[0, 0]
+    member = cluster(keys[None, None], values[None, None], valid, 2)[0, 0]
     assert torch.equal(member[:, None] == member, heaps[:, None] == heaps)
 
 
@@ -139,11 +139,11 @@ def test_a_page_is_grouped_alike_in_every_batch():
     keys, values = (_draw(BATCH, KV_HEADS, VISUAL, DIM, seed=s) for s in (2, 3))
     valid = torch.ones(BATCH, VISUAL, dtype=torch.bool)
     valid[0, 9:] = False
-    together = alike(keys, values, valid, 4)
+    together = cluster(keys, values, valid, 4)
     keys[0, :, 9:] = 1e3  # padding is not looked at
-    alone = alike(keys[:1, :, :], values[:1], valid[:1], 4)
+    alone = cluster(keys[:1, :, :], values[:1], valid[:1], 4)
     assert torch.equal(together[0, :, :9], alone[0, :, :9])
-    short = alike(keys[:1, :, :9], values[:1, :, :9], valid[:1, :9], 4)
+    short = cluster(keys[:1, :, :9], values[:1, :, :9], valid[:1, :9], 4)
     assert torch.equal(together[0, :, :9], short[0])
 
 

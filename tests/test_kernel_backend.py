@@ -9,15 +9,15 @@ from typer.testing import CliRunner
 
 from builders import programs
 from compress.kernels import backend
-from compress.kernels.backend import VARIABLE, takes_triton
+from compress.kernels.backend import VARIABLE, use_triton
 
 TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch):
-    monkeypatch.setattr(backend, "_said", set())
+def _nothing_logged(monkeypatch):
+    monkeypatch.setattr(backend, "_logged", set())
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
@@ -29,34 +29,34 @@ def _capability(monkeypatch, *version):
 @TRITON
 def test_the_kernel_runs_on_a_gpu_that_it_was_compiled_for(monkeypatch):
     _capability(monkeypatch, 9, 0)
-    assert takes_triton("dream", GPU)
-    assert not takes_triton("dream", CPU)
-    assert not takes_triton("dream", GPU, "heads should have at most 256 numbers; they have 320")
+    assert use_triton("dream", GPU)
+    assert not use_triton("dream", CPU)
+    assert not use_triton("dream", GPU, "heads should have at most 256 numbers; they have 320")
     _capability(monkeypatch, 7, 5)
-    assert not takes_triton("dream", GPU)
+    assert not use_triton("dream", GPU)
 
 
 @TRITON
 def test_the_variable_forces(monkeypatch):
     _capability(monkeypatch, 9, 0)
     monkeypatch.setenv(VARIABLE, "torch")
-    assert not takes_triton("dream", GPU)
+    assert not use_triton("dream", GPU)
     monkeypatch.setenv(VARIABLE, "triton")
-    assert takes_triton("dream", GPU)
-    with pytest.raises(ValueError, match="wants the kernel dream.*on cpu, not on a GPU; mend"):
-        takes_triton("dream", CPU)
-    with pytest.raises(ValueError, match="cannot run: too wide; mend that, or set COMPRESS_KERN"):
-        takes_triton("dream", GPU, "too wide")
+    assert use_triton("dream", GPU)
+    with pytest.raises(ValueError, match="requests the kernel dream.*on cpu, not on a GPU; fix"):
+        use_triton("dream", CPU)
+    with pytest.raises(ValueError, match="cannot run: too wide; fix that, or set COMPRESS_KERN"):
+        use_triton("dream", GPU, "too wide")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert takes_triton("dream", CPU)
+    assert use_triton("dream", CPU)
     monkeypatch.setenv(VARIABLE, "")
-    assert not takes_triton("dream", CPU)
+    assert not use_triton("dream", CPU)
 
 
 def test_an_unknown_value_is_refused(monkeypatch):
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(ValueError, match="one of auto, torch, triton; got 'cuda'; correct it"):
-        takes_triton("dream", CPU)
+        use_triton("dream", CPU)
 
 
 @TRITON
@@ -64,10 +64,10 @@ def test_it_is_said_once_and_loudly_only_where_a_gpu_does_without(monkeypatch, c
     caplog.set_level(logging.INFO, "compress.kernels")
     _capability(monkeypatch, 9, 0)
     for _ in range(3):
-        takes_triton("dream", GPU)
-        takes_triton("dream", CPU)
-        takes_triton("dream", GPU, "too wide")
-        takes_triton("sleep", GPU)
+        use_triton("dream", GPU)
+        use_triton("dream", CPU)
+        use_triton("dream", GPU, "too wide")
+        use_triton("sleep", GPU)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", "dream: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
         ("INFO", "dream: plain torch: the tensors are on cpu, not on a GPU"),
@@ -84,7 +84,7 @@ def test_transport_is_plain_torch_where_the_variable_says_so(monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")
     assert all(map(torch.equal, transport_plans(scores), plain))
     monkeypatch.setenv(VARIABLE, "triton")
-    with pytest.raises(ValueError, match="wants the kernel sinkhorn"):
+    with pytest.raises(ValueError, match="requests the kernel sinkhorn"):
         transport_plans(scores)
 
 
@@ -103,4 +103,4 @@ def test_everything_runs_without_triton():
     run = programs.run("without_triton", fresh=True)
     sparse, focal, error = run.stdout.splitlines()
     assert (float(sparse), float(focal)) == (32.0, 1.0)
-    assert "Triton does not import" in error and "mend that" in error
+    assert "Triton does not import" in error and "fix that" in error

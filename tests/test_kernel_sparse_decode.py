@@ -168,24 +168,23 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
 @TRITON
 @pytest.mark.parametrize("capture", [False, True], ids=["eager", "graph"])
 def test_a_decode_step_does_not_wait_for_the_gpu(capture):
-    from compress.methods.fastocr.gaze import MovingGaze
-    from compress.methods.fastocr.state import Counts, Pages, Request
+    from compress.methods.fastocr.policy import FocalPolicy
+    from compress.methods.fastocr.state import Counts, DecodeState
+    from compress.methods.fastocr.visual_tokens import VisualTokens
     from compress.models.visual import VisualLayout
 
     layers, visual, length = 4, 500, 520
     grid = torch.stack([torch.zeros(visual), *(torch.arange(visual) // n for n in (25, 1))], 1)
     layout = VisualLayout(torch.arange(visual), grid.long(), torch.zeros(visual).long())
-    pages = Pages.of([layout] * 2, length, torch.device("cuda"))
-    gaze = MovingGaze(
-        pages, layers, keep=0.1, focal=[1], warmup=2, dilate=0, min_mass=0, reuse=True, periphery=0
-    )
-    request = Request(pages, gaze, Counts(layers))
+    tokens = VisualTokens.of([layout] * 2, length, torch.device("cuda"))
+    policy = FocalPolicy(tokens, layers, keep=0.1, focal=[1])
+    state = DecodeState(tokens, policy, Counts(layers))
     query = torch.randn(2, 8, 1, 64, device="cuda")
     cache = torch.randn(2, 2, length + 8, 64, device="cuda")
 
     def step():
-        request.start_step()
-        return [request.attend(layer, query, cache, cache, None, 0.1) for layer in range(layers)]
+        state.start_step()
+        return [state.attend(layer, query, cache, cache, None, 0.1) for layer in range(layers)]
 
     with torch.no_grad():
         for _ in range(2):  # the dense one, and one that compiles
@@ -252,13 +251,15 @@ def test_they_say_what_they_expect(changes, words):
 
 def test_they_say_what_they_do_not_serve():
     query, cache = torch.zeros(1, 128, 1, 8), torch.zeros(1, 1, 5, 8)
-    assert "64 query heads should share a key head; 128 do" in kernels.obstacle(query, cache, cache)
+    assert "64 query heads should share a key head; 128 do" in kernels.why_unsupported(
+        query, cache, cache
+    )
     wide = torch.zeros(1, 1, 5, 320)
-    assert "at most 256" in kernels.obstacle(torch.zeros(1, 1, 1, 320), wide, wide)
+    assert "at most 256" in kernels.why_unsupported(torch.zeros(1, 1, 1, 320), wide, wide)
     trained = cache.clone().requires_grad_()
-    assert "gradients" in kernels.obstacle(query[:, :4], trained, cache)
+    assert "gradients" in kernels.why_unsupported(query[:, :4], trained, cache)
     with torch.no_grad():
-        assert kernels.obstacle(query[:, :4], trained, cache) is None
+        assert kernels.why_unsupported(query[:, :4], trained, cache) is None
     with pytest.raises(ValueError, match=r"mask of shape \(1, 1, 1, 5\)"):
         kernels.focal_decode(
             query[:, :4], cache, cache, torch.ones(1, 1, 1, 4, dtype=torch.bool), 1.0

@@ -15,7 +15,7 @@ from compress.checkpoints.applied import Applied
 from compress.methods.base import Shown
 from compress.methods.fastocr.trace import trace
 from compress.methods.rtprune.figures import pruned_page
-from compress.methods.rtprune.pages import Page, PrunedPage, prune_pages
+from compress.methods.rtprune.pages import EncodedPage, PrunedPage, prune_pages
 from compress.methods.rtprune.transport import similarity, transport_plan
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor
 from compress.models.deepseek_ocr_views import MODES, Mode, page_views
@@ -115,12 +115,20 @@ def grid_of(rows, columns):
     return torch.tensor([*places, [0, -1, -1]])
 
 
+def pruned(method, grid, features):
+    pages, nothing = [EncodedPage(grid)], features[:0]
+    [(page, _)] = prune_pages(method, pages, [features], [nothing], torch.zeros(8))
+    return page
+
+
 @pytest.mark.parametrize("transport", ["optimal", "nearest"])
 def test_a_page_knows_where_its_tokens_went(transport):
     grid = grid_of(3, 4)
     features = torch.randn(len(grid), 8)
     method = RTPrune(keep_tokens=0.5, transport=transport)
-    [(page, _)] = prune_pages(method, [Page(grid)], [features], [features[:0]], torch.zeros(8))
+    [(page, _)] = prune_pages(
+        method, [EncodedPage(grid)], [features], [features[:0]], torch.zeros(8)
+    )
     gone, targets, mass = page.moves()
     kept = [i for i in page.kept_indices.tolist() if grid[i, 2] >= 0]
     assert sorted([*kept, *gone.tolist()]) == (grid[:, 2] >= 0).nonzero()[:, 0].tolist()
@@ -140,7 +148,9 @@ def test_where_nothing_is_moved_nothing_is_said_of_it(knobs):
     grid = grid_of(3, 4)
     features = torch.randn(len(grid), 8)
     method = RTPrune(**{"keep_tokens": 0.5, **knobs})
-    [(page, _)] = prune_pages(method, [Page(grid)], [features], [features[:0]], torch.zeros(8))
+    [(page, _)] = prune_pages(
+        method, [EncodedPage(grid)], [features], [features[:0]], torch.zeros(8)
+    )
     assert page.merged is None and [len(part) for part in page.moves()] == [0, 0, 0]
     figure = pruned_page(
         Image.new("RGB", (80, 60), "white"), {0: ViewOnPage((0, 0, 80, 60), 3, 4)}, page

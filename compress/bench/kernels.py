@@ -1,32 +1,32 @@
-"""Each kernel on its own bytes, against what does the same without it.
+"""Each kernel against the time that its bytes take, and against other ways to the same result.
 
-Where no kernel runs, on a CPU for one, the plain torch that stands in for it is measured in its
-place.
+Where no kernel runs, as on a CPU, its plain-torch reference is timed in its place.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
+from ot.bregman import sinkhorn_log
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 
+from compress.bench.attention import ModelName, head_sizes, sdpa, two_products
 from compress.bench.cells import interval, profile, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, Ways, costliest, reached, time_ways
 from compress.kernels import sinkhorn as transport
 from compress.kernels import sparse_decode as attention
-from compress.kernels.backend import takes_triton
-from compress.methods.fastocr.bench import MODELS, two_products
-from compress.methods.fastocr.fixation import budget
-from compress.methods.rtprune.transport import DUSTBIN, ITERATIONS, plan_by_pot
+from compress.kernels.backend import use_triton
 
 COPY_AIM = 0.6  # of the copy bandwidth, sparse_decode at batch 32, on a GPU
 POT_AIM = 10.0  # times as fast as POT's torch backend, sinkhorn, on a GPU
+DUSTBIN, ITERATIONS = 0.2, 100  # of sinkhorn
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -46,7 +46,7 @@ class KernelShape:
     """
 
     kernel: Literal["sparse_decode", "focal_decode", "sinkhorn"] = "sparse_decode"
-    model: Literal["qwen2.5-vl-3b", "qwen2.5-vl-7b", "tiny"] = "qwen2.5-vl-7b"
+    model: ModelName = "qwen2.5-vl-7b"
     visual: Annotated[int, Field(ge=2)] = 4096
     text: Annotated[int, Field(ge=0)] = 256
     batch: Count = 1
@@ -55,7 +55,7 @@ class KernelShape:
 
 
 def default_shapes(device: str) -> list[KernelShape]:
-    """What is timed where nobody asks for a shape."""
+    """What is timed on a device where no shape is requested."""
     cuda = torch.device(device).type == "cuda"
     dtype: Dtype = "bfloat16" if cuda else "float32"
     decode: list[Literal["sparse_decode", "focal_decode"]] = ["sparse_decode", "focal_decode"]
@@ -81,7 +81,7 @@ class _Task:
     Parameters
     ----------
     ways : by name; the first is ours, "triton", or "torch" where no kernel runs.
-    moved : bytes that each way cannot do without.
+    moved : bytes that each way must move.
     aim : of the share of the copy bandwidth, or of the ratio.
     """
 
@@ -96,7 +96,7 @@ class _Task:
 
 
 def run(shape: KernelShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
-    """Time the kernel, or what stands in for it, and the other ways, in turns."""
+    """Time the kernel, or its reference, and the other ways, in turns."""
     task = (_sinkhorn if shape.kernel == "sinkhorn" else _decode)(shape, bench.device)
     timing = time_ways(task.ways, bench)
     ms = {name: latency.median for name, latency in timing.ms.items()}
@@ -119,9 +119,8 @@ def run(shape: KernelShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
 
 def _decode(shape: KernelShape, device: str) -> _Task:
     """The attention of one layer, against two ways of attending to the whole cache."""
-    sizes = MODELS[shape.model]
-    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    dim, length = sizes["hidden_size"] // heads, shape.visual + shape.text
+    heads, kv_heads, dim = head_sizes(shape.model)
+    length = shape.visual + shape.text
     generator = torch.Generator(device).manual_seed(SEED)
     options: Any = {
         "generator": generator,
@@ -130,7 +129,7 @@ def _decode(shape: KernelShape, device: str) -> _Task:
     }
     query = torch.randn(shape.batch, heads, 1, dim, **options)
     key, value = (torch.randn(shape.batch, kv_heads, length, dim, **options) for _ in range(2))
-    kept, scaling = budget(shape.keep, shape.visual), dim**-0.5
+    kept, scaling = math.ceil(shape.keep * shape.visual - 1e-9), dim**-0.5
     scores = torch.rand(shape.batch, shape.visual, generator=generator, device=device)
     rows, text = scores.topk(kept, dim=1).indices, (shape.visual, length)
 
@@ -146,11 +145,11 @@ def _decode(shape: KernelShape, device: str) -> _Task:
             focal=focal,
         )
 
-    def ours(fast: Callable[..., Any], plain: Callable[..., Any], *given: Any) -> Ways:
-        obstacle = attention.obstacle(query, key, value)
-        found = {"triton": fast} if takes_triton(shape.kernel, query.device, obstacle) else {}
-        found["torch"] = plain
-        return {name: partial(f, query, key, value, *given) for name, f in found.items()}
+    def ours(fast: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Ways:
+        why_not = attention.why_unsupported(query, key, value)
+        ways = {"triton": fast} if use_triton(shape.kernel, query.device, why_not) else {}
+        ways["torch"] = plain
+        return {name: partial(way, query, key, value, *args) for name, way in ways.items()}
 
     if shape.kernel == "focal_decode":
         ways = ours(attention.focal_decode, attention.focal_decode_reference, None, scaling)
@@ -163,10 +162,8 @@ def _decode(shape: KernelShape, device: str) -> _Task:
         )
         own = moved(kept, shape.text, focal=False)
     dense: Ways = {
-        "sdpa": lambda: scaled_dot_product_attention(
-            query, key, value, scale=scaling, enable_gqa=True
-        ),
-        "matmul": lambda: two_products(query, key, value, scaling),
+        name: partial(way, query, key, value, scaling)
+        for name, way in (("sdpa", sdpa), ("matmul", two_products))
     }
     whole = moved(0, length, focal=False)
     bytes_of = dict.fromkeys(ways, own) | dict.fromkeys(dense, whole)
@@ -174,10 +171,7 @@ def _decode(shape: KernelShape, device: str) -> _Task:
 
 
 def _sinkhorn(shape: KernelShape, device: str) -> _Task:
-    """The transport of a batch of pages, against POT from page to page.
-
-    On a CPU RTPrune itself goes through POT's torch backend.
-    """
+    """The transport of a batch of pages, against POT from page to page."""
     kept = max(1, int(shape.visual * shape.keep))
     pruned = shape.visual - kept
     generator = torch.Generator(device).manual_seed(SEED)
@@ -187,16 +181,30 @@ def _sinkhorn(shape: KernelShape, device: str) -> _Task:
 
     def pot(numpy: bool) -> None:
         for page in scores:
-            plan_by_pot(page, DUSTBIN, ITERATIONS, numpy)
+            _by_pot(page, numpy)
 
     ways: dict[str, Callable[[], Any]] = {}
-    if takes_triton("sinkhorn", scores.device, transport.obstacle(pruned)):
-        ways["triton"] = lambda: transport.sinkhorn(scores, rows, columns, DUSTBIN, ITERATIONS)
-    ways["torch"] = lambda: transport.sinkhorn_reference(scores, rows, columns, DUSTBIN, ITERATIONS)
-    ways["pot"] = lambda: pot(numpy=False)
+    problem = scores, rows, columns, DUSTBIN, ITERATIONS
+    if use_triton("sinkhorn", scores.device, transport.why_unsupported(pruned)):
+        ways["triton"] = partial(transport.sinkhorn, *problem)
+    ways["torch"] = partial(transport.sinkhorn_reference, *problem)
+    ways["pot"] = partial(pot, numpy=False)
     if not scores.is_cuda:
-        ways["pot_numpy"] = lambda: pot(numpy=True)
+        ways["pot_numpy"] = partial(pot, numpy=True)
     return _Task(ways, dict.fromkeys(ways, transport.bytes_moved(rows, columns)), POT_AIM)
+
+
+def _by_pot(scores: torch.Tensor, numpy: bool) -> torch.Tensor:
+    """The plan of one page ``(rows, columns)`` by POT, on its torch or its NumPy backend."""
+    rows, columns = scores.shape
+    total = rows + columns
+    source, target = scores.new_ones(rows + 1), scores.new_ones(columns + 1)
+    source[-1], target[-1] = columns, rows
+    problem: list[Any] = [source / total, target / total, -pad(scores, (0, 1, 0, 1), value=DUSTBIN)]
+    if numpy:
+        problem = [part.cpu().numpy() for part in problem]
+    plan = sinkhorn_log(*problem, 1.0, numItermax=ITERATIONS, stopThr=0, warn=False)
+    return torch.as_tensor(plan).to(scores)[:-1, :-1] * total
 
 
 # ---- the benchmark and its table ---------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""How a model of transformers is given its cache, and gives it back.
+"""Under which name a model of transformers takes and returns its cache.
 
 The argument was ``past_key_values``. transformers 5.24 calls it ``cache``, in outputs too, and
-takes the old name with a warning. Code that is not transformers' own may go on with the old name,
-so it is the model that decides, not the version.
+takes the old name with a warning. Models from elsewhere may keep the old name, so the model
+decides, not the version.
 """
 
 import inspect
@@ -18,7 +18,7 @@ def cache_argument(model: Any) -> str:
     return next((name for name in NAMES if name in parameters), "past_key_values")
 
 
-def cache_in(given: Mapping[str, Any]) -> Any:
+def cache_in(values: Mapping[str, Any]) -> Any:
     """The cache among the keywords of a call, or in a model's output; None where there is none."""
-    # by what is there: asked for the old name, outputs of transformers 5.24 say that it is old
-    return next((value for name, value in given.items() if name in NAMES), None)
+    # iterated, since outputs of transformers 5.24 warn where the old name is looked up
+    return next((value for name, value in values.items() if name in NAMES), None)

@@ -1,8 +1,8 @@
-"""Where the visual tokens of a prompt stand, and where on the page each of them looks.
+"""Where the visual tokens of a prompt are, and which part of the page each of them shows.
 
-One adapter per family of vision-language models. Everything that differs between them and that
-a method needs is here: the layout of the visual tokens, and how a prompt is built. What is alike is
-a plain function: :func:`text_model`, :func:`attention_modules`.
+One adapter per family of vision-language models has what differs between them: the layout of the
+visual tokens, and how a prompt is built. What is the same for all is a plain function:
+:func:`text_model`, :func:`attention_modules`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ Prompt = Callable[[Any, Sequence[Image.Image], Sequence[str]], Mapping[str, Any]
 Box = tuple[float, float, float, float]
 Places = Callable[[Any, int, int], dict[int, Box]]
 
-# The keyword of the text model under which the layouts of the prompt that it reads travel. A method
-# that shortens the prompt hands on the layouts of what remains; one that reads them takes these.
+# The keyword under which the text model is given the layouts of its prompt. A method that shortens
+# the prompt replaces them by the layouts of what remains; a method that needs them takes these.
 VISUAL_LAYOUTS = "visual_layouts"
 
 
@@ -32,7 +32,7 @@ class VisualLayout:
 
     Parameters
     ----------
-    positions : index of each in the sequence, padding counted, ``(tokens,)``.
+    positions : index of each in the sequence, padding included, ``(tokens,)``.
     grid : (view, row, column) of each, ``(tokens, 3)``. View 0 is the whole page, the others are
         crops: each one a view, or all of them one mosaic where the family lays them out as such.
         A newline token has column -1, a separator row and column -1.
@@ -45,30 +45,30 @@ class VisualLayout:
 
     @property
     def on_page(self) -> torch.Tensor:
-        """Which tokens look at a place: neither newline nor separator, ``(tokens,)``."""
+        """Which tokens are neither newline nor separator, ``(tokens,)`` bool."""
         return self.grid[:, 2] >= 0
 
     def of_kept(self, kept: torch.Tensor) -> "VisualLayout":
-        """The layout of the sequence that has only some positions of this one.
+        """The layout of a sequence that has only some positions of this one.
 
         Parameters
         ----------
         kept : position in this sequence of each one in the new sequence, -1 for new padding,
             ``(length,)``.
         """
-        places, tokens = (kept[:, None] == self.positions).nonzero().unbind(1)
-        return VisualLayout(places, self.grid[tokens], self.image_of[tokens])
+        positions, tokens = (kept[:, None] == self.positions).nonzero().unbind(1)
+        return VisualLayout(positions, self.grid[tokens], self.image_of[tokens])
 
 
 @dataclass(frozen=True)
 class ViewOnPage:
-    """Where on a page the tokens of a view look.
+    """Which part of a page a view and each of its tokens shows.
 
     Parameters
     ----------
     box : (x0, y0, x1, y1) of the view in the page's pixels; it reaches beyond the page where the
         page is padded.
-    rows, columns : of its tokens.
+    rows, columns : number of its tokens.
     """
 
     box: Box
@@ -76,7 +76,7 @@ class ViewOnPage:
     columns: int
 
     def cell(self, row: int, column: int) -> Box:
-        """(x0, y0, x1, y1) of what one token sees, in the page's pixels."""
+        """(x0, y0, x1, y1) of what one token shows, in the page's pixels."""
         x0, y0, x1, y1 = self.box
         across, down = (x1 - x0) / self.columns, (y1 - y0) / self.rows
         left, top = x0 + column * across, y0 + row * down
@@ -85,7 +85,7 @@ class ViewOnPage:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is particular to a family.
+    """What is specific to a family.
 
     Parameters
     ----------
@@ -94,10 +94,10 @@ class Adapter:
         the ``(tokens, 3)`` grids of the images, in their order through the batch.
     prompt : (processor, images, texts) to model inputs, one image and one text a sequence, padded
         on the left.
-    read_prompt : the text that asks for a plain transcription, as the checkpoint's card says; for
+    read_prompt : the text that requests a plain transcription, as the checkpoint's card says; for
         general models our own choice.
     places : (processor, width and height of a page) to the boxes on that page of the views whose
-        rows and columns are places, as :class:`ViewOnPage` has them; none where they are not.
+        rows and columns are places, as :class:`ViewOnPage` has them; none for other views.
     """
 
     name: str
@@ -112,49 +112,48 @@ class Adapter:
         Parameters
         ----------
         config : the model's.
-        inputs : what the model is called with; ``input_ids`` ``(batch, length)`` and whatever says
-            how large the images are.
+        inputs : of the model; ``input_ids`` ``(batch, length)`` and whatever says how large the
+            images are.
 
         Raises
         ------
         ValueError : when the images have not as many tokens as ``input_ids`` has places.
         """
-        places = inputs["input_ids"] == config.image_token_id
-        images = self.cells(config, inputs, _runs(places))
-        if (given := int(places.sum())) != (wanted := sum(map(len, images))):
+        is_visual = inputs["input_ids"] == config.image_token_id
+        left = self.cells(config, inputs, _runs(is_visual))
+        if (places := int(is_visual.sum())) != (tokens := sum(map(len, left))):
             raise ValueError(
-                f"the {len(images)} images of {self.name} have {wanted} visual tokens, input_ids "
-                f"has places for {given}; build both with one call of the processor"
+                f"the {len(left)} images of {self.name} have {tokens} visual tokens, input_ids "
+                f"has places for {places}; build both with one call of the processor"
             )
         layouts = []
-        left = images
-        for row in places:
+        for row in is_visual:
             positions = row.nonzero()[:, 0]
-            mine: list[torch.Tensor] = []
-            while sum(map(len, mine)) < len(positions):
-                mine, left = [*mine, left[0]], left[1:]
-            if sum(map(len, mine)) != len(positions):
+            images: list[torch.Tensor] = []
+            while sum(map(len, images)) < len(positions):
+                images, left = [*images, left[0]], left[1:]
+            if sum(map(len, images)) != len(positions):
                 raise ValueError(
                     f"an image of {self.name} would reach over two sequences: {len(positions)} "
                     "places, images of "
-                    f"{', '.join(str(len(image)) for image in mine)} tokens; keep their order"
+                    f"{', '.join(str(len(image)) for image in images)} tokens; keep their order"
                 )
-            numbers = [torch.full((len(image),), i) for i, image in enumerate(mine)]
+            numbers = [torch.full((len(image),), i) for i, image in enumerate(images)]
             empty = torch.empty(0, 3, dtype=torch.long)
             layouts.append(
                 VisualLayout(
                     positions,
-                    torch.cat([empty, *mine]).to(positions.device),
+                    torch.cat([empty, *images]).to(positions.device),
                     torch.cat([empty[:, 0], *numbers]).to(positions.device),
                 )
             )
         return layouts
 
 
-def _runs(places: torch.Tensor) -> list[int]:
+def _runs(is_visual: torch.Tensor) -> list[int]:
     """Lengths of the runs of True in each row of ``(batch, length)``, through the batch."""
     lengths = []
-    for row in places:
+    for row in is_visual:
         edges = torch.nn.functional.pad(row.int(), (1, 1)).diff().nonzero()[:, 0]
         lengths += (edges[1::2] - edges[::2]).tolist()
     return lengths
@@ -182,8 +181,8 @@ def _crop_grids(inputs: Inputs) -> list[tuple[int, int]]:
 def _query_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
     """DeepSeek-OCR-2: crop by crop, the whole page, a separator; no newlines.
 
-    Its tokens are learned queries in the order in which the encoder reads: row and column say which
-    query, not which place.
+    Its tokens are learned queries in the order of the encoder: row and column say which query, not
+    which place.
     """
     if not runs:
         return []
@@ -209,7 +208,7 @@ def _tokens_a_side(config: Any, inputs: Inputs) -> tuple[int, int]:
 
 
 def _merged_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
-    """Qwen-VL and its kin: one grid of any size per image, patches merged."""
+    """Qwen-VL and similar: one grid of any size per image, patches merged."""
     if not runs:
         return []
     merge = config.vision_config.spatial_merge_size
@@ -220,7 +219,7 @@ def _merged_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Te
 def _tile_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
     """InternVL, GOT-OCR2: square tiles, and the whole page last.
 
-    The inputs do not say how the tiles lie on the page: each is a view of its own.
+    The inputs do not say where the tiles are on the page: each is a view of its own.
     """
     tokens = config.image_seq_length
     side = round(tokens**0.5)
@@ -240,11 +239,11 @@ def _tile_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tens
     return images
 
 
-# ---- where the views lie on the page --------------------------------------------------------
+# ---- where the views are on the page --------------------------------------------------------
 
 
 def _whole_page(processor: Any, width: int, height: int) -> dict[int, Box]:
-    """The page as a whole, whose tokens fill it; where tiles lie, the inputs do not say."""
+    """The page as a whole, whose tokens fill it; the inputs do not say where tiles are."""
     return {0: (0, 0, width, height)}
 
 
@@ -264,7 +263,7 @@ def _unlimited_places(processor: Any, width: int, height: int) -> dict[int, Box]
 
 
 def _no_places(processor: Any, width: int, height: int) -> dict[int, Box]:
-    """DeepSeek-OCR-2: a token is a query, which may look anywhere."""
+    """DeepSeek-OCR-2: a token is a query, which has no place."""
     return {}
 
 
@@ -274,14 +273,14 @@ def _no_places(processor: Any, width: int, height: int) -> dict[int, Box]:
 def _own_prompt(
     processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
-    """DeepSeek-OCR: our processor knows its format."""
+    """DeepSeek-OCR: our own processor builds its format."""
     return processor(images, texts)
 
 
 def _chat_prompt(
     processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
-    """The chat template that came with the checkpoint: the image, then the text."""
+    """The checkpoint's chat template: the image, then the text."""
     conversations = [
         [
             {
@@ -317,7 +316,7 @@ def _plain_prompt(
 def _got_prompt(
     processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
-    """GOT-OCR2 (arXiv 2409.01704) has a format but no template; it knows ``"OCR: "`` and kin."""
+    """GOT-OCR2 (arXiv 2409.01704) has a format but no template; its texts are like ``"OCR: "``."""
     start, end = processor.message_start_token, processor.message_end_token
     image = f"{processor.img_start_token}{processor.image_token}{processor.img_end_token}"
     prompts = [
@@ -362,7 +361,7 @@ def adapter_for(config: Any) -> Adapter:
     ValueError : for an unknown architecture, listing the known ones.
     """
     kind = config.model_type
-    # the same classes compute both: Unlimited-OCR slides a window, DeepSeek-OCR does not
+    # the same classes compute both: only Unlimited-OCR has a sliding window
     if kind == "unlimited_ocr" and set(config.text_config.layer_types) == {"full_attention"}:
         kind = "deepseek_ocr"
     if kind not in ADAPTERS:
@@ -376,7 +375,7 @@ def adapter_for(config: Any) -> Adapter:
 def build_prompt(
     model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
-    """Inputs of a model for pages, one text each, padded on the left.
+    """Model inputs for pages with one text each, padded on the left.
 
     Raises
     ------
@@ -392,25 +391,27 @@ def build_prompt(
 
 
 def visual_layouts(model: Any, inputs: Inputs) -> list[VisualLayout]:
-    """The layout of each sequence that a model is about to read; see :meth:`Adapter.layouts`."""
+    """The layout of each sequence of a model's inputs; see :meth:`Adapter.layouts`."""
     return adapter_for(model.config).layouts(model.config, inputs)
 
 
 def views_on_page(
     model: Any, processor: Any, image: Image.Image, grid: torch.Tensor
 ) -> dict[int, ViewOnPage]:
-    """Where on a page its visual tokens look, view by view; empty where they are no places.
+    """Which part of a page each view shows, by its number; empty where tokens have no place.
 
     Parameters
     ----------
-    grid : of all visual tokens of the page, ``(tokens, 3)``; see :class:`VisualLayout`.
+    model, processor : of :func:`compress.models.vlm.load_vlm`.
+    image : the page.
+    grid : of all its visual tokens, ``(tokens, 3)``; see :class:`VisualLayout`.
     """
     boxes = adapter_for(model.config).places(processor, image.width, image.height)
-    found = {}
+    views = {}
     for view in sorted(set(grid[:, 0].tolist()) & set(boxes)):
         rows, columns = (grid[grid[:, 0] == view, 1:].amax(0) + 1).tolist()
-        found[view] = ViewOnPage(boxes[view], rows, columns)
-    return found
+        views[view] = ViewOnPage(boxes[view], rows, columns)
+    return views
 
 
 def text_model(model: Any) -> Any:

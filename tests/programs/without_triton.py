@@ -8,7 +8,7 @@ sys.modules["triton"] = None  # an import of it fails
 import torch  # noqa: E402
 
 from compress.methods.fastocr.attention import focal_decode, sparse_decode  # noqa: E402
-from compress.methods.rtprune import transport_plan  # noqa: E402
+from compress.methods.rtprune.transport import transport_plan  # noqa: E402
 
 
 def main() -> None:

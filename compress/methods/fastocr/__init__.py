@@ -1,4 +1,4 @@
-"""FastOCR: each decode step attends to the few visual tokens that a focal layer chose."""
+"""FastOCR: a decode step attends to the few visual tokens that a focal layer chose."""
 
 from compress.methods.fastocr.method import FastOCR
 

@@ -1,17 +1,17 @@
 """Attention of one decode step, and the function that transformers calls for it.
 
 Three pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
-:func:`peripheral_decode` summaries of the others besides, and :func:`focal_decode` reads all and
-says how attention lies on them. On a GPU they are the kernels of
-:mod:`compress.kernels.sparse_decode` (what the few summaries add is plain torch), elsewhere the
+:func:`peripheral_decode` also summaries of the other visual tokens, and :func:`focal_decode` reads
+all rows and returns the attention over them. On a GPU they are the kernels of
+:mod:`compress.kernels.sparse_decode` (the few summaries are added in plain torch), elsewhere the
 plain torch beside them.
 
-Shapes: ``query`` (batch, heads, 1, dim); ``key`` (batch, kv_heads, length, dim) and ``value`` as
-the cache has them; ``heads`` is a multiple of ``kv_heads``. A mask is True where attended, or is
-added to the logits.
+Shapes: ``query`` is ``(batch, heads, 1, dim)``; ``key`` ``(batch, kv_heads, length, dim)`` and
+``value`` are those of the cache; ``heads`` is a multiple of ``kv_heads``. A mask is True where
+attended, or is added to the logits.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,12 +20,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.kernels import sparse_decode as kernels
-from compress.kernels.backend import takes_triton
+from compress.kernels.backend import use_triton
 from compress.methods.fastocr.fixation import Fixation
 from compress.methods.fastocr.periphery import Outside, Periphery
 
+if TYPE_CHECKING:
+    from compress.methods.fastocr.state import DecodeState
+
 NAME = "compress_fastocr"  # of the attention function, in transformers' registry
-REQUEST = "fastocr_request"  # the keyword under which a decode step brings its request
+STATE = "fastocr_state"  # the keyword under which a decode step hands its state to the layers
 
 
 def sparse_decode(
@@ -45,7 +48,7 @@ def sparse_decode(
     query, key, value : see the module.
     rows : which rows of the cache are read, in any order, ``(batch, picked)``.
     rows_mask : of these rows, ``(batch, picked)``; None attends to all of them.
-    dense : first row of a range that is read as well, by all sequences, and the one after its last.
+    dense : first row of a range that all sequences read as well, and the one after its last.
     dense_mask : of the range, ``(batch, stop - start)``; None attends to all of it.
     scaling : of the dot products.
 
@@ -53,8 +56,7 @@ def sparse_decode(
     -------
     ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
     """
-    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
-    fast = takes_triton("sparse_decode", query.device, obstacle)
+    fast = _use_kernel("sparse_decode", query, key, value, rows_mask, dense_mask)
     decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
     return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
 
@@ -89,8 +91,7 @@ def peripheral_decode(
     """
     fixated = kernels.gathered(key, value, rows[:, : fixation.index.shape[1]])
     outside = periphery.outside(fixation, *fixated)
-    obstacle = kernels.obstacle(query, key, value, rows_mask, dense_mask)
-    if takes_triton("sparse_decode", query.device, obstacle):
+    if _use_kernel("sparse_decode", query, key, value, rows_mask, dense_mask):
         read = kernels.sparse_decode_lse(
             query, key, value, rows, rows_mask, dense, dense_mask, scaling
         )
@@ -98,6 +99,16 @@ def peripheral_decode(
     rows, mask = kernels.listed(rows, rows_mask, dense, dense_mask)
     output = _beside(outside, query, *kernels.gathered(key, value, rows), mask, scaling)
     return output, outside.read()
+
+
+def _use_kernel(
+    kernel: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *masks: torch.Tensor | None,
+) -> bool:
+    return use_triton(kernel, query.device, kernels.why_unsupported(query, key, value, *masks))
 
 
 def _beside(
@@ -131,7 +142,7 @@ def focal_decode(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query to the whole cache, and how it lies there, in one pass over the keys.
+    """Attention of one query to the whole cache, and its weights, in one pass over the keys.
 
     Parameters
     ----------
@@ -141,40 +152,39 @@ def focal_decode(
 
     Returns
     -------
-    The output ``(batch, heads, 1, dim)``, and the attention's mean over the heads ``(batch,
+    The output ``(batch, heads, 1, dim)``, and the mean of the weights over the heads ``(batch,
     length)`` in float32.
     """
-    obstacle = kernels.obstacle(query, key, value, mask)
-    fast = takes_triton("focal_decode", query.device, obstacle)
+    fast = _use_kernel("focal_decode", query, key, value, mask)
     decode = kernels.focal_decode if fast else kernels.focal_decode_reference
     return decode(query, key, value, mask, scaling)
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer: all but a decode step of a request is SDPA's."""
-    request = others.pop(REQUEST, None)
-    if request is None:
+    """What transformers calls in every layer: SDPA, but for a decode step with a state."""
+    state: DecodeState | None = kwargs.pop(STATE, None)
+    if state is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = request.attend(module.layer_idx, query, key, value, attention_mask, scaling)
+    output = state.attend(module.layer_idx, query, key, value, attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:
-    """Tell transformers the function's name, and that its masks are SDPA's.
+    """Register the attention function with transformers, with SDPA's masks.
 
-    An unregistered mask name would leave it without any, and a padded batch would attend to
-    its padding. The names stay: they hold no state, which comes with each call.
+    A mask name that is not registered would give it no mask, and a padded batch would attend to its
+    padding. The names stay registered: they hold no state, which comes with each call.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -4,12 +4,12 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -20,50 +20,25 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from compress.bench.attention import MODELS, ModelName, head_sizes, sdpa, two_products
 from compress.bench.building import built, sharing_weights
 from compress.bench.cells import by_size, profile, times, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
 from compress.eval.tables import Cell
-from compress.methods.fastocr.attaching import open_gaze
-from compress.methods.fastocr.calibration import default_count
 from compress.methods.fastocr.fixation import budget
-from compress.methods.fastocr.method import FastOCR
-from compress.methods.fastocr.state import Counts, Pages, Request
+from compress.methods.fastocr.hooks import attached
+from compress.methods.fastocr.policy import FocalPolicy
+from compress.methods.fastocr.recall import default_count
+from compress.methods.fastocr.state import Counts, DecodeState
+from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import cache_argument
 from compress.models.deepseek_ocr_views import view_tokens
 from compress.models.visual import VisualLayout, text_model
 
 AIM = 0.7  # of the byte bound, of attention alone
 TWO_PRODUCTS = "compress_bench_two_products"  # of the dense attention, in transformers' registry
-# text_config of Qwen/Qwen2.5-VL-{3B,7B}-Instruct; "tiny" is for trying the command
-MODELS: dict[str, dict[str, int]] = {
-    "qwen2.5-vl-3b": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-    },
-    "qwen2.5-vl-7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-    },
-}
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -86,7 +61,7 @@ class DecodeShape:
     """
 
     part: Literal["attention", "end_to_end"] = "attention"
-    model: Literal["qwen2.5-vl-3b", "qwen2.5-vl-7b", "tiny"] = "qwen2.5-vl-7b"
+    model: ModelName = "qwen2.5-vl-7b"
     visual: Count = 4096
     text: Count = 256
     batch: Count = 1
@@ -108,9 +83,7 @@ class DecodeShape:
     @property
     def heads(self) -> tuple[int, int, int]:
         """Query heads, key heads, and the size of one."""
-        sizes = MODELS[self.model]
-        heads = sizes["num_attention_heads"]
-        return heads, sizes["num_key_value_heads"], sizes["hidden_size"] // heads
+        return head_sizes(self.model)
 
     @property
     def focal(self) -> tuple[int, ...]:
@@ -143,7 +116,7 @@ class DecodeShape:
 
 
 def default_shapes(device: str) -> list[DecodeShape]:
-    """What is timed where nobody asks for a shape."""
+    """What is timed on a device where no shape is requested."""
     if torch.device(device).type == "cuda":
         return [
             DecodeShape(part=part, model=model, visual=visual, batch=batch, dtype="bfloat16")
@@ -183,20 +156,20 @@ def _caches(shape: DecodeShape, device: str, room: int) -> list[tuple[torch.Tens
     ]
 
 
-def _request(shape: DecodeShape, device: str, counts: Counts | None = None) -> Request:
-    """One that has just read its prompt: visual tokens of a square page first, then text."""
+def _policy(shape: DecodeShape, tokens: VisualTokens, layers: int) -> FocalPolicy:
+    return FocalPolicy(tokens, layers, keep=shape.keep_visual, focal=shape.focal)
+
+
+def _state(shape: DecodeShape, device: str, counts: Counts | None = None) -> DecodeState:
+    """Of a prompt that has just been read: visual tokens of a square page first, then text."""
     side = max(1, round(shape.visual**0.5))
     grid = view_tokens(0, -(-shape.visual // side), side, False)[: shape.visual]
-    nowhere = torch.zeros(shape.visual, dtype=torch.long)
-    layout = VisualLayout(torch.arange(shape.visual), grid, nowhere)
+    first_image = torch.zeros(shape.visual, dtype=torch.long)
+    layout = VisualLayout(torch.arange(shape.visual), grid, first_image)
     length = shape.visual + shape.text
-    pages = Pages.of([layout] * shape.batch, length, torch.device(device))
-    gaze = open_gaze(_method(shape), pages, shape.built_layers)
-    return Request(pages, gaze, counts or Counts(shape.built_layers))
-
-
-def _method(shape: DecodeShape) -> FastOCR:
-    return FastOCR(keep_visual=shape.keep_visual, focal_layers=shape.focal, min_visual=0)
+    tokens = VisualTokens.of([layout] * shape.batch, length, torch.device(device))
+    policy = _policy(shape, tokens, shape.built_layers)
+    return DecodeState(tokens, policy, counts or Counts(shape.built_layers))
 
 
 # ---- attention alone ---------------------------------------------------------------------------
@@ -233,43 +206,23 @@ def _attention_ways(shape: DecodeShape, device: str) -> dict[str, Callable[[], A
     query = torch.randn(shape.batch, heads, 1, dim, **options)
     scaling = dim**-0.5
 
-    def sdpa() -> None:
-        for key, value in caches:
-            scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    state = _state(shape, device)
 
-    def matmul() -> None:
+    def all_layers(attention: Callable[..., Any]) -> None:
         for key, value in caches:
-            two_products(query, key, value, scaling)
-
-    request = _request(shape, device)
+            attention(query, key, value, scaling)
 
     def fastocr() -> None:
-        request.start_step()
+        state.start_step()
         for layer, (key, value) in enumerate(caches):
-            request.attend(layer, query, key, value, None, scaling)
+            state.attend(layer, query, key, value, None, scaling)
 
-    ways = {"sdpa": sdpa, "matmul": matmul, "fastocr": fastocr}
+    ways: dict[str, Callable[[], Any]] = {
+        "sdpa": partial(all_layers, sdpa),
+        "matmul": partial(all_layers, two_products),
+        "fastocr": fastocr,
+    }
     return {name: way for name, way in ways.items() if name != shape.without}
-
-
-def two_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Dense attention of one token with the query heads of a key head side by side.
-
-    Parameters
-    ----------
-    query : ``(batch, heads, 1, dim)``.
-    key, value : ``(batch, kv_heads, length, dim)``.
-    scaling : of the dot products.
-
-    Returns
-    -------
-    ``(batch, heads, 1, dim)``.
-    """
-    packed = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    weights = ((packed @ key.transpose(2, 3)).float() * scaling).softmax(-1)
-    return (weights.to(value.dtype) @ value).reshape(*query.shape[:3], -1)
 
 
 # ---- end to end --------------------------------------------------------------------------------
@@ -336,7 +289,7 @@ class _FilledLayer(DynamicLayer):
 
 
 def _model(shape: DecodeShape) -> Qwen2_5_VLForConditionalGeneration:
-    """The text model at its size; nobody looks through the vision tower, which is tiny."""
+    """The text model at its size; the vision tower, which is not run, is tiny."""
     sizes: dict[str, Any] = MODELS[shape.model] | {"num_hidden_layers": shape.built_layers}
     rope = {"rope_type": "default", "rope_theta": 1e6}
     dim = shape.heads[2]
@@ -370,18 +323,18 @@ def _two_products(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     return two_products(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
 def dense_backends(device: str, dtype: str) -> dict[str, str]:
-    """Ways of dense attention that can be had, with their names in transformers' registry."""
-    found = {"sdpa": "sdpa", "matmul": TWO_PRODUCTS}
+    """Dense attention that can run here, with its names in transformers' registry."""
+    names = {"sdpa": "sdpa", "matmul": TWO_PRODUCTS}
     half = dtype != "float32" and torch.device(device).type == "cuda"
     if half and importlib.util.find_spec("flash_attn"):
-        found["flash"] = "flash_attention_2"
-    return found
+        names["flash"] = "flash_attention_2"
+    return names
 
 
 def _end_to_end_ways(
@@ -400,8 +353,8 @@ def _end_to_end_ways(
 
     def step_of(network: Any, cache: DynamicCache) -> Callable[[], Any]:
         text = text_model(network)
-        given = {"inputs_embeds": embeds, "position_ids": places, cache_argument(text): cache}
-        return lambda: text(**given)
+        inputs = {"inputs_embeds": embeds, "position_ids": places, cache_argument(text): cache}
+        return lambda: text(**inputs)
 
     ways: dict[str, Callable[[], Any]] = {}
     for name, implementation in dense_backends(device, shape.dtype).items():
@@ -410,14 +363,14 @@ def _end_to_end_ways(
         network = sharing_weights(model)
         network.set_attn_implementation({"text_config": implementation})
         ways[name] = step_of(network, _cache(caches))
-    handle: Any = stack.enter_context(_method(shape).attach(model))
+    handle = stack.enter_context(attached(model, partial(_policy, shape)))
     cache = _cache(caches)
-    request = _request(shape, device, handle.counts)
-    handle.requests[cache] = request
+    state = _state(shape, device, handle.counts)
+    handle.states[cache] = state
     sparse = step_of(model, cache)
 
     def fastocr() -> None:
-        request.length = length  # the step before is taken back
+        state.length = length  # the step before is taken back
         sparse()
 
     hidden = embeds.clone()
@@ -437,22 +390,22 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """From how many visual tokens on FastOCR is faster end to end, by device.
 
     The smallest number that was measured from which on every measurement, of all batches and
-    models, was at least as fast as dense. Where the largest was not, it is the next number: nobody
-    knows what lies beyond.
+    models, was at least as fast as dense. Where the largest was not, it is the next number, as what
+    lies beyond was not measured.
 
     Parameters
     ----------
     rows : of this benchmark; those of attention alone are left out, and those of a step that was
         measured again.
     """
-    found: dict[str, dict[str, Any]] = {}
-    mine = newest([row for row in rows if row["part"] == "end_to_end"])
-    for device in dict.fromkeys(row["device"] for row in mine):
-        here = [row for row in mine if row["device"] == device]
+    table: dict[str, dict[str, Any]] = {}
+    steps = newest([row for row in rows if row["part"] == "end_to_end"])
+    for device in dict.fromkeys(row["device"] for row in steps):
+        here = [row for row in steps if row["device"] == device]
         sizes = sorted({row["shape"]["visual"] for row in here})
         slow = [r["shape"]["visual"] for r in here if r["ratio"] < 1]
         faster = [size for size in sizes if size > max(slow, default=0)]
-        found[device] = {
+        table[device] = {
             "min_visual": faster[0] if faster else sizes[-1] + 1,
             "measured": sizes,
             "batch": sorted({row["shape"]["batch"] for row in here}),
@@ -461,7 +414,7 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             "threads": sorted({row["threads"] for row in here}),
             "date": max(row["date"] for row in here),
         }
-    return found
+    return table
 
 
 # ---- the benchmark and its table ---------------------------------------------------------------
@@ -529,14 +482,14 @@ def table(rows: Sequence[Row]) -> str:
                 },
                 "Tokens per second of the whole text model, end to end, with random weights; "
                 "possible is the ratio of all bytes that a step must read, weights included. "
-                + " ".join(_crossover(device, found) for device, found in crossovers(rows).items()),
+                + " ".join(_crossover(device, entry) for device, entry in crossovers(rows).items()),
             )
         )
     return "\n\n".join(parts)
 
 
-def _crossover(device: str, found: Mapping[str, Any]) -> str:
-    least, most = found["min_visual"], found["measured"][-1]
+def _crossover(device: str, entry: Mapping[str, Any]) -> str:
+    least, most = entry["min_visual"], entry["measured"][-1]
     if least > most:
         return f"On {device} FastOCR was never faster throughout, up to {most:,} visual tokens."
     return f"On {device} FastOCR is faster from {least:,} visual tokens on."

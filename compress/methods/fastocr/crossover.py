@@ -1,11 +1,11 @@
-"""From how many visual tokens on a decode step is faster than a dense one: measured, by device.
+"""From how many visual tokens on a decode step is faster than a dense one, measured by device.
 
 ``compress bench fastocr --results ROWS --crossover FILE`` writes such a table from the rows of
 whole decode steps: per device the smallest number from which on no measured step was slower than
 the fastest dense way, with the sizes, dtypes and threads that were measured. ``crossover.json``
-beside this module is the one that ships, from ``eval/results/bench_fastocr.jsonl``. It is of
-models of three and seven billion parameters on one thread of one CPU; others cross elsewhere.
-``COMPRESS_CROSSOVERS`` names another file to use instead.
+beside this module is the one that ships, from ``eval/results/bench_fastocr.jsonl``: of models of
+three and seven billion parameters on one thread of one CPU. Other models and machines cross
+elsewhere; the environment variable ``COMPRESS_CROSSOVERS`` names another file to use instead.
 """
 
 import os
@@ -22,7 +22,11 @@ SHIPPED = Path(__file__).with_name("crossover.json")
 
 
 def read_table(path: Path | None = None) -> dict[str, Any]:
-    """A table, the one in force when None: device name or type -> what was measured there.
+    """The table of a file: device name or type -> what was measured there.
+
+    Parameters
+    ----------
+    path : None is what the environment says, or what ships.
 
     Raises
     ------
@@ -45,7 +49,7 @@ def read_table(path: Path | None = None) -> dict[str, Any]:
 
 
 def crossover(device: torch.device, table: dict[str, Any]) -> tuple[int, str]:
-    """Visual tokens below which dense decoding is faster on a device, and how that is known.
+    """Visual tokens below which dense decoding is faster on a device, and where that is from.
 
     Parameters
     ----------

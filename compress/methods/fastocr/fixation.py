@@ -1,7 +1,7 @@
-"""Where the eye rests: pure functions from attention to the visual tokens that are read.
+"""Pure functions from attention scores to the visual tokens that a layer attends to.
 
 ``batch`` sequences have at most ``visual`` visual tokens and at most ``kept`` of them in the
-fixation; shorter ones are padded and a mask says what is real. Scores are float32.
+fixation; shorter ones are padded, and a mask marks what is not padding. Scores are float32.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Fixation:
-    """The visual tokens that a layer reads.
+    """The visual tokens that a layer attends to.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Fixation:
 
 
 def budget(keep: float, tokens: int) -> int:
-    """How many of the visual tokens a fixation has: the smallest integer not below keep * tokens.
+    """Number of visual tokens in a fixation: the smallest integer not below ``keep * tokens``.
 
     >>> budget(0.05, 300), budget(0.05, 301), budget(0.07, 100)
     (15, 16, 7)
@@ -39,13 +39,13 @@ def budget(keep: float, tokens: int) -> int:
 
 
 def same_mean_budget(keep: float, tokens: int, layers: int, dense: int, periphery: int = 0) -> int:
-    """Tokens per layer of a method without dense layers that attends to as many on average.
+    """Tokens per layer of a baseline without dense layers that attends to as many on average.
 
     Parameters
     ----------
     keep, tokens : as in :func:`budget`, of the layers that are not dense.
     layers, dense : of the text model; how many of them attend to all tokens.
-    periphery : summaries that every layer which is not dense reads besides, in both methods.
+    periphery : summaries that every layer which is not dense reads as well, in both methods.
     """
     kept = budget(keep, tokens)
     around = min(periphery, tokens - kept)
@@ -54,17 +54,17 @@ def same_mean_budget(keep: float, tokens: int, layers: int, dense: int, peripher
 
 
 def visual_scores(weights: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Attention over the visual tokens, renormalised on them.
+    """Attention over the visual tokens, renormalised to sum to 1 over them.
 
     Parameters
     ----------
     weights : head-mean attention over the cache, ``(batch, length)``.
     rows : where the visual tokens are in the cache, ``(batch, visual)``.
-    valid : which of them are real, ``(batch, visual)``.
+    valid : which of them are not padding, ``(batch, visual)``.
 
     Returns
     -------
-    ``(batch, visual)``; rows sum to 1, or are 0 where no visual token has any weight.
+    ``(batch, visual)``; all 0 for a sequence whose visual tokens have no weight.
     """
     scores = weights.gather(1, rows) * valid
     return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
@@ -82,7 +82,7 @@ def top_k(
     width : the largest of the budgets.
     near : neighbours of each token on its page, itself included, ``(batch, visual, around)``. A
         token then ranks by the best score around it, and among equals by its own: the
-        neighbours of the best tokens take the place of the last ones, the number is the same.
+        neighbours of the best tokens replace the last ones, and the number stays.
     """
     if near is None:
         index = scores.topk(width, dim=1).indices
@@ -95,17 +95,18 @@ def top_k(
 
 
 def kept_mass(scores: torch.Tensor, fixation: Fixation) -> torch.Tensor:
-    """Share of the attention over visual tokens that a fixation keeps, ``(batch,)``."""
+    """Share of the attention over visual tokens that lies on a fixation, ``(batch,)``."""
     return (scores.gather(1, fixation.index) * fixation.valid).sum(1)
 
 
 def opened(fixation: Fixation, everything: torch.Tensor, valid: torch.Tensor) -> Fixation:
-    """A fixation that has all visual tokens of some sequences.
+    """A fixation with all visual tokens of some sequences.
 
     Parameters
     ----------
-    everything : which sequences, ``(batch,)``.
-    valid : which visual tokens are real, ``(batch, visual)``.
+    fixation : of the other sequences.
+    everything : the sequences that get all of theirs, ``(batch,)`` bool.
+    valid : which visual tokens are not padding, ``(batch, visual)``.
     """
     tokens = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     missing = valid.shape[1] - fixation.index.shape[1]
@@ -122,8 +123,9 @@ def neighbours(grid: torch.Tensor, image_of: torch.Tensor, radius: int) -> torch
 
     Parameters
     ----------
-    grid, image_of : of :class:`compress.models.visual.VisualLayout`. Tokens that look at no
-        place (column -1) have no neighbours.
+    grid, image_of : of :class:`compress.models.visual.VisualLayout`. Newlines and separators
+        (column -1) have no neighbours.
+    radius : in rows and columns of the grid.
 
     Returns
     -------
@@ -136,18 +138,24 @@ def neighbours(grid: torch.Tensor, image_of: torch.Tensor, radius: int) -> torch
     keys = ((place[0] * sizes[0] + place[1]) * sizes[1] + place[2]) * sizes[2] + place[3]
     keys = torch.where(grid[:, 2] >= 0, keys, -1 - tokens)  # apart from all others
     ordered, order = keys.sort()
-    found = []
+    columns = []
     for down in range(-radius, radius + 1):
         for right in range(-radius, radius + 1):
-            wanted = keys + down * sizes[2] + right
-            slot = torch.searchsorted(ordered, wanted).clamp(max=len(grid) - 1)
-            there = (ordered[slot] == wanted) & (keys >= 0)
-            found.append(torch.where(there, order[slot], tokens))
-    return torch.stack(found, 1)
+            key = keys + down * sizes[2] + right
+            slot = torch.searchsorted(ordered, key).clamp(max=len(grid) - 1)
+            exists = (ordered[slot] == key) & (keys >= 0)
+            columns.append(torch.where(exists, order[slot], tokens))
+    return torch.stack(columns, 1)
 
 
 def random_fixation(counts: Sequence[int], budgets: Sequence[int], seed: int) -> Fixation:
-    """Tokens drawn without replacement; a sequence's do not depend on the others in its batch."""
+    """Tokens drawn without replacement; a sequence's do not depend on the rest of its batch.
+
+    Parameters
+    ----------
+    counts, budgets : visual tokens of each sequence, and how many to draw of them.
+    seed : of the draw.
+    """
     width = max(budgets, default=0)
     index = torch.zeros(len(counts), width, dtype=torch.long)
     for row, (count, kept) in enumerate(zip(counts, budgets, strict=True)):

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -23,7 +25,7 @@ class FastOCR(RuntimeMethod):
     Parsing" (arXiv 2605.17447). A few focal layers attend to the whole page; the visual tokens
     with the highest head-mean attention there are what the layers below attend to, and, in the next
     step, the layers above. Nothing is evicted; the prompt is read densely, and so is the first
-    step. No code is public: the formulation is ours, after the abstract.
+    step. The paper's code is not public: the formulation is ours, after the abstract.
     """
 
     paper: ClassVar[str] = (
@@ -53,25 +55,25 @@ class FastOCR(RuntimeMethod):
     """Fraction of a sequence's visual tokens that a layer that is not focal attends to; rounded up.
     """
     focal_layers: Literal["auto"] | Layers = "auto"
-    """Layers that attend to all, as calibration found them; "auto" finds a seventh of the layers in
-    the first ``warmup`` steps of each request, for its batch as a whole."""
+    """Layers that attend to all, as calibration measured them; "auto" chooses a seventh of the
+    layers in the first ``warmup`` steps of each batch, for the batch as a whole."""
     dilate: NonNegative = 0
-    """Rows and columns around the best tokens that take the place of the last ones; the number of
-    tokens stays."""
+    """Rows and columns around the best tokens that replace the last ones; the number of tokens
+    stays. Our own choice."""
     min_mass: float = Field(0.0, ge=0, lt=1)
     """When less than this share of a focal layer's attention over visual tokens lies on the
-    fixation in force, the rest of the step is dense. 0 is the paper."""
+    fixation in force, the rest of the step is dense. Our own choice; 0 is the paper."""
     reuse: bool = True
     """False lets layers before the first focal one attend to all, instead of to the fixation of the
     step before."""
     periphery: NonNegative = 0
     """Summary tokens per key head by which a layer attends to what is not in its fixation, each the
-    mean of visual tokens that are alike and weighted by their number. Counted as attended. Ours; 0
+    mean of similar visual tokens, weighted by their number. Counted as attended. Our own choice; 0
     is the paper."""
     min_visual: Literal["auto"] | NonNegative = "auto"
     """A batch none of whose sequences has as many visual tokens is decoded densely: few tokens cost
     less than choosing among them. "auto" is what the benchmark measured on the device, 0 where it
-    was not measured; 0 never switches off. Ours."""
+    was not measured; 0 never switches off. Our own choice."""
     warmup: int = Field(8, ge=2)
     """Dense first steps where ``focal_layers`` is "auto"."""
     fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"
@@ -92,7 +94,7 @@ class FastOCR(RuntimeMethod):
         return self
 
     def label(self) -> str:
-        """The fixation, and the knobs beside its size that are not the paper's."""
+        """The fixation, and the other knobs that are not the paper's, but not its size."""
         parts: list[str] = [self.name if self.fixation == "dynamic" else self.fixation]
         if not self.reuse:
             parts.append("no reuse")
@@ -149,13 +151,13 @@ class FastOCR(RuntimeMethod):
         ]
 
     def needs_calibration(self) -> bool:
-        """Whether the focal layers are to be found."""
+        """Whether the focal layers are left open."""
         return self.focal_layers == "auto"
 
     def calibrate(
         self, model: Any, batches: Sequence[Mapping[str, Any]], max_new_tokens: int
     ) -> Calibrated:
-        """Find the focal layers of ``model`` while it answers densely.
+        """Choose the focal layers of ``model`` while it answers densely.
 
         Raises
         ------
@@ -163,14 +165,14 @@ class FastOCR(RuntimeMethod):
         """
         from compress.methods.fastocr.calibration import calibrate
 
-        found = calibrate(model, batches, self.keep_visual, max_new_tokens=max_new_tokens)
-        recall = [f"{value:.4f} with {n}" for n, value in enumerate(found.curve, start=1)]
+        result = calibrate(model, batches, self.keep_visual, max_new_tokens=max_new_tokens)
+        recall = [f"{value:.4f} with {n}" for n, value in enumerate(result.curve, start=1)]
         lines = [
             f"mean recall  {', '.join(recall)} focal layers",
-            f"order        {', '.join(map(str, found.order))}",
-            f"chosen       {', '.join(map(str, found.focal_layers))}",
+            f"order        {', '.join(map(str, result.order))}",
+            f"chosen       {', '.join(map(str, result.focal_layers))}",
         ]
-        return Calibrated({"focal_layers": found.focal_layers}, found.facts(), lines)
+        return Calibrated({"focal_layers": result.focal_layers}, asdict(result), lines)
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Let ``model`` decode so until the context is left, which restores everything.
@@ -183,9 +185,21 @@ class FastOCR(RuntimeMethod):
         ------
         ValueError : when the model cannot be served, or has no such focal layer.
         """
-        from compress.methods.fastocr.attaching import attach
+        from compress.methods.fastocr.hooks import attached, decoder
+        from compress.methods.fastocr.policy import make_policy
+        from compress.methods.fastocr.preflight import preflight
+        from compress.models.visual import ADAPTERS
 
-        return attach(self, model)
+        layers = len(decoder(model).layers)
+        if self.focal_layers != "auto" and max(self.focal_layers) >= layers:
+            raise ValueError(
+                f"focal_layers should be among the model's {layers}, counted from 0; got "
+                f"{list(self.focal_layers)}; calibrate on this model"
+            )
+        has_adapter = model.config.model_type in ADAPTERS
+        return attached(
+            model, partial(make_policy, self), None if has_adapter else preflight, self.min_visual
+        )
 
     def sections(self, shown: Shown) -> list[Section]:
         """The fixation on the page while it is written."""

@@ -1,14 +1,15 @@
-"""What lies outside the fixation, seen dimly: a few summary tokens per layer and key head.
+"""Summaries of the visual tokens outside the fixation: a few per layer and key head.
 
-Ours, not the paper's. Attention that is spread over the whole page cannot follow a fixation of a
-few per cent, but it can do without detail: visual tokens whose keys and values are alike are
-summarised by their mean, which counts as often as it has tokens. With everything in the fixation
-nothing is left to summarise, and attention is dense.
+Our own choice, not the paper's. A fixation of a few per cent cannot follow attention that is spread
+over the whole page, but such attention needs no detail: visual tokens with similar keys and values
+are replaced by their mean, weighted by their number. With all tokens in the fixation nothing is
+left to summarise, and attention is dense.
 
-Shapes: ``keys`` (batch, kv_heads, visual, dim) and ``values`` as the cache has them.
+Shapes: ``keys`` and ``values`` are ``(batch, kv_heads, visual, dim)``, as in the cache.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch.nn.functional import one_hot
@@ -25,7 +26,8 @@ class Outside:
     Parameters
     ----------
     keys, values : means, ``(batch, kv_heads, summaries, dim)`` in float32.
-    log_sizes : of how many tokens, ``(batch, kv_heads, summaries)``; -inf of none.
+    log_sizes : logarithm of how many tokens each stands for, ``(batch, kv_heads, summaries)``;
+        -inf for none.
     """
 
     keys: torch.Tensor
@@ -33,13 +35,13 @@ class Outside:
     log_sizes: torch.Tensor
 
     def read(self) -> torch.Tensor:
-        """How many summaries have tokens in them, over all sequences, in the fullest head."""
+        """How many summaries stand for tokens, over all sequences, in the fullest head."""
         return self.log_sizes.isfinite().sum(2).amax(1).sum()
 
     def joined(
         self, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention to the summaries and to what was read, from that to the latter alone.
+        """Attention to the summaries and to some rows, from attention to these rows alone.
 
         With ``l = logaddexp(lse, logsumexp_s(scaling q.k_s + log n_s))`` over the summaries s of
         n_s tokens it is ``exp(lse - l) output + sum_s exp(scaling q.k_s + log n_s - l) v_s``.
@@ -47,8 +49,8 @@ class Outside:
         Parameters
         ----------
         query : ``(batch, heads, 1, dim)``; ``heads`` is a multiple of the summaries' heads.
-        output : attention to what was read, ``(batch, heads, 1, dim)``.
-        lse : logsumexp of its logits, ``(batch, heads)``.
+        output : attention to the rows, ``(batch, heads, 1, dim)``.
+        lse : logsumexp of their logits, ``(batch, heads)``.
         scaling : of the dot products.
         """
         batch, kv_heads, summaries, _ = self.keys.shape
@@ -63,7 +65,7 @@ class Outside:
 
 @dataclass(frozen=True)
 class Periphery:
-    """The visual tokens of one layer in groups that are alike.
+    """The visual tokens of one layer in groups of similar ones.
 
     Parameters
     ----------
@@ -80,23 +82,29 @@ class Periphery:
     @classmethod
     def of(
         cls, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, summaries: int
-    ) -> "Periphery":
+    ) -> Self:
         """Group the visual tokens of a layer.
 
         Parameters
         ----------
         keys, values : see the module.
-        valid : which tokens are real, ``(batch, visual)``.
+        valid : which tokens are not padding, ``(batch, visual)``.
         summaries : groups of each key head.
         """
         keys, values = keys.float(), values.float()
-        member = alike(keys, values, valid, summaries)
+        member = cluster(keys, values, valid, summaries)
         share = one_hot(member, summaries).float() * valid[:, None, :, None]
         share = share.transpose(2, 3)
         return cls(member, share @ keys, share @ values, share.sum(3))
 
     def outside(self, fixation: Fixation, keys: torch.Tensor, values: torch.Tensor) -> Outside:
-        """The summaries without the tokens of a fixation, whose keys and values are given."""
+        """The summaries without the tokens of a fixation.
+
+        Parameters
+        ----------
+        fixation : which tokens to take out.
+        keys, values : of these tokens, ``(batch, kv_heads, kept, dim)``.
+        """
         index = fixation.index[:, None].expand(-1, self.member.shape[1], -1)
         groups = one_hot(self.member.gather(2, index), self.sizes.shape[2]).float()
         share = (groups * fixation.valid[:, None, :, None]).transpose(2, 3)
@@ -109,18 +117,18 @@ class Periphery:
         )
 
 
-def alike(
+def cluster(
     keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, groups: int
 ) -> torch.Tensor:
     """K-means over keys and values, each in units of its spread, head by head.
 
-    It begins with the token nearest to the mean, then each time the one farthest from those that
-    are chosen: nothing is drawn, and a sequence's groups do not depend on others in its batch.
+    It begins with the token nearest to the mean, then adds the one farthest from those that are
+    chosen: nothing is random, and a sequence's groups do not depend on others in its batch.
 
     Parameters
     ----------
     keys, values : see the module, in float32.
-    valid : which tokens are real, ``(batch, visual)``.
+    valid : which tokens are not padding, ``(batch, visual)``.
     groups : per head; some are empty where tokens are fewer, or copies of each other.
 
     Returns

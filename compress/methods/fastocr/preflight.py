@@ -1,28 +1,28 @@
-"""Find out whether a model that nobody tried decodes rightly under FastOCR."""
+"""Find out whether a model of a family without an adapter decodes correctly under FastOCR."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from compress.methods.fastocr.gaze import MovingGaze
-from compress.methods.fastocr.patch import attached
-from compress.methods.fastocr.state import Gaze, Pages
+from compress.methods.fastocr.hooks import attached
+from compress.methods.fastocr.policy import FocalPolicy
+from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import NAMES
 
 STEPS = 2
 
 
 def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Decode two steps densely and at keep_visual 1.0, and refuse a model where they differ.
+    """Decode two steps densely and with all visual tokens, and refuse a model where they differ.
 
-    :meth:`FastOCR.attach` sees to it that a family that nobody tried passes this.
+    :meth:`FastOCR.attach` calls it for families without an adapter.
 
     Parameters
     ----------
     model : a vision-language model.
-    inputs : a prompt with an image, as its processor makes it, and for ``generate`` if need be a
-        ``cache_implementation``. A cache of the caller's own is left alone.
+    inputs : a prompt with an image, as its processor makes it, and for ``generate`` possibly a
+        ``cache_implementation``. A cache among them is not used.
 
     Raises
     ------
@@ -39,12 +39,12 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
             f"a prompt with an image is expected for the preflight of {kind!r}; input_ids has no "
             f"image token {model.config.image_token_id}; build it with the model's processor"
         )
-    deaf = [layer for layer, share in enumerate(facts["attended_by_layer"]) if not share]
-    if deaf:
+    unreached = [layer for layer, share in enumerate(facts["attended_by_layer"]) if not share]
+    if unreached:
         raise ValueError(
-            f"{kind!r} cannot run under FastOCR: layers {', '.join(map(str, deaf))} do not call "
-            "transformers' attention interface with the keywords that the text model is given; "
-            "leave fastocr out"
+            f"{kind!r} cannot run under FastOCR: layers {', '.join(map(str, unreached))} do not "
+            "call transformers' attention interface with the keywords that the text model is "
+            "given; leave fastocr out"
         )
     # half precision rounds the two ways of summing differently
     tolerance = 1e-4 if before.dtype == model.dtype else 2e-2
@@ -58,23 +58,13 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _everything(pages: Pages, layers: int) -> Gaze:
-    """A gaze that chooses all visual tokens, through the gather, below its one focal layer."""
-    return MovingGaze(
-        pages,
-        layers,
-        keep=1.0,
-        focal=[0],
-        warmup=2,
-        dilate=0,
-        min_mass=0.0,
-        reuse=True,
-        periphery=0,
-    )
+def _everything(tokens: VisualTokens, layers: int) -> FocalPolicy:
+    """A policy that chooses all visual tokens, and gathers them in all layers but one."""
+    return FocalPolicy(tokens, layers, keep=1.0, focal=[0])
 
 
 def _logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Logits of the decode steps of a greedy answer, (steps, batch, vocabulary), float32."""
+    """Logits of the decode steps of a greedy answer, ``(steps, batch, vocabulary)`` in float32."""
     output = model.generate(
         **inputs,
         do_sample=False,

@@ -1,73 +1,67 @@
-"""Where the eye rested while a page was written: for pictures, not for speed."""
+"""Record what a model attended to while it wrote a page: for figures, not for speed."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.methods.fastocr.attaching import open_gaze as open_policy
 from compress.methods.fastocr.fixation import Fixation
-from compress.methods.fastocr.method import FastOCR
-from compress.methods.fastocr.patch import attached
-from compress.methods.fastocr.state import Gaze, Pages
+from compress.methods.fastocr.hooks import attached
+from compress.methods.fastocr.policy import AttentionPolicy, make_policy
+from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.visual import VisualLayout
 
+if TYPE_CHECKING:
+    from compress.methods.fastocr.method import FastOCR
 
-class _Watched:
-    """A gaze that notes what the last layer reads in each step."""
 
-    def __init__(self, gaze: Gaze, layers: int) -> None:
-        self.gaze = gaze
-        self.periphery = gaze.periphery
+class _RecordedPolicy:
+    """A policy that also keeps what the last layer attends to in each step."""
+
+    def __init__(self, policy: AttentionPolicy, layers: int) -> None:
+        self.policy = policy
+        self.periphery = policy.periphery
+        self.start_step, self.needs_scores = policy.start_step, policy.needs_scores
+        self.observe = policy.observe
         self.last = layers - 1
-        self.seen: list[torch.Tensor | None] = []
-
-    def start_step(self) -> None:
-        """Begin a step."""
-        self.gaze.start_step()
+        self.steps: list[torch.Tensor | None] = []
 
     def fixation(self, layer: int) -> Fixation | None:
-        """What the layer reads."""
-        found = self.gaze.fixation(layer)
+        """The fixation of the policy."""
+        fixation = self.policy.fixation(layer)
         if layer == self.last:
-            self.seen.append(None if found is None else found.index[0, found.valid[0]].cpu())
-        return found
-
-    def wants_scores(self, layer: int) -> bool:
-        """As the gaze."""
-        return self.gaze.wants_scores(layer)
-
-    def see(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
-        """As the gaze."""
-        return self.gaze.see(layer, scores)
+            self.steps.append(
+                None if fixation is None else fixation.index[0, fixation.valid[0]].cpu()
+            )
+        return fixation
 
 
 def trace(
-    method: FastOCR, model: Any, inputs: Mapping[str, Any], max_new_tokens: int
+    method: "FastOCR", model: Any, inputs: Mapping[str, Any], max_new_tokens: int
 ) -> tuple[torch.Tensor, VisualLayout, list[torch.Tensor | None]]:
-    """Write one page, and say what was read of it.
+    """Transcribe one page, and record what was attended to.
 
     Parameters
     ----------
     method, model : the model must not have the method applied; another one may be.
     inputs : of one sequence, of :func:`compress.models.visual.build_prompt`.
-    max_new_tokens : to write.
+    max_new_tokens : of the answer.
 
     Returns
     -------
-    Ids of the answer ``(tokens,)``; the layout of the prompt that the decoder read; and for each of
-    the answer's tokens but the first, which the prompt gives, the visual tokens that the last layer
-    attended to when it wrote it, ``(kept,)``, as places in that layout; None where it attended to
-    all.
+    ids : of the answer, ``(tokens,)``.
+    layout : of the prompt as the decoder read it.
+    steps : for each of the answer's tokens but the first, which the prompt gives, the visual tokens
+        that the last layer attended to, ``(kept,)``, as places in that layout; None for all.
     """
-    opened: list[_Watched] = []
-    read: list[VisualLayout] = []
+    policies: list[_RecordedPolicy] = []
+    layouts: list[VisualLayout] = []
 
-    def open_gaze(pages: Pages, layers: int) -> Gaze:
-        read.append(pages.layouts[0])
-        opened.append(_Watched(open_policy(method, pages, layers), layers))
-        return opened[-1]
+    def make_recorded(tokens: VisualTokens, layers: int) -> AttentionPolicy:
+        layouts.append(tokens.layouts[0])
+        policies.append(_RecordedPolicy(make_policy(method, tokens, layers), layers))
+        return policies[-1]
 
-    with attached(model, open_gaze):
+    with attached(model, make_recorded):
         whole = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return whole[0, inputs["input_ids"].shape[1] :], read[0], opened[0].seen
+    return whole[0, inputs["input_ids"].shape[1] :], layouts[0], policies[0].steps

@@ -1,4 +1,4 @@
-"""RTPrune: visual token pruning that reads twice, and the peers that it is compared with."""
+"""RTPrune: visual tokens are selected and merged between the encoder and the decoder."""
 
 from compress.methods.rtprune.method import RTPrune
 

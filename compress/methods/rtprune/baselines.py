@@ -1,6 +1,6 @@
-"""The peers that RTPrune is compared with, written afresh for the tokens behind the projector.
+"""The peers that RTPrune is compared with, implemented here for the tokens behind the projector.
 
-Each chooses ``keep`` of the tokens of one page, ``(tokens, dim)``, and returns their indices,
+Each selects ``keep`` of the tokens of one page, ``(tokens, dim)``, and returns their indices,
 ascending; as many as RTPrune keeps, and newlines and separators stay as with RTPrune.
 """
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from compress.methods.rtprune.selection import check_keep, largest, left_over
 
 CONTEXTUAL_SHARE = 10 / 64  # VisionZip's setting: 54 dominant and 10 contextual tokens of 64
-EXHAUSTED = 1e-5  # share of a token that the chosen ones do not span, below which it counts as 0
+EXHAUSTED = 1e-5  # share of a token that the selected ones do not span, below which it counts as 0
 
 
 def random_tokens(features: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
-    """Any ``keep`` tokens; the same for the same seed, whatever the device."""
+    """Tokens drawn without replacement; the same for the same seed on any device."""
     check_keep(features, keep)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(features.shape[0], generator=generator)[:keep]
@@ -22,12 +22,12 @@ def random_tokens(features: torch.Tensor, keep: int, seed: int) -> torch.Tensor:
 
 
 def divprune(features: torch.Tensor, keep: int) -> torch.Tensor:
-    """The tokens that are most unlike each other.
+    """The tokens that are most diverse.
 
     Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models" (CVPR
     2025, arXiv 2503.02175): greedily, the token whose least cosine distance to those that are
-    chosen is largest; first the one that is farthest from its nearest. As published it looks at the
-    tokens behind the projector, which DeepSeek-OCR has too: nothing is adapted.
+    selected is largest; first the one that is farthest from its nearest. As published it compares
+    the tokens behind the projector, which DeepSeek-OCR has too: nothing is adapted.
     """
     check_keep(features, keep)
     directions = F.normalize(features.float(), dim=-1)
@@ -45,22 +45,22 @@ def divprune(features: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def cdpruner(features: torch.Tensor, keep: int, instruction: torch.Tensor) -> torch.Tensor:
-    """The tokens that are most unlike each other and most like the instruction.
+    """The tokens that are most diverse and most similar to the instruction.
 
     Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token
     Pruning in MLLMs" (NeurIPS 2025, arXiv 2506.10967): greedy MAP inference of a determinantal
     point process whose kernel is ``r_i cos(x_i, x_j) r_j``, with relevance ``r`` scaled to (0, 1].
 
     With LLaVA, relevance comes from CLIP's text encoder (with a minus, since CLIP's patches
-    resemble least the text that they show). DeepSeek-OCR has no text encoder: as for other models
-    without one, it is the mean cosine between a token and the decoder's embeddings of the
+    are least similar to the text that they show). DeepSeek-OCR has no text encoder: as for other
+    models without one, it is the mean cosine between a token and the decoder's embeddings of the
     instruction, without the minus. Where the determinant is exhausted (more tokens than dimensions)
     the most relevant and then the first tokens follow.
 
     Parameters
     ----------
     features : ``(tokens, dim)``.
-    keep : how many to choose.
+    keep : how many to select.
     instruction : embeddings of the prompt's text, ``(words, dim)``; none makes all tokens equally
         relevant.
     """
@@ -99,22 +99,22 @@ def visionzip(
     keys: torch.Tensor,
     bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that the encoder attends to, and some that stand for the others.
+    """The tokens that the encoder attends to, and some that the others are merged into.
 
     Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR
     2025, arXiv 2412.04467): 54/64 of the tokens are dominant, those with the most attention; of
-    the others, evenly spaced ones become contextual: each takes the mean of those whose keys are
-    most like its own.
+    the others, evenly spaced ones become contextual: to each the mean of those is added whose
+    keys are most similar to its own.
 
-    Published for one image through CLIP. Here views are pooled, with attention in units of its
-    mean in the view; see ``encoder_attention`` for where it comes from. The
-    published sum is taken in front of the projector. DeepSeek-OCR's is linear: behind it, the sum
-    of two tokens has its bias twice, hence ``bias``.
+    Published for one image through CLIP. Here views are pooled, with attention in units of its mean
+    in the view; see ``encoder_attention`` for where it comes from. The published sum is taken in
+    front of the projector. DeepSeek-OCR's is linear: behind it, the sum of two tokens has its bias
+    twice, hence ``bias``.
 
     Parameters
     ----------
     features : ``(tokens, dim)``.
-    keep : how many to choose.
+    keep : how many to select.
     attention : that each token gets, ``(tokens,)``.
     keys : of each token in the encoder, ``(tokens, key dim)``.
     bias : of the projector, ``(dim,)``.

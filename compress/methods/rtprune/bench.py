@@ -1,10 +1,10 @@
-"""The prefill of DeepSeek-OCR, dense against RTPrune, split into what it consists of."""
+"""The prefill of DeepSeek-OCR, dense against RTPrune, split into its parts."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -18,12 +18,15 @@ from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, Marks, costliest, summarise_spans, time_spans
 from compress.common.stages import watched
 from compress.eval.latency import Latency
-from compress.methods.rtprune.method import RTPrune
 from compress.models.cache_argument import cache_in
 from compress.models.deepseek_ocr_layout import TEXT, native_config
 from compress.models.deepseek_ocr_views import MODES, page_tokens
+from compress.models.generation import replaced_method
 from compress.models.visual import text_model
 from compress.models.vlm import load_vlm
+
+if TYPE_CHECKING:
+    from compress.methods.rtprune.method import RTPrune
 
 AIM = 0.9  # of the bound of the language model, at batch 16 and more
 OVERHEAD_AIM = 0.02  # of the prefill, selection and merging together
@@ -42,12 +45,12 @@ class PrefillShape:
     model : "deepseek-ocr" at its published size, or the built-in reader as it ships.
     mode : resolution, for the first: base and large are the paper's.
     batch : pages.
-    encoded : of them, pages that the vision encoder reads, for machines where it takes hours for
-        all. The others are given the same features, and as much time. None is all.
+    encoded : of them, pages that the vision encoder encodes, for machines where it takes hours for
+        all. The others get the same features, and count as much time. None is all.
     text : words of the prompt behind the page.
     layers : of the first model's decoder that are built, at least 2 (one dense and one of experts),
         for machines that cannot hold all; the time of the last one then counts for those that
-        lack. None is all.
+        are missing. None is all.
     keep_tokens : of RTPrune.
     dtype : of weights and pages.
     """
@@ -63,12 +66,12 @@ class PrefillShape:
 
     @property
     def encoded_pages(self) -> int:
-        """Pages that the vision encoder reads."""
+        """Pages that the vision encoder encodes."""
         return min(self.encoded or self.batch, self.batch)
 
 
 def default_shapes(device: str) -> list[PrefillShape]:
-    """What is timed where nobody asks for a shape."""
+    """What is timed on a device where no shape is requested."""
     if torch.device(device).type == "cuda":
         return [
             PrefillShape(mode=mode, batch=batch, dtype="bfloat16")
@@ -83,52 +86,53 @@ def default_shapes(device: str) -> list[PrefillShape]:
     ]
 
 
-def run(shape: PrefillShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
+def run(
+    kind: type["RTPrune"], shape: PrefillShape, bench: Bench, ceilings: Ceilings
+) -> Iterator[Row]:
     """Time a prefill with and without RTPrune, in turns."""
     model = _model(shape, bench.device)
     inputs = _inputs(shape, model, bench.device)
-    method = RTPrune(keep_tokens=shape.keep_tokens)
+    method = kind(keep_tokens=shape.keep_tokens)
     lengths: dict[str, int] = {}
     ways = {
-        name: functools.partial(_prefill, shape, model, inputs, way, lengths, name)
+        name: partial(_prefill, shape, model, inputs, way, lengths, name)
         for name, way in (("dense", None), ("rtprune", method))
     }
     built_layers = len(text_model(model).layers)
     all_layers = TEXT["num_hidden_layers"] if shape.model == "deepseek-ocr" else built_layers
-    lacking, share = all_layers - built_layers, shape.encoded_pages / shape.batch
-    spans = {
-        name: [parts(repeat, lacking, share) for repeat in repeats_of]
-        for name, repeats_of in time_spans(ways, bench).items()
+    missing, share = all_layers - built_layers, shape.encoded_pages / shape.batch
+    stages = {
+        name: summarise_spans([parts(repeat, missing, share) for repeat in repeats])
+        for name, repeats in time_spans(ways, bench).items()
     }
-    found = {name: summarise_spans(values) for name, values in spans.items()}
     profiled = costliest(lambda: ways["rtprune"](Marks(bench)), bench.device)
     facts = {
-        **derived(found, lengths),
+        **derived(stages, lengths),
         "aim": AIM,
         "tokens": lengths,
         "timed": f"{built_layers} of {all_layers} layers"
-        + (", the last one counted for the others" if lacking else "")
+        + (", the last one counted for the others" if missing else "")
         + (f"; vision of {shape.encoded_pages} page(s), counted for all" if share < 1 else ""),
         "stages": {
-            name: {part: asdict(latency) for part, latency in stages.items() if part != "prefill"}
-            for name, stages in found.items()
+            name: {part: asdict(latency) for part, latency in of_way.items() if part != "prefill"}
+            for name, of_way in stages.items()
         },
         "graphs": False,  # what is kept decides the shapes
         "profile": {"rtprune": profiled},
     }
     sizes = asdict(shape) | {"layers": built_layers}
-    whole = {name: stages["prefill"] for name, stages in found.items()}
+    whole = {name: of_way["prefill"] for name, of_way in stages.items()}
     yield make_row("rtprune", "prefill", sizes, whole, bench, facts)
 
 
 def derived(
-    found: Mapping[str, Mapping[str, Latency]], lengths: Mapping[str, int]
+    stages: Mapping[str, Mapping[str, Latency]], lengths: Mapping[str, int]
 ) -> dict[str, Any]:
     """Ratios of a row.
 
     Parameters
     ----------
-    found : the stages of "dense" and "rtprune", "prefill" among them is the whole.
+    stages : of "dense" and "rtprune"; "prefill" is the whole.
     lengths : tokens that the language model reads of a sequence, text included.
 
     Returns
@@ -138,7 +142,7 @@ def derived(
     ``overhead`` the share of selection and merging in RTPrune's prefill.
     """
     dense, ours = (
-        {part: latency.median for part, latency in found[name].items()}
+        {part: latency.median for part, latency in stages[name].items()}
         for name in ("dense", "rtprune")
     )
     bound = lengths["dense"] / lengths["rtprune"]
@@ -152,17 +156,17 @@ def derived(
     }
 
 
-def parts(spans: Mapping[str, float], lacking: int, encoded: float = 1.0) -> dict[str, float]:
+def parts(spans: Mapping[str, float], missing: int, encoded: float = 1.0) -> dict[str, float]:
     """Milliseconds of the disjoint parts of one prefill, and of the whole.
 
     Parameters
     ----------
     spans : as they were marked: "merge" lies inside "selection", "last_layer" inside
         "language_model", all inside "prefill".
-    lacking : layers that were not built, and take as long as the last one.
-    encoded : share of the pages that the vision encoder read; the others take as long.
+    missing : layers that were not built, and take as long as the last one.
+    encoded : share of the pages that the vision encoder encoded; the others take as long.
     """
-    more = lacking * spans["last_layer"]
+    more = missing * spans["last_layer"]
     vision = spans["vision"] / encoded
     merging = spans.get("merge", 0.0)
     selecting = spans.get("selection", 0.0) - merging
@@ -210,7 +214,7 @@ def _prefill(
     shape: PrefillShape,
     model: Any,
     inputs: Mapping[str, torch.Tensor],
-    method: RTPrune | None,
+    method: "RTPrune | None",
     lengths: dict[str, int],
     name: str,
     marks: Marks,
@@ -218,7 +222,8 @@ def _prefill(
     """Read a prompt into a new cache and mark the parts; attaching is outside the marks."""
     text = text_model(model)
     with ExitStack() as stack:
-        _encode(stack, marks, model.model, shape.encoded_pages)
+        encode = _encode_first(marks, shape.encoded_pages)
+        stack.enter_context(replaced_method(model.model, "get_image_features", encode))
         if method is not None:
             stack.enter_context(method.attach(model))
         # after the method's own hook, which shortens the prompt
@@ -230,30 +235,27 @@ def _prefill(
         lengths[name] = cache_in(output).get_seq_length()
 
 
-def _encode(stack: ExitStack, marks: Marks, owner: Any, pages: int) -> None:
-    """Mark what the vision encoder makes of the first pages, and give it to the others as well."""
-    before: Callable[..., Any] = owner.get_image_features
+def _encode_first(marks: Marks, pages: int) -> Callable[..., Any]:
+    """``get_image_features`` that encodes the first pages, and gives theirs to the others."""
 
-    @functools.wraps(before)
-    def _call(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def encode(
+        original: Callable[..., Any], pixel_values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         with marks.span("vision"):
-            output = before(pixel_values[:pages], *args, **kwargs)
-        made = list(output.pooler_output)
-        # copies, as the method works but once on features that several sequences share
-        more = [made[n % pages].clone() for n in range(pages, len(pixel_values))]
-        output.pooler_output = made + more
+            output = original(pixel_values[:pages], *args, **kwargs)
+        features = list(output.pooler_output)
+        # copies, as the method prunes features once that several sequences share
+        more = [features[n % pages].clone() for n in range(pages, len(pixel_values))]
+        output.pooler_output = features + more
         return output
 
-    owner.get_image_features = _call
-    stack.callback(delattr, owner, "get_image_features")
+    return encode
 
 
 def _mark_module(stack: ExitStack, marks: Marks, name: str, module: torch.nn.Module) -> None:
     began: list[Any] = []
-    first = module.register_forward_pre_hook(lambda *_: began.append(marks.now()))
-    last = module.register_forward_hook(lambda *_: marks.add(name, began.pop()))
-    stack.callback(first.remove)
-    stack.callback(last.remove)
+    stack.enter_context(module.register_forward_pre_hook(lambda *_: began.append(marks.now())))
+    stack.enter_context(module.register_forward_hook(lambda *_: marks.add(name, began.pop())))
 
 
 # ---- the benchmark and its table ---------------------------------------------------------------
@@ -296,4 +298,7 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-BENCHMARK = Benchmark("rtprune", PrefillShape, "model=reader-deepseek", default_shapes, run, table)
+def benchmark(kind: type["RTPrune"]) -> Benchmark:
+    """What ``compress bench rtprune`` times."""
+    smallest = "model=reader-deepseek"
+    return Benchmark("rtprune", PrefillShape, smallest, default_shapes, partial(run, kind), table)

@@ -1,7 +1,7 @@
-"""What the vision encoder attends to: VisionZip's measure of importance.
+"""The attention of the vision encoder to its tokens: VisionZip's measure of importance.
 
 DeepSeek-OCR and Unlimited-OCR: what CLIP's class token gives to each patch in the last layer, all
-heads together, and the keys of that layer (LLaVA uses the last but one, as it reads that one's
+heads together, and the keys of that layer (LLaVA uses the last but one, as it takes that one's
 output). DeepSeek-OCR-2 has no class token but causal queries: the mean attention that a query gets
 from those that can see it.
 """
@@ -14,28 +14,28 @@ import torch
 from torch import nn
 
 # attention (views, tokens), in units of its mean in the view, and keys (views, tokens, dim)
-Heard = tuple[torch.Tensor, torch.Tensor]
+Captured = tuple[torch.Tensor, torch.Tensor]
 
 
-class EncoderAttention:
-    """Listens to the last layer of a vision encoder.
+class EncoderRecorder:
+    """Records the attention in the last layer of a vision encoder.
 
     Attributes
     ----------
-    heard : in each call of the encoder, oldest first.
+    captured : of each call of the encoder, oldest first.
     """
 
     def __init__(self) -> None:
-        self.heard: list[Heard] = []
+        self.captured: list[Captured] = []
 
     @contextmanager
-    def attached(self, encoder: Any) -> Iterator[None]:
-        """Listen to ``encoder`` (``model.model.vision_tower.vision_encoder``) inside."""
-        seen: dict[str, Any] = {}
+    def recording(self, encoder: Any) -> Iterator[None]:
+        """Record calls of ``encoder`` (``model.model.vision_tower.vision_encoder``) inside."""
+        outputs: dict[str, Any] = {}
 
         def remember(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                seen[name] = output
+                outputs[name] = output
 
             return hook
 
@@ -45,39 +45,41 @@ class EncoderAttention:
 
         def finish(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if causal:
-                given = self._received(seen, heads, layer.head_dim, kwargs["num_patches"])
+                captured = _received(outputs, heads, layer.head_dim, kwargs["num_patches"])
             else:
-                given = self._of_class_token(seen, heads, layer.head_dim)
-            self.heard.append(given)
-            seen.clear()
+                captured = _of_class_token(outputs, heads, layer.head_dim)
+            self.captured.append(captured)
+            outputs.clear()
 
+        modules = {"q": layer.q_proj, "k": layer.k_proj}
+        if causal:
+            modules["rope"] = encoder.rotary_emb
         with ExitStack() as stack:
-            watched = {"q": layer.q_proj, "k": layer.k_proj}
-            if causal:
-                watched["rope"] = encoder.rotary_emb
-            for name, module in watched.items():
-                stack.enter_context(_removed(module.register_forward_hook(remember(name))))
-            stack.enter_context(_removed(encoder.register_forward_hook(finish, with_kwargs=True)))
+            for name, module in modules.items():
+                stack.enter_context(module.register_forward_hook(remember(name)))
+            stack.enter_context(encoder.register_forward_hook(finish, with_kwargs=True))
             yield
 
-    def _of_class_token(self, seen: Any, heads: int, dim: int) -> Heard:
-        query, key = (seen[name].float().unflatten(-1, (heads, dim)) for name in "qk")
-        scores = torch.einsum("bhd,bnhd->bhn", query[:, 0], key) * dim**-0.5
-        attention = scores.softmax(-1).sum(1)[:, 1:]
-        return attention / attention.mean(1, keepdim=True), key[:, 1:].mean(2)
 
-    def _received(self, seen: Any, heads: int, dim: int, patches: int) -> Heard:
-        query, key = (seen[name].float().unflatten(-1, (-1, dim)).transpose(1, 2) for name in "qk")
-        metric = key[:, :, patches:].mean(1)
-        cos, sin = (part.float()[:, None] for part in seen["rope"])
-        query, key = (x * cos + _half_turned(x) * sin for x in (query, key))
-        key = key.repeat_interleave(heads // key.shape[1], 1)
-        scores = query[:, :, patches:] @ key.transpose(-1, -2) * dim**-0.5
-        queries = scores.shape[2]
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(patches + 1)
-        attention = scores.masked_fill(later, -torch.inf).softmax(-1)[..., patches:].mean(1).sum(1)
-        attention = attention / torch.arange(queries, 0, -1, device=scores.device)
-        return attention / attention.mean(1, keepdim=True), metric
+def _of_class_token(outputs: Any, heads: int, dim: int) -> Captured:
+    query, key = (outputs[name].float().unflatten(-1, (heads, dim)) for name in "qk")
+    scores = torch.einsum("bhd,bnhd->bhn", query[:, 0], key) * dim**-0.5
+    attention = scores.softmax(-1).sum(1)[:, 1:]
+    return attention / attention.mean(1, keepdim=True), key[:, 1:].mean(2)
+
+
+def _received(outputs: Any, heads: int, dim: int, patches: int) -> Captured:
+    query, key = (outputs[name].float().unflatten(-1, (-1, dim)).transpose(1, 2) for name in "qk")
+    metric = key[:, :, patches:].mean(1)
+    cos, sin = (part.float()[:, None] for part in outputs["rope"])
+    query, key = (x * cos + _half_turned(x) * sin for x in (query, key))
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    scores = query[:, :, patches:] @ key.transpose(-1, -2) * dim**-0.5
+    queries = scores.shape[2]
+    later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(patches + 1)
+    attention = scores.masked_fill(later, -torch.inf).softmax(-1)[..., patches:].mean(1).sum(1)
+    attention = attention / torch.arange(queries, 0, -1, device=scores.device)
+    return attention / attention.mean(1, keepdim=True), metric
 
 
 def _half_turned(x: torch.Tensor) -> torch.Tensor:
@@ -85,24 +87,16 @@ def _half_turned(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-second, first], -1)
 
 
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def token_values(
     whole: torch.Tensor, crops: torch.Tensor | None, grid: torch.Tensor, columns: int | None
 ) -> torch.Tensor:
-    """What was measured in each view, in the order of the page's tokens.
+    """Values of each view in the order of the page's tokens.
 
     Parameters
     ----------
     whole : of the view of the whole page, ``(tokens, ...)``.
     crops : of the crops, ``(crops, tokens, ...)``.
-    grid : (view, row, column) of the tokens that look at a place, ``(tokens of the page, 3)``.
+    grid : (view, row, column) of the tokens that have a place, ``(tokens of the page, 3)``.
     columns : of crops, where they are laid out as one mosaic; None where each is a view.
     """
     side = round(len(whole) ** 0.5)

@@ -19,12 +19,12 @@ class RTPrune(RuntimeMethod):
 
     Wan et al., "RTPrune: Reading-Twice Inspired Token Pruning for Efficient DeepSeek-OCR Inference"
     (ICML 2026, arXiv 2605.00392), for DeepSeek-OCR, Unlimited-OCR and DeepSeek-OCR-2. Tokens with
-    large norms stay; the others are moved onto them by optimal transport. Tokens of all views of a
+    large norms stay; the others are merged into them by optimal transport. Tokens of all views of a
     page are ranked together; its newlines and separator are neither ranked nor merged, but of
     newlines that become neighbours only the first stays. Tokens that stay keep their position ids.
 
-    Batches (pages that keep different numbers are padded on the left), Unlimited-OCR,
-    DeepSeek-OCR-2 and the peers are ours. So is that at least one token of a page stays.
+    Our own choice: batches (pages that keep different numbers are padded on the left),
+    Unlimited-OCR, DeepSeek-OCR-2, the peers, and that at least one token of a page stays.
     """
 
     paper: ClassVar[str] = (
@@ -47,14 +47,14 @@ class RTPrune(RuntimeMethod):
     """Fraction of a page's prunable tokens to keep; "dynamic" decides for each page, more for a
     fuller one."""
     merge: float = Field(0.1, ge=0)
-    """Strength of what is moved onto the kept tokens; 0 drops it."""
+    """Weight of the pruned tokens that are moved onto the kept ones; 0 drops them."""
     select: Literal["rtprune", "norm", "random", "visionzip", "divprune", "cdpruner"] = "rtprune"
     """"rtprune", or a peer: "norm" (no merging), "random", "visionzip", "divprune" or "cdpruner".
-    ``merge`` and ``transport`` are RTPrune's alone."""
+    ``merge`` and ``transport`` have no effect on peers."""
     transport: Literal["optimal", "nearest"] = "optimal"
-    """"optimal", or "nearest": all of a pruned token to the kept one most like it."""
+    """"optimal", or "nearest": all of a pruned token goes to the kept one most similar to it."""
     seed: int = Field(0, ge=0, lt=1 << 31)
-    """Seed of "random", which chooses other tokens on each page."""
+    """Seed of "random", which selects other tokens on each page."""
 
     def label(self) -> str:
         """The selection, and the knobs of merging that are not the paper's."""
@@ -78,7 +78,7 @@ class RTPrune(RuntimeMethod):
         return {"tokens_kept": after / before} if before else {}
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
-        """Prune what ``model`` reads until the context is left, which restores everything.
+        """Prune the prompts of ``model`` until the context is left, which restores everything.
 
         Parameters
         ----------
@@ -86,13 +86,13 @@ class RTPrune(RuntimeMethod):
 
         Returns
         -------
-        Context whose value counts: ``facts()``, ``pages`` and ``reset()``.
+        Context whose value has ``facts()``, ``pages`` and ``reset()``.
 
         Raises
         ------
         ValueError : for another family, or a model that is being pruned already.
         """
-        from compress.methods.rtprune.patch import attached
+        from compress.methods.rtprune.hooks import attached
 
         return attached(self, model)
 
@@ -105,6 +105,6 @@ class RTPrune(RuntimeMethod):
     @classmethod
     def benchmark(cls) -> "Benchmark":
         """What ``compress bench rtprune`` times."""
-        from compress.methods.rtprune.bench import BENCHMARK
+        from compress.methods.rtprune.bench import benchmark
 
-        return BENCHMARK
+        return benchmark(cls)

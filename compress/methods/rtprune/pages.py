@@ -1,6 +1,6 @@
-"""One page from its visual tokens to those that stay: the choice of :class:`RTPrune`, applied.
+"""One page from its visual tokens to those that stay: the selection of :class:`RTPrune`, applied.
 
-Which token stands where is counted on the CPU: a GPU would be waited for at every step.
+The indices are computed on the CPU: a GPU would have to be waited for at every step.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Page:
-    """What is known of a page when the encoder has read it.
+class EncodedPage:
+    """What is known of a page when the vision encoder has encoded it.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Merged:
-    """Where the pruned tokens of a page went; on the model's device, as nobody waits for it.
+    """Where the pruned tokens of a page went; on the model's device, which is not waited for.
 
     Parameters
     ----------
@@ -62,9 +62,9 @@ class PrunedPage:
     grid : (view, row, column) of all its visual tokens, ``(visual tokens, 3)``.
     kept_indices : which of them stay, newlines and separator among them, ascending, ``(kept,)``.
         Both on the CPU.
-    keep_fraction : that was aimed at, of the prunable tokens.
+    keep_fraction : of the prunable tokens, before rounding.
     density, distinctness : where the ratio is dynamic.
-    merged : where the others went; None where nothing is moved.
+    merged : where the others went; None where they are dropped.
     """
 
     grid: torch.Tensor
@@ -77,7 +77,7 @@ class PrunedPage:
     def moves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens that are merged away, the token that takes most of each, and how much it takes.
 
-        Places among all visual tokens, ascending; ``(pruned,)`` each, on the CPU.
+        Indices among all visual tokens, ascending; ``(pruned,)`` each, on the CPU.
         """
         if self.merged is None:
             nothing = torch.empty(0, dtype=torch.long)
@@ -128,20 +128,20 @@ class Handle:
 
 def prune_pages(
     method: "RTPrune",
-    pages: Sequence[Page],
+    pages: Sequence[EncodedPage],
     features: Sequence[torch.Tensor],
     instructions: Sequence[torch.Tensor],
     bias: torch.Tensor,
 ) -> list[tuple[PrunedPage, torch.Tensor | None]]:
-    """Choose what stays of each page, and move the rest onto it.
+    """Select what stays of each page, and merge the rest into it.
 
     Parameters
     ----------
-    method : the choice.
+    method : how.
     pages : in any order; none depends on another.
     features : of all visual tokens of each page, ``(visual tokens, dim)``.
     instructions : embeddings of the text that belongs to each page, ``(words, dim)``.
-    bias : of the projector that made the features, ``(dim,)``.
+    bias : of the projector that computed the features, ``(dim,)``.
 
     Returns
     -------
@@ -149,22 +149,24 @@ def prune_pages(
     is.
     """
     plans = [_plan(method, page, f) for page, f in zip(pages, features, strict=True)]
-    chosen = [
+    choices = [
         None if plan.keep == plan.count else _choose(method, plan, page, f, words, bias)
         for plan, page, f, words in zip(plans, pages, features, instructions, strict=True)
     ]
     merged: list[Merged | None] = [None] * len(plans)
     if method.select == "rtprune" and method.merge:
         with stage("merge"):
-            chosen, merged = _moved(method, plans, features, chosen)
+            choices, merged = _merged(method, plans, features, choices)
     return [
-        _pruned(plan, page, f, choice, went)
-        for plan, page, f, choice, went in zip(plans, pages, features, chosen, merged, strict=True)
+        _pruned(plan, page, f, choice, into)
+        for plan, page, f, choice, into in zip(plans, pages, features, choices, merged, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class _Plan:
+    """Of one page: its prunable tokens ``(prunable,)``, and how many to keep of them."""
+
     on_page: torch.Tensor
     keep: int
     fraction: float
@@ -179,7 +181,7 @@ class _Plan:
 Choice = tuple[torch.Tensor, torch.Tensor]  # indices among the prunable tokens, features there
 
 
-def _plan(method: "RTPrune", page: Page, features: torch.Tensor) -> _Plan:
+def _plan(method: "RTPrune", page: EncodedPage, features: torch.Tensor) -> _Plan:
     on_page = (page.grid[:, 2] >= 0).nonzero()[:, 0]
     measured: list[float | None] = [None, None]
     if page.density is None:
@@ -195,7 +197,7 @@ def _plan(method: "RTPrune", page: Page, features: torch.Tensor) -> _Plan:
 def _choose(
     method: "RTPrune",
     plan: _Plan,
-    page: Page,
+    page: EncodedPage,
     features: torch.Tensor,
     words: torch.Tensor,
     bias: torch.Tensor,
@@ -216,38 +218,42 @@ def _choose(
     return indices.cpu(), prunable[indices]
 
 
-def _moved(
+def _merged(
     method: "RTPrune",
     plans: Sequence[_Plan],
     features: Sequence[torch.Tensor],
-    chosen: Sequence[Choice | None],
+    choices: Sequence[Choice | None],
 ) -> tuple[list[Choice | None], list[Merged | None]]:
-    choices = list(chosen)
-    merged: list[Merged | None] = [None] * len(choices)
-    made = {number: choice for number, choice in enumerate(chosen) if choice is not None}
-    if not made:
-        return choices, merged
+    """The choices with features that the other tokens are merged into, and where these went."""
+    results = list(choices)
+    merged: list[Merged | None] = [None] * len(results)
+    pruned_pages = {number: choice for number, choice in enumerate(choices) if choice is not None}
+    if not pruned_pages:
+        return results, merged
     left = [
         features[n][plans[n].on_page[left_over(indices, plans[n].count)]]
-        for n, (indices, _) in made.items()
+        for n, (indices, _) in pruned_pages.items()
     ]
     scores = [
-        similarity(kept, pruned) for (_, kept), pruned in zip(made.values(), left, strict=True)
+        similarity(kept, pruned)
+        for (_, kept), pruned in zip(pruned_pages.values(), left, strict=True)
     ]
     if method.transport == "optimal":
         moves = transport_plans(scores)
     else:
         moves = [nearest_plan(page) for page in scores]
-    for (number, (indices, kept)), pruned, move in zip(made.items(), left, moves, strict=True):
-        choices[number] = indices, merge(kept, pruned, move, method.merge)
+    for (number, (indices, kept)), pruned, move in zip(
+        pruned_pages.items(), left, moves, strict=True
+    ):
+        results[number] = indices, merge(kept, pruned, move, method.merge)
         mass, target = move.max(dim=0)
         merged[number] = Merged(target, mass)
-    return choices, merged
+    return results, merged
 
 
 def _pruned(
     plan: _Plan,
-    page: Page,
+    page: EncodedPage,
     features: torch.Tensor,
     choice: Choice | None,
     merged: Merged | None,

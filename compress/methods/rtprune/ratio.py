@@ -1,4 +1,4 @@
-"""How many tokens of a page to keep, from how much is written on it and how its tokens differ.
+"""How many tokens of a page to keep, from its density of text and the distinctness of its tokens.
 
 Wan et al., "RTPrune: Reading-Twice Inspired Token Pruning for Efficient DeepSeek-OCR Inference"
 (ICML 2026, arXiv 2605.00392), the dynamic ratio.
@@ -15,9 +15,9 @@ EDGE = 0.2  # least gradient magnitude of an edge, in units of normalised pixels
 
 
 def textual_density(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Share of a page's pixels that lie on an edge, the mean over its patches.
+    """Share of a page's pixels that lie on an edge, mean over its patches.
 
-    Every patch is filtered on its own with zeros around it, so that the border pixels of a white
+    Every patch is filtered separately with zeros around it, so that the border pixels of a white
     patch count as edges: this is part of the definition.
 
     Parameters
@@ -41,7 +41,7 @@ def textual_density(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.
         )
     # Plain torch is enough: for a page of 1280x1280 pixels and 20x20 tokens this takes 0.23 s on
     # one thread of a 2-core CPU, where the two matrix products in the MLP of one of SAM's 12 blocks
-    # take 0.72 s. That is 2.7% of these alone; SAM's attention, CLIP and the prefill come on top.
+    # take 0.72 s: 2.7% of these alone, without SAM's attention, CLIP and the prefill.
     rows, columns = grid
     if min(grid) < 1:
         raise ValueError(
@@ -66,7 +66,7 @@ def textual_density(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.
 
 
 def distinctness(features: torch.Tensor) -> torch.Tensor:
-    """How little a page's tokens resemble each other: 1 - mean over pairs of cos^2.
+    """How different a page's tokens are: 1 - mean over pairs of cos^2.
 
     ``1 - mean_i [sum_{j != i} cos(x_i, x_j)^2 / (N - 1)]``
 
@@ -76,8 +76,8 @@ def distinctness(features: torch.Tensor) -> torch.Tensor:
 
     Returns
     -------
-    In [0, 1], ``(...)``: 0 when all point the same way, 1 when all are orthogonal, or when there is
-    one only. The dtype is that of the features.
+    In [0, 1], ``(...)``: 0 when all are parallel, 1 when all are orthogonal or there is only one.
+    The dtype is that of the features.
 
     Raises
     ------
@@ -94,11 +94,11 @@ def distinctness(features: torch.Tensor) -> torch.Tensor:
 
 
 def keep_fraction(density: torch.Tensor, distinctness: torch.Tensor) -> torch.Tensor:
-    """Fraction of the tokens to keep, ``d + s - d s``: all of a full page, few of an empty one.
+    """Fraction of the tokens to keep, ``d + s - d s``, of density ``d`` and distinctness ``s``.
 
     Parameters
     ----------
-    density, distinctness : of each page, in [0, 1], ``(batch,)``.
+    density, distinctness : of each page, in [0, 1], ``(batch,)``; more of either keeps more.
     """
     d, s = density.float(), distinctness.float()
     return (d + s - d * s).to(density.dtype)

@@ -1,6 +1,6 @@
-"""Which tokens of a page stay: the first reading of RTPrune (arXiv 2605.00392), and the newlines.
+"""Which tokens of a page stay: the first stage of RTPrune (arXiv 2605.00392), and newlines.
 
-A token that the decoder reads first has a large norm.
+Tokens that the decoder attends to first have a large norm.
 """
 
 import torch
@@ -14,7 +14,7 @@ def select(features: torch.Tensor, keep: int) -> torch.Tensor:
     Parameters
     ----------
     features : of the prunable tokens, ``(..., tokens, dim)``.
-    keep : how many stay, 1 to tokens.
+    keep : how many stay, 1 to ``tokens``.
 
     Returns
     -------
@@ -22,16 +22,16 @@ def select(features: torch.Tensor, keep: int) -> torch.Tensor:
 
     Raises
     ------
-    ValueError : when there are not as many tokens.
+    ValueError : when there are fewer tokens.
     """
     check_keep(features, keep)
     return largest(features.float().norm(dim=-1), keep)
 
 
 def largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices of the ``keep`` largest of ``(..., tokens)``, ascending, ``(..., keep)``.
+    """Indices of the ``keep`` largest scores ``(..., tokens)``, ascending, ``(..., keep)``.
 
-    Of equal scores the first ones: ``topk`` would take any, and not the same ones in a batch.
+    Of equal scores the first ones: ``topk`` would take any of them, and others in a batch.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[..., :keep].sort(dim=-1).values
@@ -48,7 +48,7 @@ def check_keep(features: torch.Tensor, keep: int) -> None:
 
 
 def check_features(features: torch.Tensor) -> None:
-    """Raise ValueError unless there is an axis of tokens and one of their numbers."""
+    """Raise ValueError unless features have an axis of tokens and one of dimensions."""
     if features.ndim < 2:
         raise ValueError(
             f"features of shape (..., tokens, dim) are expected; got {tuple(features.shape)}; add "
@@ -57,14 +57,14 @@ def check_features(features: torch.Tensor) -> None:
 
 
 def left_over(kept: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending indices of the ``count`` tokens that are not in ``kept``, ``(count - keep,)``."""
-    gone = torch.ones(count, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
-    return gone.nonzero()[:, 0]
+    """Ascending indices of those of ``count`` tokens that are not in ``kept``, ``(pruned,)``."""
+    pruned = torch.ones(count, dtype=torch.bool, device=kept.device)
+    pruned[kept] = False
+    return pruned.nonzero()[:, 0]
 
 
 def drop_adjacent_newlines(indices: torch.Tensor, newline_indices: torch.Tensor) -> torch.Tensor:
-    """Leave out each newline that follows a newline: an emptied row costs nothing.
+    """Leave out each newline that follows a newline, so that an empty row has none.
 
     Parameters
     ----------
@@ -73,11 +73,11 @@ def drop_adjacent_newlines(indices: torch.Tensor, newline_indices: torch.Tensor)
 
     Returns
     -------
-    What is left of ``indices``: of neighbouring newlines the first, ``(kept - dropped,)``.
+    The indices without those, ``(kept - dropped,)``: of neighbouring newlines the first stays.
 
     Raises
     ------
-    ValueError : for the indices of several pages, of which different numbers would be left.
+    ValueError : for the indices of several pages, as different numbers of them would be left.
     """
     if indices.ndim != 1:
         raise ValueError(

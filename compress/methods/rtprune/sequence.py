@@ -1,6 +1,6 @@
-"""Where the pages of a batch stand, and how the batch gets shorter: padding stays at the left.
+"""Where the pages of a batch are in its prompts, and how these get shorter, padded on the left.
 
-All on the CPU, as it is counting.
+All of it is indices, and computed on the CPU.
 """
 
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ from compress.models.visual import VisualLayout
 
 
 def attended_tokens(mask: Any, batch: int, length: int) -> torch.Tensor:
-    """Which tokens of a prompt are no padding, ``(batch, length)`` bool, on the CPU.
+    """Which tokens of a prompt are not padding, ``(batch, length)`` bool, on the CPU.
 
     Parameters
     ----------
-    mask : as a decoder is given it: None, ``(batch, length)``, or what ``generate`` makes of it for
-        a static cache, ``(batch, 1, length, cache)``, in a dict by layer type.
+    mask : of a call of the decoder: None, ``(batch, length)``, or, from ``generate`` with a static
+        cache, ``(batch, 1, length, cache)`` in a dict by layer type.
     batch, length : of the prompt.
     """
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool)
-    if mask.ndim == 4:  # what the last token sees; added to the scores unless it is boolean
+    if mask.ndim == 4:  # of the last token; added to the scores unless it is boolean
         mask = mask[:, 0, -1, :length]
         mask = mask if mask.dtype == torch.bool else mask == 0
     return mask.bool().cpu()
 
 
-def page_layouts(places: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
+def page_layouts(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
     """The visual tokens of each sequence of a batch.
 
     Parameters
     ----------
-    places : which tokens are visual, ``(batch, length)`` bool.
+    is_visual : which tokens are visual, ``(batch, length)`` bool.
     grids : (view, row, column) of the tokens of each page, in their order through the batch,
         ``(tokens, 3)``.
 
@@ -45,21 +45,21 @@ def page_layouts(places: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[Vi
     """
     layouts = []
     left = list(grids)
-    for row in places:
+    for row in is_visual:
         positions = row.nonzero()[:, 0]
-        mine = [positions.new_empty(0, 3)]
-        while left and sum(map(len, mine)) < len(positions):
-            mine.append(left.pop(0))
-        grid = torch.cat(mine)
+        pages = [positions.new_empty(0, 3)]
+        while left and sum(map(len, pages)) < len(positions):
+            pages.append(left.pop(0))
+        grid = torch.cat(pages)
         if len(grid) != len(positions):
             break
-        counts = torch.tensor([len(page) for page in mine[1:]], dtype=torch.long)
+        counts = torch.tensor([len(page) for page in pages[1:]], dtype=torch.long)
         image_of = torch.arange(len(counts)).repeat_interleave(counts)
         layouts.append(VisualLayout(positions, grid, image_of))
-    if left or len(layouts) != len(places):
+    if left or len(layouts) != len(is_visual):
         raise ValueError(
-            f"the sequences have places for {places.sum(1).tolist()} visual tokens; got pages of "
-            f"{', '.join(str(len(grid)) for grid in grids)}, which do not fill them one by one; "
+            f"the sequences have places for {is_visual.sum(1).tolist()} visual tokens; got pages "
+            f"of {', '.join(str(len(grid)) for grid in grids)}, which do not fill them one by one; "
             "build both with one call of the processor"
         )
     return layouts
@@ -75,12 +75,12 @@ def pages_in(layouts: Sequence[VisualLayout]) -> list[tuple[int, torch.Tensor]]:
 
 
 def shortened(stays: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """What to gather so that the tokens that stay stand at the right, in their order.
+    """What to gather so that the tokens that stay are at the right, in their order.
 
     Parameters
     ----------
     stays : ``(batch, length)`` bool.
-    attended : which tokens were no padding, ``(batch, length)`` bool.
+    attended : which tokens were not padding, ``(batch, length)`` bool.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def shortened(stays: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
 
     Raises
     ------
-    ValueError : when the padding is not at the left.
+    ValueError : when padding is not on the left.
     """
     if bool((attended[:, :-1] & ~attended[:, 1:]).any()):
         raise ValueError(
@@ -97,6 +97,6 @@ def shortened(stays: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
             "attention_mask with padding behind tokens; pad on the left"
         )
     longest = int(stays.sum(1).max())
-    # False sorts first, and stably
+    # False sorts first, and the sort is stable
     source = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - longest :]
     return source.masked_fill(~stays.gather(1, source), -1)

@@ -1,19 +1,17 @@
-"""What becomes of the pruned tokens: the second reading of RTPrune (arXiv 2605.00392).
+"""How pruned tokens are merged into kept ones: the second stage of RTPrune (arXiv 2605.00392).
 
-They are moved onto the kept ones by entropic optimal transport with a dustbin, as in SuperGlue
-(Sarlin et al., CVPR 2020, arXiv 1911.11763). On the CPU, POT solves it (Flamary et al., "POT:
-Python Optimal Transport", JMLR 2021); on a GPU, ``compress.kernels.sinkhorn``: its kernel, or the
-plain torch beside it.
+By entropic optimal transport with a dustbin, as in SuperGlue (Sarlin et al., CVPR 2020, arXiv
+1911.11763). On the CPU, POT solves it (Flamary et al., "POT: Python Optimal Transport", JMLR 2021);
+on a GPU, the kernel of ``compress.kernels.sinkhorn``, or the plain torch beside it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from compress.kernels.backend import takes_triton
-from compress.kernels.sinkhorn import obstacle, sinkhorn, sinkhorn_reference
+from compress.kernels.backend import use_triton
+from compress.kernels.sinkhorn import sinkhorn, sinkhorn_reference, why_unsupported
 
 DUSTBIN = 0.2
 ITERATIONS = 100
@@ -37,8 +35,8 @@ def transport_plan(
 
     Parameters
     ----------
-    scores : similarities, larger for more alike, ``(..., kept, pruned)``.
-    dustbin : score of going nowhere; the larger, the less is moved.
+    scores : similarities, larger for more similar, ``(..., kept, pruned)``.
+    dustbin : score of not being moved; the larger, the less is moved.
     iterations : of Sinkhorn's algorithm, in the log domain, in float32.
 
     Returns
@@ -64,35 +62,25 @@ def transport_plans(
 ) -> list[torch.Tensor]:
     """:func:`transport_plan` for pages of any sizes, ``(kept, pruned)`` each, all at once."""
     columns = max(page.shape[1] for page in scores)
-    if takes_triton("sinkhorn", scores[0].device, obstacle(columns)):
+    if use_triton("sinkhorn", scores[0].device, why_unsupported(columns)):
         return _padded(sinkhorn, scores, dustbin, iterations)
     if scores[0].is_cuda:  # POT would go from page to page
         return _padded(sinkhorn_reference, scores, dustbin, iterations)
-    return [plan_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
+    return [_plan_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
 
 
-def plan_by_pot(
-    scores: torch.Tensor, dustbin: float, iterations: int, numpy: bool = False
-) -> torch.Tensor:
-    """:func:`transport_plan` of one page by POT.
-
-    Parameters
-    ----------
-    scores : ``(kept, pruned)``, in float32.
-    dustbin, iterations : as in :func:`transport_plan`.
-    numpy : through POT's NumPy backend, on the CPU, in place of torch's.
-    """
-    from ot.bregman import sinkhorn_log  # slow to import: recipes are read without it
+def _plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
+    """:func:`transport_plan` of one page by POT, ``(kept, pruned)`` in float32."""
+    from ot.bregman import sinkhorn_log  # takes long to import, and only CPUs need it
 
     rows, columns = scores.shape
     cost = -F.pad(scores, (0, 1, 0, 1), value=dustbin)
     source, target = scores.new_ones(rows + 1), scores.new_ones(columns + 1)
     source[-1], target[-1] = columns, rows
     total = rows + columns
-    problem: list[Any] = [source / total, target / total, cost]
-    if numpy:
-        problem = [part.cpu().numpy() for part in problem]
-    plan = sinkhorn_log(*problem, 1.0, numItermax=iterations, stopThr=0, warn=False)
+    plan = sinkhorn_log(
+        source / total, target / total, cost, 1.0, numItermax=iterations, stopThr=0, warn=False
+    )
     return torch.as_tensor(plan).to(scores)[:-1, :-1] * total
 
 
@@ -102,7 +90,7 @@ def _padded(
     dustbin: float,
     iterations: int,
 ) -> list[torch.Tensor]:
-    """All pages at once, by either function of ``compress.kernels.sinkhorn``."""
+    """The plans of all pages at once, by either function of ``compress.kernels.sinkhorn``."""
     sizes = torch.tensor([page.shape for page in scores], device=scores[0].device)
     rows, columns = (max(page.shape[side] for page in scores) for side in (0, 1))
     padded = torch.stack(
@@ -116,7 +104,7 @@ def _padded(
 
 
 def nearest_plan(scores: torch.Tensor) -> torch.Tensor:
-    """All of each pruned token to the kept one that it is most like; for comparison.
+    """Move all of each pruned token to the kept one that is most similar; for comparison.
 
     Parameters
     ----------
@@ -133,7 +121,7 @@ def nearest_plan(scores: torch.Tensor) -> torch.Tensor:
 def merge(
     kept: torch.Tensor, pruned: torch.Tensor, plan: torch.Tensor, strength: float = 0.1
 ) -> torch.Tensor:
-    """Kept tokens with what is moved onto them: ``kept + strength plan @ pruned``.
+    """Add to the kept tokens what is moved onto them: ``kept + strength plan @ pruned``.
 
     Parameters
     ----------

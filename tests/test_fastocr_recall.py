@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from compress.methods.fastocr.calibration import (
+from compress.methods.fastocr.recall import (
     Recorder,
     choose_focal_layers,
     default_count,
@@ -13,7 +13,7 @@ from compress.methods.fastocr.calibration import (
     recalls,
     summary,
 )
-from compress.methods.fastocr.state import Pages
+from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.visual import VisualLayout
 
 LAYERS = 3
@@ -25,12 +25,12 @@ def _matrices(layers, seed=0):
     return recall.tolist(), torch.rand(layers, layers, generator=generator).tolist()
 
 
-def _pages(*counts):
+def _tokens(*counts):
     layouts = [
         VisualLayout(torch.arange(count), torch.zeros(count, 3), torch.zeros(count))
         for count in counts
     ]
-    return Pages.of(layouts, max(counts) + 2, torch.device("cpu"))
+    return VisualTokens.of(layouts, max(counts) + 2, torch.device("cpu"))
 
 
 def _steps(counts, steps, seed=0):
@@ -43,12 +43,12 @@ def _steps(counts, steps, seed=0):
 
 
 def _recorded(counts, scores, keep):
-    recorder = Recorder(_pages(*counts), LAYERS, keep)
+    recorder = Recorder(_tokens(*counts), LAYERS, keep)
     for step in scores:
         recorder.start_step()
-        for layer, seen in enumerate(step):
-            assert recorder.fixation(layer) is None and recorder.wants_scores(layer)
-            recorder.see(layer, seen)
+        for layer, scores_of_layer in enumerate(step):
+            assert recorder.fixation(layer) is None and recorder.needs_scores(layer)
+            recorder.observe(layer, scores_of_layer)
     return recorder
 
 

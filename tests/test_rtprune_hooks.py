@@ -25,7 +25,7 @@ from builders import ocr
 from compress import FastOCR
 from compress.checkpoints.applied import Applied
 from compress.methods.rtprune import RTPrune
-from compress.methods.rtprune.encoder_attention import EncoderAttention
+from compress.methods.rtprune.encoder_attention import EncoderRecorder
 from compress.methods.rtprune.ratio import distinctness, keep_fraction, textual_density
 from compress.methods.rtprune.transport import merge, similarity, transport_plan
 from compress.models.cache_argument import cache_argument, cache_in
@@ -493,10 +493,10 @@ def test_the_encoder_s_attention_is_what_it_says(request, family):
     tower.set_attn_implementation("eager")
     side = 256 if family == "deepseek" else 768
     pixels = torch.rand(2, 3, side, side) * 2 - 1
-    listener = EncoderAttention()
-    with listener.attached(tower.vision_encoder):
+    recorder = EncoderRecorder()
+    with recorder.recording(tower.vision_encoder):
         weights = tower(pixels, output_attentions=True).attentions[-1]
-    [(attention, keys)] = listener.heard
+    [(attention, keys)] = recorder.captured
     if family == "deepseek":
         expected = weights[:, :, 0, 1:].sum(1)
         assert keys.shape == (2, 16, 8)

@@ -1,7 +1,7 @@
-"""A shortened prompt in a cache, and how to go on from it.
+"""A shortened prompt in a cache, and how decoding continues after it.
 
-Callers count the whole prompt: their masks are as long as it was, and so are their position ids, or
-they give none. What stands in the cache is shorter.
+Callers count the whole prompt: their masks and position ids are as long as it was, or they give
+none. What is in the cache is shorter.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from compress.models.cache_argument import cache_in
 
 
 @dataclass(frozen=True)
-class Request:
+class ShortenedPrompt:
     """A shortened prompt in a cache.
 
     Parameters
     ----------
-    mask : which of its places are attended, ``(batch, length)`` bool.
-    dropped : by how many places it is shorter than it was.
-    next_position : position id behind it, ``(batch, 1)``.
+    mask : which of its places are attended to, ``(batch, length)`` bool.
+    dropped : number of places by which it is shorter than it was.
+    next_position : position id after it, ``(batch, 1)``.
     """
 
     mask: torch.Tensor
@@ -28,16 +28,16 @@ class Request:
     next_position: torch.Tensor
 
     def step(self, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the decoder is to be called with, for what it was called with behind the prompt.
+        """The decoder's keywords for tokens after the prompt, with masks for what is in the cache.
 
         Parameters
         ----------
         filled : places of the cache that are in use.
-        kwargs : of the decoder, the cache among them.
+        kwargs : that the decoder was called with, the cache among them.
 
         Raises
         ------
-        ValueError : when mask or position ids are not those of the places behind.
+        ValueError : when mask or position ids are not those of the places after the prompt.
         """
         new = kwargs["inputs_embeds"].shape[1]
         answered = filled - self.mask.shape[1]
@@ -47,8 +47,8 @@ class Request:
         expected = filled + self.dropped + new
         # looking at the position ids waits for the GPU, and those of a single token cannot be wrong
         first = self.next_position + answered
-        jumped = new > 1 and ids is not None and not torch.equal(ids[:, :1].expand_as(first), first)
-        if jumped or (flat and mask.shape[1] != expected):
+        wrong = new > 1 and ids is not None and not torch.equal(ids[:, :1].expand_as(first), first)
+        if wrong or (flat and mask.shape[1] != expected):
             raise ValueError(
                 f"the prompt in this cache was pruned, and {new} more tokens make {expected} with "
                 "those that were dropped; got a mask or position ids of another number; do not "
@@ -60,7 +60,7 @@ class Request:
         if ids is None:
             ids = torch.arange(new, device=answer.device)[None] + filled + self.dropped
         # where all layers slide over the answer, masks count places from where the window begins,
-        # those of the prompt too: put them there (unpruned, transformers 5.23 looks beside them)
+        # those of the prompt too: put them there (transformers 5.23 itself reads the wrong places)
         cache = cache_in(kwargs)
         slid = min(int(cache.get_mask_sizes(new, i)[1]) for i in range(len(cache.layers)))
         mask = torch.cat([answer[:, :slid], self.mask, answer[:, slid:]], 1)

@@ -1,12 +1,10 @@
-"""RTPrune on a running model: its decoder is given less, and goes on from that.
+"""Hooks that shorten the prompt of a model's decoder until a context is left.
 
-Three hooks and two replaced methods, all of which leave with the context. ``get_image_features``
-is where pages are read (``generate`` calls it ahead of the model). The decoder's hook shortens a
-prompt that holds pages; later steps, which count the whole prompt, get the mask of what is in the
-cache.
+Three forward hooks and two replaced methods. ``get_image_features`` is where pages are encoded
+(``generate`` calls it before the model). The decoder's hook shortens a prompt with pages; later
+steps, which count the whole prompt, get the mask of what is in the cache.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,16 +15,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import GenerationMode
 
 from compress.common.stages import stage
-from compress.methods.rtprune.encoder_attention import EncoderAttention
+from compress.methods.rtprune.encoder_attention import EncoderRecorder
+from compress.methods.rtprune.encoding import encoded_pages
 from compress.methods.rtprune.pages import Handle, PrunedPage, prune_pages
-from compress.methods.rtprune.reading import read_pages
-from compress.methods.rtprune.request import Request
+from compress.methods.rtprune.prompt import ShortenedPrompt
 from compress.methods.rtprune.sequence import attended_tokens, page_layouts, pages_in, shortened
 from compress.models.cache_argument import cache_argument, cache_in
+from compress.models.generation import checked_generation, replaced_method
 from compress.models.visual import VISUAL_LAYOUTS, VisualLayout, adapter_for, text_model
 
 if TYPE_CHECKING:
@@ -44,43 +43,29 @@ def attached(method: "RTPrune", model: Any) -> Iterator[Handle]:
             f"{adapter_for(model.config).name} (model_type={model.config.model_type!r}); choose a "
             "model of these"
         )
-    hooks = model._forward_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), _Patch) for hook in hooks):
+    present = model._forward_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), _Hooks) for hook in present):
         raise ValueError(
             "a model can be pruned by one RTPrune at a time; this one is being pruned already; "
             "leave the first context"
         )
-    patch = _Patch(method, model)
+    hooks = _Hooks(method, model)
     with ExitStack() as stack:
         if method.select == "visionzip":
             encoder = model.model.vision_tower.vision_encoder
-            stack.enter_context(patch.listener.attached(encoder))
-        stack.enter_context(_replaced(model.model, "get_image_features", patch._encode))
-        stack.enter_context(_replaced(model, "_validate_generation_mode", patch.check_generation))
+            stack.enter_context(hooks.recorder.recording(encoder))
+        stack.enter_context(replaced_method(model.model, "get_image_features", hooks.encode))
+        stack.enter_context(checked_generation(model, hooks.check_generation))
         for module, hook in (
-            (model, patch.check_call),
-            (model.model, patch.begin),
-            (text_model(model), patch.shorten),
+            (model, hooks.check_call),
+            (model.model, hooks.begin),
+            (text_model(model), hooks.shorten),
         ):
-            # ahead of the hooks of other methods, which then see what is left
-            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield patch.handle
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Let ``owner.name(...)`` call ``wrapper(what it was, ...)`` inside."""
-    before = getattr(owner, name)
-    own = name in vars(owner)
-    setattr(owner, name, functools.wraps(before)(functools.partial(wrapper, before)))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+            # before the hooks of other methods, which then see what is left
+            stack.enter_context(
+                module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            )
+        yield hooks.handle
 
 
 @dataclass
@@ -91,17 +76,17 @@ class _Call:
     encoded: Any
 
 
-class _Patch:
+class _Hooks:
     """The state of one attached method, and its hooks."""
 
     def __init__(self, method: "RTPrune", model: Any) -> None:
         self.method = method
         self.model = model
         self.handle = Handle()
-        self.listener = EncoderAttention()
+        self.recorder = EncoderRecorder()
         self.call: _Call | None = None
-        self.pages: Any = WeakTensorKeyDictionary()  # what the encoder made of it -> Page
-        self.requests: WeakKeyDictionary[Any, Request] = WeakKeyDictionary()  # by their cache
+        self.pages: Any = WeakTensorKeyDictionary()  # features of a page -> EncodedPage
+        self.prompts: WeakKeyDictionary[Any, ShortenedPrompt] = WeakKeyDictionary()  # by cache
 
     # ---- around the model ------------------------------------------------------------------------
 
@@ -118,7 +103,7 @@ class _Patch:
                 "a tensor of places; give a number"
             )
 
-    def check_generation(self, before: Callable[..., Any], mode: Any, config: Any, own: Any) -> Any:
+    def check_generation(self, mode: GenerationMode, config: GenerationConfig) -> None:
         """Refuse to generate in ways that cut a prompt or take tokens back."""
         if mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
@@ -130,21 +115,19 @@ class _Patch:
                 f"a page is pruned as a whole; got prefill_chunk_size={config.prefill_chunk_size}, "
                 "which cuts it; leave it out under RTPrune"
             )
-        config.disable_compile = True  # the steps of a static cache: hooks cannot be compiled
-        return before(mode, config, own)
 
-    def _encode(self, before: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note the pages that the encoder reads."""
-        self.listener.heard.clear()
-        output = before(*args, **kwargs)
-        if isinstance(output, tuple):  # return_dict=False: neither the model nor generate
+    def encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Note the pages that the encoder encodes."""
+        self.recorder.captured.clear()
+        output = original(*args, **kwargs)
+        if isinstance(output, tuple):  # return_dict=False: called by neither the model nor generate
             return output
-        given = inspect.signature(before).bind(*args, **kwargs).arguments
+        inputs = inspect.signature(original).bind(*args, **kwargs).arguments
         features = output.pooler_output
         with stage("selection"):
-            pages = read_pages(self.method, self.model, features, given, self.listener.heard)
-        for made, page in zip(features, pages, strict=True):
-            self.pages[made] = page
+            pages = encoded_pages(self.method, self.model, features, inputs, self.recorder.captured)
+        for of_page, page in zip(features, pages, strict=True):
+            self.pages[of_page] = page
         if self.call is not None:
             self.call.encoded = output
         return output
@@ -162,15 +145,16 @@ class _Patch:
         cache = cache_in(kwargs)
         filled = 0 if cache is None else int(cache.get_seq_length())
         if cache is not None and not filled:
-            self.requests.pop(cache, None)  # of an earlier prompt: the cache was reset
+            self.prompts.pop(cache, None)  # of an earlier prompt: the cache was reset
         if call is not None and call.encoded is not None:
             with stage("selection"):
-                return args, self._prompt(call, filled, kwargs)
-        if filled and cache in self.requests:
-            return args, self.requests[cache].step(filled, kwargs)
+                return args, self._shortened(call, filled, kwargs)
+        if filled and cache in self.prompts:
+            return args, self.prompts[cache].step(filled, kwargs)
         return None
 
-    def _prompt(self, call: _Call, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _shortened(self, call: _Call, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's keywords for a prompt with pages."""
         if call.input_ids is None or filled:
             came = "no input_ids" if call.input_ids is None else f"a cache of {filled} tokens"
             raise ValueError(
@@ -180,17 +164,16 @@ class _Patch:
         embeds = kwargs["inputs_embeds"]
         batch, length, dim = embeds.shape
         attended = attended_tokens(kwargs.get("attention_mask"), batch, length)
-        places = (call.input_ids == self.model.config.image_token_id).cpu()
+        is_visual = (call.input_ids == self.model.config.image_token_id).cpu()
         encoded = call.encoded.pooler_output
         if any(features not in self.pages for features in encoded):
             raise ValueError(
                 "RTPrune has to see which page features come from; got mm_encoder_outputs that "
                 "were made outside of its context; make them inside, or give pixel_values"
             )
-        layouts = page_layouts(places, [self.pages[features].grid for features in encoded])
+        layouts = page_layouts(is_visual, [self.pages[features].grid for features in encoded])
         where = pages_in(layouts)
-        pruned = self._pruned(encoded, where, embeds, attended & ~places)
-        cache = cache_in(kwargs)
+        pruned = self._pruned(encoded, where, embeds, attended & ~is_visual)
         if all(values is None for _, values in pruned):
             return kwargs
         stays, embeds = attended.clone(), embeds.clone()
@@ -206,21 +189,12 @@ class _Patch:
         ids = kwargs.get("position_ids")
         ids = torch.arange(length, device=embeds.device)[None] if ids is None else ids
         ids = ids.expand(batch, -1)
-        config = text_model(self.model).config
-        use_cache = kwargs.get("use_cache")
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=config)  # as the decoder would
-        if cache is not None:
-            self.requests[cache] = Request(mask, length - mask.shape[1], ids[:, -1:] + 1)
-            for layer in cache.layers:
-                # Unlimited-OCR: generate declares how long the prompt is; let it be what comes
-                if getattr(layer, "prefill_length", None) is not None:
-                    layer.prefill_length = None
+        prompt = ShortenedPrompt(mask, length - mask.shape[1], ids[:, -1:] + 1)
         return kwargs | {
             "inputs_embeds": embeds.gather(1, source[..., None].expand(-1, -1, dim)),
             "attention_mask": mask.long(),
             "position_ids": ids.gather(1, source),
-            cache_argument(text_model(self.model)): cache,
+            cache_argument(text_model(self.model)): self._cache(prompt, kwargs),
             VISUAL_LAYOUTS: [
                 VisualLayout(
                     *(part.to(ids.device) for part in (at.positions, at.grid, at.image_of))
@@ -229,12 +203,26 @@ class _Patch:
             ],
         }
 
+    def _cache(self, prompt: ShortenedPrompt, kwargs: dict[str, Any]) -> Any:
+        """The cache that the shortened prompt goes into, if any, which now belongs to it."""
+        cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
+        config = text_model(self.model).config
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=config)  # as the decoder would
+        if cache is not None:
+            self.prompts[cache] = prompt
+            for layer in cache.layers:
+                # Unlimited-OCR: generate declares the length of the prompt; let the layer see it
+                if getattr(layer, "prefill_length", None) is not None:
+                    layer.prefill_length = None
+        return cache
+
     def _pruned(
         self,
         encoded: Sequence[torch.Tensor],
         where: Sequence[tuple[int, torch.Tensor]],
         embeds: torch.Tensor,
-        words: torch.Tensor,
+        is_text: torch.Tensor,
     ) -> list[tuple[PrunedPage, torch.Tensor | None]]:
         """Each page pruned, those that several sequences share (beams, several answers) once."""
         first: dict[int, int] = {}
@@ -243,8 +231,8 @@ class _Patch:
         numbers = list(first.values())
         instructions = []
         for row, positions in (where[number] for number in numbers):
-            behind = words[row].nonzero()[:, 0]
-            instructions.append(embeds[row, behind[behind > positions[-1]]])
+            text = is_text[row].nonzero()[:, 0]
+            instructions.append(embeds[row, text[text > positions[-1]]])
         pruned = prune_pages(
             self.method,
             [self.pages[encoded[number]] for number in numbers],
@@ -253,5 +241,5 @@ class _Patch:
             self.model.model.multi_modal_projector.bias,
         )
         self.handle.pages += [page for page, _ in pruned]
-        made = dict(zip(first, pruned, strict=True))
-        return [made[id(features)] for features in encoded]
+        by_features = dict(zip(first, pruned, strict=True))
+        return [by_features[id(features)] for features in encoded]

@@ -1,4 +1,4 @@
-"""What is known of each page when the vision encoder has read it, whatever batch it was read in."""
+"""What is known of each page when the vision encoder has encoded it, whatever its batch."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.methods.rtprune.encoder_attention import Heard, token_values
-from compress.methods.rtprune.pages import Page
+from compress.methods.rtprune.encoder_attention import Captured, token_values
+from compress.methods.rtprune.pages import EncodedPage
 from compress.methods.rtprune.ratio import textual_density
 from compress.models.visual import visual_layouts
 
@@ -15,30 +15,31 @@ if TYPE_CHECKING:
     from compress.methods.rtprune.method import RTPrune
 
 
-def read_pages(
+def encoded_pages(
     method: "RTPrune",
     model: Any,
     features: Sequence[torch.Tensor],
-    given: Mapping[str, Any],
-    heard: Sequence[Heard],
-) -> list[Page]:
-    """The pages that one call of ``get_image_features`` reads.
+    inputs: Mapping[str, Any],
+    captured: Sequence[Captured],
+) -> list[EncodedPage]:
+    """The pages that one call of ``get_image_features`` encodes.
 
     Parameters
     ----------
-    method : what it will need to know.
+    method : decides what will be needed.
     model : whose encoder it is.
-    features : what it made of each page, ``(visual tokens, dim)``.
-    given : the arguments of the call.
-    heard : from its attention, for VisionZip: of the whole pages, then of the crops if there are.
+    features : of each page, ``(visual tokens, dim)``.
+    inputs : the arguments of the call.
+    captured : from the encoder's attention, for VisionZip: of the whole pages, then of the crops if
+        there are any.
     """
-    counts, grids = given.get("num_local_patches"), given.get("patches_grid")
+    counts, grids = inputs.get("num_local_patches"), inputs.get("patches_grid")
     crops = [0] * len(features) if counts is None else [int(count) for count in counts]
     cells = [
-        _cells(model, given, page, crops[number], (1, 1) if grids is None else grids[number])
+        _cells(model, inputs, page, crops[number], (1, 1) if grids is None else grids[number])
         for number, page in enumerate(features)
     ]
-    pixels = given["pixel_values"]
+    pixels = inputs["pixel_values"]
     density: Sequence[torch.Tensor | None] = [None] * len(features)
     if method.keep_tokens == "dynamic":
         rows, columns = (cells[0][cells[0][:, 0] == 0, 1:].amax(0) + 1).tolist()
@@ -49,40 +50,40 @@ def read_pages(
         if method.select == "visionzip":
             first = sum(crops[:number])
             columns = None if grids is None else int(grids[number][0])
-            attention = _attention(heard, number, first, crops[number], grid, columns)
+            attention = _attention(captured, number, first, crops[number], grid, columns)
         seed = page_seed(method.seed, pixels[number]) if method.select == "random" else 0
-        pages.append(Page(grid, density[number], seed, attention))
+        pages.append(EncodedPage(grid, density[number], seed, attention))
     return pages
 
 
 def _cells(
-    model: Any, given: Mapping[str, Any], features: torch.Tensor, crops: int, grid: Any
+    model: Any, inputs: Mapping[str, Any], features: torch.Tensor, crops: int, grid: Any
 ) -> torch.Tensor:
     """(view, row, column) of the tokens of one page, as if it were alone."""
-    inputs = {
+    alone = {
         "input_ids": torch.full((1, len(features)), model.config.image_token_id),
-        "pixel_values": given["pixel_values"],
-        "pixel_values_local": given.get("pixel_values_local"),
+        "pixel_values": inputs["pixel_values"],
+        "pixel_values_local": inputs.get("pixel_values_local"),
         "num_local_patches": [crops],
         "patches_grid": [grid],
     }
-    return visual_layouts(model, inputs)[0].grid
+    return visual_layouts(model, alone)[0].grid
 
 
 def _attention(
-    heard: Sequence[Heard],
+    captured: Sequence[Captured],
     number: int,
     first: int,
     crops: int,
     grid: torch.Tensor,
     columns: int | None,
-) -> Heard:
+) -> Captured:
     """Attention and keys of the prunable tokens of page ``number``, whose crops begin at first."""
     on_page = grid[grid[:, 2] >= 0]
     attention, keys = (
         token_values(
-            heard[0][which][number],
-            heard[1][which][first : first + crops] if crops else None,
+            captured[0][which][number],
+            captured[1][which][first : first + crops] if crops else None,
             on_page,
             columns,
         )
@@ -92,8 +93,8 @@ def _attention(
 
 
 def page_seed(seed: int, pixel_values: torch.Tensor) -> int:
-    """A seed for each page, of pixels ``(3, height, width)``: its own whatever batch it is in.
+    """A seed for one page, of pixels ``(3, height, width)``: the same in every batch.
 
-    It has 32 bits, as many as torch's generator looks at.
+    It has 32 bits, as many as torch's generator uses.
     """
     return zlib.crc32(pixel_values.detach().cpu().float().numpy().tobytes(), seed)

@@ -1,0 +1,332 @@
+"""Hooks that let a model decode by an attention policy until a context is left.
+
+In the order of their calls:
+
+1. ``generate`` notes the prompt before it encodes the images, since it drops the inputs that say
+   how large they are. A forward hook of the base model notes the inputs of a call without it.
+2. A hook before the text model adds the layouts of a prompt's visual tokens under
+   :data:`compress.models.visual.VISUAL_LAYOUTS`, unless they are there. Another method that
+   shortens the prompt, before or after this hook, replaces them by those of what remains. The
+   prompt itself is read densely.
+3. A hook behind the text model takes the layouts that it was finally called with and the cache that
+   it filled, and makes a :class:`DecodeState`, kept as long as the cache lives.
+4. In a decode step the hook before the text model finds the state by the cache and hands it down to
+   the attention function as one more keyword.
+
+So batches, models and threads share nothing; one model serves one thread at a time (Qwen's classes
+keep the position offsets of a batch on the model). A family without an adapter passes a preflight
+before its first prompt with an image, or is refused; the hooks are paused meanwhile.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from compress.methods.fastocr.attention import NAME, STATE, register
+from compress.methods.fastocr.crossover import crossover, read_table
+from compress.methods.fastocr.policy import AttentionPolicy
+from compress.methods.fastocr.state import Counts, DecodeState
+from compress.methods.fastocr.visual_tokens import VisualTokens
+from compress.models.cache_argument import cache_in
+from compress.models.generation import checked_generation, replaced_method
+from compress.models.visual import (
+    ADAPTERS,
+    VISUAL_LAYOUTS,
+    VisualLayout,
+    text_model,
+    visual_layouts,
+)
+
+MakePolicy = Callable[[VisualTokens, int], AttentionPolicy]
+Preflight = Callable[[Any, Mapping[str, Any]], None]  # of a model and the inputs of generate
+MinVisual = Literal["auto"] | int
+FULL_CACHES = {"full_attention", "reference_sliding_attention"}  # which keep the whole prompt
+
+_logger = logging.getLogger(__name__)
+
+
+def decoder(model: Any) -> Any:
+    """The text model, whose layers are ``.layers``.
+
+    Raises
+    ------
+    ValueError : naming what the model lacks.
+    """
+    config = model.config
+    kind = config.model_type
+    # without an adapter the checks below say whether the model can work
+    text = text_model(model) if kind in ADAPTERS else model.get_decoder()
+    lacks = None
+    if config.is_encoder_decoder:
+        lacks = "a decoder that reads the image as part of the prompt: it is an encoder-decoder"
+    elif getattr(config, "image_token_id", None) is None:
+        lacks = "an image_token_id in its configuration, which says where the visual tokens are"
+    elif text is model or not hasattr(text, "layers"):
+        lacks = "a text model with layers"
+    elif others := set(getattr(text.config, "layer_types", None) or []) - FULL_CACHES:
+        lacks = f"a cache that keeps the prompt in all layers: some are {', '.join(sorted(others))}"
+    if lacks:
+        raise ValueError(
+            f"FastOCR needs a model that decodes over cached visual tokens; {kind!r} lacks "
+            f"{lacks}; use another model, or leave fastocr out"
+        )
+    return text
+
+
+@contextmanager
+def attached(
+    model: Any,
+    make_policy: MakePolicy,
+    preflight: Preflight | None = None,
+    min_visual: MinVisual = 0,
+) -> Iterator["Handle"]:
+    """Let the decode steps of ``model`` attend as policies decide, until the context is left.
+
+    Parameters
+    ----------
+    model : a vision-language model of transformers.
+    make_policy : (visual tokens, number of layers) to the policy of a new batch.
+    preflight : raises ValueError where a model does not work; called once, before the first answer
+        to a prompt with an image, with the model as it was.
+    min_visual : visual tokens below which a batch is decoded densely; "auto" looks them up.
+
+    Raises
+    ------
+    ValueError : when the model lacks something (named), or one is attached already.
+    """
+    text = decoder(model)
+    handle = Handle(model, text, make_policy, preflight, min_visual)
+    if NAME in [name for _, name in handle.implementations]:
+        raise ValueError(
+            "FastOCR is attached to this model already, or to one that shares its configuration; "
+            "leave that context first, or copy the model"
+        )
+    register()
+    with ExitStack() as stack:
+        for context in (
+            _implementations([(config, NAME) for config, _ in handle.implementations]),
+            model.base_model.register_forward_pre_hook(handle.before_model, with_kwargs=True),
+            text.register_forward_pre_hook(handle.before_text, with_kwargs=True),
+            text.register_forward_hook(handle.after_text, with_kwargs=True),
+            replaced_method(model, "generate", handle.generate),
+            checked_generation(model, handle.check),
+        ):
+            stack.enter_context(context)
+        yield handle
+
+
+class Handle:
+    """What an attached method counted, and its hooks."""
+
+    def __init__(
+        self,
+        model: Any,
+        text: Any,
+        make_policy: MakePolicy,
+        preflight: Preflight | None,
+        min_visual: MinVisual,
+    ) -> None:
+        self.model = model
+        self.text = text
+        self.make_policy = make_policy
+        self.preflight = preflight  # None when it is passed, or not needed
+        self.paused = False
+        # layers read their own copy of the configuration, generate that of the model
+        configs = [model.config.get_text_config()]
+        configs += [m.config for m in text.modules() if getattr(m, "config", None) is not None]
+        unique = {id(config): config for config in configs}.values()
+        self.implementations = [(config, config._attn_implementation) for config in unique]
+        self.min_visual = min_visual
+        self.table = read_table() if min_visual == "auto" else {}
+        self.logged: set[str] = set()
+        self.counts = Counts(len(text.layers))
+        self.states: WeakKeyDictionary[Any, DecodeState] = WeakKeyDictionary()
+        # of the prompt about to be read: what generate or the model was called with, and what
+        # before_text made of it
+        self._generated: dict[str, Any] = {}
+        self._inputs: dict[str, Any] = {}
+        self._own: tuple[Sequence[VisualLayout], int] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What was attended to since the start or the last reset; see :class:`Counts`."""
+        return self.counts.facts()
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.counts.reset()
+
+    # ---- generate ----------------------------------------------------------------------------
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Note the prompt while its answer is generated."""
+        if self.paused:
+            return original(*args, **kwargs)
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        self._generated = dict(call.get("kwargs", {}))
+        if call.get("inputs") is not None:
+            self._generated["input_ids"] = call["inputs"]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._generated = {}
+
+    def check(self, mode: GenerationMode, config: GenerationConfig) -> None:
+        """Refuse what would move or cut the cache; run the preflight where one is due."""
+        if self.paused:
+            return
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"FastOCR decodes by greedy search or sampling; got {mode.value}, which moves or "
+                "cuts the cache; pass num_beams=1 and no assistant"
+            )
+        if config.use_cache is False:
+            raise ValueError(
+                "FastOCR chooses what is read from the cache; got use_cache=False; leave it out"
+            )
+        ids = self._generated.get("input_ids")
+        if self.preflight is None or ids is None:
+            return
+        if not bool((ids == self.model.config.image_token_id).any()):
+            return
+        prompt = {k: v for k, v in self._generated.items() if not hasattr(config, k)}
+        if config.cache_implementation is not None:
+            prompt["cache_implementation"] = config.cache_implementation
+        self.paused = True
+        try:
+            with _implementations(self.implementations):
+                self.preflight(self.model, prompt)
+        finally:
+            self.paused = False
+        self.preflight = None
+
+    # ---- forward hooks -------------------------------------------------------------------------
+
+    def before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note the inputs; their layouts are computed only where they are a new prompt."""
+        if not self.paused:
+            self._inputs = kwargs
+
+    def before_text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Add the layouts to a prompt, the state to a decode step."""
+        if self.paused:
+            return args, kwargs
+        inputs, self._inputs, self._own = self._inputs, {}, None
+        cache = cache_in(kwargs)
+        embeds: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
+        batch, new = embeds.shape[:2]
+        if _length(cache) == 0:
+            if self._generated.get("input_ids") is not None:
+                inputs = self._generated
+            if VISUAL_LAYOUTS not in kwargs and inputs.get("input_ids") is not None:
+                layouts = _layouts(self.model, inputs)
+                # several answers to a prompt are several sequences
+                layouts = [layout for layout in layouts for _ in range(batch // len(layouts))]
+                self._own = layouts, inputs["input_ids"].shape[1]
+                kwargs[VISUAL_LAYOUTS] = layouts
+            return args, kwargs
+        state = self.states.get(cache)
+        if state and not any(state.tokens.counts):  # no image: nothing to choose from
+            return args, kwargs
+        if state is None or state.length != _length(cache):
+            raise RuntimeError(
+                f"a cache with the {state.length if state else 0} tokens that were read inside "
+                f"the context is expected; it has {_length(cache)}; read the whole prompt inside "
+                "the context, and cut nothing off (assisted decoding does)"
+            )
+        if (batch, new) != (len(state.tokens.counts), 1):
+            raise RuntimeError(
+                f"after its prompt a batch of {len(state.tokens.counts)} sequences reads one "
+                f"token of each; got (sequences, tokens)={batch, new}; read the prompt in one "
+                "call, and use greedy search or sampling"
+            )
+        state.start_step()
+        if not state.off:
+            kwargs[STATE] = state
+        return args, kwargs
+
+    def after_text(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Make a state where a prompt was read into a cache."""
+        if self.paused:
+            return
+        cache, length = cache_in(output), output.last_hidden_state.shape[1]
+        own, self._own = self._own, None
+        if cache is None or _length(cache) != length:
+            return
+        layouts = kwargs.get(VISUAL_LAYOUTS)
+        if layouts is None:
+            raise ValueError(
+                "the whole model's call with input_ids is expected, which say where the visual "
+                "tokens are; got none; do not pass inputs_embeds or call the text model alone"
+            )
+        if own and own[0] is layouts and own[1] != length:
+            raise ValueError(
+                f"the prompt has {own[1]} positions, but the text model read {length}; a method "
+                f"that shortens the prompt hands the text model {VISUAL_LAYOUTS}= of what remains"
+            )
+        tokens = VisualTokens.of(layouts, length, output.last_hidden_state.device)
+        if self.preflight is not None and any(tokens.counts):
+            raise ValueError(
+                f"{self.model.config.model_type!r} has no adapter, so model.generate tries two "
+                "steps of its first prompt with an image; got another call of the model before "
+                "that; generate once before a loop of your own"
+            )
+        policy = self.make_policy(tokens, len(self.text.layers))
+        off = self._is_off(max(tokens.counts), tokens.rows.device)
+        self.states[cache] = DecodeState(tokens, policy, self.counts, off)
+
+    def _is_off(self, visual: int, device: torch.device) -> bool:
+        """Whether a batch is decoded densely, for it is faster; logs once why."""
+        least, why = self.min_visual, "min_visual"
+        if least == "auto":
+            least, why = crossover(device, self.table)
+            if why not in self.logged and not least:
+                self.logged.add(why)
+                _logger.info("fastocr stays on whatever the number of visual tokens: %s", why)
+        if not 0 < visual < least:
+            return False
+        if "off" not in self.logged:
+            self.logged.add("off")
+            _logger.warning(
+                "fastocr switched itself off: %d visual tokens, and below %d dense decoding is "
+                "faster (%s); min_visual=0 keeps it on",
+                visual,
+                least,
+                why,
+            )
+        return True
+
+
+def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:
+    """Where the visual tokens of a prompt are; without an adapter their positions alone."""
+    if model.config.model_type in ADAPTERS:
+        return visual_layouts(model, inputs)
+    layouts = []
+    for is_image in inputs["input_ids"] == model.config.image_token_id:
+        positions = is_image.nonzero()[:, 0]
+        nowhere = positions.new_tensor([0, -1, -1]).expand(len(positions), -1)
+        layouts.append(VisualLayout(positions, nowhere, torch.zeros_like(positions)))
+    return layouts
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+@contextmanager
+def _implementations(names: Sequence[tuple[Any, str | None]]) -> Iterator[None]:
+    """Let configurations name these attention functions until the context is left."""
+    before = [(config, config._attn_implementation) for config, _ in names]
+    try:
+        for config, name in names:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name

@@ -1,0 +1,224 @@
+"""Attention policies: which visual tokens each layer attends to in a decode step."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from compress.methods.fastocr.fixation import (
+    Fixation,
+    budget,
+    kept_mass,
+    last_fixation,
+    neighbours,
+    opened,
+    random_fixation,
+    same_mean_budget,
+    top_k,
+)
+from compress.methods.fastocr.recall import Recorder, default_count, summary
+from compress.methods.fastocr.visual_tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from compress.methods.fastocr.method import FastOCR
+
+
+class AttentionPolicy(Protocol):
+    """Decides what each layer attends to while one batch of prompts is answered.
+
+    Attributes
+    ----------
+    periphery : summaries per key head of what a layer does not attend to; 0 is none.
+    """
+
+    periphery: int
+
+    def start_step(self) -> None:
+        """Begin a decode step."""
+
+    def fixation(self, layer: int) -> Fixation | None:
+        """The visual tokens that a layer attends to; None is all."""
+
+    def needs_scores(self, layer: int) -> bool:
+        """Whether :meth:`observe` is to be called with the scores of a dense layer."""
+
+    def observe(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
+        """Take a layer's attention over the visual tokens, ``(batch, visual)``.
+
+        Returns
+        -------
+        Number of sequences for which the rest of the step became dense just now.
+        """
+
+
+class FocalPolicy:
+    """Focal-guided pruning with cross-step reuse (arXiv 2605.17447).
+
+    Parameters
+    ----------
+    tokens, layers : of the batch; layers of its model.
+    keep : fraction of a sequence's visual tokens in the fixation.
+    focal : layers that are dense and choose the fixation of those below; None finds them in the
+        first ``warmup`` steps, which are dense, for the batch as a whole.
+    warmup : at least 2.
+    dilate : rows and columns around the best tokens that replace the last ones.
+    min_mass : the guard: below it the rest of a step is dense.
+    reuse : whether layers above the first focal one use the fixation of the step before.
+    periphery : summaries per key head of what a layer does not attend to.
+    """
+
+    def __init__(
+        self,
+        tokens: VisualTokens,
+        layers: int,
+        *,
+        keep: float,
+        focal: Sequence[int] | None,
+        warmup: int = 2,
+        dilate: int = 0,
+        min_mass: float = 0.0,
+        reuse: bool = True,
+        periphery: int = 0,
+    ) -> None:
+        self.tokens = tokens
+        self.periphery = periphery
+        self.focal = focal
+        self.keep = keep
+        self.warmup = warmup
+        self.min_mass = min_mass
+        self.reuse = reuse
+        self.step = -1
+        self.budgets = [budget(keep, count) for count in tokens.counts]
+        device = tokens.rows.device
+        self.limits = torch.tensor(self.budgets, device=device)
+        self.near = _padded_neighbours(tokens, dilate) if dilate else None
+        self.recorder = Recorder(tokens, layers, keep) if focal is None else None
+        self.chosen: Fixation | None = None  # by the last focal layer
+        self.current: Fixation | None = None  # the same, with all tokens of refreshed sequences
+        # sequences for which the rest of this step is dense
+        self.refreshed = torch.zeros(
+            len(tokens.counts), dtype=torch.bool, device=tokens.rows.device
+        )
+
+    def start_step(self) -> None:
+        """Begin with the last step's fixation."""
+        self.step += 1
+        if self.recorder is not None and self.step < self.warmup:
+            self.recorder.start_step()
+        elif self.recorder is not None:
+            sums = self.recorder.sums([self.warmup] * len(self.tokens.counts))
+            count = default_count(self.recorder.layers)
+            self.focal = summary([sums], self.keep, count, count).focal_layers
+            self.chosen = self._choose(self.recorder.scores[max(self.focal)])
+            self.recorder = None
+        self.current = self.chosen
+        self.refreshed = torch.zeros_like(self.refreshed)
+
+    def fixation(self, layer: int) -> Fixation | None:
+        """None in the first step, while focal layers are being found, and at focal layers."""
+        if self.focal is None or self.step == 0 or layer in self.focal:
+            return None
+        return self.current if self.reuse or layer > min(self.focal) else None
+
+    def needs_scores(self, layer: int) -> bool:
+        """True of focal layers, and of all while focal layers are being found."""
+        return self.focal is None or layer in self.focal
+
+    def observe(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
+        """Choose the fixation of the layers below; see `AttentionPolicy`."""
+        if self.recorder is not None:
+            return self.recorder.observe(layer, scores)
+        before, self.chosen = self.chosen, self._choose(scores)
+        self.current = self.chosen
+        if not self.min_mass or before is None or self.step == 0:
+            return 0
+        below = kept_mass(scores, before) < self.min_mass
+        refreshes = below & self.tokens.valid.any(1) & ~self.refreshed
+        self.refreshed = self.refreshed | refreshes
+        # The one place where a step waits for the device, and only under the guard: a fixation with
+        # room for every token would not wait, but make every step go through a list of all.
+        if self.refreshed.any():
+            self.current = opened(self.chosen, self.refreshed, self.tokens.valid)
+        return refreshes.sum()
+
+    def _choose(self, scores: torch.Tensor) -> Fixation:
+        return top_k(scores, self.limits, max(self.budgets), self.near)
+
+
+def _padded_neighbours(tokens: VisualTokens, radius: int) -> torch.Tensor:
+    """:func:`neighbours` of every sequence, ``(batch, visual, around)``; padding's are itself."""
+    near = [neighbours(layout.grid, layout.image_of, radius) for layout in tokens.layouts]
+    alone = torch.arange(tokens.rows.shape[1], device=tokens.rows.device)[:, None]
+    padded = alone.expand(len(near), -1, (2 * radius + 1) ** 2).clone()
+    for row, own in zip(padded, near, strict=True):
+        row[: len(own)] = own.to(row.device)
+    return padded
+
+
+class FixedPolicy:
+    """The baselines: a fixation per layer that stays the same for the whole answer.
+
+    Parameters
+    ----------
+    choose : a layer's fixation from its scores in the last dense step.
+    dense_steps : first steps that are dense, as many as the method has.
+    periphery : summaries per key head of what a layer does not attend to.
+    """
+
+    def __init__(
+        self, choose: Callable[[int, torch.Tensor], Fixation], dense_steps: int, periphery: int
+    ) -> None:
+        self.periphery = periphery
+        self.choose = choose
+        self.dense_steps = dense_steps
+        self.step = -1
+        self.chosen: dict[int, Fixation] = {}
+
+    def start_step(self) -> None:
+        """Count the step."""
+        self.step += 1
+
+    def fixation(self, layer: int) -> Fixation | None:
+        """The layer's own, after the dense steps."""
+        return None if self.step < self.dense_steps else self.chosen[layer]
+
+    def needs_scores(self, layer: int) -> bool:
+        """True in the last dense step."""
+        return self.step == self.dense_steps - 1
+
+    def observe(self, layer: int, scores: torch.Tensor) -> int:
+        """Fix what this layer attends to from now on."""
+        self.chosen[layer] = self.choose(layer, scores)
+        return 0
+
+
+def make_policy(method: "FastOCR", tokens: VisualTokens, layers: int) -> AttentionPolicy:
+    """The policy for a new batch of prompts, of a model with so many layers."""
+    focal = None if method.focal_layers == "auto" else sorted(set(method.focal_layers))
+    if method.fixation == "dynamic":
+        return FocalPolicy(
+            tokens,
+            layers,
+            keep=method.keep_visual,
+            focal=focal,
+            warmup=method.warmup,
+            dilate=method.dilate,
+            min_mass=method.min_mass,
+            reuse=method.reuse,
+            periphery=method.periphery,
+        )
+    dense = default_count(layers) if focal is None else len(focal)
+    budgets = [
+        same_mean_budget(method.keep_visual, count, layers, dense, method.periphery)
+        for count in tokens.counts
+    ]
+    device = tokens.rows.device
+
+    def choose(layer: int, scores: torch.Tensor) -> Fixation:
+        if method.fixation == "static":
+            return top_k(scores, torch.tensor(budgets, device=device), max(budgets))
+        if method.fixation == "random":
+            return random_fixation(tokens.counts, budgets, method.seed + layer).to(device)
+        return last_fixation(tokens.counts, budgets).to(device)
+
+    return FixedPolicy(choose, 1 if focal else method.warmup, method.periphery)

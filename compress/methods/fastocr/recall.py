@@ -1,0 +1,200 @@
+"""Recall: how much of a layer's attention lies on the visual tokens that another layer chose.
+
+It decides which layers are focal: those whose choice serves the others best.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.methods.fastocr.fixation import Fixation, budget, top_k
+from compress.methods.fastocr.visual_tokens import VisualTokens
+
+Matrix = Sequence[Sequence[float]]
+Sums = tuple[torch.Tensor, torch.Tensor, int, int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What dense decoding showed, and the focal layers that follow from it.
+
+    Parameters
+    ----------
+    keep_visual : size of the fixations that were compared, as a fraction.
+    focal_layers : the choice, in ascending order.
+    order : layers in the order of the greedy choice.
+    curve : mean recall with the first one, the first two, ... of ``order``.
+    recall : ``recall[i][j]`` is the share of layer j's attention over visual tokens that lies on
+        the top-k of layer i, mean over steps.
+    previous : the same with the top-k that layer i had in the step before.
+    steps : decode steps that were recorded, summed over pages.
+    """
+
+    keep_visual: float
+    focal_layers: tuple[int, ...]
+    order: tuple[int, ...]
+    curve: tuple[float, ...]
+    recall: Matrix
+    previous: Matrix
+    steps: int
+
+
+def default_count(layers: int) -> int:
+    """Number of focal layers of a model: a seventh of its layers, so 4 of 28 and 1 of 8 or 12.
+
+    Each one is dense, so at 5% they are most of what is attended to.
+    """
+    return max(1, layers // 7)
+
+
+def recalls(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Share of each layer's attention that lies on each layer's choice.
+
+    Parameters
+    ----------
+    scores : attention over visual tokens, ``(batch, layers, visual)``.
+    chosen : 1 for a layer's choice and 0 elsewhere, ``(batch, layers, visual)``.
+
+    Returns
+    -------
+    ``(batch, layers, layers)``; ``[b, i, j]`` is the attention of layer j on the choice of i.
+    """
+    return chosen @ scores.transpose(1, 2)
+
+
+def mean_recall(focal: Sequence[int], recall: Matrix, previous: Matrix) -> float:
+    """Mean over the layers of the attention that is kept.
+
+    A focal layer keeps all. Another one keeps what lies on the choice of the nearest focal layer
+    above it, or, where there is none above, of the last focal layer in the step before. Matrices as
+    in :class:`Calibration`.
+    """
+    total = 0.0
+    for layer in range(len(recall)):
+        above = [other for other in focal if other < layer]
+        if layer in focal:
+            total += 1
+        else:
+            total += recall[max(above)][layer] if above else previous[max(focal)][layer]
+    return total / len(recall)
+
+
+def choose_focal_layers(
+    recall: Matrix, previous: Matrix, count: int
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Add layers greedily, each time the one with which the mean recall is highest.
+
+    Returns
+    -------
+    The layers in the order of the choice, and the mean recall after each.
+    """
+    order: tuple[int, ...] = ()
+    curve: tuple[float, ...] = ()
+    for _ in range(count):
+        value, layer = max(
+            (mean_recall((*order, layer), recall, previous), -layer)
+            for layer in range(len(recall))
+            if layer not in order
+        )
+        order, curve = (*order, -layer), (*curve, value)
+    return order, curve
+
+
+class Recorder:
+    """An attention policy that is dense, and compares the layers.
+
+    Parameters
+    ----------
+    tokens, layers : of the batch; layers of its model.
+    keep : size of the choices that are compared, as a fraction of a sequence's visual tokens.
+    """
+
+    periphery = 0
+
+    def __init__(self, tokens: VisualTokens, layers: int, keep: float) -> None:
+        self.layers = layers
+        self.counts = tokens.counts
+        self.budgets = [budget(keep, count) for count in tokens.counts]
+        self.limits = torch.tensor(self.budgets, device=tokens.rows.device)
+        self.recall: list[torch.Tensor] = []  # one per step, (batch, layers, layers)
+        self.previous: list[torch.Tensor] = []  # one fewer
+        self.scores: list[torch.Tensor] = []  # one per layer, of the present step
+        self.chosen: torch.Tensor | None = None
+
+    def start_step(self) -> None:
+        """Forget the scores of the step before."""
+        self.scores = []
+
+    def fixation(self, layer: int) -> Fixation | None:
+        """None: every layer is dense."""
+        return None
+
+    def needs_scores(self, layer: int) -> bool:
+        """True for every layer."""
+        return True
+
+    def observe(self, layer: int, scores: torch.Tensor) -> int:
+        """Compare the layers after the last one's scores."""
+        self.scores.append(scores)
+        if len(self.scores) < self.layers:
+            return 0
+        step = torch.stack(self.scores, 1)
+        if self.chosen is not None:
+            self.previous.append(recalls(step, self.chosen))
+        flat = top_k(
+            step.flatten(0, 1), self.limits.repeat_interleave(self.layers), max(self.budgets)
+        )
+        self.chosen = torch.zeros_like(step.flatten(0, 1))
+        self.chosen.scatter_(1, flat.index, flat.valid.to(step.dtype))
+        self.chosen = self.chosen.view_as(step)
+        self.recall.append(recalls(step, self.chosen))
+        return 0
+
+    def sums(self, lengths: Sequence[int]) -> Sums:
+        """Both matrices summed over the first steps of each sequence, and the numbers of steps.
+
+        Parameters
+        ----------
+        lengths : how many steps count in each sequence; those without visual tokens do not count.
+        """
+        used = [
+            min(length, len(self.recall)) if count else 0
+            for length, count in zip(lengths, self.counts, strict=True)
+        ]
+        zero = torch.zeros(self.layers, self.layers)
+        recall: Any = sum((_first(self.recall, row, n) for row, n in enumerate(used)), zero)
+        previous: Any = sum((_first(self.previous, row, n - 1) for row, n in enumerate(used)), zero)
+        return recall, previous, sum(used), sum(max(n - 1, 0) for n in used)
+
+
+def _first(matrices: Sequence[torch.Tensor], row: int, steps: int) -> torch.Tensor | int:
+    return sum((matrix[row].cpu() for matrix in matrices[: max(steps, 0)]), 0)
+
+
+def summary(sums: Iterable[Sums], keep_visual: float, count: int, curve: int) -> Calibration:
+    """Choose focal layers from what was recorded.
+
+    Parameters
+    ----------
+    sums : of :meth:`Recorder.sums`.
+    keep_visual : as the recorders had it.
+    count, curve : focal layers to choose, and how far the greedy order is followed.
+
+    Raises
+    ------
+    ValueError : when no sequence had two decode steps.
+    """
+    totals = [sum(parts) for parts in zip(*sums, strict=True)]
+    if not totals or not totals[3]:
+        raise ValueError(
+            "calibration needs a page whose answer has at least two decode steps; got "
+            f"{totals[2] if totals else 0} steps in all; give pages with text, or more new tokens"
+        )
+    recall = (totals[0] / totals[2]).tolist()
+    previous = (totals[1] / totals[3]).tolist()
+    order, values = choose_focal_layers(recall, previous, curve)
+    return Calibration(
+        keep_visual, tuple(sorted(order[:count])), order, values, recall, previous, totals[2]
+    )

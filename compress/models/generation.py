@@ -1,0 +1,49 @@
+"""Change how a model generates until a context is left, and refuse what cannot work there."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+Check = Callable[[GenerationMode, GenerationConfig], None]
+
+
+@contextmanager
+def replaced_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let ``owner.name(...)`` call ``wrapper(original method, ...)`` until the context is left."""
+    original = getattr(owner, name)
+    own = name in vars(owner)
+    setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def checked_generation(model: Any, check: Check) -> Iterator[None]:
+    """Let ``check`` refuse calls of ``model.generate`` before they run anything.
+
+    Decode steps are not compiled: transformers compiles those with a static cache on a GPU, which
+    the forward hooks of a method cannot be.
+
+    Parameters
+    ----------
+    model : of transformers.
+    check : given the mode and the settings of a call, with all defaults filled in; raises
+        ValueError for what cannot work.
+    """
+
+    def validate(original: Callable[..., Any], mode: Any, config: Any, kwargs: Any) -> Any:
+        check(mode, config)
+        config.disable_compile = True
+        return original(mode, config, kwargs)
+
+    with replaced_method(model, "_validate_generation_mode", validate):
+        yield
