@@ -658,7 +658,7 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _variants_table(metrics: Mapping[str, Any]) -> str:
     """What a run on a reader compared, a line for each variant."""
-    from compress.reports.reader_rows import keep_text, measure, series_name, used_text
+    from compress.reports.run_folder import keep_text, measure, series_name, used_text
 
     accuracy = metrics["accuracy"]
     metric = measure(accuracy)

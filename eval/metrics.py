@@ -139,14 +139,15 @@ def metric(name: str, others: Mapping[str, Metric] = MappingProxyType({})) -> Me
 
     Parameters
     ----------
-    name : of an unknown one the label is the name with spaces.
+    name : the label of an unknown one is its name with spaces.
     others : further metrics, such as those of the methods.
     """
     stem, unseen, _ = name.partition(UNSEEN_FONT)
     known = METRICS.get(stem) or others.get(stem)
     if known is None:
         # a benchmark has a rate for each of its files
-        known = Metric(stem.replace("_", " "), "higher" if stem.startswith("pass_rate_") else "")
+        label = (stem[:1].upper() + stem[1:]).replace("_", " ")
+        known = Metric(label, "higher" if stem.startswith("pass_rate_") else "")
     if not unseen:
         return known
     label, heading = (f"{text}, unseen font" for text in (known.label, known.column()))

@@ -11,7 +11,7 @@ Colour = tuple[int, int, int]
 # Okabe and Ito's green, orange and vermilion
 KEPT, MERGED, MOVE = (0, 158, 115), (230, 159, 0), (213, 94, 0)
 SHORTEST_PICTURE, LONGEST_PICTURE, GAP = 480, 960, 8  # pixels
-NO_PLACES = "they are queries, which have no place on it, so none is drawn"
+NO_PLACES = "visual tokens are queries, which have no place on the page, so none is drawn"
 
 
 def tokens_on_page(

@@ -106,14 +106,14 @@ def _row(
     metric: str, entry: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     # an evaluation measures one model: its entry has no sides
-    found = {name: run[metric] for name, run in runs.items() if metric in run}
-    sides = {name: entry.get("compressed", entry) for name, entry in found.items()}
+    entries = {name: run[metric] for name, run in runs.items() if metric in run}
+    sides = {name: one.get("compressed", one) for name, one in entries.items()}
     values = {name: side["value"] for name, side in sides.items()}
-    pick = {"lower": min, "higher": max}.get(entry.get("better", ""))
-    best = pick(values, key=lambda name: values[name]) if pick else None
-    # an equal value is no victory
+    choose = {"lower": min, "higher": max}.get(entry.get("better", ""))
+    best = choose(values, key=lambda name: values[name]) if choose else None
+    # no run is best where another one has the same value
     alone = best is not None and list(values.values()).count(values[best]) == 1 and len(runs) > 1
-    dense = [entry["dense"] for entry in found.values() if "dense" in entry]
+    dense = [one["dense"] for one in entries.values() if "dense" in one]
     same = bool(dense) and all(
         side and np.isclose(side["value"], dense[0]["value"], rtol=1e-7, atol=0) for side in dense
     )

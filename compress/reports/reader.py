@@ -13,8 +13,7 @@ from compress.eval.ocr import Prediction, read_predictions
 from compress.eval.text_metrics import edit_distance, normalise
 from compress.methods.base import Figure, RuntimeMethod, Section, Shown
 from compress.reports.html import Card, PageText, Table, drawn, write_page
-from compress.reports.reader_rows import measure, series_name, used_share
-from compress.reports.run_folder import metric_of
+from compress.reports.run_folder import measure, metric_of, series_name, used_share
 
 SHOWN_LONGEST = 900  # pixels: larger images are scaled down in the report
 # keys of a variant's row beside what its methods counted

@@ -1,6 +1,7 @@
-"""What a run folder holds: facts, log and samples."""
+"""What a run folder holds: facts, log, samples, and the variants of a run on a reader."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from compress.common.files import read_json
 from compress.eval.metrics import Metric, metric
 from compress.methods.base import RunRecord, RuntimeMethod
-from compress.methods.registry import METHODS
+from compress.methods.registry import METHODS, runtime_method
 
 OF_METHODS = {
     name: known
@@ -21,6 +22,8 @@ OF_METHODS = {
     if issubclass(method, RuntimeMethod)
     for name, known in method.metrics.items()
 }
+# what accuracy retention is measured on -> the metric that says how good a variant is by itself
+MEASURES = {"1 - CER": "cer_corpus"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     try:
         metrics = read_json(folder / "metrics.json")
     except (FileNotFoundError, NotADirectoryError) as error:
-        found = "a folder without one" if folder.is_dir() else "no such folder"
+        state = "a folder without one" if folder.is_dir() else "no such folder"
         raise ValueError(
-            f"a finished run has a metrics.json; {folder} is {found}; give the output folder of a "
+            f"a finished run has a metrics.json; {folder} is {state}; give the output folder of a "
             "finished run, or finish it with compress run --resume"
         ) from error
     if not isinstance(metrics, dict) or not isinstance(metrics.get("metrics"), dict):
@@ -123,3 +126,42 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 def metric_of(name: str) -> Metric:
     """What is known of a metric by its name in metrics.json, those of the methods included."""
     return metric(name, OF_METHODS)
+
+
+# ---- the variants of a run on a reader ---------------------------------------------------------
+
+
+def measure(accuracy: str) -> str:
+    """The metric behind an accuracy: CER for ``1 - CER``; a benchmark's score is its own."""
+    return MEASURES.get(accuracy, accuracy)
+
+
+def methods_of(row: Mapping[str, Any]) -> list[RuntimeMethod]:
+    """The methods of a variant."""
+    return [runtime_method(settings) for settings in row["methods"]]
+
+
+def series_name(row: Mapping[str, Any]) -> str:
+    """The methods of a variant; variants that differ in what they keep alone are one curve."""
+    return " + ".join(method.label() for method in methods_of(row))
+
+
+def keep_text(row: Mapping[str, Any]) -> str:
+    """What the methods of a variant are set to keep."""
+    return " + ".join(method.kept() for method in methods_of(row))
+
+
+def used_share(row: Mapping[str, Any]) -> float | None:
+    """Share of the visual tokens that a variant used, the product over its methods."""
+    shares = [row[method.used] for method in methods_of(row) if method.used in row]
+    return math.prod(shares) if shares else None
+
+
+def used_text(row: Mapping[str, Any]) -> str:
+    """What a variant used of the visual tokens, with what its methods counted."""
+    used = used_share(row)
+    if used is None:
+        return "100%"
+    names = [name for method in methods_of(row) for name in method.metrics if name in row]
+    parts = [f"{name.replace('_', ' ')} {row[name]:.2%}" for name in names]
+    return f"{used:.2%} ({', '.join(parts)})"

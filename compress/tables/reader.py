@@ -9,7 +9,7 @@ from compress.eval.metrics import metric
 from compress.eval.settings import OcrEvaluation
 from compress.eval.tables import Cell, Row, cell_table
 from compress.models.locate import builtin_models
-from compress.reports.reader_rows import keep_text, methods_of, series_name, used_share
+from compress.reports.run_folder import keep_text, methods_of, series_name, used_share
 from compress.runs.reading import evaluate_events
 from compress.runs.recipe import list_recipes, load_recipe
 from compress.runs.run import run_events

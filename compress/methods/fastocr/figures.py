@@ -41,8 +41,7 @@ def sections(method: "FastOCR", shown: Shown) -> list[Section]:
     [whole] = visual_layouts(model, inputs)
     views = views_on_page(model, processor, image, whole.grid)
     if not views:
-        note = f"The fixation is on visual tokens of which this must be said: {NO_PLACES}"
-        return [Section(TITLE, [note])]
+        return [Section(TITLE, [f"The fixation has no figure: {NO_PLACES}"])]
     with ExitStack() as others:
         for other in shown.others:
             others.enter_context(other.attach(model))
@@ -102,7 +101,7 @@ def film(frames: Sequence[Image.Image]) -> bytes:
 
 def calibration_sections(facts: Mapping[str, Any]) -> list[Section]:
     """The recall that the focal layers were chosen by."""
-    caption = "Calibration: who chooses well for whom"
+    caption = "Calibration: recall between layers, and by the number of focal layers"
     return [
         Section("Focal layers", figures=[Figure("recall", recall_plot(facts), caption, "wide")])
     ]

@@ -42,16 +42,16 @@ def sections(run: RunRecord) -> list[Section]:
         figures.append(Figure("schedule", png, "Budget, sharpening and continuity"))
         png = stability_plot(updates, run.metrics.get("run", {}).get("returned_channels"))
         figures.append(Figure("stability", png, "Criterion stability and mask churn"))
-    found = []
+    result = []
     notes = _flow_notes(run)
     if figures or notes:
         title = "What was removed, and how" if updates else "What was removed"
-        found.append(Section(title, notes, figures))
+        result.append(Section(title, notes, figures))
     if any(stage in run.log for stage in ("flow", "recover", "validation")):
         loss = Figure("loss", loss_plot(run.log), "Training and validation loss")
         notes = [_surgery_note(row) for row in run.log.get("surgery", [])]
-        found.append(Section("Training", notes, [loss]))
-    return found
+        result.append(Section("Training", notes, [loss]))
+    return result
 
 
 def _flow_notes(run: RunRecord) -> list[str]:
