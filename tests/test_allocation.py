@@ -7,13 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
-from builders import models
+from builders import models, pruning
 from builders.events import finish, leave
 from compress.common.cost import unet_cost
-from compress.common.journal import Journal
-from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
 from compress.methods.gradflow.layout import build_layout
@@ -287,17 +285,8 @@ def test_hard_removal_is_refused_since_widths_may_grow_again():
 
 
 def run_of(unet, method, folder=None, *, resume=False) -> PruningRun:
-    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return PruningRun(
-        unet,
-        DDPMScheduler(num_train_timesteps=50),
-        ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:])),
-        method,
-        Training(steps=2, batch=4, lr=1e-3, save_every=1),
-        Journal(folder),
-        device="cpu",
-        resume=resume,
-    )
+    training = Training(steps=2, batch=4, lr=1e-3, save_every=1)
+    return pruning.start(method, training, unet, folder=folder, resume=resume)
 
 
 def flow(**changes) -> GradFlow:
@@ -342,7 +331,8 @@ def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
         assert (after - before).abs().max() <= 0.25 + 1e-6
     _, pruned = finish(events)
     free = {f.name: f for f in run.mover.allocator.free}
-    for name, width in pruned.inner_widths.items():
+    assert len(pruned.widths) > 2
+    for name, width in pruned.model.config.inner_widths.items():
         blocks = list(free[name].blocks)
         assert width == int(quotas[-1][blocks].sum()) * free[name].unit
     # with its masks the slim model is what the flow had at the end
@@ -357,11 +347,12 @@ def test_a_run_makes_the_model_that_was_predicted(unet, kind):
     run = run_of(unet, method)
     params, macs = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
     _, pruned = finish(run.events())
-    assert isinstance(pruned.unet, FreeWidthUNet2DModel)
-    assert pruned.inner_widths == dict(pruned.unet.config.inner_widths)
-    cost = unet_cost(pruned.unet)
+    assert isinstance(pruned.model, FreeWidthUNet2DModel)
+    inner = {row["level"]: row["compressed"] for row in pruned.widths[2:]}
+    assert inner == dict(pruned.model.config.inner_widths)
+    cost = unet_cost(pruned.model)
     assert params[0] <= cost.params <= params[1] and macs[0] <= cost.macs <= macs[1]
-    assert math.isfinite(sum(p.sum().item() for p in pruned.unet.parameters()))
+    assert math.isfinite(sum(p.sum().item() for p in pruned.model.parameters()))
     assert run.surgery_facts["max_difference"] < 1e-5
 
 
@@ -372,8 +363,8 @@ def test_a_resumed_run_has_the_same_widths_and_weights(unet, tmp_path, stop):
     _, whole = finish(run_of(unet, flow(), tmp_path / "whole").events())
     leave(run_of(unet, flow(), tmp_path / "parts").events(), stop)
     _, again = finish(run_of(unet, flow(), tmp_path / "parts", resume=True).events())
-    assert again.inner_widths == whole.inner_widths
+    assert again.widths == whole.widths
     for (name, one), other in zip(
-        again.unet.state_dict().items(), whole.unet.state_dict().values(), strict=True
+        again.model.state_dict().items(), whole.model.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other), name

@@ -28,14 +28,15 @@ from compress.common.journal import Journal
 from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
 from compress.eval.diffusion import SamplingSettings
+from compress.methods.base import PruneJob
 from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.gradflow.train import PruningRun
 from compress.methods.gradflow.unets import find_groups
 from compress.methods.training import Training
 from compress.models.loading import load_pipeline
-from compress.models.objective import inputs_of
+from compress.models.objective import validation_loss
 from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
 from compress.runs import diffusion as runs
 from compress.runs.recipe import Recipe
@@ -67,17 +68,16 @@ def start(family, pictures):
         size = image_shape(pipeline)
         source = "builtin:digits" if size == (16, 1) else f"folder:{pictures}"
         settings = {"steps": RECOVER, "batch": 4, "save_every": 1} | changes
-        return PruningRun(
-            copy.deepcopy(pipeline.unet),
-            pipeline.scheduler,
+        job = PruneJob(
+            pipeline,
             load_images(source, *size, wanted(pipeline)),
-            GradFlow(keep_macs=pipelines.KEEP[name], criterion="gradient_flow", **METHOD),
             Training(**{"condition_dropout": 0.5, "distill_features": 0.1} | settings),
+            "cpu",
             Journal(folder),
-            device="cpu",
-            resume=resume,
-            inputs=inputs_of(pipeline),
+            resume,
         )
+        method = GradFlow(keep_macs=pipelines.KEEP[name], criterion="gradient_flow", **METHOD)
+        return PruningRun(method, job)
 
     return begin
 
@@ -122,7 +122,7 @@ def test_every_family_goes_through_flow_surgery_and_recovery(family, finished, n
     run, pruned = finished(name)
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in run.model.parameters()}
-    dense, slim = family(name).unet, pruned.unet
+    dense, slim = family(name).unet, pruned.model
     assert type(slim) is type(dense)
     assert tuple(slim.config.block_out_channels) == pruned.widths
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters())
@@ -179,7 +179,9 @@ def test_a_resumed_run_ends_with_the_same_weights(start, finished, tmp_path, ste
     leave(start("sd1", tmp_path).events(), step)
     resumed = start("sd1", tmp_path, resume=True)
     assert resumed.step == step
-    assert same(finish(resumed.events())[1].unet.state_dict(), finished("sd1")[1].unet.state_dict())
+    assert same(
+        finish(resumed.events())[1].model.state_dict(), finished("sd1")[1].model.state_dict()
+    )
 
 
 def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
@@ -216,7 +218,7 @@ def test_bf16_trains_what_takes_prompts(start, finished):
         _, pruned = finish(run.events())
     finally:
         AcceleratorState._reset_state(True)
-    assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in pruned.model.parameters()} == {torch.float32}
     assert losses(run) != plain and losses(run) == pytest.approx(plain, rel=0.05)
 
 

@@ -154,7 +154,7 @@ def two_states(tmp_path):
 
 
 def weights_after(run: PruningRun) -> dict[str, torch.Tensor]:
-    return finish(run.events())[1].unet.state_dict()
+    return finish(run.events())[1].model.state_dict()
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "log"])

@@ -8,12 +8,12 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
+from builders import pruning
 from builders.events import finish
-from compress.common.journal import Journal
-from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot
-from compress.methods.gradflow.train import PruningRun, validation_loss
+from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
+from compress.models.objective import validation_loss
 
 WIDTHS = (4, 8)
 ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")
@@ -34,11 +34,6 @@ def tiny_unet(**changes) -> UNet2DModel:
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
     return UNet2DModel(**(config | changes))
-
-
-def data() -> ImageData:
-    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:]))
 
 
 def gradflow(**changes) -> GradFlow:
@@ -63,16 +58,9 @@ def training(**changes) -> Training:
     return Training(**({"steps": RECOVER, "batch": 4, "lr": 1e-3} | changes))
 
 
-def start(method, settings=None, *, unet=None, journal=None, scheduler=None) -> PruningRun:
-    return PruningRun(
-        unet if unet is not None else tiny_unet(),
-        scheduler or DDPMScheduler(num_train_timesteps=50),
-        data(),
-        method,
-        settings or training(),
-        journal or Journal(),
-        device="cpu",
-    )
+def start(method, settings=None, *, unet=None, scheduler=None) -> PruningRun:
+    unet = tiny_unet() if unet is None else unet
+    return pruning.start(method, settings or training(), unet, scheduler=scheduler)
 
 
 def rows(run: PruningRun, stage: str) -> list[dict]:
@@ -113,10 +101,11 @@ def test_every_block_keeps_its_quota(finished, name):
     assert ((kept == 0) | (kept == 1)).all()
     for block, quota in enumerate(run.layout.quota.tolist()):
         assert int(kept[run.layout.block == block].sum()) == quota
-    assert pruned.widths == WIDTHS == tuple(pruned.unet.config.block_out_channels)
-    assert type(pruned.unet) is UNet2DModel and not pruned.unet.training
+    assert [row["compressed"] for row in pruned.widths] == list(WIDTHS)
+    assert tuple(pruned.model.config.block_out_channels) == WIDTHS
+    assert type(pruned.model) is UNet2DModel and not pruned.model.training
     with torch.no_grad():
-        output = pruned.unet(torch.zeros(1, 1, 8, 8), 3).sample
+        output = pruned.model(torch.zeros(1, 1, 8, 8), 3).sample
     assert torch.isfinite(output).all()
 
 
@@ -274,7 +263,7 @@ def test_estimates_are_compared_with_the_one_before(finished):
 def test_the_other_criteria_work_in_the_flow_too(criterion):
     method = gradflow(criterion=criterion, steps=2, criterion_every=1)
     events, pruned = finish(start(method, training(steps=0)).events())
-    assert len(events) == 2 and pruned.widths == WIDTHS
+    assert len(events) == 2 and tuple(pruned.model.config.block_out_channels) == WIDTHS
     assert pruned.report["surgery"]["max_difference"] < 1e-5
 
 
@@ -288,7 +277,7 @@ def test_keeping_everything_and_training_nothing_is_the_identity():
     )
     images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     with torch.no_grad():
-        assert torch.equal(pruned.unet(images, times).sample, unet(images, times).sample)
+        assert torch.equal(pruned.model(images, times).sample, unet(images, times).sample)
 
 
 def test_without_training_the_weights_are_those_of_the_kept_channels():
@@ -297,13 +286,13 @@ def test_without_training_the_weights_are_those_of_the_kept_channels():
     _, pruned = finish(run.events())
     kept = run.layout.extend(run.kept) > 0.5
     first = unet.conv_in.weight[kept[run.layout.outputs["conv_in"]]]
-    assert torch.equal(pruned.unet.conv_in.weight, first)
+    assert torch.equal(pruned.model.conv_in.weight, first)
     last = unet.conv_out.weight[:, kept[run.layout.inputs["conv_out"]]]
-    assert torch.equal(pruned.unet.conv_out.weight, last)
+    assert torch.equal(pruned.model.conv_out.weight, last)
 
 
 def weights_of(method, settings=None, **kwargs) -> dict[str, torch.Tensor]:
-    return finish(start(method, settings, **kwargs).events())[1].unet.state_dict()
+    return finish(start(method, settings, **kwargs).events())[1].model.state_dict()
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -349,7 +338,7 @@ def test_accumulating_gradients_changes_nothing_but_memory():
         # Adam makes steps of full length out of the rounding in its gradients
         run = start(oneshot(steps=0, criterion="magnitude", keep_macs=1.0), settings)
         _, pruned = finish(run.events())
-        return run, pruned.unet
+        return run, pruned.model
 
     (one, a), (two, b) = train(1), train(2)
     images, times = torch.randn(4, 1, 8, 8), torch.arange(4) * 12
@@ -409,7 +398,7 @@ def test_bf16_trains_on_the_cpu():
         _, pruned = finish(run.events())
     finally:
         AcceleratorState._reset_state(True)
-    assert {p.dtype for p in pruned.unet.parameters()} == {torch.float32}
+    assert {p.dtype for p in pruned.model.parameters()} == {torch.float32}
     # surgery is compared in full precision
     assert pruned.report["surgery"]["max_difference"] < 1e-5
     plain = start(gradflow(steps=2), training(steps=1))

@@ -14,8 +14,8 @@ from builders import pipelines
 from builders.events import finish
 from compress.common.journal import Journal
 from compress.data.sources import load_images
+from compress.methods.base import PruneJob
 from compress.methods.gradflow import GradFlow
-from compress.methods.gradflow.objective import inputs_of
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
 from compress.parallel import distributed
@@ -25,16 +25,10 @@ def main(name: str, method: dict) -> None:
     torch.set_num_threads(1)
     device = distributed.join("cpu")
     pipeline = pipelines.build(name, Path(f"words of {distributed.process()}"))
-    run = PruningRun(
-        pipeline.unet,
-        pipeline.scheduler,
-        load_images("folder:pictures", 16, 3, "caption"),
-        GradFlow(keep_macs=pipelines.KEEP[name], **method),
-        Training(steps=2, batch=4, condition_dropout=0.5),
-        Journal(),
-        device=device,
-        inputs=inputs_of(pipeline),
-    )
+    data = load_images("folder:pictures", 16, 3, "caption")
+    training = Training(steps=2, batch=4, condition_dropout=0.5)
+    job = PruneJob(pipeline, data, training, device, Journal())
+    run = PruningRun(GradFlow(keep_macs=pipelines.KEEP[name], **method), job)
     _, pruned = finish(run.events())
     if distributed.is_main():
         losses = torch.tensor([row["loss"] for row in run.journal.rows if "loss" in row])

@@ -20,15 +20,13 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from builders import pruning
 from builders.events import finish, leave
 from builders.forks import exit_code, fork, free_port
 from builders.models import TWO_LEVELS
-from compress.common.journal import Journal
 from compress.data.digits import digits
-from compress.data.sources import ImageData, TensorImages
 from compress.eval import diffusion
 from compress.methods.gradflow import GradFlow, OneShot
-from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
 from compress.parallel import distributed
 
@@ -123,16 +121,13 @@ def prune(name, folder=None, stop=None, resume=False):
     torch.set_default_dtype(torch.float64 if double else torch.float32)
     # what training raises to float32 shall not be lowered to it
     torch.Tensor.float = torch.Tensor.double if double else FLOAT
-    images = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
-    run = PruningRun(
-        unet(**scenario.get("unet", {})),
-        DDPMScheduler(num_train_timesteps=50),
-        ImageData("noise", TensorImages(images[:30]), TensorImages(images[30:])),
+    run = pruning.start(
         kind(**scenario["method"]),
         Training(**training),
-        Journal(folder),
-        device="cpu",
+        unet(**scenario.get("unet", {})),
+        data=pruning.noise(16, 30, 10),
+        folder=folder,
         resume=resume,
     )
     if stop:
@@ -144,7 +139,7 @@ def prune(name, folder=None, stop=None, resume=False):
 def keep(name, run, pruned):
     if not distributed.is_main():
         return
-    tensors = dict(pruned.unet.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
+    tensors = dict(pruned.model.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
     tensors |= {"kept": run.kept, "quota": run.layout.quota}
     # cloned, since it is the same tensor where widths are not free
     tensors["uniform"] = run.mover._layout.quota.clone()

@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 import compress.common.journal as journal
+from builders import pruning
 from builders.events import finish
 from builders.forks import exit_code, fork
 from builders.models import TWO_LEVELS
-from compress.common.journal import Journal
-from compress.data.sources import ImageData, TensorImages
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
@@ -67,22 +66,13 @@ def start(folder, resume, method=SHOT, **training) -> PruningRun:
     # dropout draws from the global generator, which a resumed run must find as it was
     unet = UNet2DModel(**TWO_LEVELS, dropout=0.1)
     torch.seed()  # a new process has anything in its generator
-    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return PruningRun(
-        unet,
-        DDPMScheduler(num_train_timesteps=50),
-        ImageData("noise", TensorImages(images[:12]), TensorImages(images[12:])),
-        method,
-        Training(**(TRAINING | training)),
-        Journal(folder),
-        device="cpu",
-        resume=resume,
-    )
+    settings = Training(**(TRAINING | training))
+    return pruning.start(method, settings, unet, folder=folder, resume=resume)
 
 
 def to_the_end(method, folder, resume):
     events, pruned = finish(start(folder, resume, method).events())
-    save_file(dict(pruned.unet.state_dict()), folder / "weights.safetensors")
+    save_file(dict(pruned.model.state_dict()), folder / "weights.safetensors")
     if pruned.trace:
         save_file(pruned.trace, folder / "trace.safetensors")
     facts = {"events": len(events), "report": pruned.report, "widths": pruned.widths}

@@ -1,0 +1,32 @@
+"""Pruning runs of any UNet on seeded noise."""
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from compress.common.journal import Journal
+from compress.data.sources import ImageData, TensorImages
+from compress.methods.base import PruneJob
+from compress.methods.gradflow.method import ChannelPruning
+from compress.methods.gradflow.train import PruningRun
+from compress.methods.training import Training
+
+
+def noise(size: int = 8, train: int = 12, held_out: int = 8) -> ImageData:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(train + held_out, 1, size, size, generator=generator) * 2 - 1
+    return ImageData("noise", TensorImages(images[:train]), TensorImages(images[train:]))
+
+
+def start(
+    method: ChannelPruning,
+    training: Training,
+    unet: UNet2DModel,
+    *,
+    data: ImageData | None = None,
+    scheduler: DDPMScheduler | None = None,
+    folder=None,
+    resume: bool = False,
+) -> PruningRun:
+    pipeline = DDPMPipeline(unet, scheduler or DDPMScheduler(num_train_timesteps=50))
+    job = PruneJob(pipeline, data or noise(), training, "cpu", Journal(folder), resume)
+    return PruningRun(method, job)
