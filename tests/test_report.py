@@ -13,11 +13,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from compress.data.ocr_pages import OcrData, OcrPage
 from compress.eval.metrics import METRICS
+from compress.eval.ocr import Prediction
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.figures import returned_units, smooth
 from compress.reports.comparison import compare
 from compress.reports.diffusion import sample_grid, write_report
+from compress.reports.reader import write_ocr_report
 from compress.reports.run_folder import read_run
 
 UNITS = {
@@ -208,6 +211,22 @@ def test_page_tells_the_flow_and_the_surgery(page):
 def test_page_shows_markup_in_user_text_as_text(page):
     assert "<time>" in page.text and "# <b>" in page.text
     assert not any(tag == "time" for tag, _ in page.tags)
+
+
+def test_texts_that_a_model_read_are_shown_as_text_with_marks(tmp_path):
+    image = Image.new("L", (8, 8), 255)
+    data = OcrData("test", (OcrPage("<i>", lambda: image, "a <q>cat</q>"),))
+    metrics = {
+        "metrics": {"cer": {"value": 0.1, "ci95": None, "n": 1, "how": "<i>", "better": "lower"}},
+        "methods": [],
+        "run": {"model": "<i>", "data": "test", "pages": 1},
+    }
+    read = [Prediction("<i>", "a <q>car</q>", 9, 4, True)]
+    page = Page(write_ocr_report(tmp_path, data, read, metrics).read_text(encoding="utf8"))
+    assert page.open == [] and not {"i", "q"} & {tag for tag, _ in page.tags}
+    assert "a <q>ca" in page.text and "page, <i>: edit distance" in page.text
+    assert {"ins", "del"} <= {tag for tag, _ in page.tags}
+    assert "CER ↓" in page.text and "0.1" in page.text
 
 
 def test_figures_inside_the_page_are_the_files_beside_it(run, page):
