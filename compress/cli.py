@@ -280,7 +280,7 @@ def evaluate(
         launch.launch(processes, context.meta[ARGUMENTS])
         return
     if at.kind == "reader":
-        from compress.runs.reading import evaluate_events
+        from compress.runs.evaluation import evaluate_events
 
         settings = validated(OcrEvaluation, {"unseen_font": True} | options, "readers of pages")
         folder = output or Path("runs") / f"eval_{at.folder.name}"

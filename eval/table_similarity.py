@@ -7,7 +7,7 @@ from html import escape
 
 from compress.common.extras import extra
 
-with extra("ocr", "scoring tables"):
+with extra("ocr", "scoring pages"):
     import apted
     from apted import APTED
     from lxml import etree, html

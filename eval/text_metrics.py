@@ -19,7 +19,7 @@ from compress.eval.values import (
     share,
 )
 
-with extra("ocr", "scoring text"):
+with extra("ocr", "scoring pages"):
     import jiwer
     import snowballstemmer
     from rapidfuzz.distance import Levenshtein

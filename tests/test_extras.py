@@ -1,8 +1,7 @@
 """Optional packages: what is said where one is missing, and what works without them."""
 
-import json
-
 import pytest
+from PIL import Image
 
 from builders import programs
 from compress import doctor
@@ -55,14 +54,19 @@ def test_a_report_without_matplotlib_says_so():
     assert section.figures == () and "pip install 'compress-models[report]'" in section.notes[0]
 
 
-def test_what_needs_an_extra_is_refused_before_work_begins(tmp_path):
-    lines = (
-        "run ddpm_oneshot --dry-run --json",
-        f"run reader_fastocr --output {tmp_path / 'run'}",
-    )
+def test_what_needs_an_extra_is_refused_before_work_begins_and_all_else_works(tmp_path):
+    Image.new("L", (64, 64), 255).save(tmp_path / "page.png")
+    lines = {
+        "run ddpm_oneshot --dry-run": None,
+        "read page.png --model builtin:reader-qwen --max-new-tokens 2": None,
+        "run ddpm_oneshot --dry-run --set data=hub:name": "data",
+        "run reader_fastocr": "ocr",
+        "pages folder": "report",
+    }
     done = programs.run("without_extras", *lines, cwd=tmp_path, fresh=True)
-    assert done.stdout.splitlines()[-2:] == ["exit 0", "exit 2"]
-    assert json.loads(done.stdout[: done.stdout.index("exit")])["problems"] == []
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert line.endswith("which is not installed; run: pip install 'compress-models[ocr]'")
-    assert not (tmp_path / "run").exists()
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit")]
+    assert codes == [f"exit {2 if name else 0}" for name in lines.values()]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    for line, name in zip(errors, filter(None, lines.values()), strict=True):
+        assert line.endswith(f"which is not installed; run: pip install 'compress-models[{name}]'")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.png"]

@@ -33,7 +33,7 @@ from compress.models.builtin import train_reader_qwen
 from compress.models.locate import locate
 from compress.models.page_images import open_image
 from compress.reports.reader import marked
-from compress.runs.reading import default_pages, evaluate_events
+from compress.runs.evaluation import default_pages, evaluate_events
 
 
 def prediction(name, text, ended=True):

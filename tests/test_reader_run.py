@@ -30,8 +30,9 @@ from compress.models.locate import locate
 from compress.models.reading import Reading, read_pages
 from compress.models.vlm import load_vlm
 from compress.runs.counting import counted
+from compress.runs.evaluation import evaluate_events
 from compress.runs.reader import calibrated_checkpoint, variant_name, variants
-from compress.runs.reading import evaluate_events, read_files
+from compress.runs.reading import read_files
 from compress.runs.recipe import load_recipe
 from compress.runs.run import run_events
 
@@ -246,7 +247,7 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
         found = [texts[image.convert("RGB").tobytes()] for image in images]
         return [Reading(text[: len(text) // share], 3, 312, True) for text in found]
 
-    monkeypatch.setattr("compress.runs.reading.read_pages", read)
+    monkeypatch.setattr("compress.runs.evaluation.read_pages", read)
     compare = [FAST | {"focal_layers": [1], "fixation": "static"}]
     method = FAST | {"focal_layers": [1]}
     recipe = recipe_of(tmp_path, qwen, tmp_path / "bench", method, compare=compare)
@@ -261,7 +262,7 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
     assert result.metrics["metrics"]["accuracy_retention"]["compressed"]["value"] == kept["value"]
     assert ("worst_page_delta" in result.metrics["metrics"]) == (layout == "omnidocbench")
     report = (result.folder / "report.html").read_text()
-    assert f"accuracy retention ({name})" in report and f"{name}, over dense" in report
+    assert f"Accuracy retention ({name})" in report and f"{name}, over dense" in report
     shown = CliRunner().invoke(app, ["show", str(result.folder)]).stdout
     assert f"retention ({name})" in shown
 

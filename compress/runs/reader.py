@@ -29,7 +29,8 @@ from compress.models.visual import adapter_for, build_prompt
 from compress.models.vlm import load_vlm
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
-from compress.runs.reading import PACKAGES, page_reader, torch_dtype
+from compress.runs.evaluation import PACKAGES, page_reader
+from compress.runs.reading import torch_dtype
 from compress.runs.recipe import ReaderRecipe
 
 CALIBRATION = "calibration.json"

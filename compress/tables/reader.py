@@ -10,7 +10,7 @@ from compress.eval.settings import OcrEvaluation
 from compress.eval.tables import Cell, Row, cell_table
 from compress.models.locate import builtin_models
 from compress.reports.run_folder import keep_text, methods_of, series_name, used_share
-from compress.runs.reading import evaluate_events
+from compress.runs.evaluation import evaluate_events
 from compress.runs.recipe import list_recipes, load_recipe
 from compress.runs.run import run_events
 from compress.tables.table import Job, Run, Table, finish, has, run_folder

@@ -1,0 +1,147 @@
+"""Evaluate any reader: read pages, keep the predictions, score and report them."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from compress.checkpoints.applied import Applied
+from compress.checkpoints.runtime import base_model
+from compress.common.environment import choose_device, created, versions_of
+from compress.common.files import write_json, write_text
+from compress.common.output_folder import check_same_settings, check_target, claim
+from compress.data.ocr_pages import OcrData, load_pages
+from compress.eval import ocr
+from compress.eval.metrics import metric
+from compress.eval.settings import OcrEvaluation, ReadSettings
+from compress.methods.base import Event, RuntimeMethod
+from compress.models.locate import ModelFolder, locate
+from compress.models.page_images import open_image
+from compress.models.reading import read_pages
+from compress.reports.reader import write_ocr_report
+from compress.runs.counting import counted, counted_metrics
+from compress.runs.reading import open_reader
+
+SETTINGS = "evaluation.yaml"
+PREDICTIONS = "predictions.jsonl"
+PACKAGES = ("compress-models", "torch", "transformers", "rapidfuzz", "jiwer", "sacrebleu")
+# built-in readers are evaluated on pages of the kind that they were trained on
+PAGES_OF = {"builtin:reader-deepseek": "builtin:square-pages"}
+
+
+def default_pages(at: ModelFolder) -> str:
+    """The pages on which a reader is evaluated where none are named."""
+    return PAGES_OF.get(base_model(at), "builtin:pages")
+
+
+def evaluate_events(
+    model: str | Path | ModelFolder,
+    output: Path,
+    settings: OcrEvaluation | None = None,
+    *,
+    data: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> Generator[Event, None, dict[str, Any]]:
+    """Evaluate a reader, as a generator of events: the caller owns the loop.
+
+    ``output`` gets ``evaluation.yaml`` (settings and the model's hash), ``predictions.jsonl``,
+    ``metrics.json`` and ``report.html``.
+
+    Parameters
+    ----------
+    model : ``builtin:NAME``, a folder, a hub id, or a runtime checkpoint with its methods.
+    output : folder of the evaluation.
+    settings : how pages are read and scored; with the unseen font when None.
+    data : pages, as in a recipe; for a built-in reader, and checkpoints made of it, those of the
+        kind that it was trained on when None, and ``builtin:pages`` for other models.
+    resume : read the pages that are left.
+    overwrite : start again.
+    device : CUDA where there is any when None.
+
+    Returns
+    -------
+    What metrics.json holds: ``metrics`` (per metric ``value``, ``ci95``, ``n``, ``how`` and
+    ``better``; of a runtime checkpoint also what its methods counted), ``methods``, ``counted`` and
+    ``run``.
+
+    Raises
+    ------
+    ValueError : for a model, data or images that cannot be used, or to resume other settings.
+    FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
+    """
+    settings = settings or OcrEvaluation(unseen_font=True)
+    where = choose_device(device)
+    check_target(output, resume=resume, overwrite=overwrite)
+    at = locate(model, "reader")
+    source = data or default_pages(at)
+    pages = load_pages(source, open_image, settings.samples, settings.unseen_font)
+    if pages.annotations is not None:
+        ocr.check_accuracy(pages)
+    facts = {"model": at.name, "data": source, **settings.model_dump(), "model_hash": at.hash}
+    if resume:
+        check_same_settings(output / SETTINGS, facts)
+    network, processor, methods = open_reader(at, settings, where)
+    applied = Applied(network, methods) if methods else None
+    read = page_reader(network, processor, settings, applied)
+    with claim(output, resume=resume, overwrite=overwrite):
+        write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+        for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS):
+            yield Event("read", count, len(pages.pages))
+        run = {
+            **facts,
+            "pages": len(pages.pages),
+            **created(where),
+            "versions": versions_of(PACKAGES),
+        }
+        metrics = {**_score(pages, output, settings, methods), "run": run}
+        write_json(output / "metrics.json", metrics)
+        write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
+    yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
+    return metrics
+
+
+def page_reader(
+    model: Any, processor: Any, settings: ReadSettings, applied: Applied | None = None
+) -> ocr.Read:
+    """What :func:`compress.eval.ocr.predict` reads with.
+
+    Parameters
+    ----------
+    model, processor : as in :func:`compress.models.reading.read_pages`.
+    settings : prompt and longest text.
+    applied : the methods on the model, whose counts each batch's first prediction carries.
+    """
+
+    def read(names: Sequence[str], images: Sequence[Image.Image]) -> list[ocr.Prediction]:
+        if applied is not None:
+            applied.reset()
+        readings = read_pages(model, processor, images, settings.prompt, settings.max_new_tokens)
+        facts = None if applied is None else applied.facts()
+        return [
+            ocr.Prediction(name, facts=None if place else facts, **asdict(reading))
+            for place, (name, reading) in enumerate(zip(names, readings, strict=True))
+        ]
+
+    return read
+
+
+def _score(
+    data: OcrData, output: Path, settings: OcrEvaluation, methods: Sequence[RuntimeMethod]
+) -> dict[str, Any]:
+    """The metrics, the methods, and what they counted."""
+    read = ocr.read_predictions(output / PREDICTIONS)
+    counts = counted(methods, read)
+    metrics = ocr.score(data, read, ocean_order=settings.ocean_order).metrics
+    metrics |= counted_metrics(methods, counts, len(data.pages))
+    return {
+        "metrics": {
+            name: asdict(value) | {"better": metric(name).better} for name, value in metrics.items()
+        },
+        "methods": [method.model_dump(mode="json") for method in methods],
+        "counted": counts,
+    }
