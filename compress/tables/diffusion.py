@@ -25,7 +25,9 @@ TIMES = ("prune_cpu_seconds", "criterion_share")
 # how a run is executed, not what comes out
 EXECUTION: Any = {
     "output": True,
-    "train": {"save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch"},
+    "train": {
+        *("save_every", "keep_states", "gradient_checkpointing", "workers", "prefetch", "trackers")
+    },
     "evaluate": {"batch"},
 }
 _floor = cache(floor)
