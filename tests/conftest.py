@@ -1,5 +1,6 @@
 """What every test gets: a seed, its own cache, few threads, and a look at what it leaves behind."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def _leaves_no_files() -> Iterator[None]:
     left = sorted(set(_files(REPOSITORY)) - before)
     if left:
         raise RuntimeError(f"the tests left files in the checkout: {', '.join(left)}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _frozen_imports() -> None:
+    # runs collect garbage when they end: without the million objects that imports have made
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

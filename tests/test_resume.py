@@ -4,6 +4,7 @@ The runs are those of tests/programs/resume.py.
 """
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -14,7 +15,6 @@ from builders import programs
 from builders.events import finish, leave
 from compress.common.journal import Journal
 from compress.methods.gradflow import GradFlow
-from compress.methods.gradflow.train import PruningRun
 from programs.resume import EVENTS, FLOW, SCENARIOS, SOFT, start
 
 RESUMED = [name for name, (_, kill) in SCENARIOS.items() if kill]
@@ -107,11 +107,23 @@ def test_the_criterion_kept_its_own_time(driven):
 # ---- in this process: what a state may not be ----------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """A one-shot run that was left after its third step, and again after its fifth."""
+    folder = tmp_path_factory.mktemp("left")
+    events = start(folder / "run", False).events()
+    for steps in (3, 5):
+        while (step := next(events).step) < steps:
+            pass
+        shutil.copytree(folder / "run", folder / str(step))
+    events.close()
+    return folder
+
+
 @pytest.fixture
-def stopped(tmp_path):
+def stopped(left, tmp_path):
     """A run that was left after its third step."""
-    leave(start(tmp_path, False).events(), 3)
-    return tmp_path
+    return shutil.copytree(left / "3", tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["steps", "updates"])
@@ -145,20 +157,16 @@ def test_a_damaged_state_is_named(stopped, damage):
 
 
 @pytest.fixture
-def two_states(tmp_path):
+def two_states(left, tmp_path):
     """A run that was left after its fifth step, with states of steps 2 and 4."""
-    leave(start(tmp_path, False).events(), 5)
-    states = tmp_path / "state"
-    assert sorted(p.name for p in states.iterdir()) == ["state-1.safetensors", "state.safetensors"]
-    return tmp_path
-
-
-def weights_after(run: PruningRun) -> dict[str, torch.Tensor]:
-    return finish(run.events())[1].model.state_dict()
+    folder = shutil.copytree(left / "5", tmp_path / "run")
+    states = sorted(p.name for p in (folder / "state").iterdir())
+    assert states == ["state-1.safetensors", "state.safetensors"]
+    return folder
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "log"])
-def test_a_damaged_newest_state_gives_way_to_the_one_before(two_states, tmp_path_factory, damage):
+def test_a_damaged_newest_state_gives_way_to_the_one_before(two_states, driven, damage):
     newest, before = (two_states / "state" / f"state{x}.safetensors" for x in ("", "-1"))
     content = bytearray(newest.read_bytes())
     if damage == "log":
@@ -180,9 +188,9 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(two_states, tmp_path
     next(events)
     assert not newest.exists() and before.read_bytes() == good
     events.close()
-    expected = weights_after(start(tmp_path_factory.mktemp("whole"), False))
-    found = weights_after(start(two_states, True))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected = load_file(driven[0] / "one-shot uninterrupted" / "weights.safetensors")
+    resumed = finish(start(two_states, True).events())[1].unet.state_dict()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     steps = [row["step"] for row in log(two_states) if row["stage"] == "recover"]
     assert steps == list(range(1, EVENTS + 1))
 

@@ -35,7 +35,7 @@ SOFT = GradFlow(
     max_move=0.4,
     settle=0.25,
 )
-SHOT = OneShot(keep_macs=0.28, steps=FLOW, criterion_batches=1)
+SHOT = OneShot(keep_macs=0.28, steps=FLOW, criterion="taylor", criterion_batches=1)
 TRAINING = {"steps": RECOVER, "batch": 4, "lr": 1e-3, "save_every": SAVE_EVERY}
 
 # states are written at steps 2, 4, 6, 8, after surgery, at 10, 12 and 13
