@@ -303,9 +303,21 @@ def flow(**changes) -> GradFlow:
     return GradFlow(**(knobs | changes))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def unet() -> UNet2DModel:
+    """What runs begin from; they train copies."""
     return models.build("plain", block_out_channels=(16, 32))
+
+
+def ended(run: PruningRun):
+    """The run, what it made, and the ranges of parameters and MACs that were predicted."""
+    predicted = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
+    return run, finish(run.events())[1], *predicted
+
+
+@pytest.fixture(scope="module")
+def whole(unet):
+    return ended(run_of(unet, flow()))
 
 
 def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
@@ -340,13 +352,11 @@ def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
 
 
 @pytest.mark.parametrize("kind", ["soft", "one shot"])
-def test_a_run_makes_the_model_that_was_predicted(unet, kind):
-    method = flow()
-    if kind == "one shot":
-        method = OneShot(keep_macs=KEEP, allocation="global", steps=2, criterion_batches=1)
-    run = run_of(unet, method)
-    params, macs = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
-    _, pruned = finish(run.events())
+def test_a_run_makes_the_model_that_was_predicted(unet, whole, kind):
+    shot = OneShot(
+        keep_macs=KEEP, allocation="global", criterion="taylor", steps=2, criterion_batches=1
+    )
+    run, pruned, params, macs = whole if kind == "soft" else ended(run_of(unet, shot))
     assert isinstance(pruned.model, FreeWidthUNet2DModel)
     inner = {row["level"]: row["compressed"] for row in pruned.widths[2:]}
     assert inner == dict(pruned.model.config.inner_widths)
@@ -357,14 +367,12 @@ def test_a_run_makes_the_model_that_was_predicted(unet, kind):
 
 
 @pytest.mark.parametrize("stop", [3, 9, 11])  # while quotas move, after binarisation, after surgery
-def test_a_resumed_run_has_the_same_widths_and_weights(unet, tmp_path, stop):
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
-    _, whole = finish(run_of(unet, flow(), tmp_path / "whole").events())
-    leave(run_of(unet, flow(), tmp_path / "parts").events(), stop)
-    _, again = finish(run_of(unet, flow(), tmp_path / "parts", resume=True).events())
-    assert again.widths == whole.widths
+def test_a_resumed_run_has_the_same_widths_and_weights(unet, whole, tmp_path, stop):
+    leave(run_of(unet, flow(), tmp_path).events(), stop)
+    _, again = finish(run_of(unet, flow(), tmp_path, resume=True).events())
+    expected = whole[1]
+    assert again.widths == expected.widths
     for (name, one), other in zip(
-        again.model.state_dict().items(), whole.model.state_dict().values(), strict=True
+        again.model.state_dict().items(), expected.model.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other), name

@@ -1,6 +1,7 @@
 """UNet2DConditionModel: a binary mask is the slim plain UNet, whatever the shape."""
 
 import inspect
+from functools import cache
 
 import numpy as np
 import pytest
@@ -39,7 +40,9 @@ NAMES = [
 ]
 
 
+@cache
 def prepared(name):
+    """The dense model, its groups and a slim layout; none of them is ever modified."""
     unet = models.build_condition(name)
     groups = find_groups(unet)
     return unet, groups, build_layout(unet, groups, models.CONDITION_CONFIGS[name][1])
@@ -90,8 +93,9 @@ def test_masked_is_dense_at_ones_and_slim_when_binary(name, tmp_path):
     # what a dry run predicts from the config alone
     with torch.device("meta"):
         predicted = UNet2DConditionModel.from_config(surgery.slim_config(unet, layout))
-    assert unet_cost(predicted) == unet_cost(slim)
-    assert MacModel(unet, groups)(np.array([layout.widths]))[0] == unet_cost(slim).macs
+    cost = unet_cost(slim)
+    assert unet_cost(predicted) == cost
+    assert MacModel(unet, groups)(np.array([layout.widths]))[0] == cost.macs
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -87,8 +87,7 @@ def write_source(name, folder):
     return source
 
 
-def slim_unet(unet, method):
-    groups = find_groups(unet)
+def slim_unet(unet, groups, method):
     layout, _ = plan(unet, groups, method)
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
@@ -115,7 +114,7 @@ def masked_unet(unet, soft):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """For each family: the source, the masked images, the slim UNet, what was predicted."""
+    """For each family: source, UNets, the dense and the masked images, the knobs, the groups."""
     folder = tmp_path_factory.mktemp("families")
     found = {}
     for name in NAMES:
@@ -123,13 +122,14 @@ def made(tmp_path_factory):
         pipeline = load_pipeline(str(source))
         dense = pipeline.unet.eval()
         method = GradFlow(keep_macs=pipelines.KEEP.get(name, 0.55))
-        soft, slim = slim_unet(dense, method)
+        groups = find_groups(dense)
+        soft, slim = slim_unet(dense, groups, method)
         dense_images = draw(pipeline)
         pipeline.register_modules(unet=masked_unet(dense, soft))
         masked_images = draw(pipeline)
         pipeline.register_modules(unet=slim)
         save_slim(pipeline, folder / "slim" / name, {"base_model": name}, source=source)
-        found[name] = (source, dense, slim, dense_images, masked_images, method)
+        found[name] = (source, dense, slim, dense_images, masked_images, method, groups)
     folders = [folder / "slim" / name for name in NAMES]
     done = programs.run("stranger", folder / "images.npz", *folders, cwd=folder)
     assert json.loads(done.stdout)["sdxl"]["force_zeros_for_empty_prompt"] is False
@@ -147,7 +147,7 @@ def files_of(folder) -> dict[str, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_diffusers_draws_what_the_masked_pipeline_draws(made, name):
     _, found, images = made
-    _, _, _, dense, masked, _ = found[name]
+    _, _, _, dense, masked, *_ = found[name]
     assert images[name].shape == masked.shape
     assert np.abs(images[name] - masked).max() <= TOLERANCE
     # a blank picture would agree with anything
@@ -157,7 +157,7 @@ def test_plain_diffusers_draws_what_the_masked_pipeline_draws(made, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_part_but_the_unet_is_the_sources_file_for_file(made, name):
     folder, found, _ = made
-    source, _, slim, _, _, _ = found[name]
+    source, _, slim, *_ = found[name]
     before, after = files_of(source), files_of(folder / name)
     unused = {path for path in before if path.endswith(("fp16.safetensors", ".bin"))}
     assert len(unused) == 2
@@ -180,7 +180,7 @@ def test_every_part_but_the_unet_is_the_sources_file_for_file(made, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_predicts_groups_widths_macs_and_the_size(made, tmp_path, name):
     folder, found, _ = made
-    source, dense, slim, _, _, method = found[name]
+    source, dense, slim, _, _, method, groups = found[name]
     data = pipelines.pictures(tmp_path / "pictures")
     recipe = {
         "model": str(source),
@@ -198,7 +198,6 @@ def test_a_dry_run_predicts_groups_widths_macs_and_the_size(made, tmp_path, name
     files = [p for p in (folder / name).rglob("*") if p.is_file() and p.name not in OURS]
     size = sum(path.stat().st_size for path in files)
     assert float(prediction["size"][0].split()[-2]) == pytest.approx(size / 1e6, abs=0.15)
-    groups = find_groups(dense)
     assert prediction["groups"][0].startswith(f"{len(groups)} in all")
     levels = [int(line.split()[2].rstrip(",")) for line in prediction["groups"][1:]]
     assert sum(levels) == len(groups) and len(levels) == len(dense_widths(dense))

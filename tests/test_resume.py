@@ -111,6 +111,7 @@ def test_the_criterion_kept_its_own_time(driven):
 def left(tmp_path_factory):
     """A one-shot run that was left after its third step, and again after its fifth."""
     folder = tmp_path_factory.mktemp("left")
+    (folder / "run").mkdir()
     events = start(folder / "run", False).events()
     for steps in (3, 5):
         while (step := next(events).step) < steps:

@@ -33,7 +33,11 @@ class LayerMacs:
 
 
 class _AttentionCounter(TorchFunctionMode):
-    """Collects (query tokens * key tokens * batch, value channels) of each attention call."""
+    """Collects (query tokens * key tokens * batch, value channels) of each attention call.
+
+    On the meta device norms and attention are decomposed in Python, which takes most of the time
+    of a pass; only the shapes of their outputs are needed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +50,16 @@ class _AttentionCounter(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func in (F.group_norm, F.layer_norm):
+            return args[0]
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            query, key = named["query"], named["key"]
+            query, key, value = named["query"], named["key"], named["value"]
             heads, tokens, width = query.shape[-3:]
             batch = query[..., 0, 0, 0].numel()
             self.calls.append((batch * tokens * key.shape[-2], heads * width))
-        return result
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **(kwargs or {}))
 
 
 def layer_macs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[LayerMacs], int]:

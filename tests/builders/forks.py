@@ -1,6 +1,7 @@
 """Forked children, which share what is imported and nothing that they do."""
 
 import ctypes
+import gc
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 def fork(work: Callable[..., object], *arguments: object) -> int:
     """Start a child that does the work; its exit code is 1 where that fails."""
+    gc.freeze()  # the child collects what it makes itself
     child = os.fork()
     if not child:
         code = 1

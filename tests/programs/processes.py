@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.training import Training
 from compress.parallel import distributed
 
-FLOW, RECOVER, STOP = 6, 2, 3
+FLOW, RECOVER, STOP = 4, 2, 2
 SOFT = {
     "name": "gradflow",
     "keep_macs": 0.29,
@@ -106,7 +107,8 @@ def numbers(tensors):
     return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
 
 
-def prune(name, folder=None, stop=None, resume=False):
+def prune(name, folder=None, stop=None, resume=False, copy=None):
+    """Run to the end, or leave after some steps; the folder as it is at STOP may be copied."""
     scenario = (RUNS | SLOW_RUNS)[name]
     AcceleratorState._reset_state(False)
     training = dict(scenario["training"])
@@ -130,10 +132,15 @@ def prune(name, folder=None, stop=None, resume=False):
         folder=folder,
         resume=resume,
     )
+    events = run.events()
     if stop:
-        leave(run.events(), stop)
+        leave(events, stop)
         return run, None
-    return run, finish(run.events())[1]
+    if copy:
+        list(islice(events, STOP))
+        if distributed.is_main():
+            shutil.copytree(folder, copy)
+    return run, finish(events)[1]
 
 
 def keep(name, run, pruned):
@@ -182,24 +189,30 @@ def others():
 
 def work(runs, count):
     distributed.join("cpu")
+    if runs is RUNS:
+        alone_and_together(count)
+        return
     for name, scenario in runs.items():
         if count > 1 or "blocks" not in scenario:
             keep(f"{name} x{count}", *prune(name))
-    if "soft" not in runs:
-        return
-    state = Path(f"state of {count}")
-    state.mkdir(exist_ok=True)
-    prune("soft", state, stop=STOP)
-    elsewhere = Path(f"state of {3 - count}")
-    if elsewhere.exists():
-        if distributed.is_main():
-            shutil.copytree(elsewhere, Path("state of cut"))
-        prune("cut", Path("state of cut"), stop=1, resume=True)
-        keep("resumed cut", *prune("cut", Path("state of cut"), resume=True))
-        keep(f"resumed x{count}", *prune("soft", elsewhere, resume=True))
+
+
+def alone_and_together(count):
+    whole, cut = Path(f"whole of {count}"), Path("cut")
+    whole.mkdir(exist_ok=True)
+    keep(f"soft x{count}", *prune("soft", whole, copy=Path(f"left of {count}")))
+    keep(f"alike x{count}", *prune("alike"))
+    if count > 1:
+        # cut from the start, left and gone on with
+        cut.mkdir(exist_ok=True)
+        prune("cut", cut, stop=STOP)
+        keep("cut x2", *prune("cut", cut, resume=True))
+        # what one process left goes on with cut weights, and then with whole ones
+        prune("cut", Path("left of 1"), stop=1, resume=True)
+        keep("resumed x2", *prune("soft", Path("left of 1"), resume=True))
     measure(f"measured x{count}")
     texts = {"differ": differ(), "gone": others()}
-    (Path(f"texts x{count} {distributed.process()}.json")).write_text(json.dumps(texts))
+    Path(f"texts x{count} {distributed.process()}.json").write_text(json.dumps(texts))
 
 
 def join(runs, count, rank, port):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from compress.common.cost import layer_macs, unet_cost, unet_inputs
+from compress.common.cost import layer_macs, unet_inputs
 from compress.methods.gradflow.condition import heads_of_levels, whole_heads
 from compress.methods.gradflow.groups import ChannelGroup, dense_widths
 from compress.methods.gradflow.layout import kept_frequencies, sinusoid_readers
@@ -74,6 +74,7 @@ class MacModel:
         levels = len(unet.config.block_out_channels)
         dense = dense_widths(unet)
         layers, attention = layer_macs(unet, unet_inputs(unet))
+        self.total = sum(one.inputs * one.outputs * one.factor for one in layers) + attention
         sides: dict[tuple[str, str], np.ndarray] = {}
         for group in groups:
             for slot in group.slots:
@@ -138,7 +139,7 @@ def choose_widths(
         return dense
     legal = legal_widths(unet)
     macs = MacModel(unet, groups)
-    total = unet_cost(unet).macs
+    total = macs.total
     floor = float(macs(np.array([[w[0] for w in legal]]))[0]) / total
     if keep_macs < floor:
         raise ValueError(
