@@ -53,6 +53,13 @@ def folder_of(module, path):
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _short_films():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.methods.fastocr.figures.NEW_TOKENS", 12)
+        yield
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     return folder_of(train_reader_qwen, tmp_path_factory.mktemp("qwen") / "reader")
