@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from builders import decode, programs
-from builders.decode import DTYPES, LARGE, SMALL, Shape
+from builders.decode import DTYPES, INTERPRETED, LARGE, SMALL, Shape
 from compress.kernels import sparse_decode as kernels
 
 TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -77,8 +77,7 @@ def interpreted(tmp_path_factory):
 
 @TRITON
 @pytest.mark.parametrize("splits", ["one", "many"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(len(SMALL)))
+@pytest.mark.parametrize("dtype, number", INTERPRETED, ids=str)
 def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits, dtype, number):
     found = [
         interpreted[f"{splits} {dtype} {number} {what}"] for what in ("sparse", "focal", "weights")

@@ -320,6 +320,19 @@ def begin(model: Path, output: Path, stage: str = "flow", recipe: dict | None = 
     return event
 
 
+@pytest.fixture(scope="module")
+def left(model, tmp_path_factory):
+    """A run that was left in its recovery."""
+    folder = tmp_path_factory.mktemp("left") / "run"
+    begin(model, folder, "recover")
+    return folder
+
+
+@pytest.fixture
+def unfinished(left, tmp_path):
+    return shutil.copytree(left, tmp_path / "run")
+
+
 @pytest.fixture
 def used(finished, tmp_path):
     return shutil.copytree(finished[0] / "run", tmp_path / "used")
@@ -393,33 +406,27 @@ def test_an_unfinished_run_asks_for_resume_and_goes_on(model, tmp_path):
     [{"method": {"keep_macs": 0.5}}, {"method": {"criterion": "random"}}, {"seed": 4}],
     ids=["widths", "criterion", "seed"],
 )
-def test_resume_with_another_recipe_is_refused(model, tmp_path, changes):
-    output = tmp_path / "run"
-    begin(model, output, "recover")
-    before = tree(output)
+def test_resume_with_another_recipe_is_refused(model, unfinished, changes):
+    before = tree(unfinished)
     # half a run of each recipe is a run of neither
     with pytest.raises(ValueError, match="recipe"):
-        begin(model, output, "recover", recipe=settings(model, **changes), resume=True)
-    assert tree(output) == before
+        begin(model, unfinished, "recover", recipe=settings(model, **changes), resume=True)
+    assert tree(unfinished) == before
 
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
-def test_a_folder_that_another_process_holds_is_refused(model, tmp_path, options):
-    output = tmp_path / "run"
-    begin(model, output)
-    with (output / ".lock").open("w") as lock:
+def test_a_folder_that_another_process_holds_is_refused(model, unfinished, options):
+    with (unfinished / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        before = tree(output)
+        before = tree(unfinished)
         with pytest.raises(FileExistsError, match="in use by another process"):
-            begin(model, output, **options)
-        assert tree(output) == before
+            begin(model, unfinished, **options)
+        assert tree(unfinished) == before
 
 
-def test_a_lock_that_a_dead_process_left_is_no_lock(model, tmp_path):
-    output = tmp_path / "run"
-    begin(model, output)
-    (output / ".lock").touch()
-    assert begin(model, output, resume=True).stage == "flow"
+def test_a_lock_that_a_dead_process_left_is_no_lock(model, unfinished):
+    (unfinished / ".lock").touch()
+    assert begin(model, unfinished, "recover", resume=True).stage == "recover"
 
 
 class Notebook(GeneralTracker):

@@ -27,15 +27,14 @@ def main(file: str) -> None:
         if splits == "many":
             kernels.PROGRAMS, kernels.LEAST_TILES = 1000, 1
             kernels.TILE_BYTES, kernels.SCORES = 1, 32
-        for dtype in decode.DTYPES:
-            for number, shape in enumerate(decode.SMALL):
-                case, name = decode.draw(shape, dtype), f"{splits} {dtype} {number}"
-                hidden = decode.hidden(case, decode.listed(case))
-                outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
-                outputs[f"{name} lse"] = decode.sparse(hidden, kernels.sparse_decode_lse)[1]
-                hidden = decode.hidden(case, case["mask"][:, 0, 0])
-                focal, weights = decode.focal(hidden, kernels.focal_decode)
-                outputs |= {f"{name} focal": focal, f"{name} weights": weights}
+        for dtype, number in decode.INTERPRETED:
+            case, name = decode.draw(decode.SMALL[number], dtype), f"{splits} {dtype} {number}"
+            hidden = decode.hidden(case, decode.listed(case))
+            outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
+            outputs[f"{name} lse"] = decode.sparse(hidden, kernels.sparse_decode_lse)[1]
+            hidden = decode.hidden(case, case["mask"][:, 0, 0])
+            focal, weights = decode.focal(hidden, kernels.focal_decode)
+            outputs |= {f"{name} focal": focal, f"{name} weights": weights}
     save_file(outputs, file)
 
 
