@@ -10,8 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from builders import models, pruning
-from builders.events import finish, leave
+from builders.events import leave
 from compress.common.cost import unet_cost
+from compress.common.events import drain
 from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.allocation import REACH, Allocator, legal_step, plan, spend
 from compress.methods.gradflow.layout import build_layout
@@ -312,7 +313,7 @@ def unet() -> UNet2DModel:
 def ended(run: PruningRun):
     """The run, what it made, and the ranges of parameters and MACs that were predicted."""
     predicted = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
-    return run, finish(run.events())[1], *predicted
+    return run, drain(run.events()), *predicted
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +342,7 @@ def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
     # continuity holds although the quotas jump
     for before, after in itertools.pairwise([torch.ones_like(masks[0]), *masks]):
         assert (after - before).abs().max() <= 0.25 + 1e-6
-    _, pruned = finish(events)
+    pruned = drain(events)
     free = {f.name: f for f in run.mover.allocator.free}
     assert len(pruned.widths) > 2
     for name, width in pruned.model.config.inner_widths.items():
@@ -369,7 +370,7 @@ def test_a_run_makes_the_model_that_was_predicted(unet, whole, kind):
 @pytest.mark.parametrize("stop", [3, 9, 11])  # while quotas move, after binarisation, after surgery
 def test_a_resumed_run_has_the_same_widths_and_weights(unet, whole, tmp_path, stop):
     leave(run_of(unet, flow(), tmp_path).events(), stop)
-    _, again = finish(run_of(unet, flow(), tmp_path, resume=True).events())
+    again = drain(run_of(unet, flow(), tmp_path, resume=True).events())
     expected = whole[1]
     assert again.widths == expected.widths
     for (name, one), other in zip(

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from builders import models, pipelines, programs
-from builders.events import finish, leave
+from builders.events import leave
 from builders.forks import free_port
+from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
@@ -90,7 +91,7 @@ def finished(start):
     def get(name: str):
         if name not in made:
             run = start(name)
-            made[name] = (run, finish(run.events())[1])
+            made[name] = (run, drain(run.events()))
         return made[name]
 
     return get
@@ -179,9 +180,7 @@ def test_a_resumed_run_ends_with_the_same_weights(start, finished, tmp_path, ste
     leave(start("sd1", tmp_path).events(), step)
     resumed = start("sd1", tmp_path, resume=True)
     assert resumed.step == step
-    assert same(
-        finish(resumed.events())[1].model.state_dict(), finished("sd1")[1].model.state_dict()
-    )
+    assert same(drain(resumed.events()).model.state_dict(), finished("sd1")[1].model.state_dict())
 
 
 def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
@@ -197,7 +196,7 @@ def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_checkpointed_activations_give_the_same_losses(start, finished, name):
     checkpointed = start(name, gradient_checkpointing=True)
-    finish(checkpointed.events())
+    drain(checkpointed.events())
     assert losses(finished(name)[0]) == pytest.approx(losses(checkpointed), rel=1e-4)
 
 
@@ -215,7 +214,7 @@ def test_bf16_trains_what_takes_prompts(start, finished):
     AcceleratorState._reset_state(True)
     try:
         run = start("sdxl", mixed_precision="bf16")
-        _, pruned = finish(run.events())
+        pruned = drain(run.events())
     finally:
         AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.model.parameters()} == {torch.float32}

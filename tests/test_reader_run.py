@@ -13,12 +13,12 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import compress
-from builders.events import finish
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import HOLDER
 from compress.checkpoints.load import load_reader
 from compress.checkpoints.runtime import save_runtime
 from compress.cli import app
+from compress.common.events import drain
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import PAGE, page
 from compress.eval.ocr import read_predictions
@@ -104,7 +104,7 @@ def finished(qwen, pages, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("run")
     compare = [FAST | {"fixation": "random"}, FAST | {"keep_visual": 1.0}]
     recipe = recipe_of(tmp_path, qwen, pages, FAST, compare=compare)
-    return finish(run_events(recipe, device="cpu"))[1]
+    return drain(run_events(recipe, device="cpu"))
 
 
 def test_a_run_leaves_what_a_run_leaves(finished):
@@ -177,7 +177,7 @@ def read_for_real(tmp_path_factory):
     method = FAST | {"keep_visual": 0.03, "focal_layers": [1]}
     asked = {"batch": 2, "max_new_tokens": 24}
     recipe = recipe_of(tmp_path, "builtin:reader-qwen", tmp_path / "pages", method, evaluate=asked)
-    return tmp_path / "pages", finish(run_events(recipe, device="cpu"))[1]
+    return tmp_path / "pages", drain(run_events(recipe, device="cpu"))
 
 
 @pytest.mark.parametrize("weights", ["copy", "reference"])
@@ -195,7 +195,7 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
 
     def evaluated(output):
         settings = OcrEvaluation(batch=2, max_new_tokens=24)
-        return finish(evaluate_events(folder, output, settings, data=str(pages), device="cpu"))[1]
+        return drain(evaluate_events(folder, output, settings, data=str(pages), device="cpu"))
 
     found = evaluated(tmp_path / "out")
     dense, row = run.metrics["comparison"]
@@ -220,7 +220,7 @@ def test_methods_are_not_put_on_a_checkpoint_that_has_some(finished, qwen, pages
     checkpoint = finished.folder / "checkpoint"
     recipe = recipe_of(tmp_path, checkpoint, pages, FAST)
     with pytest.raises(ValueError, match="is a runtime checkpoint with methods of its own") as said:
-        finish(run_events(recipe, device="cpu"))
+        drain(run_events(recipe, device="cpu"))
     assert str(qwen) in str(said.value) and '"keep_visual": 0.2' in str(said.value)
     dry = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json"])
     assert dry.exit_code == 2 and "runtime checkpoint" in json.loads(dry.stdout)["problems"][0]
@@ -237,7 +237,7 @@ def test_pages_that_say_nothing_are_refused_before_any_is_read(qwen, pages, tmp_
         path.write_text(" \n")
     recipe = recipe_of(tmp_path, qwen, empty, FAST)
     with pytest.raises(ValueError, match="of all 3 pages of .* are empty"):
-        finish(run_events(recipe, device="cpu"))
+        drain(run_events(recipe, device="cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -258,7 +258,7 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
     compare = [FAST | {"focal_layers": [1], "fixation": "static"}]
     method = FAST | {"focal_layers": [1]}
     recipe = recipe_of(tmp_path, qwen, tmp_path / "bench", method, compare=compare)
-    result = finish(run_events(recipe, device="cpu"))[1]
+    result = drain(run_events(recipe, device="cpu"))
     name = "score" if layout == "olmocr" else "overall_proxy"
     assert result.metrics["accuracy"] == name and result.metrics["warnings"] == []
     for row in result.metrics["comparison"]:
@@ -324,10 +324,10 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, qwen, pages, tmp_path):
             break
     events.close()
     with pytest.raises(FileExistsError, match="--resume"):
-        finish(run_events(recipe, device="cpu"))
+        drain(run_events(recipe, device="cpu"))
     with pytest.raises(ValueError, match="method changed"):
-        finish(run_events(recipe, overrides=["method.keep_visual=0.5"], resume=True, device="cpu"))
-    result = finish(run_events(recipe, resume=True, device="cpu"))[1]
+        drain(run_events(recipe, overrides=["method.keep_visual=0.5"], resume=True, device="cpu"))
+    result = drain(run_events(recipe, resume=True, device="cpu"))
     assert result.metrics["comparison"] == finished.metrics["comparison"]
 
 
@@ -354,7 +354,7 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, spy)
-    result = finish(run_events(recipe, device="cpu"))[1]
+    result = drain(run_events(recipe, device="cpu"))
     assert asked == ["all of it", ["all of it"]]  # of the two pictures
     report = (result.folder / "report.html").read_text()
     assert "on the tokens that rtprune left of it; on the first page" in report
@@ -497,7 +497,7 @@ def test_a_run_is_not_resumed_with_other_weights(qwen, pages, tmp_path):
     first = min(tensors)
     save_file(tensors | {first: tensors[first] + 1}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="read with .* of hash .*--overwrite"):
-        finish(run_events(recipe, resume=True, device="cpu"))
+        drain(run_events(recipe, resume=True, device="cpu"))
 
 
 def test_a_changed_checkpoint_is_refused(qwen, tmp_path):

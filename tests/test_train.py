@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from builders import pruning
 from builders.events import finish
+from compress.common.events import drain
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
@@ -239,7 +240,7 @@ def test_a_soft_mask_lets_units_come_back():
     # nothing drives masks to 0 or 1 and every estimate counts alone: many hover about one half
     restless = {"gamma": 0.0, "flow_rate": 0.05, "criterion_every": 1, "score_ema": 0.0}
     run = start(gradflow(steps=12, criterion="taylor", **restless), training(steps=0))
-    _, pruned = finish(run.events())
+    pruned = drain(run.events())
     assert pruned.report["returned_channels"] == count_returns(pruned.trace["masks"]) > 0
 
 
@@ -272,9 +273,7 @@ def test_the_other_criteria_work_in_the_flow_too(criterion):
 
 def test_keeping_everything_and_training_nothing_is_the_identity():
     unet = tiny_unet().eval()
-    _, pruned = finish(
-        start(oneshot(keep_macs=1.0, steps=0), training(steps=0), unet=unet).events()
-    )
+    pruned = drain(start(oneshot(keep_macs=1.0, steps=0), training(steps=0), unet=unet).events())
     images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     with torch.no_grad():
         assert torch.equal(pruned.model(images, times).sample, unet(images, times).sample)
@@ -283,7 +282,7 @@ def test_keeping_everything_and_training_nothing_is_the_identity():
 def test_without_training_the_weights_are_those_of_the_kept_channels():
     unet = tiny_unet()
     run = start(oneshot(steps=0, criterion="magnitude"), training(steps=0), unet=unet)
-    _, pruned = finish(run.events())
+    pruned = drain(run.events())
     kept = run.layout.extend(run.kept) > 0.5
     first = unet.conv_in.weight[kept[run.layout.outputs["conv_in"]]]
     assert torch.equal(pruned.model.conv_in.weight, first)
@@ -292,7 +291,7 @@ def test_without_training_the_weights_are_those_of_the_kept_channels():
 
 
 def weights_of(method, settings=None, **kwargs) -> dict[str, torch.Tensor]:
-    return finish(start(method, settings, **kwargs).events())[1].model.state_dict()
+    return drain(start(method, settings, **kwargs).events()).model.state_dict()
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -337,7 +336,7 @@ def test_accumulating_gradients_changes_nothing_but_memory():
         # all channels: in a norm group of one channel what comes before is without effect, and
         # Adam makes steps of full length out of the rounding in its gradients
         run = start(oneshot(steps=0, criterion="magnitude", keep_macs=1.0), settings)
-        _, pruned = finish(run.events())
+        pruned = drain(run.events())
         return run, pruned.model
 
     (one, a), (two, b) = train(1), train(2)
@@ -375,7 +374,7 @@ def test_distillation_adds_to_the_loss_in_both_stages():
         )
     }
     for run in runs.values():
-        finish(run.events())
+        drain(run.events())
         # nobody keeps watching the dense model
         assert not any(module._forward_hooks for module in run.dense.modules())
     for stage in ("flow", "recover"):
@@ -395,14 +394,14 @@ def test_bf16_trains_on_the_cpu():
     AcceleratorState._reset_state(True)
     try:
         run = start(gradflow(steps=2), training(steps=1, mixed_precision="bf16"))
-        _, pruned = finish(run.events())
+        pruned = drain(run.events())
     finally:
         AcceleratorState._reset_state(True)
     assert {p.dtype for p in pruned.model.parameters()} == {torch.float32}
     # surgery is compared in full precision
     assert pruned.report["surgery"]["max_difference"] < 1e-5
     plain = start(gradflow(steps=2), training(steps=1))
-    finish(plain.events())
+    drain(plain.events())
     losses = [[row["loss"] for row in rows(r, "flow")] for r in (run, plain)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -437,7 +436,7 @@ def test_max_move_may_be_exactly_the_largest_drop():
 def test_a_loss_that_is_not_finite_stops_the_run():
     run = start(oneshot(), training(steps=20, lr=1e30))
     with pytest.raises(ValueError, match=r"training diverged; lower recover\.lr"):
-        finish(run.events())
+        drain(run.events())
 
 
 def test_validation_loss_is_the_mean_squared_error_of_the_noise():

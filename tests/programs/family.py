@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from builders import pipelines
-from builders.events import finish
+from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.data.sources import load_images
 from compress.methods.base import PruneJob
@@ -29,7 +29,7 @@ def main(name: str, method: dict) -> None:
     training = Training(steps=2, batch=4, condition_dropout=0.5)
     job = PruneJob(pipeline, data, training, device, Journal())
     run = PruningRun(GradFlow(keep_macs=pipelines.KEEP[name], **method), job)
-    _, pruned = finish(run.events())
+    pruned = drain(run.events())
     if distributed.is_main():
         losses = torch.tensor([row["loss"] for row in run.journal.rows if "loss" in row])
         kept = {"losses": losses, "kept": run.kept, **pruned.trace}

@@ -22,9 +22,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from builders import pruning
-from builders.events import finish, leave
+from builders.events import leave
 from builders.forks import exit_code, fork, free_port
 from builders.models import TWO_LEVELS
+from compress.common.events import drain
 from compress.data.digits import digits
 from compress.eval import diffusion
 from compress.methods.gradflow import GradFlow, OneShot
@@ -140,7 +141,7 @@ def prune(name, folder=None, stop=None, resume=False, copy=None):
         list(islice(events, STOP))
         if distributed.is_main():
             shutil.copytree(folder, copy)
-    return run, finish(events)[1]
+    return run, drain(events)
 
 
 def keep(name, run, pruned):
