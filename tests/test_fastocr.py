@@ -33,7 +33,6 @@ from compress.methods.fastocr.preflight import preflight
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import (
     VISUAL_LAYOUTS,
-    attention_modules,
     build_prompt,
     text_model,
     visual_layouts,
@@ -75,7 +74,7 @@ class Oracle:
         self.reuse, self.min_mass, self.fixed = reuse, min_mass, fixed
         self.step, self.last, self.open = -1, None, False
         self.own = {}
-        self.jumps = 0
+        self.refreshes = 0
         self.attended = []  # (step, layer) in order
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **others):
@@ -107,7 +106,7 @@ class Oracle:
             return self.own[layer]
         if layer in self.focal:
             if self.step and sum(share[i] for i in self.last) < self.min_mass:
-                self.jumps += not self.open
+                self.refreshes += not self.open
                 self.open = True
             self.last = set(best[: self.kept])
             return everything
@@ -130,7 +129,7 @@ def _through(model, function):
         config._attn_implementation = before
 
 
-def _check(model, rows, found, atol=1e-5, **settings):
+def _check(model, rows, result, atol=1e-5, **settings):
     """Each sequence's logits against the oracle's, which writes the same tokens.
 
     Parameters
@@ -140,7 +139,7 @@ def _check(model, rows, found, atol=1e-5, **settings):
     settings : of the oracle; ``fixed`` is given the visual tokens first.
     """
     oracles = []
-    for inputs, tokens, logits in zip(rows, *found, strict=True):
+    for inputs, tokens, logits in zip(rows, *result, strict=True):
         positions = visual_layouts(model, inputs)[0].positions.tolist()
         mine = dict(settings)
         if "fixed" in mine:
@@ -153,8 +152,8 @@ def _check(model, rows, found, atol=1e-5, **settings):
             return [forced[len(ids) - length]]
 
         with _through(model, oracle):
-            _, wanted = write(model, inputs, len(forced) - 1, prefix_allowed_tokens_fn=allowed)
-        torch.testing.assert_close(logits, wanted[0], atol=atol, rtol=0)
+            _, expected = write(model, inputs, len(forced) - 1, prefix_allowed_tokens_fn=allowed)
+        torch.testing.assert_close(logits, expected[0], atol=atol, rtol=0)
         oracles.append(oracle)
     return oracles
 
@@ -204,9 +203,9 @@ def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
     name, model, processor, inputs = family
     steps = 4
     with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
-        found = write(model, inputs, steps)
+        result = write(model, inputs, steps)
         facts = handle.facts()
-    oracles = _check(model, _alone(model, processor), found, keep=0.05, focal=focal)
+    oracles = _check(model, _alone(model, processor), result, keep=0.05, focal=focal)
     offered = sum(len(oracle.positions) for oracle in oracles) * steps
     attended = [sum(sum(oracle.attended[layer::2]) for oracle in oracles) for layer in (0, 1)]
     assert facts["attended_by_layer"] == [number / offered for number in attended]
@@ -219,18 +218,20 @@ def test_the_window_over_the_answer_slides(focal):
     model, processor = fastocr.model("unlimited_ocr")
     inputs = _alone(model, processor)[0]
     with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model):
-        found = write(model, inputs, 12)  # the window has 8
-    _check(model, [inputs], found, keep=0.05, focal=focal)
+        result = write(model, inputs, 12)  # the window has 8
+    _check(model, [inputs], result, keep=0.05, focal=focal)
 
 
 def test_leaving_restores_everything_after_an_error_too(family):
     _, model, _, inputs = family
     base, text = model.base_model, text_model(model)
 
+    modules = [layer.self_attn for layer in text.layers]
+
     def state():
         return (
             [len(base._forward_pre_hooks), len(text._forward_pre_hooks), len(text._forward_hooks)],
-            [module.config._attn_implementation for module in attention_modules(model)],
+            [module.config._attn_implementation for module in modules],
             model.config.get_text_config()._attn_implementation,
             sorted(vars(model)),
         )
@@ -274,7 +275,7 @@ def test_static_cache_gives_what_the_dynamic_one_gives(family, monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch):
     _, model, _, inputs = family
-    found = {}
+    result = {}
     try:
         model.cuda()
         inputs = {
@@ -284,11 +285,11 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
         for backend in ("torch", "triton"):
             monkeypatch.setenv("COMPRESS_KERNELS", backend)
             with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-                found[backend] = write(model, inputs)
+                result[backend] = write(model, inputs)
     finally:
         model.cpu()
-    assert torch.equal(found["triton"][0], found["torch"][0])
-    torch.testing.assert_close(found["triton"][1], found["torch"][1], atol=1e-4, rtol=0)
+    assert torch.equal(result["triton"][0], result["torch"][0])
+    torch.testing.assert_close(result["triton"][1], result["torch"][1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -305,17 +306,17 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
 def test_knobs_on_four_layers(qwen, knobs):
     model, processor, inputs = qwen
     with FastOCR(keep_visual=0.1, **knobs).attach(model) as handle:
-        found = write(model, inputs, 6)
+        result = write(model, inputs, 6)
         facts = handle.facts()
     settings = {**knobs, "focal": knobs["focal_layers"]}
     del settings["focal_layers"]
-    oracles = _check(model, _alone(model, processor), found, keep=0.1, **settings)
-    jumps = sum(oracle.jumps for oracle in oracles)
-    assert facts["refreshes"] == jumps / facts["steps"]
+    oracles = _check(model, _alone(model, processor), result, keep=0.1, **settings)
+    refreshes = sum(oracle.refreshes for oracle in oracles)
+    assert facts["refreshes"] == refreshes / facts["steps"]
     if "min_mass" in knobs:
-        assert jumps
+        assert refreshes
     if knobs.get("min_mass") == 0.08:  # some jump while others of the batch do not
-        assert jumps < 5 * len(oracles)
+        assert refreshes < 5 * len(oracles)
 
 
 @pytest.mark.parametrize("fixation", ["static", "random", "window"])
@@ -327,7 +328,7 @@ def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
     with FastOCR(keep_visual=0.05, focal_layers=[1], fixation=fixation, seed=5).attach(
         model
     ) as handle:
-        found = write(model, inputs, 6)
+        result = write(model, inputs, 6)
         facts = handle.facts()
     # rounding up gives the fixed ones a part of a token more, in a page of 60 tokens and up
     assert 0 <= facts["attended"] - dynamic["attended"] < 1 / 60
@@ -345,7 +346,7 @@ def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
 
         return choose
 
-    _check(model, _alone(model, processor), found, keep=0.05, fixed=fixed)
+    _check(model, _alone(model, processor), result, keep=0.05, fixed=fixed)
 
 
 # ---- the periphery -------------------------------------------------------------------------------
@@ -384,16 +385,16 @@ def test_summaries_are_counted_and_bring_the_answer_nearer_to_dense(qwen):
         with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=summaries).attach(
             model
         ) as handle:
-            _, found = write(model, inputs, 2)
+            _, result = write(model, inputs, 2)
             facts = handle.facts()
-        errors[summaries] = (found - dense[:, :2]).abs().mean().item()
+        errors[summaries] = (result - dense[:, :2]).abs().mean().item()
         # half of the steps are each answer's first, which is dense
         share = (1 + (kept + summaries * len(sizes)) / sum(sizes)) / 2
         assert facts["attended_by_layer"][0] == pytest.approx(share)
     assert errors[8] < errors[0]
 
 
-def test_fixed_fixations_see_as_much_around_them(qwen):
+def test_fixed_fixations_read_as_many_summaries(qwen):
     model, processor, inputs = qwen
     shares = {}
     for fixation in ("dynamic", "static"):
@@ -417,9 +418,9 @@ def test_several_images_in_a_prompt(qwen):
     both, one = f"{image}and{image}", f"read {image}"
     inputs = build([PAGES[0], PAGES[1], PAGES[2]], [both, one])
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
-        found = write(model, inputs)
+        result = write(model, inputs)
     rows = [build(PAGES[:2], [both]), build(PAGES[2:], [one])]
-    _check(model, rows, found, keep=0.1, focal=[1])
+    _check(model, rows, result, keep=0.1, focal=[1])
 
 
 def test_dilation_stays_inside_the_budget_and_chooses_otherwise(qwen):
@@ -444,20 +445,20 @@ def test_prompts_without_an_image(qwen):
         tokens, logits = write(model, inputs)
         for focal in ([1], "auto"):
             with FastOCR(keep_visual=0.1, focal_layers=focal, warmup=2).attach(model) as handle:
-                found = write(model, inputs)
+                result = write(model, inputs)
                 assert bool(handle.facts()["steps"]) is bool(images)
-            torch.testing.assert_close(found[1][:1], logits[:1], atol=1e-5, rtol=0)
+            torch.testing.assert_close(result[1][:1], logits[:1], atol=1e-5, rtol=0)
 
 
-def test_a_conversation_without_an_image_goes_on_as_it_likes(intern):
+def test_a_conversation_without_an_image_is_dense(intern):
     model = intern[0]
     first, second = torch.tensor([[20, 21, 22]]), torch.tensor([[23, 24]])
     with FastOCR(focal_layers=[1]).attach(model), torch.no_grad():
         cache = cache_in(model(input_ids=first, use_cache=True))
-        found = model(input_ids=second, **{cache_argument(model): cache}).logits
+        result = model(input_ids=second, **{cache_argument(model): cache}).logits
     with torch.no_grad():
-        wanted = model(input_ids=torch.cat([first, second], 1)).logits[:, -2:]
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+        expected = model(input_ids=torch.cat([first, second], 1)).logits[:, -2:]
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
 def test_sampling_and_several_answers_of_a_prompt(qwen):
@@ -495,14 +496,14 @@ def _step(model, inputs, cache, tokens, step):
         ).logits[:, -1]
 
 
-def test_a_loop_of_one_s_own_and_counts_of_single_steps(intern):
+def test_a_decoding_loop_of_calls_and_counts_of_single_steps(intern):
     model, _, inputs = intern
     tokens, logits = write(model, inputs)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
         cache = _read(model, inputs)
         for step in range(4):
-            found = _step(model, inputs, cache, tokens, step)
-            torch.testing.assert_close(found, logits[:, step], atol=1e-4, rtol=0)
+            result = _step(model, inputs, cache, tokens, step)
+            torch.testing.assert_close(result, logits[:, step], atol=1e-4, rtol=0)
     sizes = [len(layout.positions) for layout in visual_layouts(model, inputs)]
     kept = sum(budget(0.1, size) for size in sizes) / sum(sizes)
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
@@ -512,22 +513,22 @@ def test_a_loop_of_one_s_own_and_counts_of_single_steps(intern):
             handle.reset()
             _step(model, inputs, cache, tokens, step)
             share = kept if step else 1.0
-            wanted = [share, 1.0, share, share]
-            assert handle.facts()["attended_by_layer"] == pytest.approx(wanted)
+            expected = [share, 1.0, share, share]
+            assert handle.facts()["attended_by_layer"] == pytest.approx(expected)
 
 
-def test_requests_of_one_model_take_turns(intern):
+def test_prompts_of_one_model_are_decoded_in_turns(intern):
     model, _, inputs = intern
     with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
         tokens, logits = write(model, inputs, 3)
         caches = [_read(model, inputs), _read(model, inputs)]
         for step in range(3):
             for cache in caches:
-                found = _step(model, inputs, cache, tokens, step)
-                torch.testing.assert_close(found, logits[:, step], atol=1e-5, rtol=0)
+                result = _step(model, inputs, cache, tokens, step)
+                torch.testing.assert_close(result, logits[:, step], atol=1e-5, rtol=0)
 
 
-def test_a_request_ends_with_its_cache(qwen):
+def test_a_state_ends_with_its_cache(qwen):
     model, _, inputs = qwen
     with FastOCR(focal_layers=[1]).attach(model) as handle, torch.no_grad():
         out = model(**inputs, use_cache=True)
@@ -544,25 +545,25 @@ def test_half_precision(qwen):
     model = model.to(torch.bfloat16)
     tokens, logits = write(model, inputs, 1)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
-        _, found = write(model, inputs, 1)
-    torch.testing.assert_close(found, logits, atol=3e-2 * logits.abs().max().item(), rtol=0)
+        _, result = write(model, inputs, 1)
+    torch.testing.assert_close(result, logits, atol=3e-2 * logits.abs().max().item(), rtol=0)
 
 
 # ---- focal layers that the method finds itself ---------------------------------------------------
 
 
-def test_auto_finds_the_layers_that_calibration_finds(qwen):
+def test_auto_chooses_the_layers_that_calibration_chooses(qwen):
     model, processor, inputs = qwen
     calibration = calibrate(model, [inputs], keep_visual=0.1, max_new_tokens=4)  # 3 steps
     with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
         held = DynamicCache(config=text_model(model).config)
-        found = write(model, inputs, 6, **{cache_argument(model): held})
+        result = write(model, inputs, 6, **{cache_argument(model): held})
         [state] = handle.states.values()
         assert tuple(state.policy.focal) == calibration.focal_layers
         facts = handle.facts()
     dense = write(model, inputs, 6)
-    torch.testing.assert_close(found[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
-    assert not torch.allclose(found[1][:, 3], dense[1][:, 3], atol=1e-4)
+    torch.testing.assert_close(result[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
+    assert not torch.allclose(result[1][:, 3], dense[1][:, 3], atol=1e-4)
     assert facts["attended"] < 0.9
 
 
@@ -571,7 +572,7 @@ def test_calibration_on_a_model(qwen):
     once = calibrate(model, [inputs], keep_visual=0.1, count=2, max_new_tokens=5)
     assert once.steps == 4 * len(PAGES) and len(once.focal_layers) == 2
     recall = torch.tensor(once.recall)
-    # nobody knows better than a layer itself where it looks
+    # a layer's own choice keeps most of its attention
     assert (recall.diagonal() >= recall - 1e-6).all()
     assert list(once.curve) == sorted(once.curve) and once.curve[-1] == pytest.approx(1)
     # page by page is the same mean
@@ -590,14 +591,16 @@ def test_calibration_stops_counting_at_the_end_of_an_answer(qwen):
     model, _, inputs = qwen
     answers = write(model, inputs, 5)[0]
     end = int(answers[0, 3])
-    wanted = sum(row.index(end) if end in row else len(row) - 1 for row in answers[:, :6].tolist())
+    expected = sum(
+        row.index(end) if end in row else len(row) - 1 for row in answers[:, :6].tolist()
+    )
     model.generation_config.eos_token_id = [end]
     try:
-        assert calibrate(model, [inputs], max_new_tokens=6).steps <= wanted
+        assert calibrate(model, [inputs], max_new_tokens=6).steps <= expected
         counted = calibrate(model, [inputs], max_new_tokens=6).steps
     finally:
         model.generation_config.eos_token_id = None
-    assert counted == wanted
+    assert counted == expected
 
 
 # ---- side by side --------------------------------------------------------------------------------
@@ -708,13 +711,13 @@ def test_stacks_with_a_method_that_shortens_the_prompt(order):
         if order == "fastocr outside":
             methods.reverse()
         with methods[0].attach(model) as outer, methods[1].attach(model) as inner:
-            found_tokens, found = write(model, inputs)
+            found_tokens, result = write(model, inputs)
             facts = (outer or inner).facts()
         sizes = [len(x.positions) - -(-len(x.positions) // 3) for x in shortener.layouts]
         assert facts["visual_tokens"] == sum(sizes) / len(sizes)
         if keep == 1:
             assert torch.equal(found_tokens, tokens)
-            torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(result, logits, atol=1e-4, rtol=0)
             assert facts["attended_by_layer"] == [1.0, 1.0]
         else:
             kept = sum(budget(0.1, size) for size in sizes) / sum(sizes)
@@ -809,7 +812,7 @@ def test_a_focal_layer_that_the_model_does_not_have(qwen):
         calibrate(qwen[0], [])
 
 
-# ---- families that nobody tried ------------------------------------------------------------------
+# ---- families without an adapter ---------------------------------------------------------------
 
 
 def _qwen2_vl():
@@ -834,7 +837,7 @@ def _qwen2_vl():
     return fastocr.fill(model), build_prompt(known, processor, PAGES, TEXTS)
 
 
-def test_preflight_passes_a_family_that_nobody_tried():
+def test_preflight_passes_a_family_without_an_adapter():
     model, inputs = _qwen2_vl()
     with pytest.raises(ValueError, match="no adapter"):
         visual_layouts(model, inputs)
@@ -844,16 +847,16 @@ def test_preflight_passes_a_family_that_nobody_tried():
         assert handle.facts()["attended"] < 0.8
 
 
-def _deaf(model, layer):
+def _ignoring_keywords(model, layer):
     """A layer that keeps what it is given from the attention function."""
     module = decoder(model).layers[layer].self_attn
     forward = type(module).forward
 
-    def deaf(self, hidden_states, **kwargs):
+    def forward_without_keywords(self, hidden_states, **kwargs):
         kwargs.pop(STATE, None)
         return forward(self, hidden_states, **kwargs)
 
-    module.forward = deaf.__get__(module)
+    module.forward = forward_without_keywords.__get__(module)
 
 
 @contextmanager
@@ -871,7 +874,7 @@ def _counted(model):
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_a_family_that_nobody_tried_is_tried_once(cache):
+def test_the_preflight_of_a_family_runs_once(cache):
     model, inputs = _qwen2_vl()
     settings = {} if cache is None else {"cache_implementation": cache}
 
@@ -898,9 +901,9 @@ def test_a_family_that_nobody_tried_is_tried_once(cache):
     assert "generate" not in vars(model) and torch.equal(sample(), dense)
 
 
-def test_a_family_that_fails_is_refused_by_its_first_answer():
+def test_a_family_that_fails_its_preflight_is_refused_by_its_first_answer():
     model, inputs = _qwen2_vl()
-    _deaf(model, 1)
+    _ignoring_keywords(model, 1)
     before = write(model, inputs)
     words = {"input_ids": torch.tensor([[20, 21, 22]])}
     with FastOCR(keep_visual=0.1, focal_layers=[0]).attach(model):
@@ -913,7 +916,7 @@ def test_a_family_that_fails_is_refused_by_its_first_answer():
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
 
 
-def test_a_checkpoint_of_a_family_that_nobody_tried_is_read_back(tmp_path):
+def test_a_checkpoint_of_a_family_without_an_adapter_is_loaded(tmp_path):
     model, inputs = _qwen2_vl()
     _, processor = fastocr.model("qwen2_5_vl")
     dense = write(model, inputs)[1]
@@ -924,9 +927,9 @@ def test_a_checkpoint_of_a_family_that_nobody_tried_is_read_back(tmp_path):
     loaded = compress.load(tmp_path / "patched")
     assert type(loaded) is Qwen2VLForConditionalGeneration
     loaded.generation_config.eos_token_id = None
-    found = write(loaded, inputs)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    assert not torch.allclose(found[1], dense)
+    result = write(loaded, inputs)
+    assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+    assert not torch.allclose(result[1], dense)
     # whoever has no prompt for it says so before the weights are read
     with pytest.raises(ValueError, match="unknown architecture .model_type='qwen2_vl'"):
         load_reader(tmp_path / "patched")
@@ -936,7 +939,7 @@ def test_a_checkpoint_of_a_family_that_nobody_tried_is_read_back(tmp_path):
         load_vlm(tmp_path / "patched", adapter=False)
 
 
-def test_a_loop_of_one_s_own_waits_for_the_preflight():
+def test_calls_of_the_model_are_refused_before_the_preflight():
     model, inputs = _qwen2_vl()
     with FastOCR(focal_layers=[1]).attach(model) as handle, torch.no_grad():
         with pytest.raises(ValueError, match="generate once before a loop of your own"):
@@ -946,11 +949,11 @@ def test_a_loop_of_one_s_own_waits_for_the_preflight():
         assert list(handle.states) == [cache_in(read)]
 
 
-def test_preflight_says_what_is_missing():
+def test_preflight_names_what_is_missing():
     model, inputs = _qwen2_vl()
     with pytest.raises(ValueError, match="input_ids has no image token"):
         preflight(model, {"input_ids": torch.tensor([[20, 21, 22]])})
-    _deaf(model, 1)
+    _ignoring_keywords(model, 1)
     with pytest.raises(ValueError, match="layers 1 do not call transformers' attention interface"):
         preflight(model, inputs)
 

@@ -45,18 +45,18 @@ def test_sparse_decode_is_attention_with_minus_infinity_elsewhere(shape, dtype, 
     rows = torch.stack([torch.randperm(length, generator=generator)[:5] for _ in range(batch)])
     mask = torch.ones_like(rows, dtype=torch.bool)
     mask[:, 3] = False
-    found = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.3)
+    result = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.3)
     seen = [row[keep].tolist() for row, keep in zip(rows, mask, strict=True)]
-    wanted, _ = _plain(query, key, value, seen, 0.3)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, atol=atol, rtol=0)
+    expected, _ = _plain(query, key, value, seen, 0.3)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
     added = torch.zeros(rows.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(
-        sparse_decode(query, key, value, rows, added, (0, 0), added[:, :0], 0.3), found
+        sparse_decode(query, key, value, rows, added, (0, 0), added[:, :0], 0.3), result
     )
     everything, _ = _plain(query, key, value, rows.tolist(), 0.3)
-    found = sparse_decode(query, key, value, rows, None, (0, 0), None, 0.3)
-    torch.testing.assert_close(found.double(), everything, atol=atol, rtol=0)
+    result = sparse_decode(query, key, value, rows, None, (0, 0), None, 0.3)
+    torch.testing.assert_close(result.double(), everything, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -67,24 +67,24 @@ def test_a_range_is_read_as_its_rows_would_be(shape):
     for mask in (None, torch.arange(4 * shape[0]).view(-1, 4) % 3 > 0):
         left, right = (None, None) if mask is None else (mask[:, :2], mask[:, 2:])
         for masks in [(left, right), (left, None), (None, right)]:
-            found = sparse_decode(query, key, value, rows, masks[0], (2, 4), masks[1], 0.3)
+            result = sparse_decode(query, key, value, rows, masks[0], (2, 4), masks[1], 0.3)
             parts = [
                 torch.ones(shape[0], 2, dtype=torch.bool) if part is None else part
                 for part in masks
             ]
             whole = torch.cat(parts, 1)
-            wanted = sparse_decode(query, key, value, listed, whole, (0, 0), None, 0.3)
-            torch.testing.assert_close(found, wanted)
+            expected = sparse_decode(query, key, value, listed, whole, (0, 0), None, 0.3)
+            torch.testing.assert_close(result, expected)
 
 
 def test_sparse_decode_reads_a_cache_that_is_a_view():
     query, key, value = _case(SHAPES[1])
     wide = torch.cat([key, key + 1], 2)[:, :, ::2], torch.cat([value, value], 2)[:, :, ::2]
     rows = torch.tensor([[4, 0], [1, 2], [3, 3]])
-    found = sparse_decode(query, *wide, rows, None, (9, 11), None, 0.5)
+    result = sparse_decode(query, *wide, rows, None, (9, 11), None, 0.5)
     packed = [part.contiguous() for part in wide]
-    wanted = sparse_decode(query, *packed, rows, None, (9, 11), None, 0.5)
-    assert torch.equal(found, wanted)
+    expected = sparse_decode(query, *packed, rows, None, (9, 11), None, 0.5)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 4e-2)])
@@ -99,9 +99,9 @@ def test_focal_decode_is_dense_and_gives_the_mean_over_heads(shape, dtype, atol,
         seen = [range(2, shape[3]), *seen[1:]]
     if masked == "added":
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    found, lies = focal_decode(query, key, value, mask, 0.3)
-    wanted, weights = _plain(query, key, value, seen, 0.3)
-    assert (found.dtype, lies.dtype) == (dtype, torch.float32)
-    torch.testing.assert_close(found.double(), wanted, atol=atol, rtol=0)
+    result, lies = focal_decode(query, key, value, mask, 0.3)
+    expected, weights = _plain(query, key, value, seen, 0.3)
+    assert (result.dtype, lies.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
     torch.testing.assert_close(lies.double(), weights, atol=atol, rtol=0)
     torch.testing.assert_close(lies.sum(1), torch.ones(shape[0]))

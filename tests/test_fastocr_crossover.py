@@ -40,13 +40,13 @@ def test_below_min_visual_it_is_the_dense_model(qwen, fixation, caplog):
     assert [r for r in caplog.messages if "switched itself off" in r] == caplog.messages[:1]
     # one sequence with as many tokens keeps the batch on
     with FastOCR(**settings, min_visual=0).attach(model) as handle:
-        wanted = write(model, inputs)[1]
+        expected = write(model, inputs)[1]
     with FastOCR(**settings, min_visual=max(counts)).attach(model) as handle:
-        assert torch.equal(write(model, inputs)[1], wanted)
+        assert torch.equal(write(model, inputs)[1], expected)
         assert handle.facts()["switched_off"] == 0 and handle.facts()["attended"] < 1
 
 
-def test_auto_looks_the_device_up(qwen, tmp_path, monkeypatch):
+def test_auto_is_looked_up_by_device(qwen, tmp_path, monkeypatch):
     model, inputs, write = qwen
     table = tmp_path / "table.json"
     monkeypatch.setenv("COMPRESS_CROSSOVERS", str(table))

@@ -1,4 +1,4 @@
-"""What the eye chooses, against loops over plain lists."""
+"""The pure functions of fixations, against loops over plain lists."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_budget_is_the_exact_fraction_rounded_up(percent, tokens):
     assert budget(percent / 100, tokens) == -(-percent * tokens // 100)
 
 
-def test_same_mean_budget_spends_what_dense_layers_cost():
+def test_same_mean_budget_includes_the_dense_layers():
     for tokens, layers, dense in [(300, 8, 1), (1001, 28, 4), (16, 2, 1)]:
         mean = (dense * tokens + (layers - dense) * budget(0.05, tokens)) / layers
         assert same_mean_budget(0.05, tokens, layers, dense) == math.ceil(mean)
@@ -54,16 +54,16 @@ def test_same_mean_budget_spends_what_dense_layers_cost():
 def test_visual_scores_are_the_attention_on_the_page_alone():
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.5, 0.0]])
     rows, valid = torch.tensor([[1, 3], [2, 0]]), torch.tensor([[True, True], [True, False]])
-    wanted = torch.tensor([[0.2 / 0.6, 0.4 / 0.6], [1.0, 0.0]])
-    torch.testing.assert_close(visual_scores(weights, rows, valid), wanted)
+    expected = torch.tensor([[0.2 / 0.6, 0.4 / 0.6], [1.0, 0.0]])
+    torch.testing.assert_close(visual_scores(weights, rows, valid), expected)
     assert visual_scores(weights * 0, rows, valid).tolist() == [[0, 0], [0, 0]]
 
 
 def test_top_k_are_the_highest_of_each_sequence():
     scores, budgets = _scores(9, 4, 0 + 1), [3, 4, 1]
     chosen = _sets(top_k(scores, torch.tensor(budgets), 4))
-    for row, kept, found in zip(scores.tolist(), budgets, chosen, strict=True):
-        assert found == set(sorted(range(9), key=lambda i: -row[i])[:kept])
+    for row, kept, result in zip(scores.tolist(), budgets, chosen, strict=True):
+        assert result == set(sorted(range(9), key=lambda i: -row[i])[:kept])
 
 
 def test_a_sequence_s_choice_does_not_depend_on_its_neighbours_in_the_batch():
@@ -75,15 +75,15 @@ def test_a_sequence_s_choice_does_not_depend_on_its_neighbours_in_the_batch():
 def test_kept_mass_is_the_sum_over_the_fixation():
     scores = _scores(5, 3)
     fixation = Fixation(torch.tensor([[4, 0], [2, 0]]), torch.tensor([[True, True], [True, False]]))
-    wanted = torch.stack([scores[0, 4] + scores[0, 0], scores[1, 2]])
-    torch.testing.assert_close(kept_mass(scores, fixation), wanted)
+    expected = torch.stack([scores[0, 4] + scores[0, 0], scores[1, 2]])
+    torch.testing.assert_close(kept_mass(scores, fixation), expected)
 
 
-def test_opened_has_everything_of_the_sequences_that_jumped_and_no_more():
+def test_opened_has_all_tokens_of_the_refreshed_sequences_alone():
     valid = torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
     fixation = Fixation(torch.tensor([[3, 1], [2, 0], [0, 2]]), torch.tensor([[True, True]] * 3))
-    jumped = torch.tensor([False, True, True])
-    assert _sets(opened(fixation, jumped, valid)) == [{3, 1}, {0, 1, 2}, {0, 1, 2, 3}]
+    refreshed = torch.tensor([False, True, True])
+    assert _sets(opened(fixation, refreshed, valid)) == [{3, 1}, {0, 1, 2}, {0, 1, 2, 3}]
 
 
 def _grid(rows, columns, view=0, newline=False):
@@ -97,18 +97,18 @@ def _grid(rows, columns, view=0, newline=False):
 def test_neighbours_are_near_on_the_same_view_of_the_same_image(radius):
     grid = torch.cat([_grid(3, 4, newline=True), _grid(2, 2, view=1), _grid(3, 4, newline=True)])
     image_of = torch.tensor([0] * 19 + [1] * 15)
-    found = neighbours(grid, image_of, radius)
-    assert found.shape == (34, (2 * radius + 1) ** 2)
-    for token, near in enumerate(found.tolist()):
+    result = neighbours(grid, image_of, radius)
+    assert result.shape == (34, (2 * radius + 1) ** 2)
+    for token, near in enumerate(result.tolist()):
         view, row, column = grid[token].tolist()
-        wanted = {token} | {
+        expected = {token} | {
             other
             for other, (v, r, c) in enumerate(grid.tolist())
             if column >= 0 <= c
             and (v, image_of[other]) == (view, image_of[token])
             and max(abs(r - row), abs(c - column)) <= radius
         }
-        assert set(near) == wanted
+        assert set(near) == expected
 
 
 def test_neighbours_of_no_tokens():
@@ -116,7 +116,7 @@ def test_neighbours_of_no_tokens():
     assert neighbours(empty, empty[:, 0], 1).shape == (0, 9)
 
 
-def test_dilation_puts_the_neighbours_of_the_best_in_place_of_the_last():
+def test_dilation_replaces_the_last_tokens_by_neighbours_of_the_best():
     grid = _grid(5, 5)
     near = neighbours(grid, torch.zeros(25, dtype=torch.long), 1)[None]
     scores = torch.full((1, 25), 1e-3)

@@ -85,9 +85,9 @@ def test_it_is_attention_with_the_means_in_place_of_what_is_outside(summaries, a
     query, key, value, fixation, valid = _case(valid)
     rows, mask, around = _read(key, value, fixation, valid, summaries)
     given = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if added else mask
-    found, read = _decode(query, key, value, rows, given, around, fixation)
-    wanted, summed = _oracle(query, key, value, fixation, valid, around.member, 0.4)
-    torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=0)
+    result, read = _decode(query, key, value, rows, given, around, fixation)
+    expected, summed = _oracle(query, key, value, fixation, valid, around.member, 0.4)
+    torch.testing.assert_close(result.double(), expected, atol=2e-6, rtol=0)
     assert int(read) == summed
 
 
@@ -97,10 +97,10 @@ def test_copies_are_summarised_without_loss():
     for part in (key, value):
         part[:, :, TEXT:] = part[:, :, TEXT : TEXT + 5][:, :, kinds]
     rows, mask, around = _read(key, value, fixation, valid, 5)
-    found, read = _decode(query, key, value, rows, mask, around, fixation)
+    result, read = _decode(query, key, value, rows, mask, around, fixation)
     everything = torch.arange(TEXT + VISUAL).expand(BATCH, -1)
     dense = sparse_decode(query, key, value, everything, None, (0, 0), None, 0.4)
-    torch.testing.assert_close(found, dense, atol=2e-6, rtol=0)
+    torch.testing.assert_close(result, dense, atol=2e-6, rtol=0)
     assert int(read) == 5 * BATCH
 
 
@@ -108,13 +108,13 @@ def test_with_everything_in_the_fixation_nothing_is_summarised():
     query, key, value, _, valid = _case()
     fixation = Fixation(torch.arange(VISUAL).expand(BATCH, -1), valid)
     rows, mask, around = _read(key, value, fixation, valid, 4)
-    found, read = _decode(query, key, value, rows, mask, around, fixation)
+    result, read = _decode(query, key, value, rows, mask, around, fixation)
     dense = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
-    torch.testing.assert_close(found, dense, atol=1e-6, rtol=0)
+    torch.testing.assert_close(result, dense, atol=1e-6, rtol=0)
     assert int(read) == 0
 
 
-def test_groups_are_those_that_are_apart():
+def test_distant_tokens_are_in_different_groups():
     centres = 20 * torch.eye(4, DIM)
     kinds = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 2])
     keys = (centres[kinds] + 0.1 * _draw(10, DIM)).view(1, 1, 10, DIM)
@@ -124,18 +124,18 @@ def test_groups_are_those_that_are_apart():
 
 
 @pytest.mark.parametrize("small", ["keys", "values"])
-def test_neither_keys_nor_values_drown_the_other(small):
-    """What falls into two heaps decides, also where its numbers are a millionth of the other's."""
-    heaps = torch.arange(12) % 2
-    apart = (2.0 * heaps[:, None] - 1).expand(12, DIM) * 1e-3
+def test_keys_and_values_count_alike_at_any_scale(small):
+    """The part that has two clusters decides, also where it is a millionth of the other."""
+    clusters = torch.arange(12) % 2
+    apart = (2.0 * clusters[:, None] - 1).expand(12, DIM) * 1e-3
     even = 1e3 * _draw(12, DIM)
     keys, values = (apart, even) if small == "keys" else (even, apart)
     valid = torch.ones(1, 12, dtype=torch.bool)
     member = cluster(keys[None, None], values[None, None], valid, 2)[0, 0]
-    assert torch.equal(member[:, None] == member, heaps[:, None] == heaps)
+    assert torch.equal(member[:, None] == member, clusters[:, None] == clusters)
 
 
-def test_a_page_is_grouped_alike_in_every_batch():
+def test_the_groups_of_a_page_do_not_depend_on_its_batch():
     keys, values = (_draw(BATCH, KV_HEADS, VISUAL, DIM, seed=s) for s in (2, 3))
     valid = torch.ones(BATCH, VISUAL, dtype=torch.bool)
     valid[0, 9:] = False
@@ -147,14 +147,14 @@ def test_a_page_is_grouped_alike_in_every_batch():
     assert torch.equal(together[0, :, :9], short[0])
 
 
-def test_a_page_without_visual_tokens_has_nothing_around():
+def test_without_visual_tokens_there_are_no_summaries():
     query, key, value, _, _ = _case()
     valid = torch.zeros(BATCH, VISUAL, dtype=torch.bool)
     fixation = Fixation(torch.zeros(BATCH, 1, dtype=torch.long), valid[:, :1])
     rows, mask, around = _read(key, value, fixation, valid, 4)
-    found, read = _decode(query, key, value, rows, mask, around, fixation)
+    result, read = _decode(query, key, value, rows, mask, around, fixation)
     plain = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
-    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(result, plain)
     assert int(read) == 0
 
 
@@ -164,7 +164,7 @@ def test_summaries_join_what_was_read_by_its_logsumexp(dtype):
     query, key, value, fixation, valid = _case()
     query, key, value = (part.to(dtype) for part in (query, key, value))
     rows, mask, around = _read(key, value, fixation, valid, 4)
-    wanted, _ = _decode(query, key, value, rows, mask, around, fixation)
+    expected, _ = _decode(query, key, value, rows, mask, around, fixation)
     keys, values = gathered(key, value, rows)
     group = HEADS // KV_HEADS
     logits = query.float() @ keys.float().repeat_interleave(group, 1).transpose(2, 3) * 0.4
@@ -172,7 +172,7 @@ def test_summaries_join_what_was_read_by_its_logsumexp(dtype):
     output = (logits.softmax(3) @ values.float().repeat_interleave(group, 1)).to(dtype)
     fixated = fixation.index.shape[1]
     outside = around.outside(fixation, keys[:, :, :fixated], values[:, :, :fixated])
-    found = outside.joined(query, output, logits.logsumexp(3)[:, :, 0], 0.4)
-    assert found.dtype == dtype
+    result = outside.joined(query, output, logits.logsumexp(3)[:, :, 0], 0.4)
+    assert result.dtype == dtype
     atol = 2e-6 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found, wanted, atol=atol, rtol=0)
+    torch.testing.assert_close(result, expected, atol=atol, rtol=0)

@@ -55,8 +55,8 @@ def _recorded(counts, scores, keep):
 def test_mean_recall_by_hand():
     recall, previous = _matrices(4)
     # layer 0 reads what layer 3 chose a step ago, 2 what 1 chose, 1 and 3 all
-    wanted = (previous[3][0] + 1 + recall[1][2] + 1) / 4
-    assert mean_recall([3, 1], recall, previous) == pytest.approx(wanted)
+    expected = (previous[3][0] + 1 + recall[1][2] + 1) / 4
+    assert mean_recall([3, 1], recall, previous) == pytest.approx(expected)
     assert mean_recall([0], recall, previous) == pytest.approx(
         (1 + recall[0][1] + recall[0][2] + recall[0][3]) / 4
     )
@@ -98,10 +98,10 @@ def test_recalls_are_sums_over_each_layer_s_choice():
     sets = [[0, 4], [2], [1, 2, 3]]
     for layer, tokens in enumerate(sets):
         chosen[0, layer, tokens] = 1
-    found = recalls(scores, chosen)
+    result = recalls(scores, chosen)
     for i, tokens in enumerate(sets):
         for j in range(LAYERS):
-            assert found[0, i, j] == pytest.approx(scores[0, j, tokens].sum().item())
+            assert result[0, i, j] == pytest.approx(scores[0, j, tokens].sum().item())
 
 
 def test_recorder_compares_every_layer_with_every_choice_now_and_a_step_ago():
@@ -119,11 +119,11 @@ def test_recorder_compares_every_layer_with_every_choice_now_and_a_step_ago():
                     if step + 1 < length:
                         previous[i, j] += scores[step + 1, j, row, best].sum() / 4
     recorder = _recorded(counts, scores, keep)
-    found = summary([recorder.sums(lengths)], keep, 1, LAYERS)
-    torch.testing.assert_close(torch.tensor(found.recall), recall)
-    torch.testing.assert_close(torch.tensor(found.previous), previous)
-    assert found.steps == 6
-    assert found.focal_layers == found.order[:1]
+    result = summary([recorder.sums(lengths)], keep, 1, LAYERS)
+    torch.testing.assert_close(torch.tensor(result.recall), recall)
+    torch.testing.assert_close(torch.tensor(result.previous), previous)
+    assert result.steps == 6
+    assert result.focal_layers == result.order[:1]
     # recorders add up
     parts = [recorder.sums([4, 0, 0]), recorder.sums([0, 2, 0])]
     again = summary(parts, keep, 1, LAYERS)

@@ -1,4 +1,4 @@
-"""Which code does the work: chosen, forced, said once; and all of it without Triton."""
+"""The choice between kernel and plain torch: automatic, forced, logged once; and without Triton."""
 
 import logging
 from importlib.util import find_spec
@@ -29,54 +29,54 @@ def _capability(monkeypatch, *version):
 @TRITON
 def test_the_kernel_runs_on_a_gpu_that_it_was_compiled_for(monkeypatch):
     _capability(monkeypatch, 9, 0)
-    assert use_triton("dream", GPU)
-    assert not use_triton("dream", CPU)
-    assert not use_triton("dream", GPU, "heads should have at most 256 numbers; they have 320")
+    assert use_triton("first", GPU)
+    assert not use_triton("first", CPU)
+    assert not use_triton("first", GPU, "heads should have at most 256 numbers; they have 320")
     _capability(monkeypatch, 7, 5)
-    assert not use_triton("dream", GPU)
+    assert not use_triton("first", GPU)
 
 
 @TRITON
 def test_the_variable_forces(monkeypatch):
     _capability(monkeypatch, 9, 0)
     monkeypatch.setenv(VARIABLE, "torch")
-    assert not use_triton("dream", GPU)
+    assert not use_triton("first", GPU)
     monkeypatch.setenv(VARIABLE, "triton")
-    assert use_triton("dream", GPU)
-    with pytest.raises(ValueError, match="requests the kernel dream.*on cpu, not on a GPU; fix"):
-        use_triton("dream", CPU)
+    assert use_triton("first", GPU)
+    with pytest.raises(ValueError, match="requests the kernel first.*on cpu, not on a GPU; fix"):
+        use_triton("first", CPU)
     with pytest.raises(ValueError, match="cannot run: too wide; fix that, or set COMPRESS_KERN"):
-        use_triton("dream", GPU, "too wide")
+        use_triton("first", GPU, "too wide")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert use_triton("dream", CPU)
+    assert use_triton("first", CPU)
     monkeypatch.setenv(VARIABLE, "")
-    assert not use_triton("dream", CPU)
+    assert not use_triton("first", CPU)
 
 
 def test_an_unknown_value_is_refused(monkeypatch):
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(ValueError, match="one of auto, torch, triton; got 'cuda'; correct it"):
-        use_triton("dream", CPU)
+        use_triton("first", CPU)
 
 
 @TRITON
-def test_it_is_said_once_and_loudly_only_where_a_gpu_does_without(monkeypatch, caplog):
+def test_it_is_logged_once_and_as_a_warning_only_where_a_gpu_has_no_kernel(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "compress.kernels")
     _capability(monkeypatch, 9, 0)
     for _ in range(3):
-        use_triton("dream", GPU)
-        use_triton("dream", CPU)
-        use_triton("dream", GPU, "too wide")
-        use_triton("sleep", GPU)
+        use_triton("first", GPU)
+        use_triton("first", CPU)
+        use_triton("first", GPU, "too wide")
+        use_triton("second", GPU)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("INFO", "dream: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
-        ("INFO", "dream: plain torch: the tensors are on cpu, not on a GPU"),
-        ("WARNING", "dream: plain torch: too wide"),
-        ("INFO", "sleep: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
+        ("INFO", "first: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
+        ("INFO", "first: plain torch: the tensors are on cpu, not on a GPU"),
+        ("WARNING", "first: plain torch: too wide"),
+        ("INFO", "second: Triton on cuda (COMPRESS_KERNELS=torch for plain torch)"),
     ]
 
 
-def test_transport_is_plain_torch_where_the_variable_says_so(monkeypatch):
+def test_transport_is_plain_torch_where_the_variable_is_torch(monkeypatch):
     from compress.methods.rtprune.transport import transport_plans
 
     scores = [torch.rand(3, 4), torch.rand(2, 2)]
@@ -88,15 +88,17 @@ def test_transport_is_plain_torch_where_the_variable_says_so(monkeypatch):
         transport_plans(scores)
 
 
-def test_the_command_line_says_it_on_stderr():
+def test_the_command_line_logs_it_on_stderr():
     from compress.cli import app
 
     shape = "model=tiny,visual=16,text=4"
-    asked = ["bench", "fastocr", "--shape", shape, "--repeats", "6", "--device", "cpu"]
-    found = CliRunner().invoke(app, asked)
-    assert found.exit_code == 0, found.output
-    said = [f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")]
-    assert all(found.stderr.count(line) == 1 and line not in found.stdout for line in said)
+    arguments = ["bench", "fastocr", "--shape", shape, "--repeats", "6", "--device", "cpu"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    messages = [
+        f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")
+    ]
+    assert all(result.stderr.count(line) == 1 and line not in result.stdout for line in messages)
 
 
 def test_everything_runs_without_triton():

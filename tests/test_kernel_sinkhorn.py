@@ -60,7 +60,7 @@ def test_interpreted_it_is_pot(tmp_path):
     _check(plan, _by_pot(scores, rows, columns), rows, columns)
 
 
-def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
+def test_it_compiles_without_a_gpu(tmp_path):
     variables = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     printed = programs.run("compile_sinkhorn", **variables).stdout
     made = [line.split() for line in printed.splitlines()]
@@ -78,7 +78,7 @@ def test_on_a_gpu_it_is_pot(sizes):
     _check(plan, _by_pot(scores, rows, columns), rows, columns)
 
 
-def test_it_says_what_it_expects():
+def test_errors_name_what_is_expected():
     from compress.kernels.sinkhorn import LARGEST, sinkhorn
 
     scores, rows, columns = _problems([(3, 2), (2, 2)])

@@ -40,19 +40,19 @@ def _check_lse(shape, dtype, lse):
     query, key = case["query"].double(), case["key"].double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = (query @ key.transpose(2, 3))[:, :, 0] * 0.2
-    wanted = logits.masked_fill(~decode.listed(case)[:, None], -torch.inf).logsumexp(2)
+    expected = logits.masked_fill(~decode.listed(case)[:, None], -torch.inf).logsumexp(2)
     assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.cpu().double(), wanted, atol=5e-6, rtol=0)
+    torch.testing.assert_close(lse.cpu().double(), expected, atol=5e-6, rtol=0)
 
 
 def _check(shape, dtype, sparse, focal, weights, tolerances):
     case = decode.draw(shape, dtype)
     atol, weights_atol = tolerances[dtype]
-    wanted, _ = _oracle(case, decode.listed(case))
+    expected, _ = _oracle(case, decode.listed(case))
     assert sparse.dtype == focal.dtype == dtype and weights.dtype == torch.float32
-    torch.testing.assert_close(sparse.cpu().double(), wanted, atol=atol, rtol=0)
-    wanted, lies = _oracle(case, case["mask"][:, 0, 0])
-    torch.testing.assert_close(focal.cpu().double(), wanted, atol=atol, rtol=0)
+    torch.testing.assert_close(sparse.cpu().double(), expected, atol=atol, rtol=0)
+    expected, lies = _oracle(case, case["mask"][:, 0, 0])
+    torch.testing.assert_close(focal.cpu().double(), expected, atol=atol, rtol=0)
     torch.testing.assert_close(weights.cpu().double(), lies, atol=weights_atol, rtol=0)
 
 
@@ -79,10 +79,10 @@ def interpreted(tmp_path_factory):
 @pytest.mark.parametrize("splits", ["one", "many"])
 @pytest.mark.parametrize("dtype, number", INTERPRETED, ids=str)
 def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits, dtype, number):
-    found = [
+    result = [
         interpreted[f"{splits} {dtype} {number} {what}"] for what in ("sparse", "focal", "weights")
     ]
-    _check(SMALL[number], dtype, *found, KERNEL)
+    _check(SMALL[number], dtype, *result, KERNEL)
     _check_lse(SMALL[number], dtype, interpreted[f"{splits} {dtype} {number} lse"])
 
 
@@ -131,13 +131,13 @@ def test_fastocr_decodes_with_interpreted_kernels(names, chosen):
     ],
     ids=len,
 )
-def test_they_compile_for_gpus_that_are_not_here(capabilities, cases, tmp_path):
+def test_they_compile_without_a_gpu(capabilities, cases, tmp_path):
     variables = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     printed = programs.run("compile_decode", ",".join(capabilities), *cases, **variables).stdout
     made = [line.split(",") for line in printed.splitlines()]
-    wanted = [(capability, case.split(":")[0]) for capability in capabilities for case in cases]
-    assert [(capability, dtype) for capability, dtype, _, _ in made[::4]] == wanted
-    assert len(made) == 4 * len(wanted) and all(int(size) > 0 for _, _, size, _ in made)
+    expected = [(capability, case.split(":")[0]) for capability in capabilities for case in cases]
+    assert [(capability, dtype) for capability, dtype, _, _ in made[::4]] == expected
+    assert len(made) == 4 * len(expected) and all(int(size) > 0 for _, _, size, _ in made)
     assert max(int(shared) for *_, shared in made) <= 99 * 1024  # of the smallest such GPU
 
 
@@ -203,7 +203,7 @@ def test_a_decode_step_does_not_wait_for_the_gpu(capture):
 # ---- the rest ------------------------------------------------------------------------------------
 
 
-def test_it_counts_the_bytes_of_the_tensors():
+def test_bytes_moved_are_those_of_the_tensors():
     shape = Shape(3, 6, 2, 50, 64, 20, 7, "none", value_dim=80)
     case = decode.draw(shape, torch.float16)
     sizes = {"batch": 3, "heads": 6, "kv_heads": 2, "dim": 64, "value_dim": 80, "itemsize": 2}
@@ -233,7 +233,7 @@ def test_it_counts_the_bytes_of_the_tensors():
         ({"rows_mask": torch.zeros(2, 3)}, "added to the logits; convert them"),
     ],
 )
-def test_they_say_what_they_expect(changes, words):
+def test_errors_name_what_is_expected(changes, words):
     arguments = {
         "query": torch.zeros(2, 4, 1, 64),
         "key": torch.zeros(2, 2, 40, 64),
@@ -248,7 +248,7 @@ def test_they_say_what_they_expect(changes, words):
         kernels.sparse_decode(**{**arguments, **changes})
 
 
-def test_they_say_what_they_do_not_serve():
+def test_why_unsupported_names_the_reason():
     query, cache = torch.zeros(1, 128, 1, 8), torch.zeros(1, 1, 5, 8)
     assert "64 query heads should share a key head; 128 do" in kernels.why_unsupported(
         query, cache, cache

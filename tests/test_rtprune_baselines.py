@@ -19,7 +19,7 @@ def test_random_tokens_depend_on_the_seed_only():
     assert often.min() > 120  # of 180 each, standard deviation 10
 
 
-def test_divprune_takes_the_farthest_from_what_it_has():
+def test_divprune_selects_the_farthest_token():
     features = torch.randn(14, 5)
     distance = 1 - torch.cosine_similarity(features[:, None], features[None], dim=-1)
     others = [[distance[i, j] for j in range(14) if j != i] for i in range(14)]
@@ -30,7 +30,7 @@ def test_divprune_takes_the_farthest_from_what_it_has():
     assert divprune(features, 8).tolist() == sorted(chosen)
 
 
-def test_divprune_takes_nothing_twice_even_of_copies():
+def test_divprune_selects_no_token_twice_even_of_copies():
     copies = torch.ones(6, 3)
     copies[4] = torch.tensor([1.0, -1.0, 0.0])
     chosen = divprune(copies, 5).tolist()
@@ -45,7 +45,7 @@ def _kernel(features, instruction):
     return relevance[:, None] * cosines * relevance
 
 
-def test_cdpruner_takes_what_the_determinant_gains_most_by():
+def test_cdpruner_selects_by_the_gain_of_the_determinant():
     features, instruction = torch.randn(12, 9).double(), torch.randn(3, 9).double()
     kernel = _kernel(features, instruction)
     chosen = []
@@ -58,7 +58,7 @@ def test_cdpruner_takes_what_the_determinant_gains_most_by():
     assert cdpruner(features.float(), 6, instruction.float()).tolist() == sorted(chosen)
 
 
-def test_cdpruner_goes_on_where_the_determinant_is_exhausted():
+def test_cdpruner_continues_where_the_determinant_is_exhausted():
     features, instruction = torch.randn(20, 3), torch.randn(2, 3)
     chosen = cdpruner(features, 12, instruction).tolist()
     assert len(set(chosen)) == 12
@@ -67,7 +67,7 @@ def test_cdpruner_goes_on_where_the_determinant_is_exhausted():
     assert set(best.tolist()) <= set(chosen)
 
 
-def test_cdpruner_without_instruction_takes_the_most_unlike():
+def test_cdpruner_without_instruction_selects_by_diversity():
     features = torch.eye(4).repeat_interleave(3, 0)
     features += torch.rand(12, 4) * 1e-3
     chosen = cdpruner(features, 4, features[:0])
@@ -95,14 +95,14 @@ def test_visionzip_is_the_published_one_in_front_of_a_linear_projector():
 
 
 @pytest.mark.parametrize("keep", [1, 3, 19])
-def test_visionzip_keeps_as_many_as_it_is_told(keep):
+def test_visionzip_keeps_the_number_of_tokens(keep):
     features, keys, attention = torch.randn(20, 6).half(), torch.randn(20, 4), torch.rand(20)
     indices, values = visionzip(features, keep, attention, keys, torch.zeros(6))
     assert len(set(indices.tolist())) == len(indices) == keep
     assert values.dtype == torch.float16 and values.isfinite().all()
 
 
-def test_all_refuse_what_is_not_there():
+def test_all_refuse_to_keep_more_or_fewer_than_there_are():
     features = torch.zeros(3, 4)
     for choose in (
         lambda: random_tokens(features, 4, 0),

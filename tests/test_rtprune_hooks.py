@@ -248,7 +248,7 @@ def test_without_a_cache_it_prunes_at_every_step(deepseek, prompt):
     _check_against_oracle(deepseek, prompt, 0.5, use_cache=False)
 
 
-def test_beams_share_what_is_left_of_a_page(deepseek, prompt):
+def test_beams_share_a_pruned_page(deepseek, prompt):
     prompts = _shortened(deepseek, prompt, 0.5, [])
     with RTPrune(keep_tokens=0.5).attach(deepseek) as handle:
         made = deepseek.generate(
@@ -274,7 +274,7 @@ def test_several_answers_are_sampled_from_one_page(deepseek, prompt):
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_a_loop_of_calls_goes_on_from_the_cache(deepseek, prompt):
+def test_a_loop_of_calls_continues_the_cache(deepseek, prompt):
     """Without mask and position ids, as one may write it for one page."""
     alone = {
         "input_ids": prompt["input_ids"][1:, prompt["attention_mask"][1] == 1],
@@ -288,9 +288,9 @@ def test_a_loop_of_calls_goes_on_from_the_cache(deepseek, prompt):
     with RTPrune(keep_tokens=0.5).attach(deepseek):
         read = deepseek(**alone)
         assert read.logits.shape[1] == len(left[1]) == cache_in(read).get_seq_length()
-        said = deepseek(input_ids=answer[None, :1], **{cache_argument(deepseek): cache_in(read)})
+        one = deepseek(input_ids=answer[None, :1], **{cache_argument(deepseek): cache_in(read)})
         more = deepseek(input_ids=answer[None, 1:3], **{cache_argument(deepseek): cache_in(read)})
-    got = torch.cat([read.logits[0, -1:], said.logits[0], more.logits[0]])
+    got = torch.cat([read.logits[0, -1:], one.logits[0], more.logits[0]])
     torch.testing.assert_close(got, _logits(deepseek, left, answer), atol=2e-4, rtol=1e-4)
 
 
@@ -327,11 +327,11 @@ def _traces(model):
 def test_all_of_a_page_is_the_dense_model_bit_by_bit(deepseek, prompt, select):
     before = _traces(deepseek)
     dense = deepseek(**prompt).logits
-    said = deepseek.generate(**prompt, **NO_STOP, do_sample=False)
+    messages = deepseek.generate(**prompt, **NO_STOP, do_sample=False)
     with RTPrune(keep_tokens=1.0, select=select).attach(deepseek) as handle:
         assert _traces(deepseek) != before
         assert torch.equal(deepseek(**prompt).logits, dense)
-        assert torch.equal(deepseek.generate(**prompt, **NO_STOP, do_sample=False), said)
+        assert torch.equal(deepseek.generate(**prompt, **NO_STOP, do_sample=False), messages)
         assert [page["kept"] for page in handle.facts()["pages"]] == [40, 16] * 2
     assert _traces(deepseek) == before
 
@@ -357,7 +357,7 @@ def _last(model, inputs, **knobs):
         return model(**inputs).logits[:, -1]
 
 
-def test_the_knobs_do_what_they_say(deepseek, prompt):
+def test_every_knob_has_an_effect(deepseek, prompt):
     plain = _last(deepseek, prompt)
     bare = _last(deepseek, prompt, merge=0.0)
     assert torch.equal(bare, _last(deepseek, prompt, select="norm"))
@@ -402,7 +402,7 @@ def test_facts_count_what_is_left(deepseek, prompt):
         assert handle.facts() == {"pages": [], "total": dict.fromkeys(facts["total"], 0)}
 
 
-def test_a_text_without_a_page_is_left_alone(deepseek):
+def test_a_prompt_without_a_page_is_not_changed(deepseek):
     ids = torch.tensor([[1, 7, 8, 9]])
     dense = deepseek.generate(ids, **NO_STOP, do_sample=False)
     with RTPrune(keep_tokens=0.5).attach(deepseek) as handle:
@@ -410,7 +410,7 @@ def test_a_text_without_a_page_is_left_alone(deepseek):
     assert handle.pages == []
 
 
-def test_other_methods_see_where_the_rest_stands(deepseek, prompt):
+def test_other_methods_get_the_layouts_of_what_is_left(deepseek, prompt):
     """Also those that came first, whose hooks run behind."""
     seen = []
     decoder = text_model(deepseek)
@@ -430,7 +430,7 @@ def test_other_methods_see_where_the_rest_stands(deepseek, prompt):
         assert torch.equal(embeds[row, layout.positions], dense[row, places])
 
 
-def test_where_nothing_is_pruned_nothing_is_touched(deepseek, prompt):
+def test_where_nothing_is_pruned_nothing_is_changed(deepseek, prompt):
     seen = []
     hook = text_model(deepseek).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
@@ -448,17 +448,17 @@ def test_half_precision_is_close_to_float32(prompt, dtype, keep_tokens):
     """The same rounded weights and pixels in float32; both keep the same tokens here."""
     model = ocr.deepseek_ocr().to(dtype)
     inputs = {k: v.to(dtype) if k.startswith("pixel") else v for k, v in prompt.items()}
-    found, kept = {}, {}
+    result, kept = {}, {}
     for precision in (dtype, torch.float32):
         model = model.to(precision)
         given = {k: v.to(precision) if "pixel" in k else v for k, v in inputs.items()}
         with RTPrune(keep_tokens=keep_tokens).attach(model) as handle:
-            found[precision] = model(**given).logits[:, -1].float()
+            result[precision] = model(**given).logits[:, -1].float()
         kept[precision] = [page.kept_indices.tolist() for page in handle.pages]
     assert kept[dtype] == kept[torch.float32]
     # roundings of some ten layers: a few units in the last place of the largest logit
-    tolerance = 4 * torch.finfo(dtype).eps * found[torch.float32].abs().max().item()
-    torch.testing.assert_close(found[dtype], found[torch.float32], atol=tolerance, rtol=0)
+    tolerance = 4 * torch.finfo(dtype).eps * result[torch.float32].abs().max().item()
+    torch.testing.assert_close(result[dtype], result[torch.float32], atol=tolerance, rtol=0)
 
 
 # ---- with FastOCR ------------------------------------------------------------------------------
@@ -469,14 +469,14 @@ def test_half_precision_is_close_to_float32(prompt, dtype, keep_tokens):
 def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(prompt, family, first):
     model = getattr(ocr, family)()
     inputs = ocr.deepseek2_prompt(["read"]) if family == "deepseek_ocr2" else prompt
-    pruning, looking = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=1.0, focal_layers=[1])
-    found = []
-    for methods in ([pruning], [pruning, looking] if first == "rtprune" else [looking, pruning]):
+    pruning, fixating = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=1.0, focal_layers=[1])
+    result = []
+    for methods in ([pruning], [pruning, fixating] if first == "rtprune" else [fixating, pruning]):
         with Applied(model, methods) as applied:
-            found.append(model.generate(**inputs, **LOGITS, do_sample=False))
+            result.append(model.generate(**inputs, **LOGITS, do_sample=False))
             facts = applied.facts()
-    assert torch.equal(found[0].sequences, found[1].sequences)
-    for alone, both in zip(found[0].logits, found[1].logits, strict=True):
+    assert torch.equal(result[0].sequences, result[1].sequences)
+    for alone, both in zip(result[0].logits, result[1].logits, strict=True):
         torch.testing.assert_close(both, alone, atol=1e-4, rtol=1e-4)
     pages, counted = facts["rtprune"]["total"], facts["fastocr"]
     assert counted["visual_tokens"] * len(inputs["input_ids"]) == pages["visual_kept"]
@@ -487,7 +487,7 @@ def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(prompt, family, first):
 
 
 @pytest.mark.parametrize("family", ["deepseek", "second"])
-def test_the_encoder_s_attention_is_what_it_says(request, family):
+def test_the_recorded_attention_is_the_encoder_s(request, family):
     model = request.getfixturevalue(family)
     tower = copy.deepcopy(model.model.vision_tower)
     tower.set_attn_implementation("eager")
@@ -530,7 +530,7 @@ def _refused(model, message, call):
         call()
 
 
-def test_what_cannot_be_is_refused(deepseek, prompt):
+def test_calls_that_cannot_work_are_refused(deepseek, prompt):
     _refused(deepseek, "got labels", lambda: deepseek(**prompt, labels=prompt["input_ids"]))
     places = torch.tensor([3])
     _refused(deepseek, "got a tensor", lambda: deepseek(**prompt, logits_to_keep=places))
@@ -554,7 +554,7 @@ def test_what_cannot_be_is_refused(deepseek, prompt):
     _refused(deepseek, "made outside", lambda: deepseek(**ids, mm_encoder_outputs=outside))
 
 
-def test_generate_cannot_go_on_from_a_pruned_cache(deepseek, prompt):
+def test_generate_cannot_continue_a_pruned_cache(deepseek, prompt):
     with RTPrune(keep_tokens=0.5).attach(deepseek):
         made = deepseek.generate(**prompt, **LOGITS, do_sample=False)
         ids = torch.cat([made.sequences, torch.full((2, 2), 9)], 1)

@@ -39,7 +39,7 @@ def test_border_pixels_of_white_patches_count_as_edges():
     assert textual_density(torch.zeros(1, 3, 30, 40), (3, 4)).item() == 0
 
 
-def test_density_grows_with_what_is_written():
+def test_density_grows_with_the_text():
     pages = torch.ones(4, 3, 64, 64)
     for lines, page in enumerate(pages):
         page[:, 4 : 4 + 12 * lines : 4] = -1
@@ -74,7 +74,7 @@ def test_keep_fraction():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_what_goes_in_in_a_dtype_comes_out_in_it(dtype):
+def test_results_have_the_dtype_of_the_inputs(dtype):
     pages, features = torch.rand(2, 3, 16, 16).to(dtype), torch.randn(2, 9, 8).to(dtype)
     density, differ = textual_density(pages, (2, 2)), distinctness(features)
     fraction = keep_fraction(density, differ)
@@ -84,14 +84,14 @@ def test_what_goes_in_in_a_dtype_comes_out_in_it(dtype):
     assert torch.equal(differ, distinctness(features.float()).to(dtype))
 
 
-def test_it_says_what_it_expects():
+def test_errors_name_what_is_expected():
     with pytest.raises(ValueError, match=r"\(batch, 3, height, width\).*got \(3, 8, 8\)"):
         textual_density(torch.zeros(3, 8, 8), (2, 2))
     with pytest.raises(ValueError, match="9x2 patches for pages of 8x8"):
         textual_density(torch.zeros(1, 3, 8, 8), (9, 2))
 
 
-def test_what_has_no_tokens_is_refused():
+def test_features_without_tokens_are_refused():
     with pytest.raises(ValueError, match=r"\(\.\.\., tokens, dim\) are expected; got \(8,\)"):
         distinctness(torch.ones(8))
     with pytest.raises(ValueError, match="at least one row and one column is expected; got 0x4"):

@@ -56,7 +56,7 @@ def test_norms_of_halves_are_taken_in_float32():
 
 
 @pytest.mark.parametrize("keep", [0, 4])
-def test_there_must_be_as_many_tokens(keep):
+def test_more_tokens_than_there_are_cannot_be_kept(keep):
     with pytest.raises(ValueError, match=f"1 to 3 tokens.*keep={keep}"):
         select(torch.zeros(2, 3, 4), keep)
 
@@ -136,7 +136,7 @@ def test_a_batch_is_one_by_one_and_keeps_its_dtype():
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (4,)])
-def test_there_must_be_something_to_move(shape):
+def test_scores_without_tokens_are_refused(shape):
     with pytest.raises(ValueError, match="at least one kept and one pruned"):
         transport_plan(torch.zeros(shape))
 
@@ -161,7 +161,7 @@ def test_merging_adds_what_the_plan_moves():
     assert torch.equal(halves, merge(kept.half().float(), pruned.half().float(), plan).half())
 
 
-def test_the_nearest_plan_gives_each_token_to_the_most_alike():
+def test_the_nearest_plan_moves_each_token_to_the_most_similar():
     kept, pruned = torch.randn(4, 8), torch.randn(6, 8)
     scores = similarity(kept, pruned)
     torch.testing.assert_close(scores, torch.cosine_similarity(kept[:, None], pruned[None], dim=-1))

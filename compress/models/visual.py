@@ -1,8 +1,7 @@
 """Where the visual tokens of a prompt are, and which part of the page each of them shows.
 
 One adapter per family of vision-language models has what differs between them: the layout of the
-visual tokens, and how a prompt is built. What is the same for all is a plain function:
-:func:`text_model`, :func:`attention_modules`.
+visual tokens, and how a prompt is built.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -120,34 +119,41 @@ class Adapter:
         ValueError : when the images have not as many tokens as ``input_ids`` has places.
         """
         is_visual = inputs["input_ids"] == config.image_token_id
-        left = self.cells(config, inputs, _runs(is_visual))
-        if (places := int(is_visual.sum())) != (tokens := sum(map(len, left))):
-            raise ValueError(
-                f"the {len(left)} images of {self.name} have {tokens} visual tokens, input_ids "
-                f"has places for {places}; build both with one call of the processor"
-            )
-        layouts = []
-        for row in is_visual:
-            positions = row.nonzero()[:, 0]
-            images: list[torch.Tensor] = []
-            while sum(map(len, images)) < len(positions):
-                images, left = [*images, left[0]], left[1:]
-            if sum(map(len, images)) != len(positions):
-                raise ValueError(
-                    f"an image of {self.name} would reach over two sequences: {len(positions)} "
-                    "places, images of "
-                    f"{', '.join(str(len(image)) for image in images)} tokens; keep their order"
-                )
-            numbers = [torch.full((len(image),), i) for i, image in enumerate(images)]
-            empty = torch.empty(0, 3, dtype=torch.long)
-            layouts.append(
-                VisualLayout(
-                    positions,
-                    torch.cat([empty, *images]).to(positions.device),
-                    torch.cat([empty[:, 0], *numbers]).to(positions.device),
-                )
-            )
-        return layouts
+        return layouts_of(is_visual, self.cells(config, inputs, _runs(is_visual)))
+
+
+def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
+    """The layout of each sequence of a batch, from the tokens of its images.
+
+    Parameters
+    ----------
+    is_visual : which tokens are visual, ``(batch, length)`` bool.
+    grids : (view, row, column) of the tokens of each image, in their order through the batch,
+        ``(tokens, 3)``.
+
+    Raises
+    ------
+    ValueError : when the images of a sequence have not as many tokens as it has places.
+    """
+    layouts = []
+    left = list(grids)
+    for row in is_visual:
+        positions = row.nonzero()[:, 0]
+        images = [torch.empty(0, 3, dtype=torch.long)]
+        while left and sum(map(len, images)) < len(positions):
+            images.append(left.pop(0))
+        grid = torch.cat(images).to(positions.device)
+        if len(grid) != len(positions):
+            break
+        image_of = [torch.full((len(image),), number) for number, image in enumerate(images, -1)]
+        layouts.append(VisualLayout(positions, grid, torch.cat(image_of).to(positions.device)))
+    if left or len(layouts) != len(is_visual):
+        raise ValueError(
+            f"the sequences have places for {is_visual.sum(1).tolist()} visual tokens; got images "
+            f"of {', '.join(str(len(grid)) for grid in grids)} tokens, which do not fill them one "
+            "by one; build both with one call of the processor"
+        )
+    return layouts
 
 
 def _runs(is_visual: torch.Tensor) -> list[int]:
@@ -418,9 +424,3 @@ def text_model(model: Any) -> Any:
     """The decoder, a module, that reads text and visual tokens; its layers are ``.layers``."""
     adapter_for(model.config)
     return model.model.language_model
-
-
-def attention_modules(model: Any) -> list[torch.nn.Module]:
-    """The self-attention of every layer of the text model, first layer first."""
-    layers: Any = text_model(model).layers
-    return [layer.self_attn for layer in layers]

@@ -9,7 +9,7 @@ import torch
 from compress.methods.rtprune.encoder_attention import Captured, token_values
 from compress.methods.rtprune.pages import EncodedPage
 from compress.methods.rtprune.ratio import textual_density
-from compress.models.visual import visual_layouts
+from compress.models.visual import adapter_for
 
 if TYPE_CHECKING:
     from compress.methods.rtprune.method import RTPrune
@@ -35,10 +35,10 @@ def encoded_pages(
     """
     counts, grids = inputs.get("num_local_patches"), inputs.get("patches_grid")
     crops = [0] * len(features) if counts is None else [int(count) for count in counts]
-    cells = [
-        _cells(model, inputs, page, crops[number], (1, 1) if grids is None else grids[number])
-        for number, page in enumerate(features)
-    ]
+    whole = [(1, 1)] * len(features)
+    sizes = {"num_local_patches": crops, "patches_grid": whole if grids is None else grids}
+    family = adapter_for(model.config)
+    cells = family.cells(model.config, {**inputs, **sizes}, [len(page) for page in features])
     pixels = inputs["pixel_values"]
     density: Sequence[torch.Tensor | None] = [None] * len(features)
     if method.keep_tokens == "dynamic":
@@ -54,20 +54,6 @@ def encoded_pages(
         seed = page_seed(method.seed, pixels[number]) if method.select == "random" else 0
         pages.append(EncodedPage(grid, density[number], seed, attention))
     return pages
-
-
-def _cells(
-    model: Any, inputs: Mapping[str, Any], features: torch.Tensor, crops: int, grid: Any
-) -> torch.Tensor:
-    """(view, row, column) of the tokens of one page, as if it were alone."""
-    alone = {
-        "input_ids": torch.full((1, len(features)), model.config.image_token_id),
-        "pixel_values": inputs["pixel_values"],
-        "pixel_values_local": inputs.get("pixel_values_local"),
-        "num_local_patches": [crops],
-        "patches_grid": [grid],
-    }
-    return visual_layouts(model, alone)[0].grid
 
 
 def _attention(

@@ -23,10 +23,16 @@ from compress.methods.rtprune.encoder_attention import EncoderRecorder
 from compress.methods.rtprune.encoding import encoded_pages
 from compress.methods.rtprune.pages import Handle, PrunedPage, prune_pages
 from compress.methods.rtprune.prompt import ShortenedPrompt
-from compress.methods.rtprune.sequence import attended_tokens, page_layouts, pages_in, shortened
+from compress.methods.rtprune.sequence import attended_tokens, pages_in, shortened
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.generation import checked_generation, replaced_method
-from compress.models.visual import VISUAL_LAYOUTS, VisualLayout, adapter_for, text_model
+from compress.models.visual import (
+    VISUAL_LAYOUTS,
+    VisualLayout,
+    adapter_for,
+    layouts_of,
+    text_model,
+)
 
 if TYPE_CHECKING:
     from compress.methods.rtprune.method import RTPrune
@@ -171,7 +177,7 @@ class _Hooks:
                 "RTPrune has to see which page features come from; got mm_encoder_outputs that "
                 "were made outside of its context; make them inside, or give pixel_values"
             )
-        layouts = page_layouts(is_visual, [self.pages[features].grid for features in encoded])
+        layouts = layouts_of(is_visual, [self.pages[features].grid for features in encoded])
         where = pages_in(layouts)
         pruned = self._pruned(encoded, where, embeds, attended & ~is_visual)
         if all(values is None for _, values in pruned):

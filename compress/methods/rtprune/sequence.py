@@ -30,41 +30,6 @@ def attended_tokens(mask: Any, batch: int, length: int) -> torch.Tensor:
     return mask.bool().cpu()
 
 
-def page_layouts(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
-    """The visual tokens of each sequence of a batch.
-
-    Parameters
-    ----------
-    is_visual : which tokens are visual, ``(batch, length)`` bool.
-    grids : (view, row, column) of the tokens of each page, in their order through the batch,
-        ``(tokens, 3)``.
-
-    Raises
-    ------
-    ValueError : when the pages have not as many tokens as their sequences have places.
-    """
-    layouts = []
-    left = list(grids)
-    for row in is_visual:
-        positions = row.nonzero()[:, 0]
-        pages = [positions.new_empty(0, 3)]
-        while left and sum(map(len, pages)) < len(positions):
-            pages.append(left.pop(0))
-        grid = torch.cat(pages)
-        if len(grid) != len(positions):
-            break
-        counts = torch.tensor([len(page) for page in pages[1:]], dtype=torch.long)
-        image_of = torch.arange(len(counts)).repeat_interleave(counts)
-        layouts.append(VisualLayout(positions, grid, image_of))
-    if left or len(layouts) != len(is_visual):
-        raise ValueError(
-            f"the sequences have places for {is_visual.sum(1).tolist()} visual tokens; got pages "
-            f"of {', '.join(str(len(grid)) for grid in grids)}, which do not fill them one by one; "
-            "build both with one call of the processor"
-        )
-    return layouts
-
-
 def pages_in(layouts: Sequence[VisualLayout]) -> list[tuple[int, torch.Tensor]]:
     """Sequence and positions of each page of a batch."""
     return [
