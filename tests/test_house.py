@@ -1,7 +1,6 @@
 """Rules of the house that neither ruff nor mypy, import-linter or deptry can check."""
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -100,24 +99,6 @@ def test_both_commands_are_installed():
     }
 
 
-def readme_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_readme_has_python_and_every_name_in_it_exists():
-    blocks = readme_blocks()
-    assert len(blocks) == 3
-    for block in blocks:
-        tree = ast.parse(block)
-        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names: dict[str, object] = {}
-        exec(compile(ast.Module(imports, []), "README.md", "exec"), names)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id in names:
-                    assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
-
-
 def test_no_module_hides_a_public_name():
     import importlib
 
@@ -127,48 +108,3 @@ def test_no_module_hides_a_public_name():
         importlib.import_module(f"compress.{path.stem}")
     for name in compress.__all__:
         assert not isinstance(getattr(compress, name), types.ModuleType), name
-
-
-def test_readme_recipes_are_valid(tmp_path):
-    from compress.runs.recipe import load_recipe
-
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        path = tmp_path / "readme.yaml"
-        path.write_text(block)
-        load_recipe(path)
-
-
-def test_readme_names_commands_and_recipes_that_exist():
-    from typer.main import get_command
-
-    from compress.cli import app
-
-    text = (ROOT / "README.md").read_text()
-    verbs = set(get_command(app).commands)
-    used = set(re.findall(r"^compress (\w+)", text, re.MULTILINE))
-    assert used == verbs
-    for recipe in re.findall(r"recipes/(\w+\.yaml)", text):
-        assert (ROOT / "recipes" / recipe).is_file()
-    benches = (f"bench_{name}" for name in ("gradflow", "rtprune", "fastocr", "kernels"))
-    for table in (
-        "main",
-        "ablation",
-        "attempts",
-        "readers",
-        "fastocr",
-        "rtprune",
-        "processes",
-        *benches,
-    ):
-        assert text.count(f"<!-- table:{table} -->") == text.count(f"<!-- /table:{table} -->") == 1
-
-
-def test_readme_states_the_declared_ranges():
-    text = (ROOT / "README.md").read_text()
-    for requirement in PROJECT["project"]["dependencies"]:
-        found = re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", requirement)
-        row = f"| {found[1]} | {found[2]} up to, not including, {found[3]} |" if found else ""
-        if found and found[1] in re.findall(r"^\| ([\w-]+) \| [\d.]+ up to", text, re.MULTILINE):
-            assert row in text
