@@ -40,7 +40,10 @@ def _frozen_imports() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     import torch
+    from diffusers.utils import logging
 
+    # its handler keeps the stderr of when it is first used: that of one test would be closed later
+    logging.get_verbosity()
     # tiny models gain nothing from a second thread and wait for it on a busy machine
     torch.set_num_threads(1)
 

@@ -17,7 +17,16 @@ MAPPED = ("kernels", "eval", "recipes")
 SHIPPED = [p for folder in ("compress", *MAPPED) for p in sorted((ROOT / folder).rglob("*.py"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # keyword arguments that are data of the caller's, not options that could be misspelt
-KEYWORDS = {("compress/common/journal.py", "log")}
+KEYWORDS = {
+    ("compress/common/journal.py", "log"),
+    # those of what is called
+    ("compress/common/files.py", "image_png"),
+    ("compress/common/plots.py", "to_png"),
+    ("compress/methods/fastocr/hooks.py", "generate"),
+    ("compress/methods/gradflow/masks.py", "forward"),
+    ("compress/methods/gradflow/masks.py", "predict"),
+    ("compress/tables/table.py", "has"),
+}
 
 
 def relative(path: Path) -> str:

@@ -46,7 +46,7 @@ def options_of(
         made = [_parameter(name, found) for name, found in fields.items()]
 
         @functools.wraps(command)
-        def wrapped(**values: Any) -> None:
+        def _wrapped(**values: Any) -> None:
             options = {name: values.pop(name) for name in fields}
             chosen = {
                 name: yaml.safe_load(value) if _as_yaml(fields[name][0]) else value
@@ -56,11 +56,11 @@ def options_of(
             command(**values, options=chosen)
 
         parameters = sorted([*own, *made], key=lambda p: p.default is not p.empty)
-        wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        _wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[p.replace(kind=p.KEYWORD_ONLY) for p in parameters]
         )
-        wrapped.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-        return wrapped
+        _wrapped.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return _wrapped
 
     return decorate
 

@@ -238,7 +238,7 @@ def _prefill(
 def _encode_first(marks: Marks, pages: int) -> Callable[..., Any]:
     """``get_image_features`` that encodes the first pages, and gives theirs to the others."""
 
-    def encode(
+    def _encode(
         original: Callable[..., Any], pixel_values: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         with marks.span("vision"):
@@ -249,7 +249,7 @@ def _encode_first(marks: Marks, pages: int) -> Callable[..., Any]:
         output.pooler_output = features + more
         return output
 
-    return encode
+    return _encode
 
 
 def _mark_module(stack: ExitStack, marks: Marks, name: str, module: torch.nn.Module) -> None:

@@ -60,7 +60,7 @@ def attached(method: "RTPrune", model: Any) -> Iterator[Handle]:
         if method.select == "visionzip":
             encoder = model.model.vision_tower.vision_encoder
             stack.enter_context(hooks.recorder.recording(encoder))
-        stack.enter_context(replaced_method(model.model, "get_image_features", hooks.encode))
+        stack.enter_context(replaced_method(model.model, "get_image_features", hooks._encode))
         stack.enter_context(checked_generation(model, hooks.check_generation))
         for module, hook in (
             (model, hooks.check_call),
@@ -122,7 +122,7 @@ class _Hooks:
                 "which cuts it; leave it out under RTPrune"
             )
 
-    def encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Note the pages that the encoder encodes."""
         self.recorder.captured.clear()
         output = original(*args, **kwargs)
