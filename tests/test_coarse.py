@@ -7,9 +7,8 @@ from builders import models
 from compress.methods.gradflow import GradFlow, surgery
 from compress.methods.gradflow.coarse import COARSE_CHANNELS, COARSE_REFRESH, coarsen
 from compress.methods.gradflow.flow import binarise
-from compress.methods.gradflow.mask_scheduler import MaskScheduler
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.training import Training
+from compress.methods.gradflow.mover import MaskMover
 
 CASES = [
     ("built_in", (12, 16, 32, 64)),
@@ -35,7 +34,7 @@ def test_a_coarse_mask_is_a_fine_one_whose_neighbours_are_equal(name, widths):
         assert list(tables[0]) == list(tables[1])
         for module, index in tables[0].items():
             for one, other in zip(index.tolist(), tables[1][module].tolist(), strict=True):
-                if one >= fine.units:  # never masked, or a sinusoid value that goes
+                if one >= fine.units:  # never masked, or a sinusoid value that fades
                     assert other - coarse.units == one - fine.units
                 else:
                     members.setdefault(other, set()).add(one)
@@ -50,16 +49,16 @@ def test_a_coarse_mask_is_a_fine_one_whose_neighbours_are_equal(name, widths):
         assert len(found) == 1 or len(found) * units[min(found)] <= COARSE_CHANNELS
     # every block keeps the same channels in number
     size = torch.tensor([len(members[u]) for u in range(coarse.units)])
-    for block, count in enumerate(coarse.keep_counts.tolist()):
+    for block, quota in enumerate(coarse.quota.tolist()):
         (together,) = set(size[coarse.block == block].tolist())
-        assert count * together == fine.keep_counts[block]
+        assert quota * together == fine.quota[block]
 
 
 def test_one_channel_changes_nothing():
     fine = models.layout("plain", (4, 8))
     same = coarsen(fine, channels=1)
     assert (same.groups, same.offsets, same.units) == (fine.groups, fine.offsets, fine.units)
-    assert torch.equal(same.block, fine.block) and torch.equal(same.keep_counts, fine.keep_counts)
+    assert torch.equal(same.block, fine.block) and torch.equal(same.quota, fine.quota)
     for table in ("inputs", "outputs", "norms"):
         for module, index in getattr(fine, table).items():
             assert torch.equal(getattr(same, table)[module], index)
@@ -70,20 +69,20 @@ def test_masked_equals_slim(name, widths):
     unet, layout = models.build(name), coarsen(models.layout(name, widths))
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
+    soft.fade.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     assert tuple(slim.config.block_out_channels) == widths
     with torch.no_grad():
         sample, timestep = models.inputs(unet)
-        difference = soft(sample, timestep).sample - slim(sample, timestep).sample
+        difference = soft(sample, timestep) - slim(sample, timestep).sample
     assert difference.abs().max() < 1e-5
 
 
 def test_channels_under_one_mask_stay_or_go_together():
     layout = coarsen(models.layout("built_in", (12, 16, 32, 64)))
     scores = torch.rand(layout.units, generator=torch.Generator().manual_seed(0))
-    mask = binarise(torch.ones(layout.units), scores, layout.block, layout.keep_counts)
+    mask = binarise(torch.ones(layout.units), scores, layout.block, layout.quota)
     surgery.check_mask(layout, mask)
     extended = layout.extend(mask) > 0.5
     together = 0
@@ -111,13 +110,13 @@ def test_coarse_masks_are_scored_less_often(granularity, every):
         max_move=1,
     )
     layout = models.layout("plain", (4, 8))
-    masks = MaskScheduler(
-        method, layout, None, None, lambda number: [], Training(), torch.device("cpu")
+    mover = MaskMover(
+        method, layout, None, lambda number: [], step_rate=1.0, seed=0, device=torch.device("cpu")
     )
     soft, estimates = SoftUNet(unet, layout), []
     for step in range(20):
-        before = masks.state.estimates
-        masks.move(soft, step)
-        if masks.state.estimates > before:
+        before = mover.state.estimates
+        mover.move(soft, step)
+        if mover.state.estimates > before:
             estimates.append(step)
     assert estimates == list(range(0, 20, every))

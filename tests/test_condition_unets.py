@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from builders import models
 from compress.common.cost import unet_cost, unet_inputs
 from compress.methods.gradflow import surgery
-from compress.methods.gradflow.groups import dense_widths, level_of, whole_heads
+from compress.methods.gradflow.condition import whole_heads
+from compress.methods.gradflow.groups import dense_widths, level_of
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.unets import find_groups
@@ -64,7 +65,7 @@ def random_inputs(unet) -> dict:
 def masked_output(soft: SoftUNet, inputs: dict) -> torch.Tensor:
     condition = {k: v for k, v in inputs.items() if k not in ("sample", "timestep")}
     with torch.no_grad():
-        return soft(inputs["sample"], inputs["timestep"], **condition).sample
+        return soft(inputs["sample"], inputs["timestep"], condition=condition)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +77,7 @@ def test_masked_is_dense_at_ones_and_slim_when_binary(name, tmp_path):
         dense = unet(**inputs).sample
     assert (masked_output(soft, inputs) - dense).abs().max() <= TOLERANCE
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
+    soft.fade.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(unet, layout, soft.mask).eval()
     with torch.no_grad():

@@ -15,11 +15,11 @@ def hooks(unet) -> int:
     return sum(len(module._forward_hooks) for module in unet.modules())
 
 
-def recorded(teacher, student, unet, sample, timestep):
+def watched(teacher, student, unet, sample, timestep):
     """A student's prediction and its block outputs."""
-    with teacher.record(unet) as features:
+    with teacher.watch(unet) as features:
         output = student(sample, timestep)
-    return output.sample, features
+    return getattr(output, "sample", output), features
 
 
 def test_without_weights_nothing_is_computed():
@@ -33,7 +33,7 @@ def test_without_weights_nothing_is_computed():
 
     teacher = Teacher(Unused(), 0.0, 0.0, layout)
     sample, timestep = models.inputs(unet)
-    predicted, features = recorded(teacher, unet, unet, sample, timestep)
+    predicted, features = watched(teacher, unet, unet, sample, timestep)
     loss = teacher.loss(sample, timestep, predicted, features, torch.ones(layout.units))
     assert loss.item() == 0 and loss.shape == () and features == {}
 
@@ -43,7 +43,7 @@ def test_the_teacher_as_student_loses_nothing(weights):
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher = Teacher(unet, *weights, layout)
     sample, timestep = models.inputs(unet)
-    predicted, features = recorded(teacher, unet, unet, sample, timestep)
+    predicted, features = watched(teacher, unet, unet, sample, timestep)
     assert set(features) == (NAMES if weights[1] else set())
     loss = teacher.loss(sample, timestep, predicted, features, torch.ones(layout.units))
     assert loss.item() == 0
@@ -54,7 +54,7 @@ def test_a_soft_student_with_ones_loses_nothing():
     layout = models.layout("plain", unet.config.block_out_channels)
     soft, teacher = SoftUNet(unet, layout), Teacher(unet, 1.0, 1.0, layout)
     sample, timestep = models.inputs(unet)
-    predicted, features = recorded(teacher, soft, soft.unet, sample, timestep)
+    predicted, features = watched(teacher, soft, soft.unet, sample, timestep)
     loss = teacher.loss(sample, timestep, predicted, features, soft.mask)
     assert 0 <= loss.item() < 1e-10
 
@@ -86,7 +86,7 @@ def test_a_slim_students_features_are_compared_with_the_kept_channels():
     slim = surgery.perform(unet, layout, mask).eval()
     teacher = Teacher(unet, *weights, layout)
     sample, timestep = models.inputs(unet)
-    predicted, features = recorded(teacher, slim, slim, sample, timestep)
+    predicted, features = watched(teacher, slim, slim, sample, timestep)
     loss = teacher.loss(sample, timestep, predicted, features, mask)
     # which channels a block's output keeps, from the groups: those of the layer that makes it
     producers = {
@@ -111,13 +111,11 @@ def test_a_masked_student_is_worth_what_its_slim_self_is():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, soft = Teacher(unet, 0.3, 0.7, layout), SoftUNet(unet, layout)
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
+    soft.fade.zero_()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     sample, timestep = models.inputs(unet)
     losses = [
-        teacher.loss(
-            sample, timestep, *recorded(teacher, student, net, sample, timestep), soft.mask
-        )
+        teacher.loss(sample, timestep, *watched(teacher, student, net, sample, timestep), soft.mask)
         for student, net in ((soft, soft.unet), (slim, slim))
     ]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
@@ -127,7 +125,7 @@ def test_a_change_in_a_removed_channel_does_not_count():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, mask = Teacher(unet, 0.0, 1.0, layout), models.binary_mask(layout)
     sample, timestep = models.inputs(unet)
-    predicted, features = recorded(teacher, unet, unet, sample, timestep)
+    predicted, features = watched(teacher, unet, unet, sample, timestep)
     feature = features["mid_block"] = features["mid_block"].clone()
     removed = layout.extend(mask)[layout.outputs["mid_block.resnets.1.conv2"]] == 0
     feature[:, removed] += 5
@@ -141,12 +139,12 @@ def test_hooks_are_removed_and_gradients_reach_the_student_only():
     teacher, mask = Teacher(unet, 1.0, 1.0, layout), models.binary_mask(layout)
     slim = surgery.perform(unet, layout, mask)
     sample, timestep = models.inputs(unet)
-    predicted, features = recorded(teacher, slim, slim, sample, timestep)
+    predicted, features = watched(teacher, slim, slim, sample, timestep)
     teacher.loss(sample, timestep, predicted, features, mask).backward()
     assert hooks(unet) == hooks(slim) == 0
     assert all(p.grad is None for p in unet.parameters())
     assert all(p.grad is not None for p in slim.parameters())
-    with pytest.raises(RuntimeError, match="stop"), teacher.record(slim):
+    with pytest.raises(RuntimeError, match="stop"), teacher.watch(slim):
         assert hooks(slim) == len(NAMES)
         raise RuntimeError("stop")
     assert hooks(slim) == 0

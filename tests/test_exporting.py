@@ -91,7 +91,7 @@ def slim_unet(unet, groups, method):
     layout, _ = plan(unet, groups, method)
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
+    soft.fade.zero_()
     soft.adopt_slim_membership()
     return soft, surgery.perform(unet, layout, soft.mask).eval()
 
@@ -103,8 +103,10 @@ def masked_unet(unet, soft):
     def forward(sample, timestep, *given, return_dict=True, **inputs):
         names = list(inspect.signature(type(unet).forward).parameters)[3:]
         inputs |= dict(zip(names, given, strict=False))
-        output = soft(sample, timestep, **{k: v for k, v in inputs.items() if v is not None})
-        return output if return_dict else (output.sample,)
+        output = soft(
+            sample, timestep, condition={k: v for k, v in inputs.items() if v is not None}
+        )
+        return type("Output", (), {"sample": output})() if return_dict else (output,)
 
     masked.forward = forward
     return masked

@@ -11,12 +11,12 @@ from scipy.stats import spearmanr
 from compress.methods.gradflow.flow import (
     binarise,
     block_sums,
-    check_max_move,
     energy_gradient,
     flow_step,
     project,
     removed_share,
     spearman,
+    updates_fit,
 )
 
 
@@ -163,12 +163,12 @@ def test_gamma_drives_masks_apart():
 @pytest.mark.parametrize("schedule", ["s_shaped", "cubic"])
 def test_the_flow_reaches_its_target_within_a_bound_that_was_accepted(schedule):
     # 2 of 16 are kept: units that are out early cannot take part in later drops
-    sizes, count, block = torch.tensor([16.0]), torch.tensor([2.0]), torch.zeros(16).long()
+    sizes, quota, block = torch.tensor([16.0]), torch.tensor([2.0]), torch.zeros(16).long()
     accepted = 0
     for updates in range(8, 48, 4):
         max_move = 0.1 if schedule == "s_shaped" else 0.25
         try:
-            check_max_move(updates, sizes, count, max_move, schedule)
+            updates_fit(updates, sizes, quota, max_move, schedule)
         except ValueError:
             continue
         accepted += 1
@@ -182,11 +182,11 @@ def test_the_flow_reaches_its_target_within_a_bound_that_was_accepted(schedule):
                 gamma=progress,
                 rate=0.1,
                 max_move=max_move,
-                budget=sizes - removed_share(progress, schedule) * (sizes - count),
+                budget=sizes - removed_share(progress, schedule) * (sizes - quota),
                 block=block,
             )
             assert (mask - before).abs().max() <= max_move + 1e-6
-        binary = binarise(mask, scores, block, count.long())
+        binary = binarise(mask, scores, block, quota.long())
         assert binary.nonzero().flatten().tolist() == [14, 15]
         if updates > 30:  # with time to spare the budget is met
             assert mask.sum().item() == pytest.approx(2, abs=1e-3)
@@ -209,16 +209,21 @@ def test_s_shaped_is_symmetric_and_cubic_removes_most_first():
     assert removed_share(0.5, "cubic") == 0.875
 
 
+def test_an_unknown_schedule_is_an_error():
+    with pytest.raises(ValueError, match="'s_shaped' or 'cubic'; got 'linear'"):
+        removed_share(0.5, "linear")
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_binarise_keeps_each_blocks_count_of_the_highest(seed):
+def test_binarise_keeps_each_blocks_quota_of_the_highest(seed):
     torch.manual_seed(seed)
     block = torch.cat([torch.arange(5), torch.randint(0, 5, (45,))])
     sizes = torch.bincount(block)
-    count = (sizes * torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])).long()
+    quota = (sizes * torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])).long()
     mask = torch.randperm(50) / 50.0  # all different
-    binary = binarise(mask, torch.randn(50), block, count)
+    binary = binarise(mask, torch.randn(50), block, quota)
     assert set(binary.tolist()) <= {0.0, 1.0} and binary.dtype == mask.dtype
-    assert torch.equal(block_sums(binary, block, 5).long(), count)
+    assert torch.equal(block_sums(binary, block, 5).long(), quota)
     for index in range(5):
         kept, gone = mask[(block == index) & (binary == 1)], mask[(block == index) & (binary == 0)]
         if len(kept) and len(gone):
@@ -226,21 +231,21 @@ def test_binarise_keeps_each_blocks_count_of_the_highest(seed):
 
 
 def test_scores_break_ties_of_the_mask():
-    block, count = torch.zeros(6, dtype=torch.long), torch.tensor([3])
+    block, quota = torch.zeros(6, dtype=torch.long), torch.tensor([3])
     scores = torch.tensor([0.1, 5.0, 0.3, 9.0, 0.2, 0.4])
-    assert binarise(torch.ones(6), scores, block, count).tolist() == [0, 1, 0, 1, 0, 1]
+    assert binarise(torch.ones(6), scores, block, quota).tolist() == [0, 1, 0, 1, 0, 1]
     mask = torch.tensor([1.0, 0.5, 0.5, 0.5, 1.0, 0.0])  # the mask comes first
-    assert binarise(mask, scores, block, count).tolist() == [1, 0, 0, 1, 1, 0]
+    assert binarise(mask, scores, block, quota).tolist() == [1, 0, 0, 1, 1, 0]
 
 
 def test_a_bound_too_small_for_the_schedule_is_an_error():
-    sizes, count = torch.tensor([10.0, 10.0]), torch.tensor([8.0, 4.0])
+    sizes, quota = torch.tensor([10.0, 10.0]), torch.tensor([8.0, 4.0])
     # steepest s-shaped drop of 10 updates: f(0.5) - f(0.4) = 0.148, times 0.6 removed
     with pytest.raises(ValueError, match=r"0\.0888 \(over 10 updates\); got max_move=0\.08"):
-        check_max_move(10, sizes, count, 0.08, "s_shaped")
-    check_max_move(10, sizes, count, 0.09, "s_shaped")
+        updates_fit(10, sizes, quota, 0.08, "s_shaped")
+    updates_fit(10, sizes, quota, 0.09, "s_shaped")
     with pytest.raises(ValueError, match=r"0\.1626"):  # cubic: 1 - 0.9 ** 3 = 0.271, times 0.6
-        check_max_move(10, sizes, count, 0.1, "cubic")
+        updates_fit(10, sizes, quota, 0.1, "cubic")
 
 
 def test_spearman_equals_scipys():

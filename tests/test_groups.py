@@ -8,8 +8,11 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from builders import models
-from compress.methods.gradflow.groups import dense_widths, narrowed_queries
-from compress.methods.gradflow.unets import find_groups
+from compress.methods.gradflow.groups import (
+    dense_widths,
+    find_groups,
+    narrowed_queries,
+)
 
 NAMES = [
     "plain",

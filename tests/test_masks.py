@@ -44,13 +44,13 @@ def compared(unet, layout, *, switch: bool = True, seed: int = 0) -> tuple[float
     """Largest difference of masked and slim, and the slim output's mean size."""
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout, seed))
-    soft.sinusoid_scale.zero_()
+    soft.fade.zero_()
     if switch:
         soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     with torch.no_grad():
         sample, timestep = models.inputs(unet)
-        masked, expected = (net(sample, timestep).sample for net in (soft, slim))
+        masked, expected = soft(sample, timestep), slim(sample, timestep).sample
     return (masked - expected).abs().max().item(), expected.abs().mean().item()
 
 
@@ -129,17 +129,17 @@ def test_a_removed_channel_cannot_come_back_through_its_producer():
     sample, timestep = models.inputs(unet)
     parameters = dict(soft.unet.named_parameters())
     with torch.no_grad():
-        before = soft(sample, timestep).sample
+        before = soft(sample, timestep)
         for group, offset in zip(layout.groups, layout.offsets, strict=True):
             for unit in (soft.mask[offset : offset + group.units] == 0).nonzero().flatten():
                 for name, side, index in models.slices(unet, group, int(unit)):
                     if side != "in":
                         parameters[name][index] = 100 * torch.randn_like(parameters[name][index])
-        after = soft(sample, timestep).sample
+        after = soft(sample, timestep)
     assert torch.allclose(before, after, atol=TOLERANCE)
 
 
-def reference_forward(unet, layout, mask, sinusoid_scale, sample, timestep):
+def reference_forward(unet, layout, mask, fade, sample, timestep):
     """The masked net by hooks on activations: no weight is touched, no layout table is read."""
     unet = copy.deepcopy(unet)
     modules = dict(unet.named_modules())
@@ -172,7 +172,7 @@ def reference_forward(unet, layout, mask, sinusoid_scale, sample, timestep):
             )
         elif name.endswith("to_q") and unet.config.attention_head_dim is None:
             module.register_forward_hook(lambda module, _, output, factor=factor: output * factor)
-    kept = torch.full((unet.config.block_out_channels[0] // 2,), sinusoid_scale)
+    kept = torch.full((unet.config.block_out_channels[0] // 2,), fade)
     count = layout.widths[0] // 2
     kept[kept_frequencies(len(kept), count, unet.config.freq_shift)[0]] = 1
     modules["time_embedding.linear_1"].register_forward_pre_hook(
@@ -206,9 +206,8 @@ def test_fractional_masks_act_once_at_every_consumers_input(name, widths):
     sample, timestep = models.inputs(unet)
     with torch.no_grad():
         soft = SoftUNet(unet, layout).double()
-        soft.sinusoid_scale.fill_(0.375)
-        soft.mask.copy_(mask)
-        actual = soft(sample.double(), timestep).sample
+        soft.fade.fill_(0.375)
+        actual = soft(sample.double(), timestep, mask)
         expected = reference_forward(unet, layout, mask, 0.375, sample.double(), timestep)
     assert (actual - expected).abs().max() < 1e-10
 
@@ -292,7 +291,7 @@ def test_the_given_unet_is_never_changed():
     soft.mask.copy_(models.binary_mask(layout))
     soft.adopt_slim_membership()
     optimizer = torch.optim.SGD(soft.parameters(), lr=0.1)
-    soft(*models.inputs(unet)).sample.square().mean().backward()
+    soft(*models.inputs(unet)).square().mean().backward()
     optimizer.step()
     surgery.perform(soft.unet, layout, soft.mask)
     assert [(name, type(module)) for name, module in unet.named_modules()] == names
@@ -306,7 +305,7 @@ def test_all_weights_learn_under_a_soft_mask():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     soft = SoftUNet(unet, layout).train()
     soft.mask.copy_(models.soft_mask(layout))
-    soft(*models.inputs(unet)).sample.square().mean().backward()
+    soft(*models.inputs(unet)).square().mean().backward()
     names = dict(unet.named_parameters())
     assert list(dict(soft.unet.named_parameters())) == list(names)
     for name, parameter in soft.unet.named_parameters():
@@ -321,8 +320,7 @@ def test_gradient_of_the_mask_equals_finite_differences(name, widths):
     sample, mask = sample.double(), models.soft_mask(layout).double().requires_grad_()
 
     def loss(mask):
-        soft.mask = mask
-        return (soft(sample, timestep).sample - 0.1).square().mean()
+        return (soft(sample, timestep, mask) - 0.1).square().mean()
 
     (gradient,) = torch.autograd.grad(loss(mask), mask)
     step = 1e-5
@@ -369,7 +367,7 @@ def test_checkpointed_blocks_have_the_gradients_of_the_masked_weights(name):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
-            loss = soft(*models.inputs(unet)).sample.square().mean()
+            loss = soft(*models.inputs(unet)).square().mean()
         saved.append(sum(held))
         found.append(torch.autograd.grad(loss, list(soft.parameters())))
     for (parameter, _), one, other in zip(soft.named_parameters(), *found, strict=True):

@@ -167,7 +167,7 @@ def test_losses_are_those_of_the_definition(family, start, name):
     found = validation_loss(
         lambda noisy, t, **condition: torch.zeros_like(noisy),
         TensorImages(examples.images),
-        run.noise_scheduler,
+        run.scheduler,
         inputs=run.inputs,
         conditions=data.held_out_conditions,
     )
@@ -251,18 +251,18 @@ def test_a_class_conditional_unet_masked_is_the_slim_one(changes):
     known = {"class_labels": torch.tensor([1, 5])}
     with torch.no_grad():
         dense = unet(noisy, times, **known).sample
-        assert (soft(noisy, times, **known).sample - dense).abs().max() <= 1e-5
+        assert (soft(noisy, times, condition=known) - dense).abs().max() <= 1e-5
         assert (
             unet(noisy, times, class_labels=torch.tensor([5, 1])).sample - dense
         ).abs().max() > 0
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
+    soft.fade.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(unet, layout, soft.mask).eval()
     with torch.no_grad():
         expected = slim(noisy, times, **known).sample
         assert (expected - dense).abs().max() > 0.01
-        assert (soft(noisy, times, **known).sample - expected).abs().max() <= 1e-5
+        assert (soft(noisy, times, condition=known) - expected).abs().max() <= 1e-5
 
 
 # ---- from a recipe to a folder -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pruning runs on a tiny real UNet: keep counts, bounds, counters, and what is refused."""
+"""Pruning runs on a tiny real UNet: quotas, bounds, counters, and what a recipe may not ask."""
 
 import copy
 import json
@@ -96,12 +96,12 @@ def finished():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_block_keeps_its_count(finished, name):
+def test_every_block_keeps_its_quota(finished, name):
     run, _, pruned, *_ = finished(name)
     kept = run.kept
     assert ((kept == 0) | (kept == 1)).all()
-    for block, count in enumerate(run.layout.keep_counts.tolist()):
-        assert int(kept[run.layout.block == block].sum()) == count
+    for block, quota in enumerate(run.layout.quota.tolist()):
+        assert int(kept[run.layout.block == block].sum()) == quota
     assert [row["compressed"] for row in pruned.widths] == list(WIDTHS)
     assert tuple(pruned.model.config.block_out_channels) == WIDTHS
     assert type(pruned.model) is UNet2DModel and not pruned.model.training
@@ -167,7 +167,7 @@ def test_no_mask_ever_moves_more_than_max_move(finished, name):
     run, _, pruned, *_ = finished(name)
     bound = METHODS[name].max_move
     moves = [row["max_move"] for row in rows(run, "mask")]
-    assert len(moves) == run.method.binarised_at and max(moves) <= bound + 1e-6
+    assert len(moves) == run.mover.binarised_at and max(moves) <= bound + 1e-6
     # independently of what the run says: the trace holds every unit of so small a model
     masks = torch.cat([torch.ones(1, run.layout.units), pruned.trace["masks"]])
     assert run.layout.units == masks.shape[1]
@@ -179,41 +179,41 @@ def test_no_mask_ever_moves_more_than_max_move(finished, name):
 @pytest.mark.parametrize("name", ["soft", "soft cubic"])
 def test_the_mask_keeps_to_its_budget_in_every_block(finished, name):
     run, _, pruned, *_ = finished(name)
-    sizes, count = run.layout.sizes().double(), run.layout.keep_counts.double()
-    updates = run.method.binarised_at
+    sizes, quota = run.layout.sizes().double(), run.layout.quota.double()
+    updates = run.mover.binarised_at
     for k, mask in enumerate(pruned.trace["masks"][:updates]):
         p = (k + 1) / updates
         removed = 3 * p**2 - 2 * p**3 if name == "soft" else 1 - (1 - p) ** 3
-        wanted = sizes - removed * (sizes - count)
-        sums = torch.zeros(len(count), dtype=torch.double)
+        wanted = sizes - removed * (sizes - quota)
+        sums = torch.zeros(len(quota), dtype=torch.double)
         sums.index_add_(0, run.layout.block, mask.double())
         torch.testing.assert_close(sums, wanted, atol=1e-4, rtol=0)
         assert rows(run, "mask")[k]["budget"] == pytest.approx(float(mask.mean()), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["soft", "soft cubic", "hard"])
-def test_sinusoid_values_shrink_as_the_budget_falls(finished, name):
+def test_sinusoid_values_fade_as_the_budget_falls(finished, name):
     run = finished(name)[0]
     cubic = name == "soft cubic"
-    updates = run.method.binarised_at
+    updates = run.mover.binarised_at
     shares = [(k + 1) / updates for k in range(updates)]
     removed = [1 - (1 - p) ** 3 if cubic else 3 * p**2 - 2 * p**3 for p in shares]
-    scales = [row["sinusoid_scale"] for row in rows(run, "mask")]
-    assert scales == pytest.approx([1 - share for share in removed], abs=1e-6)
+    faded = [row["fade"] for row in rows(run, "mask")]
+    assert faded == pytest.approx([1 - share for share in removed], abs=1e-6)
 
 
-def test_the_soft_stage_begins_at_the_dense_model_and_ends_without_the_sinusoid_values_that_go():
+def test_the_soft_stage_begins_at_the_dense_model_and_ends_without_faded_values():
     dense = tiny_unet().eval()
     images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     run = start(gradflow(), unet=dense)
     soft = run.model.eval()
     with torch.no_grad():
-        assert torch.allclose(soft(images, times).sample, dense(images, times).sample, atol=1e-5)
+        assert torch.allclose(soft(images, times), dense(images, times).sample, atol=1e-5)
     soft.train()
     events = run.events()
     for _ in range(STEPS):
         next(events)
-    assert run.masks.state.binary and soft.sinusoid_scale == 0
+    assert run.mover.state.binary and soft.fade == 0
 
 
 def count_returns(masks: torch.Tensor) -> int:
@@ -353,7 +353,7 @@ def test_accumulating_gradients_changes_nothing_but_memory():
 def test_criterion_batches_come_in_the_parts_of_gradient_accumulation():
     method = oneshot(steps=0, criterion_batches=3)
     whole, cut = (
-        start(method, training(gradient_accumulation=parts)).batches.criterion_parts(2, 3)
+        start(method, training(gradient_accumulation=parts))._criterion_batches(2)
         for parts in (1, 2)
     )
     assert [len(batch.images) for batch in cut] == [2] * 6
@@ -375,7 +375,7 @@ def test_distillation_adds_to_the_loss_in_both_stages():
     }
     for run in runs.values():
         drain(run.events())
-        # no hook stays on the dense model
+        # nobody keeps watching the dense model
         assert not any(module._forward_hooks for module in run.dense.modules())
     for stage in ("flow", "recover"):
         first = {name: rows(run, stage)[0]["loss"] for name, run in runs.items()}

@@ -156,14 +156,18 @@ class Allocator:
         values = scores.detach().cpu().double()
         return self._with_steps(self._spend([_gains(f, values) for f in self.free])[0])
 
-    def layout_of(self, counts: torch.Tensor) -> Layout:
-        """The layout that keeps so many units of each block, ``(blocks,)``."""
-        inner = {f.name: int(counts[f.blocks[0]]) * len(f.blocks) * f.unit for f in self.free}
-        return dataclasses.replace(self.uniform, keep_counts=counts.cpu(), inner=inner)
+    def layout_of(self, quota: torch.Tensor) -> Layout:
+        """The layout that keeps ``quota`` ``(blocks,)``."""
+        inner = {f.name: int(quota[f.blocks[0]]) * len(f.blocks) * f.unit for f in self.free}
+        return dataclasses.replace(self.uniform, quota=quota.cpu(), inner=inner)
 
-    def least_counts(self) -> torch.Tensor:
+    def least_quota(self) -> torch.Tensor:
         """The smallest number of units that each block may come to keep, ``(blocks,)``."""
-        return self._with_steps([0] * len(self.free)).keep_counts
+        return self._with_steps([0] * len(self.free)).quota
+
+    def most_quota(self) -> torch.Tensor:
+        """The largest number of units that each block may come to keep, ``(blocks,)``."""
+        return self._with_steps([f.most - f.least for f in self.free]).quota
 
     def macs_range(self) -> tuple[int, int]:
         """Bounds of the slim model's MACs, whatever the scores are."""
@@ -191,11 +195,11 @@ class Allocator:
     def _spend(self, gains: Sequence[Sequence[float]]) -> tuple[list[int], float]:
         return spend(gains, [f.macs * f.step for f in self.free], self.budget)
 
-    def _with_steps(self, steps: Sequence[int]) -> Layout:
-        counts = self.uniform.keep_counts.clone()
-        for f, more in zip(self.free, steps, strict=True):
-            counts[list(f.blocks)] = (f.least + more) * f.units_per_step
-        return self.layout_of(counts)
+    def _with_steps(self, counts: Sequence[int]) -> Layout:
+        quota = self.uniform.quota.clone()
+        for f, count in zip(self.free, counts, strict=True):
+            quota[list(f.blocks)] = (f.least + count) * f.units_per_step
+        return self.layout_of(quota)
 
 
 def plan(
@@ -220,13 +224,13 @@ def plan(
     if method.allocation == "global":
         allocator = Allocator(unet, layout, method.keep_macs)
     if steps and steps.process == "soft":
-        least = allocator.least_counts() if allocator else layout.keep_counts
-        flow.check_max_move(steps.updates, layout.sizes(), least, steps.max_move, steps.budget)
+        least = allocator.least_quota() if allocator else layout.quota
+        flow.updates_fit(steps.updates, layout.sizes(), least, steps.max_move, steps.budget)
     return layout, allocator
 
 
 def _uniform_width(free: FreeWidth, layout: Layout) -> int:
-    return int(layout.keep_counts[list(free.blocks)].sum()) * free.unit
+    return int(layout.quota[list(free.blocks)].sum()) * free.unit
 
 
 def _gains(free: FreeWidth, scores: torch.Tensor) -> list[float]:
@@ -269,7 +273,7 @@ def _free_widths(slim: UNet2DModel, layout: Layout) -> tuple[FreeWidth, ...]:
         units = slice(offset, offset + group.units)
         blocks = tuple(layout.block[units].unique().tolist())
         step = legal_step(group.width, len(blocks) * group.unit)
-        width = int(layout.keep_counts[list(blocks)].sum()) * group.unit
+        width = int(layout.quota[list(blocks)].sum()) * group.unit
         least = max(1, math.ceil(width / REACH / step))
         most = max(least, min(group.width, math.floor(width * REACH)) // step)
         found.append(FreeWidth(name, units, blocks, group.unit, step, least, most, macs, params))

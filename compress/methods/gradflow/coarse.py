@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout
 
 # at most so many channels under one mask: tensor cores read channels in eights, and in half of
@@ -17,7 +18,7 @@ COARSE_REFRESH = 3
 def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
     """The same layout with up to ``channels`` neighbouring channels under each mask.
 
-    How many it is differs between groups: a divisor of the size and the keep count of each of the
+    How many it is differs between groups: a divisor of the size and the quota of each of the
     group's selection blocks, so that blocks keep the same channels in number as before. Heads that
     are wider stay as they are.
 
@@ -29,25 +30,20 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
     sizes = layout.sizes()
     coarse_of = torch.empty(layout.units + 2, dtype=torch.long)
     groups, offsets, units = [], [], 0
-    keep_counts = layout.keep_counts.clone()
+    quota = layout.quota.clone()
     for group, offset in zip(layout.groups, layout.offsets, strict=True):
         blocks = layout.block[offset : offset + group.units].unique()
-        common = math.gcd(*sizes[blocks].tolist(), *layout.keep_counts[blocks].tolist())
-        shared = max(
-            k
-            for k in range(1, common + 1)
-            if not common % k and (k == 1 or k * group.unit <= channels)
-        )
-        coarse_of[offset : offset + group.units] = units + torch.arange(group.units) // shared
-        keep_counts[blocks] = layout.keep_counts[blocks] // shared
-        groups.append(dataclasses.replace(group, unit=group.unit * shared))
+        together = _together(group, sizes[blocks], layout.quota[blocks], channels)
+        coarse_of[offset : offset + group.units] = units + torch.arange(group.units) // together
+        quota[blocks] = layout.quota[blocks] // together
+        groups.append(dataclasses.replace(group, unit=group.unit * together))
         offsets.append(units)
-        units += group.units // shared
+        units += group.units // together
     coarse_of[-2:] = torch.tensor([units, units + 1])
     block = torch.empty(units, dtype=torch.long)
     block[coarse_of[:-2]] = layout.block
 
-    def coarse(tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def moved(tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: coarse_of[index] for name, index in tables.items()}
 
     return dataclasses.replace(
@@ -56,9 +52,17 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
         offsets=tuple(offsets),
         units=units,
         block=block,
-        keep_counts=keep_counts,
-        inputs=coarse(layout.inputs),
-        outputs=coarse(layout.outputs),
-        norms=coarse(layout.norms),
-        queries=coarse(layout.queries),
+        quota=quota,
+        inputs=moved(layout.inputs),
+        outputs=moved(layout.outputs),
+        norms=moved(layout.norms),
+        queries=moved(layout.queries),
+    )
+
+
+def _together(group: ChannelGroup, sizes: torch.Tensor, quota: torch.Tensor, channels: int) -> int:
+    """How many of a group's units share a mask."""
+    common = math.gcd(*sizes.tolist(), *quota.tolist())
+    return max(
+        k for k in range(1, common + 1) if not common % k and (k == 1 or k * group.unit <= channels)
     )

@@ -10,12 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from diffusers import DDPMScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.data.batches import Batch
 from compress.methods.gradflow.layout import Layout
-from compress.methods.gradflow.masks import SoftUNet, predict
+from compress.methods.gradflow.masks import SoftUNet
 from compress.models.objective import prediction_target
 from compress.parallel import distributed
 
@@ -24,6 +23,7 @@ LossOf = Callable[[Batch], torch.Tensor]
 
 # Relative error against the exact product in float32: 1e-3 at 1e-4, 5e-5 at 1e-5, 60% at 1e-2
 FINITE_STEP = 3e-5
+CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
 
 
 @contextlib.contextmanager
@@ -39,13 +39,17 @@ def full_precision() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = saved
 
 
-def denoising_loss(soft: SoftUNet, noise_scheduler: DDPMScheduler) -> LossOf:
-    """Mean squared error of the prediction for a batch, in float32."""
+def denoising_loss(soft: SoftUNet, scheduler, mask: torch.Tensor | None = None) -> LossOf:
+    """Mean squared error of the prediction for a batch, in float32.
+
+    ``SoftUNet.forward`` is called on the class: accelerate replaces the instance's forward by one
+    that enters autocast.
+    """
 
     def loss(batch: Batch) -> torch.Tensor:
-        noisy = noise_scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-        predicted = predict(soft, noisy, batch.timesteps, **batch.condition)
-        return (predicted - prediction_target(noise_scheduler, batch)).square().mean()
+        noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+        predicted = SoftUNet.forward(soft, noisy, batch.timesteps, mask, batch.condition)
+        return (predicted - prediction_target(scheduler, batch)).square().mean()
 
     return loss
 
@@ -176,7 +180,7 @@ def per_unit(
 
 def raw_scores(
     soft: SoftUNet,
-    noise_scheduler: DDPMScheduler,
+    scheduler,
     batches: Sequence[Batch],
     *,
     criterion: str,
@@ -185,7 +189,7 @@ def raw_scores(
     horizon: float = 0.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Keep-scores of all units ``(units,)``, larger = keep; no normalisation.
+    """Keep-scores of all units, larger = keep; no normalisation.
 
     With g the mean gradient of the denoising loss at theta * m, H its Hessian, and sums over the
     slices of a unit:
@@ -201,92 +205,100 @@ def raw_scores(
     Parameters
     ----------
     soft : the masked network; evaluated without dropout, in full precision.
-    noise_scheduler : for the loss.
+    scheduler : a diffusers scheduler, for ``add_noise``.
     batches : shared by all passes.
     criterion, reduction, hvp : as above; "absolute" or "signed"; "finite" or "exact".
     horizon : in learning rate x steps of SGD; capped so that ``horizon ||g||^2 <= L / 2``, since
         the energy is unbounded below.
     seed : of ``random``.
+
+    Raises
+    ------
+    ValueError : for an unknown criterion.
     """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")
+    layout = soft.layout
     parameters = dict(soft.unet.named_parameters())
+    device = next(iter(parameters.values())).device
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(soft.layout.units, generator=generator).to(soft.mask.device)
+        return torch.rand(layout.units, generator=generator).to(device)
     if criterion == "magnitude":
         squares = {name: p.detach().square() for name, p in parameters.items()}
-        return per_unit(squares, soft.layout).sqrt()
-    with _evaluation(soft):
-        loss = denoising_loss(soft, noise_scheduler)
-        gradient, value = mean_gradient(loss, parameters, batches)
-        direction, sign = gradient, -1.0
-        if criterion != "taylor":
-            hessian_product = exact_hvp if hvp == "exact" else finite_hvp
-            product = hessian_product(loss, parameters, batches, gradient)
-            direction, sign = product, 2.0
-        if criterion == "lookahead":
-            horizon = min(horizon, 0.5 * value / max(norm(gradient) ** 2, 1e-30))
-            direction = {n: gradient[n] - 2 * horizon * product[n] for n in gradient}
-            sign = -1.0
+        return per_unit(squares, layout).sqrt()
+    training = soft.training
+    soft.eval()
+    try:
+        with full_precision():
+            loss = denoising_loss(soft, scheduler)
+            gradient, value = mean_gradient(loss, parameters, batches)
+            if criterion == "taylor":
+                direction, sign = gradient, -1.0
+            else:
+                product = (exact_hvp if hvp == "exact" else finite_hvp)(
+                    loss, parameters, batches, gradient
+                )
+                if criterion == "gradient_flow":
+                    direction, sign = product, 2.0
+                else:
+                    horizon = min(horizon, 0.5 * value / max(norm(gradient) ** 2, 1e-30))
+                    direction = {n: gradient[n] - 2 * horizon * product[n] for n in gradient}
+                    sign = -1.0
+    finally:
+        soft.train(training)
     contributions = {name: p.detach() * direction[name] for name, p in parameters.items()}
     if reduction == "signed":
-        return sign * per_unit(contributions, soft.layout)
-    return per_unit({name: c.abs() for name, c in contributions.items()}, soft.layout)
+        return sign * per_unit(contributions, layout)
+    return per_unit({name: c.abs() for name, c in contributions.items()}, layout)
 
 
 def diff_pruning_scores(
     soft: SoftUNet,
-    noise_scheduler: DDPMScheduler,
+    scheduler,
     batches: Sequence[Batch],
     *,
     threshold: float,
     parts: int = 1,
     timesteps: int = 50,
 ) -> torch.Tensor:
-    """Keep-scores ``(units,)`` of Diff-Pruning (Fang et al., NeurIPS 2023, arXiv 2305.10924).
+    """Keep-scores of Diff-Pruning (Fang et al., NeurIPS 2023, arXiv 2305.10924).
 
     Gradients are accumulated over timesteps whose relative loss ``L_t / max L_t`` exceeds
     ``threshold``; the score is ``sum |theta g|`` over a unit's slices.
 
     Parameters
     ----------
-    soft, noise_scheduler : as in :func:`raw_scores`.
     batches : their images and noise are used at every timestep.
     threshold : 0 takes all timesteps; 0.05 is the paper's default on CIFAR-10.
     parts : how many consecutive batches make up the minibatch of one timestep.
-    timesteps : number of evenly spaced timesteps (the paper walks all; our choice).
+    timesteps : how many evenly spaced timesteps are looked at (the paper walks all; our choice).
     """
     parameters = dict(soft.unet.named_parameters())
-    loss = denoising_loss(soft, noise_scheduler)
-    length = noise_scheduler.config.num_train_timesteps
+    loss = denoising_loss(soft, scheduler)
+    length = scheduler.config.num_train_timesteps
     gradients, losses = [], []
-    with _evaluation(soft):
-        for k in range(timesteps):
-            t = min(length - 1, round(k * length / timesteps))
-            first = k * parts % len(batches)
-            at_once = [
-                batch._replace(timesteps=torch.full_like(batch.timesteps, t))
-                for batch in batches[first : first + parts]
-            ]
-            gradient, value = mean_gradient(loss, parameters, at_once)
-            losses.append(value)
-            gradients.append(gradient)
+    training = soft.training
+    soft.eval()
+    try:
+        with full_precision():
+            for k in range(timesteps):
+                t = min(length - 1, round(k * length / timesteps))
+                first = k * parts % len(batches)
+                at_once = [
+                    batch._replace(timesteps=torch.full_like(batch.timesteps, t))
+                    for batch in batches[first : first + parts]
+                ]
+                gradient, value = mean_gradient(loss, parameters, at_once)
+                losses.append(value)
+                gradients.append(gradient)
+    finally:
+        soft.train(training)
     chosen = [
         g for g, value in zip(gradients, losses, strict=True) if value > threshold * max(losses)
     ]
     total = {name: torch.stack([g[name] for g in chosen]).sum(0) for name in parameters}
     return per_unit({n: (p.detach() * total[n]).abs() for n, p in parameters.items()}, soft.layout)
-
-
-@contextlib.contextmanager
-def _evaluation(soft: SoftUNet) -> Iterator[None]:
-    """Evaluation mode in full precision; the mode before returns on exit."""
-    training = soft.training
-    soft.eval()
-    try:
-        with full_precision():
-            yield
-    finally:
-        soft.train(training)
 
 
 def normalise(scores: torch.Tensor, layout: Layout, criterion: str) -> torch.Tensor:

@@ -2,15 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 
-from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
 from compress.parallel import distributed
 
@@ -29,7 +28,7 @@ class Teacher:
 
     def __init__(
         self,
-        dense: UNet,
+        dense: UNet2DModel | UNet2DConditionModel,
         output_weight: float,
         feature_weight: float,
         layout: Layout,
@@ -39,20 +38,23 @@ class Teacher:
         self.blocks = _block_indices(dense, layout)
 
     @contextlib.contextmanager
-    def record(self, unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    def watch(self, unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         """Collect block outputs ``(batch, channels, height, width)`` of a forward pass inside."""
-        outputs: dict[str, torch.Tensor] = {}
+        collected: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
+        def keep(name: str):
+            def hook(_module, _inputs, output) -> None:
+                collected[name] = output[0] if isinstance(output, tuple) else output
 
-        names = self.blocks if self.feature_weight else ()
-        hooks = [unet.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
+            return hook
+
+        wanted = self.blocks if self.feature_weight else {}
+        handles = [unet.get_submodule(n).register_forward_hook(keep(n)) for n in wanted]
         try:
-            yield outputs
+            yield collected
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     def loss(
         self,
@@ -69,13 +71,13 @@ class Teacher:
         ----------
         noisy, timesteps : the student's inputs.
         predicted : its output ``(batch, channels, height, width)``.
-        features : from :meth:`record`; of dense width (masked student) or of slim width.
+        features : from :meth:`watch`; of dense width (masked student) or of slim width.
         mask : ``(units,)``; binary for a slim student.
         condition : further inputs of both UNets, by name.
         """
         if not (self.output_weight or self.feature_weight):
             return predicted.new_zeros(())
-        with torch.no_grad(), self.record(self.dense) as dense_features:
+        with torch.no_grad(), self.watch(self.dense) as dense_features:
             target = self.dense(noisy, timesteps, **condition).sample
         loss = self.output_weight * F.mse_loss(predicted.float(), target)
         extended = self.layout.extend(mask)
@@ -96,7 +98,9 @@ class Teacher:
         return loss
 
 
-def _block_indices(unet: UNet, layout: Layout) -> dict[str, torch.Tensor]:
+def _block_indices(
+    unet: UNet2DModel | UNet2DConditionModel, layout: Layout
+) -> dict[str, torch.Tensor]:
     """For every block, the mask index of its output channels: those of its last convolution."""
     indices = {}
     blocks = [(f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)]

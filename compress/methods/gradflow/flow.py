@@ -16,11 +16,16 @@ def removed_share(progress: float, schedule: str) -> float:
     ``s_shaped`` is ``3 p^2 - 2 p^3``: slow while scores are noisiest and slow again at the end.
     ``cubic`` is ``1 - (1 - p)^3``: most goes first.
 
-    >>> removed_share(0.5, "s_shaped"), removed_share(0.5, "cubic")
-    (0.5, 0.875)
+    Raises
+    ------
+    ValueError : for an unknown schedule.
     """
     p = min(max(progress, 0.0), 1.0)
-    return p * p * (3 - 2 * p) if schedule == "s_shaped" else 1 - (1 - p) ** 3
+    if schedule == "s_shaped":
+        return p * p * (3 - 2 * p)
+    if schedule == "cubic":
+        return 1 - (1 - p) ** 3
+    raise ValueError(f"budget must be 's_shaped' or 'cubic'; got {schedule!r}; choose one")
 
 
 def block_sums(values: torch.Tensor, block: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -108,14 +113,14 @@ def flow_step(
 
 
 def binarise(
-    mask: torch.Tensor, scores: torch.Tensor, block: torch.Tensor, keep_counts: torch.Tensor
+    mask: torch.Tensor, scores: torch.Tensor, block: torch.Tensor, quota: torch.Tensor
 ) -> torch.Tensor:
     """Keep the units with the largest mask in every block; scores break ties.
 
     Parameters
     ----------
     mask, scores, block : ``(units,)``.
-    keep_counts : ``(blocks,)`` integers.
+    quota : ``(blocks,)`` integers.
 
     Returns
     -------
@@ -124,24 +129,18 @@ def binarise(
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(mask[order], descending=True, stable=True)]
     order = order[torch.argsort(block[order], stable=True)]
-    sizes = torch.bincount(block, minlength=len(keep_counts))
+    sizes = torch.bincount(block, minlength=len(quota))
     starts = sizes.cumsum(0) - sizes
     rank = torch.arange(len(mask), device=mask.device) - starts[block[order]]
     result = torch.zeros_like(mask)
-    result[order] = (rank < keep_counts[block[order]]).to(mask.dtype)
+    result[order] = (rank < quota[block[order]]).to(mask.dtype)
     return result
 
 
-def check_max_move(
-    updates: int, sizes: torch.Tensor, keep_counts: torch.Tensor, max_move: float, schedule: str
+def updates_fit(
+    updates: int, sizes: torch.Tensor, quota: torch.Tensor, max_move: float, schedule: str
 ) -> None:
     """Check that the continuity bound lets the budget fall as scheduled.
-
-    Parameters
-    ----------
-    updates : number of mask updates.
-    sizes, keep_counts : ``(blocks,)`` units of each block, and those that it keeps in the end.
-    max_move, schedule : as in :func:`flow_step` and :func:`removed_share`.
 
     Raises
     ------
@@ -149,7 +148,7 @@ def check_max_move(
     """
     shares = [removed_share(k / updates, schedule) for k in range(updates + 1)]
     steepest = max(b - a for a, b in zip(shares, shares[1:], strict=False))
-    drop = steepest * float(((sizes - keep_counts) / sizes).max())
+    drop = steepest * float(((sizes - quota) / sizes).max())
     if drop > max_move:
         raise ValueError(
             f"max_move must be at least the largest mean drop of one mask update, {drop:.4f} "

@@ -97,31 +97,11 @@ def attention_modules(unet: nn.Module) -> dict[str, Attention]:
     return {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
 
 
-def whole_heads(unet: UNet) -> bool:
-    """Whether pruning removes whole heads, and not the same channels' worth of each head.
-
-    So it does where the configuration says the size of a head (``UNet2DModel``), or the number of
-    heads of each level (``UNet2DConditionModel``, whose ``attention_head_dim`` is a number of
-    heads); an int there, or None in the first class, fixes the number of heads.
-    """
-    heads = unet.config.attention_head_dim
-    return (
-        not isinstance(heads, int) if isinstance(unet, UNet2DConditionModel) else heads is not None
-    )
-
-
-def heads_of_levels(unet: UNet) -> tuple[int, ...]:
-    """The number of heads of each level with attention, 0 elsewhere."""
-    levels = len(unet.down_blocks)
-    heads = [0] * levels
-    for name, module in attention_modules(unet).items():
-        heads[level_of(name, levels)] = module.heads
-    return tuple(heads)
-
-
 def narrowed_queries(unet: UNet) -> tuple[str, ...]:
     """``to_q`` layers of attention whose heads get narrower: their softmax scale changes."""
-    return () if whole_heads(unet) else tuple(f"{n}.to_q" for n in attention_modules(unet))
+    heads = unet.config.attention_head_dim
+    kept = isinstance(heads, int) if isinstance(unet, UNet2DConditionModel) else heads is None
+    return tuple(f"{name}.to_q" for name in attention_modules(unet)) if kept else ()
 
 
 def dense_widths(unet: UNet) -> tuple[int, ...]:

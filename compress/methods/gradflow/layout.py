@@ -5,17 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from compress.methods.gradflow.groups import ChannelGroup, UNet, index_of, narrowed_queries
+from compress.methods.gradflow.groups import ChannelGroup, index_of, narrowed_queries
 
 
 @dataclass(frozen=True)
 class Layout:
     """All masks of a model in one vector of units, and where each entry acts.
 
-    The index tensors point into ``[mask, 1, sinusoid_scale]``: position ``units`` is a channel that
-    is never masked, ``units + 1`` a sinusoid value that the slim model cannot have.
+    The index tensors point into ``[mask, 1, fade]``: position ``units`` stands for a channel that
+    is never masked, ``units + 1`` for a sinusoid value that the slim model cannot have.
 
     Attributes
     ----------
@@ -23,7 +24,7 @@ class Layout:
     offsets : where each group's units start.
     units : length of the mask.
     block : ``(units,)`` the selection block of each unit: channels that share a norm group.
-    keep_counts : ``(blocks,)`` how many units each block keeps in the end.
+    quota : ``(blocks,)`` how many units each block keeps in the end.
     inputs, outputs, norms : per module ``(channels,)`` index tensors.
     queries : index tensors of ``to_q`` layers whose heads get narrower; their outputs are masked.
     unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
@@ -36,7 +37,7 @@ class Layout:
     offsets: tuple[int, ...]
     units: int
     block: torch.Tensor
-    keep_counts: torch.Tensor
+    quota: torch.Tensor
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     norms: dict[str, torch.Tensor]
@@ -46,19 +47,19 @@ class Layout:
     freq_shift: float
     inner: dict[str, int] = field(default_factory=dict)
 
-    def extend(self, mask: torch.Tensor, sinusoid_scale: torch.Tensor | float = 0) -> torch.Tensor:
-        """``[mask, 1, sinusoid_scale]``, the vector that the index tensors point into.
+    def extend(self, mask: torch.Tensor, fade: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """``[mask, 1, fade]``, the vector that the index tensors point into.
 
-        The scale multiplies the sinusoid values that the slim model cannot have: 1 in the dense
-        model, 0 in the slim one.
+        ``fade`` is what remains of the sinusoid values that go: 1 in the dense model, 0 in the
+        slim one.
         """
         ends = mask.new_ones(2)
-        ends[1] = sinusoid_scale
+        ends[1] = fade
         return torch.cat([mask, ends])
 
     def sizes(self) -> torch.Tensor:
         """Units per block, ``(blocks,)``."""
-        return torch.bincount(self.block, minlength=len(self.keep_counts))
+        return torch.bincount(self.block, minlength=len(self.quota))
 
 
 def kept_frequencies(half: int, kept: int, shift: float) -> tuple[list[int], float]:
@@ -76,7 +77,9 @@ def kept_frequencies(half: int, kept: int, shift: float) -> tuple[list[int], flo
     return [stride * i for i in range(kept)], kept - (half - shift) / stride
 
 
-def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[int]) -> Layout:
+def build_layout(
+    unet: UNet2DModel, groups: Sequence[ChannelGroup], widths: Sequence[int]
+) -> Layout:
     """Lay out the mask of a model for the given slim level widths.
 
     Parameters
@@ -98,8 +101,8 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
                 table[slot.module] = torch.full((_width(modules[slot.module], slot.side),), units)
             index = offset + index_of(slot.channels) // group.unit
             table[slot.module][index_of(slot.positions)] = index
-    half = unet.config.block_out_channels[0] // 2
-    kept, freq_shift = kept_frequencies(half, widths[0] // 2, unet.config.freq_shift)
+    half = widths_half(unet.config.block_out_channels[0])
+    kept, freq_shift = kept_frequencies(half, widths_half(widths[0]), unet.config.freq_shift)
     if len(kept) < half:
         removed = torch.ones(half, dtype=torch.bool)
         removed[kept] = False
@@ -107,13 +110,13 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
         columns[removed.repeat(2)] = units + 1
         for reader in sinusoid_readers(unet):
             tables["in"][reader] = columns
-    block, keep_counts, unaligned = _blocks(unet, groups, offsets, units, widths)
+    block, quota, unaligned = _blocks(unet, groups, offsets, units, widths)
     return Layout(
         groups=tuple(groups),
         offsets=tuple(offsets),
         units=units,
         block=block,
-        keep_counts=keep_counts,
+        quota=quota,
         inputs=tables["in"],
         outputs=tables["out"],
         norms=tables["norm"],
@@ -124,26 +127,36 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
     )
 
 
-def sinusoid_readers(unet: UNet) -> tuple[str, ...]:
+def sinusoid_readers(unet: UNet2DModel | UNet2DConditionModel) -> tuple[str, ...]:
     """The layers that read the sinusoid as wide as the first level."""
     if unet.config.class_embed_type == "timestep":  # a label goes through the same sinusoid
         return ("time_embedding.linear_1", "class_embedding.linear_1")
     return ("time_embedding.linear_1",)
 
 
+def widths_half(width: int) -> int:
+    """Sinusoid frequencies of an embedding of ``width`` values."""
+    return width // 2
+
+
 def _width(module: Any, side: str) -> int:
-    """Channels of a norm, or of one side of a convolution or linear layer."""
-    return module.weight.shape[1 if side == "in" else 0]
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0]
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if side == "in" else module.out_channels
+    return module.in_features if side == "in" else module.out_features
 
 
 def _blocks(
-    unet: UNet,
+    unet: UNet2DModel,
     groups: Sequence[ChannelGroup],
     offsets: Sequence[int],
     units: int,
     widths: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
-    """Cut every group into blocks with keep counts so that norm groups stay norm groups.
+    """Cut every group into blocks with quotas so that norm groups stay norm groups.
 
     A norm over one group of channels demands the same number kept in each of its groups. A norm
     over a concatenation adds borders inside both parts; they are adopted where every interval
@@ -163,22 +176,27 @@ def _blocks(
             # a LayerNorm is one group: it asks for nothing
             if slot.side == "norm" and isinstance(modules[slot.module], nn.GroupNorm):
                 parts.setdefault(slot.module, []).append((slot.positions[0], group))
-    for name, [(_, group), *others] in parts.items():
+    plain = {name: found for name, found in parts.items() if len(found) == 1}
+    joined = {
+        name: sorted(found, key=lambda p: p[0])
+        for name, found in parts.items()
+        if name not in plain
+    }
+    for name, found in plain.items():
+        group = found[0][1]
         norm_groups = modules[name].num_groups
-        if not others:
-            for k in range(1, norm_groups):
-                border = k * group.width // norm_groups
-                borders[group.name][border] = k * widths[group.level] // norm_groups
+        for k in range(1, norm_groups):
+            borders[group.name][k * group.width // norm_groups] = (
+                k * widths[group.level] // norm_groups
+            )
     unaligned = []
-    for name, joined in parts.items():
-        if len(joined) == 1:
-            continue
+    for name, found in joined.items():
         norm_groups = modules[name].num_groups
-        total = sum(group.width for _, group in joined)
-        slim_total = sum(widths[group.level] for _, group in joined)
-        proposal = {group.name: dict(borders[group.name]) for _, group in joined}
+        total = sum(group.width for _, group in found)
+        slim_total = sum(widths[group.level] for _, group in found)
+        proposal = {group.name: dict(borders[group.name]) for _, group in found}
         agrees, slim_start = True, 0
-        for start, group in sorted(joined, key=lambda part: part[0]):
+        for start, group in found:
             for k in range(1, norm_groups):
                 inside = k * total // norm_groups - start
                 if 0 < inside < group.width:
@@ -187,21 +205,21 @@ def _blocks(
             slim_start += widths[group.level]
         agrees &= all(
             _proportional(proposal[group.name], widths[group.level] / group.width)
-            for _, group in joined
+            for _, group in found
         )
         # a part that appears twice in one concatenation would need two sets of borders at once
-        if agrees and len({group.name for _, group in joined}) == len(joined):
+        if agrees and len({group.name for _, group in found}) == len(found):
             borders.update(proposal)
         else:
             unaligned.append(name)
     block = torch.empty(units, dtype=torch.long)
-    keep_counts: list[int] = []
+    quota: list[int] = []
     for group, offset in zip(groups, offsets, strict=True):
         marks = sorted(borders[group.name].items())
         for (start, before), (stop, after) in zip(marks, marks[1:], strict=False):
-            block[offset + start : offset + stop] = len(keep_counts)
-            keep_counts.append(after - before)
-    return block, torch.tensor(keep_counts), tuple(unaligned)
+            block[offset + start : offset + stop] = len(quota)
+            quota.append(after - before)
+    return block, torch.tensor(quota), tuple(unaligned)
 
 
 def _proportional(marks: dict[int, int], ratio: float) -> bool:

@@ -6,14 +6,15 @@ so a binary mask gives exactly the network that surgery exports.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
 
 
@@ -55,10 +56,34 @@ def masked_group_norm(
         return torch.addcmul(bias.view(spread[1:]), centred, scale.view(spread))
 
 
-class MaskedNorm(nn.Module):
-    """GroupNorm or LayerNorm whose mask and membership are buffers; takes over its parameters.
+class MaskedGroupNorm(nn.Module):
+    """GroupNorm whose mask and membership are buffers; takes over a norm's parameters."""
 
-    A LayerNorm is one group of channels, and every token is normalised by itself.
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mask: torch.Tensor
+    member: torch.Tensor
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.num_channels, self.eps = norm.num_groups, norm.num_channels, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        ones = torch.ones(norm.num_channels, device=norm.weight.device)
+        member = torch.arange(norm.num_channels) // (norm.num_channels // norm.num_groups)
+        self.register_buffer("mask", ones, persistent=False)
+        self.register_buffer("member", member.to(norm.weight.device), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``(batch, channels, ...)``."""
+        return masked_group_norm(
+            x, self.weight, self.bias, self.mask, self.member, self.num_groups, self.eps
+        ).to(x.dtype)
+
+
+class MaskedLayerNorm(nn.Module):
+    """LayerNorm whose mask is a buffer and weighs the statistics; takes over a norm's parameters.
+
+    Its input is ``(batch, tokens, channels)``; every token is normalised by itself.
     """
 
     weight: torch.Tensor
@@ -66,21 +91,19 @@ class MaskedNorm(nn.Module):
     mask: torch.Tensor
     member: torch.Tensor
 
-    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.by_token = isinstance(norm, nn.LayerNorm)
-        self.num_groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
-        self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
-        channels, device = len(norm.weight), norm.weight.device
-        member = torch.arange(channels) // (channels // self.num_groups)
-        self.register_buffer("mask", torch.ones(channels, device=device), persistent=False)
-        self.register_buffer("member", member.to(device), persistent=False)
+        self.eps = norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+        ones = torch.ones(norm.normalized_shape[0], device=norm.weight.device)
+        self.register_buffer("mask", ones, persistent=False)
+        self.register_buffer("member", torch.zeros_like(ones, dtype=torch.long), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``(batch, channels, ...)``, of a LayerNorm ``(batch, tokens, channels)``."""
-        flat = x.reshape(-1, x.shape[-1], 1) if self.by_token else x
+        """Normalise ``(batch, tokens, channels)``."""
+        flat = x.reshape(-1, x.shape[-1], 1)
         normed = masked_group_norm(
-            flat, self.weight, self.bias, self.mask, self.member, self.num_groups, self.eps
+            flat, self.weight, self.bias, self.mask, self.member, 1, self.eps
         )
         return normed.view(x.shape).to(x.dtype)
 
@@ -88,10 +111,9 @@ class MaskedNorm(nn.Module):
 class SoftUNet(nn.Module):
     """A UNet evaluated at f(theta * m): the network that the flow trains while it moves m.
 
-    It is called as the UNet. It works on a deep copy; parameters keep their names under ``unet.``.
-    Its buffers are ``mask`` ``(units,)`` and ``sinusoid_scale`` ``()``, which multiplies the
-    timestep sinusoid's values that the slim model cannot have; both begin at 1, where the network
-    is the dense one.
+    Works on a deep copy; parameters keep their names under ``unet.``. Its buffers are ``mask``
+    ``(units,)`` and ``fade`` ``()``, which weights the timestep sinusoid's values that the slim
+    model cannot have; both begin at 1, where the network is the dense one.
 
     Parameters
     ----------
@@ -100,50 +122,69 @@ class SoftUNet(nn.Module):
     """
 
     mask: torch.Tensor
-    sinusoid_scale: torch.Tensor
+    fade: torch.Tensor
 
-    def __init__(self, unet: UNet, layout: Layout) -> None:
+    def __init__(self, unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> None:
         super().__init__()
         self.unet = copy.deepcopy(unet)
         self.layout = layout
         for name, module in list(self.unet.named_modules()):
-            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-                parent, _, attribute = name.rpartition(".")
-                setattr(self.unet.get_submodule(parent), attribute, MaskedNorm(module))
+            parent, _, attribute = name.rpartition(".")
+            if isinstance(module, nn.GroupNorm):
+                setattr(self.unet.get_submodule(parent), attribute, MaskedGroupNorm(module))
+            elif isinstance(module, nn.LayerNorm):
+                setattr(self.unet.get_submodule(parent), attribute, MaskedLayerNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
-        self.register_buffer("sinusoid_scale", torch.ones(()), persistent=False)
+        self.register_buffer("fade", torch.ones(()), persistent=False)
+        columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
         self._columns = {
-            f"{name}.weight": index
-            for name, index in layout.inputs.items()
-            if bool((index != layout.units).any())
+            name: index for name, index in columns.items() if bool((index != layout.units).any())
         }
 
-    def effective(self) -> dict[str, torch.Tensor]:
+    def effective(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters and buffers that carry the mask, by name: theta * m."""
-        extended = self.layout.extend(self.mask, self.sinusoid_scale)
+        extended = self.layout.extend(mask, self.fade)
         parameters = dict(self.unet.named_parameters())
         changed: dict[str, torch.Tensor] = {}
         for name, index in self._columns.items():
             weight = parameters[name]
             shape = (1, -1, *([1] * (weight.dim() - 2)))
-            changed[name] = weight * extended[index.to(extended.device)].view(shape)
+            changed[name] = weight * extended[index.to(mask.device)].view(shape)
         for name, index in self.layout.queries.items():
-            rows = extended[index.to(extended.device)]
+            rows = extended[index.to(mask.device)]
             key = f"{name}.weight"
-            changed[key] = (parameters | changed)[key] * rows[:, None]
+            changed[key] = (changed[key] if key in changed else parameters[key]) * rows[:, None]
             if f"{name}.bias" in parameters:
                 changed[f"{name}.bias"] = parameters[f"{name}.bias"] * rows
         for name, index in self.layout.norms.items():
-            changed[f"{name}.mask"] = extended[index.to(extended.device)]
+            changed[f"{name}.mask"] = extended[index.to(mask.device)]
         return changed
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute the blocks' activations again in the backward pass instead of keeping them."""
         self.unet.enable_gradient_checkpointing(_checkpoint_masked)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the UNet with masked weights; its output's ``sample`` is the prediction."""
-        return functional_call(self.unet, self.effective(), args, kwargs)
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        condition: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Predict noise ``(batch, channels, height, width)``.
+
+        Parameters
+        ----------
+        sample : ``(batch, channels, height, width)``.
+        timestep : ``(batch,)``.
+        mask : ``(units,)``; the buffer ``mask`` when not given.
+        condition : further inputs of the UNet by name, such as ``encoder_hidden_states``.
+        """
+        mask = self.mask if mask is None else mask
+        output = functional_call(
+            self.unet, self.effective(mask), (sample, timestep), dict(condition or {})
+        )
+        return output.sample
 
     def adopt_slim_membership(self) -> int:
         """Let unaligned norms group their kept channels as the slim net will.
@@ -160,24 +201,6 @@ class SoftUNet(nn.Module):
             changed += bool((member != norm.member).any())
             norm.member.copy_(member)
         return changed
-
-
-def predict(
-    model: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, **condition: Any
-) -> torch.Tensor:
-    """What a UNet or a soft UNet predicts in the precision of its weights.
-
-    The class's own forward is called: accelerate replaces the instance's by one that enters
-    autocast.
-
-    Parameters
-    ----------
-    model : the network.
-    noisy : ``(batch, channels, height, width)``.
-    timesteps : ``(batch,)``.
-    condition : further inputs of the UNet by name, such as ``encoder_hidden_states``.
-    """
-    return type(model).forward(model, noisy, timesteps, **condition).sample
 
 
 def _checkpoint_masked(module: nn.Module, *inputs: Any) -> Any:

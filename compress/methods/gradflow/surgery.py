@@ -2,19 +2,27 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
-from compress.methods.gradflow.groups import UNet, dense_widths, heads_of_levels, whole_heads
+from compress.methods.gradflow.condition import heads_of_levels, whole_heads
+from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import Layout
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 
+UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
 
-def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
-    """The configuration of the slim UNet, without diffusers' notes of where it came from."""
-    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+def public_config(unet: UNet2DModel | UNet2DConditionModel) -> dict:
+    """The configuration of a UNet without diffusers' notes of where it came from."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
+def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dict:
+    """The configuration of the slim UNet: plain diffusers keys only."""
+    config = public_config(unet)
     config["block_out_channels"] = tuple(layout.widths)
     if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
         config["attention_head_dim"] = [
@@ -34,7 +42,7 @@ def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
     return config
 
 
-def width_rows(unet: UNet, layout: Layout) -> list[dict[str, Any]]:
+def width_rows(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> list[dict[str, Any]]:
     """Rows ``{level, dense, compressed}`` of the levels' widths and of free inner widths."""
     levels = enumerate(zip(dense_widths(unet), layout.widths, strict=True))
     rows = [(f"block_out_channels[{i}]", dense, slim) for i, (dense, slim) in levels]
@@ -87,11 +95,11 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     ----------
     unet : holds the weights, under their dense names and shapes.
     layout : where each unit acts.
-    mask : ``(units,)``, 0 or 1, with the layout's number of units kept in every block.
+    mask : ``(units,)``, 0 or 1, with the layout's quota kept in every block.
 
     Raises
     ------
-    ValueError : when the mask is not binary or a block keeps another number of units.
+    ValueError : when the mask is not binary or misses a block's quota.
     """
     check_mask(layout, mask)
     weights = cut(dict(unet.named_parameters()), layout, mask)
@@ -106,17 +114,17 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
 
 
 def check_mask(layout: Layout, mask: torch.Tensor) -> None:
-    """Raise ValueError unless the mask is binary and keeps as many units as the layout says."""
+    """Raise ValueError unless the mask is binary and keeps each block's quota."""
     binary = (mask == 0) | (mask == 1)
     if not bool(binary.all()):
         raise ValueError(
             f"surgery needs a binary mask; {int((~binary).sum())} of {len(mask)} units lie "
             "between 0 and 1; binarise it first"
         )
-    kept = torch.zeros(len(layout.keep_counts)).index_add_(0, layout.block, mask.detach().cpu())
-    if not torch.equal(kept.long(), layout.keep_counts):
-        wrong = int((kept.long() != layout.keep_counts).sum())
+    kept = torch.zeros(len(layout.quota)).index_add_(0, layout.block, mask.detach().cpu())
+    if not torch.equal(kept.long(), layout.quota):
+        wrong = int((kept.long() != layout.quota).sum())
         raise ValueError(
-            f"every block must keep as many units as the layout says; {wrong} of {len(kept)} "
-            "blocks do not; choose units with `binarise`"
+            f"every block must keep its quota; {wrong} of {len(kept)} blocks do not; "
+            "choose units with `binarise`"
         )

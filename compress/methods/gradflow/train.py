@@ -4,26 +4,28 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DModel
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from compress.common.journal import Saved, Tensors
-from compress.data.batches import Examples
+from compress.data.batches import Batch, Examples, StepSampler, flipped
+from compress.data.sources import Pairs, stacked
 from compress.methods.base import Event, Pruned, PruneJob
+from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.allocation import plan
-from compress.methods.gradflow.batches import Batches
-from compress.methods.gradflow.criterion import full_precision
 from compress.methods.gradflow.distill import Teacher
-from compress.methods.gradflow.groups import UNet, dense_widths
+from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import Layout
-from compress.methods.gradflow.mask_scheduler import MaskScheduler, MaskState
-from compress.methods.gradflow.masks import SoftUNet, predict
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.mover import MaskMover, MaskState
 from compress.methods.gradflow.unets import find_groups
 from compress.models.objective import (
     VALIDATED_AT_ONCE,
@@ -45,7 +47,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pruned]:
-    """Prune the denoiser of a pipeline, which is where and as it was at the end.
+    """Prune the denoiser of a pipeline, which is back in its place at the end, as it was.
 
     Yields
     ------
@@ -60,15 +62,36 @@ def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pru
     _, unet = denoiser(job.pipeline)
     with placed([unet, *inputs_of(job.pipeline).modules], job.device):
         run = PruningRun(method, job)
-        message = (
-            f"widths {dense_widths(unet)} -> {run.layout.widths}, {run.total_steps} optimiser steps"
+        yield Event(
+            "prepare",
+            1,
+            1,
+            message=f"widths {dense_widths(unet)} -> {run.layout.widths}, {run.total_steps} "
+            "optimiser steps",
         )
-        yield Event("prepare", 1, 1, message=message)
         return (yield from run.events())
 
 
+def _predicted(
+    call: Callable[..., Any],
+    model: torch.nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Mapping[str, Any],
+) -> torch.Tensor:
+    """What a UNet or a soft UNet predicts; ``call`` runs it, ``model`` says which of them it is."""
+    if isinstance(model, SoftUNet):
+        return call(noisy, timesteps, condition=condition)
+    return call(noisy, timesteps, **condition).sample
+
+
+def _unet_of(model: torch.nn.Module) -> Any:
+    """The UNet inside a soft one, or the model itself."""
+    return model.unet if isinstance(model, SoftUNet) else model
+
+
 class PruningRun:
-    """Prunes one UNet, on one process or several.
+    """Prunes one UNet with :class:`GradFlow` or :class:`OneShot`, on one process or several.
 
     All processes hold the same masks and scores, and the same weights or, with FSDP, a part of
     each. Every one has its share of every batch; gradients, those of the criterion too, are
@@ -87,11 +110,12 @@ class PruningRun:
     """
 
     def __init__(self, method: "ChannelPruning", job: PruneJob) -> None:
-        self.method, self.training, self.journal = method, job.training, job.journal
-        training, journal, (_, unet) = job.training, job.journal, denoiser(job.pipeline)
-        self.noise_scheduler = noise_schedule(job.pipeline.scheduler)
+        self.method, self.data = method, job.data
+        self.training, self.journal = job.training, job.journal
+        self.scheduler = noise_schedule(job.pipeline.scheduler)
         self.inputs = inputs_of(job.pipeline)
-        self.inputs.check(job.data)
+        self.inputs.check(self.data)
+        training, journal, (_, unet) = job.training, job.journal, denoiser(job.pipeline)
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation,
@@ -105,18 +129,17 @@ class PruningRun:
         self.device = self.accelerator.device
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
-        timesteps = self.noise_scheduler.config.num_train_timesteps
-        self.batches = Batches(job.data, self.inputs, training, timesteps, self.accelerator)
         self.groups = find_groups(unet)
         layout, allocator = plan(unet, self.groups, method)
-        self.masks = MaskScheduler(
+        self.mover = MaskMover(
             method,
             layout,
-            allocator,
-            self.noise_scheduler,
-            partial(self.batches.criterion_parts, count=method.criterion_batches),
-            training,
-            self.device,
+            self.scheduler,
+            self._criterion_batches,
+            step_rate=training.lr,
+            seed=training.seed,
+            device=self.device,
+            allocator=allocator,
         )
         self.flow_steps = method.flow.steps if method.flow else 0
         self.total_steps = method.steps + training.steps
@@ -131,14 +154,14 @@ class PruningRun:
         distributed.check_same(
             "recipe, model and saved state (the run's folder must be one that every process sees)",
             dict(unet.named_parameters()) | (saved.tensors if saved else {}),
-            (method, training, layout.widths, len(job.data.train), saved and saved.facts),
+            (method, training, layout.widths, len(self.data.train), saved and saved.facts),
         )
         self._enter(saved)
 
     @property
     def layout(self) -> Layout:
-        """Which unit masks what, and how many units stay; counts move where widths are free."""
-        return self.masks.layout
+        """Which unit masks what, and how many units stay; quotas move where widths are free."""
+        return self.mover.layout
 
     # ---- what happens, in order -------------------------------------------------------------
 
@@ -151,34 +174,26 @@ class PruningRun:
         if self.training.trackers:
             self.accelerator.init_trackers("compress")
         if self.stage == "flow":
-            yield from self._steps("flow", self.flow_steps)
+            if self.flow_steps:
+                yield from self._steps("flow", self.flow_steps)
+            else:
+                self._score_once()
             self._operate()
             self._save()
         yield from self._steps("recover", self.total_steps)
         if self.training.trackers:
             self.accelerator.end_training()
-        slim = surgery.slim_unet(self.dense, self.layout)
-        slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
-        state, facts = self.masks.state, self.surgery_facts
-        report = {
-            "train_seconds": self.train_seconds,
-            "criterion_seconds": state.seconds,
-            "criterion_share": state.seconds / max(self.train_seconds, 1e-9),
-            "optimiser_steps": self.step,
-            "returned_channels": state.returned,
-            "surgery": {k: v if math.isfinite(v) else None for k, v in facts.items()},
-        }
         widths = surgery.width_rows(self.dense, self.layout)
-        return Pruned(slim.eval(), widths, report, self.masks.trace())
+        return Pruned(self._averaged(), widths, self._report(), self.mover.trace())
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
-        examples = self.batches.examples(self.step, stop, self.training.seed)
+        batches = self._batches(self.step, stop)
         first = 0 if stage == "flow" else self.flow_steps
         while self.step < stop:
             started = time.perf_counter()
             if stage == "flow":
                 self._move_mask()
-            loss = self._optimise(next(examples))
+            loss = self._optimise(next(batches))
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss should be finite; it became {loss} at optimiser step {self.step}: "
@@ -197,16 +212,6 @@ class PruningRun:
                 self._save()
             yield Event(stage, self.step - first, stop - first, values)
 
-    def _move_mask(self) -> None:
-        """Before an optimiser step: move the mask when it is due, binarise at the end."""
-        soft = self._plain()
-        row = self.masks.move(soft, self.step)
-        if row is not None:
-            self.journal.log(stage="mask", step=self.step, **row)
-            self._check_same("the mask moved", {"mask": soft.mask})
-        if self.method.flow and self.step == self.method.flow.binarised_at:
-            self._binarise(soft)
-
     def _optimise(self, examples: Examples) -> float:
         """One optimiser step on this process's share of the global batch."""
         # dropout, if there is any
@@ -214,16 +219,22 @@ class PruningRun:
         torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        plain, total = self._plain(), 0.0
-        mask = plain.mask if isinstance(plain, SoftUNet) else self.kept
-        for batch in self.batches.training_parts(examples, self.step):
+        images = examples.images.to(self.device)
+        if self.training.flip:
+            first = process * len(images)
+            images = flipped(images, self.training.seed, self.step, first)
+        examples = examples._replace(images=images)
+        total = 0.0
+        for batch in self._micro_batches(examples, self.training.seed, self.step):
             with self.accelerator.accumulate(self.model):
-                noisy = self.noise_scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-                with self.teacher.record(self._unet()) as features:
-                    predicted = self.model(noisy, batch.timesteps, **batch.condition).sample
-                target = prediction_target(self.noise_scheduler, batch)
-                loss = F.mse_loss(predicted.float(), target) + self.teacher.loss(
-                    noisy, batch.timesteps, predicted, features, mask, batch.condition
+                noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+                with self.teacher.watch(self._unet()) as features:
+                    predicted = _predicted(
+                        self.model, self._plain(), noisy, batch.timesteps, batch.condition
+                    )
+                loss = F.mse_loss(predicted.float(), prediction_target(self.scheduler, batch))
+                loss = loss + self.teacher.loss(
+                    noisy, batch.timesteps, predicted, features, self._mask(), batch.condition
                 )
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -233,38 +244,39 @@ class PruningRun:
                 total += loss.item() / self.training.gradient_accumulation
         return distributed.mean_value(total, self.device)
 
-    def _rate(self, step: int) -> float:
-        """Warm-up, constant until surgery, then a cosine to 0: one rule for every method."""
-        after = max(0, step - self.flow_steps) / max(1, self.total_steps - self.flow_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * after))
-        return self.training.lr * min(1.0, (step + 1) / WARM_UP) * cosine
-
-    def _average(self) -> None:
-        since = self.step - self.flow_steps
-        decay = min(self.training.ema, (1 + since) / (10 + since))
-        with torch.no_grad():
-            for name, p in self._plain().named_parameters():
-                self.ema[name].lerp_(p, 1 - decay)
-
     # ---- binarisation and surgery -----------------------------------------------------------
 
     def _binarise(self, soft: SoftUNet) -> None:
-        if not self.masks.state.estimates:  # one-shot: the dense model is scored, once
-            self.masks.estimate(soft)
-            self.train_seconds += self.masks.state.seconds
         with sharding.whole(soft):
             before = self._held_out_loss(soft)
-            switched = self.masks.binarise(soft, self.step)
+            switched = self.mover.binarise(soft, self.step)
             self.surgery_facts = {
                 "loss_before_binarise": before,
                 "loss_after_binarise": self._held_out_loss(soft),
                 "switched_norms": switched,
             }
 
+    def _move_mask(self) -> None:
+        """Before an optimiser step: move the mask when it is due, binarise at the end."""
+        soft = self._plain()
+        row = self.mover.move(soft, self.step)
+        if row is not None:
+            self.journal.log(stage="mask", step=self.step, **row)
+            self._check_same("the mask moved", {"mask": soft.mask})
+        if self.step == self.mover.binarised_at:
+            self._binarise(soft)
+
+    def _score_once(self) -> None:
+        """Score the dense model and choose the kept units at once."""
+        soft = self._plain()
+        self.mover.estimate(soft)
+        self.train_seconds += self.mover.state.seconds
+        self._binarise(soft)
+
     def _operate(self) -> None:
         """Surgery: the masked network becomes a plain slim one; Adam's moments are cut alike."""
         soft: SoftUNet = self._plain()
-        if not self.masks.state.binary:
+        if not self.mover.state.binary:
             self._binarise(soft)
         with sharding.whole(soft):
             slim = surgery.perform(soft.unet, self.layout, soft.mask)
@@ -288,27 +300,112 @@ class PruningRun:
         self._load_moments(moments)
         self.ema = {name: p.detach().clone() for name, p in self._unet().named_parameters()}
 
-    def _max_difference(self, soft: SoftUNet, slim: UNet) -> float:
+    def _max_difference(self, soft: SoftUNet, slim: UNet2DModel) -> float:
         """How far the masked and the slim network are apart on held-out samples."""
-        batch = self.batches.held_out_batch(COMPARED)
-        last = self.noise_scheduler.config.num_train_timesteps - 1
-        times = torch.linspace(0, last, len(batch.images), device=self.device).long()
-        with torch.no_grad(), full_precision():
-            masked, cut = (
-                predict(model.eval(), batch.images, times, **batch.condition)
-                for model in (soft, slim)
-            )
-        return (masked - cut).abs().max().item()
+        batch = self._compared()
+        images, condition = batch.images, batch.condition
+        times = torch.linspace(
+            0, self.scheduler.config.num_train_timesteps - 1, len(images), device=self.device
+        ).long()
+        soft.eval()
+        slim.eval()
+        with torch.no_grad(), scoring.full_precision():
+            masked = SoftUNet.forward(soft, images, times, condition=condition)
+            return (masked - slim(images, times, **condition).sample).abs().max().item()
 
-    def _held_out_loss(self, model: torch.nn.Module) -> float:
+    # ---- small pieces -----------------------------------------------------------------------
+
+    def _check_same(self, when: str, tensors: Tensors) -> None:
+        tensors = tensors | {"scores": self.mover.state.scores}
+        distributed.check_same(f"masks, scores and weights after {when}", tensors, self.step)
+
+    def _rate(self, step: int) -> float:
+        """Warm-up, constant until surgery, then a cosine to 0: one rule for every method."""
+        after = max(0, step - self.flow_steps) / max(1, self.total_steps - self.flow_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * after))
+        return self.training.lr * min(1.0, (step + 1) / WARM_UP) * cosine
+
+    def _micro_batches(self, examples: Examples, seed: int, step: int) -> Iterator[Batch]:
+        """Our share of a global batch, in the parts of gradient accumulation."""
+        first = self.accelerator.process_index * len(examples.images)
+        for part in examples.chunk(self.training.gradient_accumulation):
+            yield self.inputs.batch(
+                part,
+                self.scheduler.config.num_train_timesteps,
+                seed,
+                step,
+                first,
+                self.training.batch,
+                dropout=self.training.condition_dropout,
+            )
+            first += len(part.images)
+
+    def _batches(self, start: int, stop: int) -> Iterator[Examples]:
+        sampler = StepSampler(
+            len(self.data.train),
+            self.training.batch,
+            self.training.seed,
+            start,
+            stop,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return iter(self._loader(sampler))
+
+    def _loader(self, sampler: StepSampler) -> DataLoader:
+        workers = self.training.workers
+        return DataLoader(
+            Pairs(self.data.train, self.data.train_conditions),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=stacked,
+            prefetch_factor=self.training.prefetch if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _criterion_batches(self, number: int) -> list[Batch]:
+        """Our share of the minibatches of estimate ``number``, a function of (seed, number).
+
+        In the parts of gradient accumulation: what fits into memory there fits here.
+        """
+        seed = self.training.seed + 7919
+        count = self.method.criterion_batches
+        sampler = StepSampler(
+            len(self.data.train),
+            self.training.batch,
+            seed,
+            number * count,
+            (number + 1) * count,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        batches: list[Batch] = []
+        for step, examples in enumerate(self._loader(sampler), start=number * count):
+            examples = examples._replace(images=examples.images.to(self.device))
+            batches += self._micro_batches(examples, seed, step)
+        return batches
+
+    def _held_out(self, count: int) -> Examples:
+        pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
+        examples = stacked(pairs[i] for i in range(min(count, len(pairs))))
+        return examples._replace(images=examples.images.to(self.device))
+
+    def _compared(self) -> Batch:
+        """Held-out samples on which the masked and the slim network must agree."""
+        length = self.scheduler.config.num_train_timesteps
+        return self.inputs.batch(self._held_out(COMPARED), length, self.training.seed, 0)
+
+    def _held_out_loss(self, model) -> float:
         """Validation loss on at most 256 held-out images with one noise draw: cheap."""
         training = model.training
         model.eval()
-        held_out = self.batches.held_out(VALIDATED_AT_ONCE)
+        held_out = self._held_out(VALIDATED_AT_ONCE)
+        # called on the class: accelerate's own forward enters autocast
+        call = partial(type(model).forward, model)
         loss = validation_loss(
-            partial(predict, model),
+            lambda noisy, t, **condition: _predicted(call, model, noisy, t, condition),
             held_out.images,
-            self.noise_scheduler,
+            self.scheduler,
             draws=1,
             inputs=self.inputs,
             conditions=held_out.conditions,
@@ -316,9 +413,44 @@ class PruningRun:
         model.train(training)
         return loss
 
-    # ---- the model in training --------------------------------------------------------------
+    def _average(self) -> None:
+        since = self.step - self.flow_steps
+        decay = min(self.training.ema, (1 + since) / (10 + since))
+        with torch.no_grad():
+            for name, p in self._plain().named_parameters():
+                self.ema[name].lerp_(p, 1 - decay)
 
-    def _prepare(self, model: Any) -> None:
+    def _averaged(self) -> UNet2DModel:
+        slim = surgery.slim_unet(self.dense, self.layout)
+        slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
+        return slim.eval()
+
+    def _plain(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def _unet(self) -> UNet2DModel:
+        """The UNet that holds the trained parameters."""
+        return _unet_of(self._plain())
+
+    def _mask(self) -> torch.Tensor:
+        """The mask while it moves, the kept units after surgery."""
+        plain = self._plain()
+        return plain.mask if isinstance(plain, SoftUNet) else self.kept
+
+    def _report(self) -> dict[str, Any]:
+        state = self.mover.state
+        return {
+            "train_seconds": self.train_seconds,
+            "criterion_seconds": state.seconds,
+            "criterion_share": state.seconds / max(self.train_seconds, 1e-9),
+            "optimiser_steps": self.step,
+            "returned_channels": state.returned,
+            "surgery": {k: v if math.isfinite(v) else None for k, v in self.surgery_facts.items()},
+        }
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def _prepare(self, model) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
         model.train()
         if self.training.gradient_checkpointing:
@@ -327,46 +459,27 @@ class PruningRun:
         with sharding.one_unit(self.accelerator) if masked else contextlib.nullcontext():
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
-    def _plain(self) -> Any:
-        """The soft UNet until surgery, then the slim one, without accelerate's wrapper."""
-        return self.accelerator.unwrap_model(self.model)
-
-    def _unet(self) -> UNet:
-        """The UNet that holds the trained parameters."""
-        plain = self._plain()
-        return plain.unet if isinstance(plain, SoftUNet) else plain
-
-    def _check_same(self, when: str, tensors: Tensors) -> None:
-        tensors = tensors | {"scores": self.masks.state.scores}
-        distributed.check_same(f"masks, scores and weights after {when}", tensors, self.step)
-
-    # ---- state ------------------------------------------------------------------------------
-
     def _enter(self, saved: Saved | None) -> None:
         """Start at the beginning, or at a saved state."""
         self.kept = torch.zeros(0, device=self.device)
         self.stage = "flow" if saved is None else saved.facts["stage"]
         if saved is not None:
             masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
-            self.masks.state = MaskState.restored(masks, saved.facts["masks"])
-        soft = SoftUNet(self.dense, self.layout) if self.stage == "flow" else None
-        unet = surgery.slim_unet(self.dense, self.layout) if soft is None else soft.unet
+            self.mover.state = MaskState.restored(masks, saved.facts["masks"])
+        if self.stage == "flow":
+            model: Any = SoftUNet(self.dense, self.layout)
+        else:
+            model = surgery.slim_unet(self.dense, self.layout)
         if saved is not None:
             weights = saved.part("model")
             with torch.no_grad():
-                for name, p in unet.named_parameters():
+                for name, p in _unet_of(model).named_parameters():
                     p.copy_(weights[name])
-        self._prepare((soft or unet).to(self.device))
+        self._prepare(model.to(self.device))
         if saved is None:
             return
         facts = saved.facts
-        for key, here in _machine().items():
-            if facts[key] != here:
-                warnings.warn(
-                    f"the saved state was made with {key}={facts[key]}, here it is {here}: the "
-                    "resumed run may differ from an uninterrupted one in the last bits",
-                    stacklevel=2,
-                )
+        self._check_same_machine(facts)
         self.step, self.train_seconds = facts["step"], facts["train_seconds"]
         self._load_moments({key: saved.part(key) for key in MOMENTS})
         ema = saved.part("ema")
@@ -382,8 +495,8 @@ class PruningRun:
         if self.stage == "flow":
             soft = self._plain()
             soft.mask.copy_(masks["mask"])
-            soft.sinusoid_scale.copy_(masks["sinusoid_scale"])
-            if self.masks.state.binary:
+            soft.fade.copy_(masks["fade"])
+            if self.mover.state.binary:
                 soft.adopt_slim_membership()
 
     def _moments(self) -> dict[str, Tensors]:
@@ -397,7 +510,8 @@ class PruningRun:
             if name in moments["exp_avg"]:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(self.step)),
-                    **{key: sharding.cut_like(moments[key][name], p) for key in MOMENTS},
+                    "exp_avg": sharding.cut_like(moments["exp_avg"][name], p),
+                    "exp_avg_sq": sharding.cut_like(moments["exp_avg_sq"][name], p),
                 }
 
     def _save(self) -> None:
@@ -405,27 +519,36 @@ class PruningRun:
         # of weights that are cut every process has another part
         compared = {} if self.accelerator.is_fsdp2 else weights
         self._check_same("the step before a state", compared)
-        masks = self.masks.state.tensors() | {"kept": self.kept}
+        tensors = {f"model/{n}": t for n, t in weights.items()}
+        for key, moments in self._moments().items():
+            tensors |= {f"{key}/{n}": t for n, t in moments.items()}
+        tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
+        masks = self.mover.state.tensors() | {"kept": self.kept}
         if self.stage == "flow":
-            soft: SoftUNet = self._plain()
-            masks |= {"mask": soft.mask, "sinusoid_scale": soft.sinusoid_scale}
-        parts = {"model": weights, **self._moments(), "ema": self.ema, "masks": masks}
-        tensors = {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+            masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
+        tensors |= {f"masks/{n}": t for n, t in masks.items()}
+        tensors = sharding.gathered(tensors, keep=self.accelerator.is_main_process)
         scaler = self.accelerator.scaler
         self.journal.save(
-            sharding.gathered(tensors, keep=self.accelerator.is_main_process),
+            tensors,
             {
                 "stage": self.stage,
                 "step": self.step,
                 "train_seconds": self.train_seconds,
                 "surgery": self.surgery_facts,
-                "masks": self.masks.state.facts(),
+                "masks": self.mover.state.facts(),
                 "scaler": scaler and scaler.state_dict(),
-                **_machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
             },
         )
 
-
-def _machine() -> dict[str, Any]:
-    """What the last bits of a result depend on."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    def _check_same_machine(self, facts: dict[str, Any]) -> None:
+        here = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        for key, value in here.items():
+            if facts[key] != value:
+                warnings.warn(
+                    f"the saved state was made with {key}={facts[key]}, here it is {value}: the "
+                    "resumed run may differ from an uninterrupted one in the last bits",
+                    stacklevel=2,
+                )

@@ -24,7 +24,6 @@ from compress.methods.gradflow.groups import (
     level_of,
     merged,
     out_width,
-    whole_heads,
 )
 
 BLOCKS: dict[type, set[str]] = {
@@ -198,7 +197,7 @@ def _slots(dependencies: Any, names: Mapping[nn.Module, str]) -> tuple[Slot, ...
 
 def _unit(producers: Sequence[str], unet: UNet) -> int:
     """Channels of a head where heads go whole."""
-    if not whole_heads(unet):
+    if unet.config.attention_head_dim is None:
         return 1
     for producer in producers:
         name, _, projection = producer.rpartition(".")

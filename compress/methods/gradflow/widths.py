@@ -3,56 +3,74 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from compress.common.cost import layer_macs, unet_inputs
-from compress.methods.gradflow.groups import (
-    ChannelGroup,
-    UNet,
-    dense_widths,
-    heads_of_levels,
-    whole_heads,
-)
+from compress.methods.gradflow.condition import heads_of_levels, whole_heads
+from compress.methods.gradflow.groups import ChannelGroup, dense_widths
 from compress.methods.gradflow.layout import kept_frequencies, sinusoid_readers
 
-# widths that keep less than this below the requested share are refused (users expect "half")
+# widths that keep more than this below the asked share are refused (PyTorch users expect "half")
 TOLERANCE = 0.03
 
 
-def legal_widths(unet: UNet) -> list[list[int]]:
+def legal_widths(unet: UNet2DModel) -> list[list[int]]:
     """Widths that each level may take: multiples of ``norm_num_groups``, and of whole heads.
 
     Returns
     -------
     For every level the ascending legal widths up to the dense one.
     """
-    config: Any = unet.config
-    levels = zip(dense_widths(unet), heads_of_levels(unet), strict=True)
+    blocks = len(unet.config.block_out_channels)
+    with_heads = {
+        i for i, name in enumerate(unet.config.down_block_types) if name.startswith("Attn")
+    } | {
+        blocks - 1 - i
+        for i, name in enumerate(unet.config.up_block_types)
+        if name.startswith("Attn")
+    }
+    if unet.mid_block is not None:
+        with_heads.add(blocks - 1)  # the middle block works at the last level's width
     legal = []
-    for level, (dense, heads) in enumerate(levels):
-        step = config.norm_num_groups
-        if heads:  # whole heads go, or every head gets narrower
-            step = math.lcm(step, dense // heads if whole_heads(unet) else heads)
-        if level == len(unet.down_blocks) - 1 and config.get("attn_norm_num_groups"):
-            step = math.lcm(step, config.attn_norm_num_groups)
-        widths = list(range(step, dense, step))
+    for level, dense in enumerate(dense_widths(unet)):
+        if isinstance(unet, UNet2DConditionModel):
+            legal.append(_condition_widths(unet, level, dense))
+            continue
+        step = unet.config.norm_num_groups
+        if level in with_heads and unet.config.attention_head_dim is not None:
+            step = math.lcm(step, unet.config.attention_head_dim)
+        if level == blocks - 1 and unet.config.attn_norm_num_groups:
+            step = math.lcm(step, unet.config.attn_norm_num_groups)
+        widths = list(range(step, dense + 1, step))
         if level == 0:
             # the time embedding's sinusoid has one sine and one cosine per frequency
-            widths = [width for width in widths if width % 2 == 0]
-        if level == 0 and config.get("addition_embed_type") == "text_time":
-            # the sinusoid of SDXL's sizes and crops has the same freq_shift, which must not change
-            shift = config.freq_shift
-            widths = [w for w in widths if kept_frequencies(dense // 2, w // 2, shift)[1] == shift]
-        legal.append([*widths, dense])
+            widths = [w for w in widths if w % 2 == 0]
+        legal.append(widths if widths and widths[-1] == dense else [*widths, dense])
     return legal
+
+
+def _condition_widths(unet: UNet2DConditionModel, level: int, dense: int) -> list[int]:
+    step = unet.config.norm_num_groups
+    heads = heads_of_levels(unet)[level]
+    if heads:
+        # whole heads go, or every head gets narrower
+        step = math.lcm(step, dense // heads if whole_heads(unet) else heads)
+    widths = list(range(step, dense, step))
+    if level == 0:
+        widths = [width for width in widths if width % 2 == 0]
+    if level == 0 and unet.config.addition_embed_type == "text_time":
+        # the sinusoid of SDXL's sizes and crops has the same freq_shift, which must not change
+        shift = unet.config.freq_shift
+        widths = [w for w in widths if kept_frequencies(dense // 2, w // 2, shift)[1] == shift]
+    return [*widths, dense]
 
 
 class MacModel:
     """MACs of a UNet as a function of its level widths: each layer is inputs x outputs x area."""
 
-    def __init__(self, unet: UNet, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(self, unet: UNet2DModel, groups: Sequence[ChannelGroup]) -> None:
         levels = len(unet.config.block_out_channels)
         dense = dense_widths(unet)
         layers, attention = layer_macs(unet, unet_inputs(unet))
@@ -98,11 +116,13 @@ class MacModel:
         return macs
 
 
-def choose_widths(unet: UNet, groups: Sequence[ChannelGroup], keep_macs: float) -> tuple[int, ...]:
+def choose_widths(
+    unet: UNet2DModel, groups: Sequence[ChannelGroup], keep_macs: float
+) -> tuple[int, ...]:
     """Level widths with at most ``keep_macs`` of the MACs.
 
-    Among the legal widths that keep at most the requested share and at least 3 points less, the
-    ones with the most even ratio over the levels are taken; ties go to more MACs.
+    Among the legal widths that keep at most the asked share and at least 3 points less, the ones
+    with the most even ratio over the levels are taken; ties go to more MACs.
 
     Parameters
     ----------

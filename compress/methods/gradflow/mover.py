@@ -3,11 +3,10 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler
 
 from compress.data.batches import Batch
 from compress.methods.gradflow import criterion as scoring
@@ -16,7 +15,6 @@ from compress.methods.gradflow.allocation import Allocator
 from compress.methods.gradflow.coarse import COARSE_REFRESH
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.training import Training
 from compress.parallel import sharding
 
 if TYPE_CHECKING:
@@ -32,24 +30,14 @@ Tensors = dict[str, torch.Tensor]
 class MaskState:
     """What survives between steps; saved and restored with the run.
 
-    Attributes
-    ----------
-    scores : ``(units,)`` running mean, in which units of one layer compare.
-    shared_scores : ``(units,)`` running mean, in which units of all layers compare.
-    last_scores : ``(units,)`` of the last estimate.
-    low : ``(units,)`` whether a mask is below one half.
-    keep_counts : ``(blocks,)`` units that each block keeps in the end.
-    returned : how often a mask rose above one half again.
-    binary : whether the mask is.
-    estimates, seconds : number of estimates so far, and the time that they took.
-    trace, trace_steps : masks of some units after each update, and the optimiser steps.
+    ``scores`` compare units of one layer, ``shared_scores`` those of all layers.
     """
 
     scores: torch.Tensor
-    shared_scores: torch.Tensor
     last_scores: torch.Tensor
     low: torch.Tensor
-    keep_counts: torch.Tensor
+    quota: torch.Tensor
+    shared_scores: torch.Tensor
     returned: int = 0
     binary: bool = False
     estimates: int = 0
@@ -59,57 +47,68 @@ class MaskState:
 
     def tensors(self) -> Tensors:
         """The state's tensors, by name."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return tensors | ({"trace": torch.stack(self.trace)} if self.trace else {})
+        names = ("scores", "last_scores", "low", "quota", "shared_scores")
+        found = {name: getattr(self, name) for name in names}
+        return found | ({"trace": torch.stack(self.trace)} if self.trace else {})
 
     def facts(self) -> dict[str, Any]:
         """The rest of the state, as JSON values."""
-        return {k: v for k, v in vars(self).items() if k not in {*self.tensors(), "trace"}}
+        names = ("returned", "binary", "estimates", "seconds", "trace_steps")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> Self:
-        """The state of ``tensors`` (others among them are ignored) and ``facts``."""
-        own: dict[str, Any] = {f.name: tensors[f.name] for f in fields(cls) if f.name in tensors}
-        if "trace" in own:
-            own["trace"] = list(own["trace"].cpu().unbind())
-        return cls(**own, **facts)
+    def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
+        """The state that ``tensors`` and ``facts`` were taken of."""
+        trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
+        return cls(
+            scores=tensors["scores"],
+            last_scores=tensors["last_scores"],
+            low=tensors["low"],
+            quota=tensors["quota"],
+            shared_scores=tensors["shared_scores"],
+            trace=trace,
+            **facts,
+        )
 
 
-class MaskScheduler:
-    """Drives the mask of a soft network as the knobs of a method say.
+class MaskMover:
+    """Drives the mask of a soft network as :class:`GradFlow` or :class:`OneShot` says.
 
     Parameters
     ----------
     method : the knobs.
     layout : where each unit acts.
-    allocator : chooses the inner widths where they are free.
-    noise_scheduler : for the criterion's loss.
+    scheduler : for the criterion's loss.
     batches : gives the minibatches of estimate number k, each whole or in equally many parts.
-    training : its learning rate is the unit of ``lookahead``'s horizon, its seed that of the random
-        criterion.
+    step_rate : learning rate of the training, the unit of ``lookahead``'s horizon.
+    seed : of the random criterion.
     device : where the mask lives.
+    allocator : chooses the inner widths where they are free.
     """
 
     def __init__(
         self,
         method: "ChannelPruning",
         layout: Layout,
-        allocator: Allocator | None,
-        noise_scheduler: DDPMScheduler,
+        scheduler,
         batches: Callable[[int], list[Batch]],
-        training: Training,
+        *,
+        step_rate: float,
+        seed: int,
         device: torch.device,
+        allocator: Allocator | None = None,
     ) -> None:
-        self.method, self.allocator, self._layout = method, allocator, layout
-        self.noise_scheduler, self.batches, self.seed = noise_scheduler, batches, training.seed
-        self.horizon = method.horizon or training.lr * (
-            method.flow.update_every if method.flow else 1
-        )
+        self.method, self.scheduler, self.batches = method, scheduler, batches
+        self.seed, self.allocator, self._layout = seed, allocator, layout
         self.block = layout.block.to(device)
         self.sizes = layout.sizes().to(device).float()
+        flow_knobs = method.flow
+        self.horizon = method.horizon or step_rate * (flow_knobs.update_every if flow_knobs else 1)
+        # the optimiser step before which the mask becomes binary
+        self.binarised_at = flow_knobs.binarised_at if flow_knobs else 0
         zeros = torch.zeros(layout.units, device=device)
         self.state = MaskState(
-            zeros, zeros.clone(), zeros.clone(), zeros.bool(), layout.keep_counts.to(device)
+            zeros, zeros.clone(), zeros.bool(), layout.quota.to(device), zeros.clone()
         )
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(layout.units, generator=generator)[:TRACED_UNITS]
@@ -117,35 +116,38 @@ class MaskScheduler:
 
     @property
     def layout(self) -> Layout:
-        """The layout with the keep counts as they are now."""
+        """The layout with the quotas as they are now."""
         if self.allocator is None:
             return self._layout
-        return self.allocator.layout_of(self.state.keep_counts)
+        return self.allocator.layout_of(self.state.quota)
 
     def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
         """Move the mask when it is due before optimiser step ``step``; returns the log row."""
-        knobs = self.method.flow
-        if knobs is None or step >= knobs.binarised_at or step % knobs.update_every:
+        method = self.method.flow
+        if method is None or step >= method.binarised_at or step % method.update_every:
             return None
-        update = step // knobs.update_every
-        progress = (update + 1) / knobs.updates
-        every = knobs.criterion_every * (COARSE_REFRESH if knobs.granularity == "coarse" else 1)
+        update = step // method.update_every
+        progress = (update + 1) / method.updates
+        every = method.criterion_every
+        if method.granularity == "coarse":
+            every *= COARSE_REFRESH
         rank = None
         if update % every == 0:
-            # keep counts rest in the second half, so that the masks can follow them to the end
+            # quotas rest in the second half, so that the masks can follow them to the end
             rank = self.estimate(soft, reallocate=progress <= LAST_REALLOCATION or update == 0)
-        removed = flow.removed_share(progress, knobs.budget)
-        budget = self.sizes - removed * (self.sizes - self.state.keep_counts)
+        removed = flow.removed_share(progress, method.budget)
+        budget = self.sizes - removed * (self.sizes - self.state.quota)
         if self.allocator is not None:
-            # counts that have just changed are followed as fast as the continuity bound allows
-            low, high = (soft.mask - knobs.max_move), (soft.mask + knobs.max_move)
+            # a quota that has just moved is followed as fast as the continuity bound allows
+            low, high = (soft.mask - method.max_move), (soft.mask + method.max_move)
+            blocks = len(budget)
             budget = budget.clamp(
-                flow.block_sums(low.clamp(min=0), self.block, len(budget)),
-                flow.block_sums(high.clamp(max=1), self.block, len(budget)),
+                flow.block_sums(low.clamp(min=0), self.block, blocks),
+                flow.block_sums(high.clamp(max=1), self.block, blocks),
             )
-        before, gamma = soft.mask.clone(), knobs.gamma * progress
-        soft.sinusoid_scale.fill_(1 - removed)
-        if knobs.process == "hard":
+        before, gamma = soft.mask.clone(), method.gamma * progress
+        soft.fade.fill_(1 - removed)
+        if method.process == "hard":
             kept = budget.ceil().long()
             soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
         else:
@@ -154,8 +156,8 @@ class MaskScheduler:
                     before,
                     self.state.scores,
                     gamma=gamma,
-                    rate=knobs.flow_rate,
-                    max_move=knobs.max_move,
+                    rate=method.flow_rate,
+                    max_move=method.max_move,
                     budget=budget,
                     block=self.block,
                 )
@@ -164,7 +166,7 @@ class MaskScheduler:
         undecided = (soft.mask > 0.05) & (soft.mask < 0.95)
         return {
             "budget": (budget.sum() / self.sizes.sum()).item(),
-            "sinusoid_scale": 1 - removed,
+            "fade": 1 - removed,
             "gamma": gamma,
             "max_move": (soft.mask - before).abs().max().item(),
             "undecided": undecided.float().mean().item(),
@@ -184,52 +186,54 @@ class MaskScheduler:
         state, method = self.state, self.method
         batches = self.batches(state.estimates)
         with sharding.whole(soft):
-            if method.criterion == "diff_pruning":
-                raw = scoring.diff_pruning_scores(
-                    soft,
-                    self.noise_scheduler,
-                    batches,
-                    threshold=method.score_threshold,
-                    parts=len(batches) // method.criterion_batches,
-                )
-            else:
-                raw = scoring.raw_scores(
-                    soft,
-                    self.noise_scheduler,
-                    batches,
-                    criterion=method.criterion,
-                    reduction=method.reduction,
-                    hvp=method.hvp,
-                    horizon=self.horizon,
-                    seed=self.seed,
-                )
-        scores = scoring.normalise(raw, self._layout, method.criterion)
+            raw = self._raw_scores(soft, batches)
+        fresh = scoring.normalise(raw, self._layout, method.criterion)
         shared = scoring.normalise(raw, self._layout, "lookahead")
         rank = None
-        state.last_scores, last = scores, state.last_scores
         if state.estimates and method.flow:
             alive = soft.mask > 0.05
-            rank = flow.spearman(last[alive], scores[alive])
+            rank = flow.spearman(state.last_scores[alive], fresh[alive])
             decay = method.flow.score_ema
-            scores = decay * state.scores + (1 - decay) * scores
-            shared = decay * state.shared_scores + (1 - decay) * shared
-        state.scores, state.shared_scores = scores, shared
+            state.scores = decay * state.scores + (1 - decay) * fresh
+            state.shared_scores = decay * state.shared_scores + (1 - decay) * shared
+        else:
+            state.scores, state.shared_scores = fresh, shared
         if self.allocator is not None and reallocate:
-            counts = self.allocator.layout(shared).keep_counts
-            state.keep_counts = counts.to(self.block.device)
+            state.quota = self.allocator.layout(state.shared_scores).quota.to(self.block.device)
+        state.last_scores = fresh
         state.estimates += 1
         state.seconds += time.perf_counter() - started
         return None if rank is None or math.isnan(rank) else rank
+
+    def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
+        method = self.method
+        if method.criterion == "diff_pruning":
+            return scoring.diff_pruning_scores(
+                soft,
+                self.scheduler,
+                batches,
+                threshold=method.score_threshold,
+                parts=len(batches) // method.criterion_batches,
+            )
+        return scoring.raw_scores(
+            soft,
+            self.scheduler,
+            batches,
+            criterion=method.criterion,
+            reduction=method.reduction,
+            hvp=method.hvp,
+            horizon=self.horizon,
+            seed=self.seed,
+        )
 
     def binarise(self, soft: SoftUNet, step: int) -> int:
         """Set every mask to 0 or 1 and let unaligned norms take the slim net's membership.
 
         Returns the number of norms that changed their membership.
         """
-        state = self.state
-        soft.mask.copy_(flow.binarise(soft.mask, state.scores, self.block, state.keep_counts))
-        soft.sinusoid_scale.zero_()
-        state.binary = True
+        soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.state.quota))
+        soft.fade.zero_()
+        self.state.binary = True
         self._follow(soft.mask, step)
         return soft.adopt_slim_membership()
 
