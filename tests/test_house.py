@@ -23,8 +23,6 @@ KEYWORDS = {
     ("compress/common/files.py", "image_png"),
     ("compress/common/plots.py", "to_png"),
     ("compress/methods/fastocr/hooks.py", "generate"),
-    ("compress/methods/gradflow/masks.py", "forward"),
-    ("compress/methods/gradflow/masks.py", "predict"),
     ("compress/tables/table.py", "has"),
 }
 
