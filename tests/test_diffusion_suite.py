@@ -87,10 +87,11 @@ def test_the_caller_can_count_batches(dense):
     assert sizes == [5, 3, 5, 3] and SETTINGS.batches == 4
 
 
-@pytest.mark.parametrize("name", ["samples", "sampling_seeds", "batch"])
-def test_settings_are_checked(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+@pytest.mark.parametrize("name, least", [("samples", 4), ("sampling_seeds", 1), ("batch", 1)])
+def test_settings_are_checked(name, least):
+    with pytest.raises(ValueError, match=f"{name}\n.*greater than or equal to {least} .*value=0"):
         SamplingSettings(**{name: 0})
+    assert getattr(SamplingSettings(**{name: least}), name) == least
 
 
 def test_cache_path_follows_the_key_and_the_environment(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def checkpoint_folder(
     card: Callable[[Mapping[str, Any]], str],
     *,
     overwrite: bool,
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+) -> Iterator[Path]:
     """Write a checkpoint: ``folder`` is complete or untouched.
 
     Parameters
@@ -36,7 +36,7 @@ def checkpoint_folder(
 
     Yields
     ------
-    A temporary folder to fill, and the facts, which may be added to.
+    A temporary folder to fill.
 
     Raises
     ------
@@ -45,11 +45,11 @@ def checkpoint_folder(
     """
     check_replaceable(folder, overwrite=overwrite)
     with atomic_folder(folder) as temporary:
-        content: dict[str, Any] = {"format": FORMAT, "kind": kind, **facts}
         try:
-            yield temporary, content
+            yield temporary
         except SafetensorError as error:  # how safetensors says that a disk is full
             raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
+        content = {"format": FORMAT, "kind": kind, **facts}
         write_text(temporary / "README.md", card(content))
         write_json(temporary / FACTS, content | {"files": file_hashes(temporary)})
 

@@ -65,7 +65,8 @@ def load(
     FileNotFoundError : naming what is missing.
     """
     folder = model.folder if isinstance(model, ModelFolder) else Path(model).expanduser()
-    if (folder / FACTS).is_file():
+    # a runtime checkpoint is verified where it is read
+    if (folder / FACTS).is_file() and runtime_facts(folder) is None:
         verify(folder)
     at = locate(model)
     if at.kind == "reader":

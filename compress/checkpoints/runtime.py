@@ -63,7 +63,7 @@ def save_runtime(
         content |= {"base_model": base_model(base), "base_hash": base.hash, **_licence(base)}
         if reference:
             content["weights"] = {"model": base.name, "hash": base.hash}
-    with checkpoint_folder(folder, KIND, content, _card, overwrite=overwrite) as (temporary, _):
+    with checkpoint_folder(folder, KIND, content, _card, overwrite=overwrite) as temporary:
         if not reference:
             model.save_pretrained(temporary)
             if isinstance(processor, DeepseekOcrProcessor):

@@ -77,9 +77,7 @@ def save_slim(
             usage="\n".join(lines),
         )
 
-    with checkpoint_folder(folder, "slim", {"widths": [], **facts}, card, overwrite=overwrite) as (
-        temporary,
-        _,
-    ):
+    facts = {"widths": [], **facts}
+    with checkpoint_folder(folder, "slim", facts, card, overwrite=overwrite) as temporary:
         export(pipeline, temporary, source)
     return folder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from compress.models.visual import adapter_for, build_prompt, visual_layouts
+from compress.models.visual import adapter_for, build_prompt, to_device, visual_layouts
 
 MOST_NEW_TOKENS = 4096  # where neither the caller nor the checkpoint says
 
@@ -55,7 +55,7 @@ def read_pages(
     family = adapter_for(model.config)
     text = family.read_prompt if prompt is None else prompt
     inputs = build_prompt(model, processor, images, [text] * len(images))
-    inputs = {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
+    inputs = to_device(inputs, model.device)
     layouts = visual_layouts(model, inputs)
     length = inputs["input_ids"].shape[1]
     left = model.config.get_text_config().max_position_embeddings - length

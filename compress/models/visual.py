@@ -396,6 +396,11 @@ def build_prompt(
     return adapter_for(model.config).prompt(processor, images, texts)
 
 
+def to_device(inputs: Inputs, device: torch.device | str) -> dict[str, Any]:
+    """Model inputs with their tensors on a device."""
+    return {n: t.to(device) if torch.is_tensor(t) else t for n, t in inputs.items()}
+
+
 def visual_layouts(model: Any, inputs: Inputs) -> list[VisualLayout]:
     """The layout of each sequence of a model's inputs; see :meth:`Adapter.layouts`."""
     return adapter_for(model.config).layouts(model.config, inputs)

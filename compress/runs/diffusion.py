@@ -67,18 +67,18 @@ PACKAGES = (
 class DiffusionRun:
     """A recipe of a diffusion pipeline with everything that it names opened."""
 
+    packages: Sequence[str] = PACKAGES
+
     def __init__(self, recipe: Recipe, folder: Path, device: str) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
         # what the hub has, one process downloads, and the others find it
         with distributed.main_first():
             self.at = locate(recipe.model, "diffusion")
             self.pipeline = load_pipeline(self.at)
-            denoiser(self.pipeline)
             self.data = load_data(recipe.data, self.pipeline, recipe.columns)
         self.training = recipe.training()
         self.inputs = inputs_of(self.pipeline)
         self.settings = with_conditions(recipe.evaluate, self.pipeline, self.data)
-        self.header = [f"{name} {number}" for name, number in versions_of(PACKAGES).items()]
 
     def job(self, *, resume: bool) -> PruneJob:
         """What the method works on."""

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.facts import check_replaceable
 from compress.checkpoints.runtime import check_dense, save_runtime
@@ -21,16 +19,14 @@ from compress.eval.retention import retention, worst_page_delta
 from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings
 from compress.eval.values import Value
 from compress.methods.base import Calibrated, Event, RuntimeMethod
-from compress.models.deepseek_ocr_processor import with_mode
-from compress.models.locate import ModelFolder, locate
+from compress.models.locate import locate
 from compress.models.page_images import open_image
 from compress.models.transformers_folder import stored_shapes
-from compress.models.visual import adapter_for, build_prompt
-from compress.models.vlm import load_vlm
+from compress.models.visual import adapter_for, build_prompt, to_device
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.evaluation import PACKAGES, page_reader
-from compress.runs.reading import torch_dtype
+from compress.runs.reading import open_reader
 from compress.runs.recipe import ReaderRecipe
 
 CALIBRATION = "calibration.json"
@@ -70,6 +66,8 @@ def variant_name(method: RuntimeMethod) -> str:
 class ReaderRun:
     """A recipe of a reader with everything that it names opened."""
 
+    packages: Sequence[str] = PACKAGES
+
     def __init__(self, recipe: ReaderRecipe, folder: Path, device: str) -> None:
         settings = recipe.evaluate
         self.recipe, self.folder, self.device = recipe, folder, device
@@ -77,9 +75,8 @@ class ReaderRun:
         ocr.check_accuracy(self.data)
         self.at = locate(recipe.model, "reader")
         check_dense(self.at)
-        self.model, self.processor = open_dense(self.at, settings, device)
+        self.model, self.processor, _ = open_reader(self.at, settings, device)
         self.variants = variants(recipe)
-        self.header = [f"{name} {number}" for name, number in versions_of(PACKAGES).items()]
 
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Check that pages are read on with the same model, and that each method serves it."""
@@ -243,13 +240,6 @@ class ReaderRun:
         }
 
 
-def open_dense(at: ModelFolder, settings: ReadSettings, device: str) -> tuple[Any, Any]:
-    """A dense model and its processor, as the settings say."""
-    model, processor = load_vlm(at, torch_dtype(settings))
-    model.to(device)
-    return model, with_mode(processor, settings.mode)
-
-
 # ---- calibration -----------------------------------------------------------------------------
 
 
@@ -277,9 +267,7 @@ def calibrate_on_pages(
     for first in range(0, len(pages), settings.batch):
         images = [p.open() for p in pages[first : first + settings.batch]]
         inputs = build_prompt(model, processor, images, [text] * len(images))
-        batches.append(
-            {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
-        )
+        batches.append(to_device(inputs, model.device))
     return method.calibrate(model, batches, max_new_tokens)
 
 
@@ -318,7 +306,7 @@ def calibrated_checkpoint(
     calibration, read = calibration or Calibration(), read or ReadSettings()
     at = locate(model, "reader")
     check_dense(at)
-    network, processor = open_dense(at, read, choose_device(device))
+    network, processor, _ = open_reader(at, read, choose_device(device))
     result = calibrate_on_pages(
         method,
         network,

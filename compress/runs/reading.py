@@ -17,16 +17,11 @@ from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 
 
-def torch_dtype(settings: ReadSettings) -> torch.dtype:
-    """The number format of the weights."""
-    return getattr(torch, settings.dtype)
-
-
 def open_reader(
     at: ModelFolder, settings: ReadSettings, device: str
 ) -> tuple[Any, Any, tuple[RuntimeMethod, ...]]:
     """A reader on its device, its processor, and the methods of its checkpoint, not applied yet."""
-    model, processor, methods = load_runtime(at, torch_dtype(settings))
+    model, processor, methods = load_runtime(at, getattr(torch, settings.dtype))
     model.to(device)
     return model, with_mode(processor, settings.mode), methods
 

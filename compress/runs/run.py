@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from compress.common.environment import choose_device
+from compress.common.environment import choose_device, versions_of
 from compress.common.events import drain
 from compress.common.files import write_json, write_text
 from compress.common.output_folder import check_same_settings, check_target, claim
@@ -30,7 +30,7 @@ class RunResult:
 class Work(Protocol):
     """A recipe with everything that it names opened; what one kind of run does of its own."""
 
-    header: list[str]
+    packages: Sequence[str]  # whose versions the resolved recipe names
 
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Refuse whatever can be known before the folder is touched."""
@@ -112,7 +112,9 @@ def run_events(
         claimed = claim(folder, resume=resume, overwrite=overwrite)
         with claimed if main else contextlib.nullcontext():
             if main:
-                write_text(folder / "recipe.yaml", dump(recipe, work.header))
+                versions = versions_of(work.packages)
+                header = [f"{name} {version}" for name, version in versions.items()]
+                write_text(folder / "recipe.yaml", dump(recipe, header))
             metrics = yield from work.work()
             yield Event("report", 0, 2)
             checkpoint = folder / "checkpoint"

@@ -19,6 +19,7 @@ from compress.models.visual import (
     VisualLayout,
     adapter_for,
     build_prompt,
+    to_device,
     views_on_page,
     visual_layouts,
 )
@@ -37,7 +38,7 @@ def sections(method: "FastOCR", shown: Shown) -> list[Section]:
     model, processor, image = shown.model, shown.processor, shown.image
     text = adapter_for(model.config).read_prompt if shown.prompt is None else shown.prompt
     inputs = build_prompt(model, processor, [image], [text])
-    inputs = {n: t.to(model.device) if torch.is_tensor(t) else t for n, t in inputs.items()}
+    inputs = to_device(inputs, model.device)
     [whole] = visual_layouts(model, inputs)
     views = views_on_page(model, processor, image, whole.grid)
     if not views:
