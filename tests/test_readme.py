@@ -195,7 +195,7 @@ def test_recipes_of_documents_are_valid(document, tmp_path):
     for block in blocks(document.read_text(encoding="utf8"), "yaml"):
         path = tmp_path / "document.yaml"
         path.write_text(block)
-        load_recipe(path)
+        assert load_recipe(path).output
 
 
 # ---- the notebook --------------------------------------------------------------------------------
