@@ -23,7 +23,7 @@ import compress.methods.fastocr.state
 from builders import fastocr
 from builders.fastocr import PAGES, TEXTS, write
 from builders.vlm import FAMILIES
-from compress.checkpoints.runtime import load_reader
+from compress.checkpoints.runtime import load_runtime
 from compress.methods.fastocr import FastOCR
 from compress.methods.fastocr.attention import NAME, STATE
 from compress.methods.fastocr.calibration import calibrate
@@ -31,6 +31,7 @@ from compress.methods.fastocr.fixation import budget, random_fixation, same_mean
 from compress.methods.fastocr.hooks import decoder
 from compress.methods.fastocr.preflight import preflight
 from compress.models.cache_argument import cache_argument, cache_in
+from compress.models.locate import locate
 from compress.models.visual import (
     VISUAL_LAYOUTS,
     build_prompt,
@@ -923,8 +924,8 @@ def test_a_checkpoint_of_a_family_without_an_adapter_is_loaded(tmp_path):
     method = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0)
     with compress.apply(model, method) as applied:
         expected = write(model, inputs)
-        applied.save(tmp_path / "patched", processor)
-    loaded = compress.load(tmp_path / "patched")
+        applied.save(tmp_path / "runtime", processor)
+    loaded = compress.load(tmp_path / "runtime").model
     assert type(loaded) is Qwen2VLForConditionalGeneration
     loaded.generation_config.eos_token_id = None
     result = write(loaded, inputs)
@@ -932,11 +933,11 @@ def test_a_checkpoint_of_a_family_without_an_adapter_is_loaded(tmp_path):
     assert not torch.allclose(result[1], dense)
     # whoever has no prompt for it says so before the weights are read
     with pytest.raises(ValueError, match="unknown architecture .model_type='qwen2_vl'"):
-        load_reader(tmp_path / "patched")
-    config = json.loads((tmp_path / "patched" / "config.json").read_text())
-    (tmp_path / "patched" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+        load_runtime(locate(tmp_path / "runtime"))
+    config = json.loads((tmp_path / "runtime" / "config.json").read_text())
+    (tmp_path / "runtime" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ValueError, match="unknown architecture .model_type='llama'"):
-        load_vlm(tmp_path / "patched", adapter=False)
+        load_vlm(tmp_path / "runtime", adapter=False)
 
 
 def test_calls_of_the_model_are_refused_before_the_preflight():

@@ -10,9 +10,9 @@ from torch import nn
 from builders import models
 from compress.methods.gradflow.groups import (
     dense_widths,
-    find_groups,
     narrowed_queries,
 )
+from compress.methods.gradflow.unets import find_groups
 
 NAMES = [
     "plain",
