@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,16 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+import compress
 from builders import models, pipelines, programs
 from builders.events import leave
 from builders.forks import free_port
 from compress.common.events import drain
 from compress.common.journal import Journal
+from compress.data.columns import Columns
 from compress.data.sources import Pairs, TensorImages, load_images, stacked
 from compress.eval import fidelity, sampling
-from compress.eval.diffusion import SamplingSettings
+from compress.eval.settings import Sampling, SamplingSettings
 from compress.methods.base import PruneJob
 from compress.methods.gradflow import GradFlow, OneShot, surgery
 from compress.methods.gradflow.layout import build_layout
@@ -40,6 +41,7 @@ from compress.models.loading import load_pipeline
 from compress.models.objective import validation_loss
 from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
 from compress.runs import diffusion as runs
+from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
 
 NAMES = ("ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text")
@@ -125,7 +127,8 @@ def test_every_family_goes_through_flow_surgery_and_recovery(family, finished, n
     assert trained == {id(p) for p in run.model.parameters()}
     dense, slim = family(name).unet, pruned.model
     assert type(slim) is type(dense)
-    assert tuple(slim.config.block_out_channels) == pruned.widths
+    widths = [row["compressed"] for row in pruned.widths]
+    assert list(slim.config.block_out_channels) == widths
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters())
     facts = pruned.report["surgery"]
     assert facts["loss_slim"] == pytest.approx(facts["loss_masked"], abs=1e-4)
@@ -226,7 +229,7 @@ def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures):
     pipeline.vae.train()
     pipeline.text_encoder.requires_grad_(False)
     before, unet = frozen(pipeline), copy.deepcopy(pipeline.unet.state_dict())
-    compressed = runs.apply(
+    compressed = compress.apply(
         pipeline,
         OneShot(keep_macs=pipelines.KEEP["sd1"], steps=0, criterion="magnitude"),
         data=f"folder:{pictures}",
@@ -239,7 +242,7 @@ def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures):
     assert compressed.model.vae is pipeline.vae
     with pytest.raises(ValueError, match="takes a caption"):
         images = load_images(f"folder:{pictures}", 16, 3).train
-        runs.apply(pipeline, OneShot(keep_macs=0.55, steps=0), data=images, device="cpu")
+        compress.apply(pipeline, OneShot(keep_macs=0.55, steps=0), data=images, device="cpu")
 
 
 @pytest.mark.parametrize("changes", [{"num_class_embeds": 7}, {"class_embed_type": "timestep"}])
@@ -289,8 +292,8 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
     data = pipelines.pictures(tmp_path / "pictures", 40, column="words")
     family("sd1").save_pretrained(tmp_path / "model")
     asked = recipe(tmp_path / "model", data, pipelines.KEEP["sd1"])
-    assert runs.dry_run(asked, device="cpu")["problems"] == []
-    result = runs.run(asked, output=tmp_path / "run", device="cpu")
+    assert dry_run(asked, device="cpu")["problems"] == []
+    result = compress.run(asked, output=tmp_path / "run", device="cpu")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "run" / "checkpoint")
     assert type(loaded) is StableDiffusionPipeline
     assert tuple(loaded.unet.config.block_out_channels) == (4, 12)
@@ -303,13 +306,11 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
     assert "of latents; each with its caption" in table["validation_loss"]["how"]
     # the same numbers as a stranger would measure of the two folders
     for side, folder in (("dense", tmp_path / "model"), ("compressed", result.checkpoint)):
-        found = runs.evaluate_model(
+        found = runs.evaluate_pipeline(
             str(folder),
+            Sampling(samples=6, steps=2, sampling_seeds=2),
             data=f"folder:{data}",
-            columns=runs.Columns(caption="words"),
-            samples=6,
-            steps=2,
-            sampling_seeds=2,
+            columns=Columns(caption="words"),
             device="cpu",
         )
         for name in ("validation_loss", "fid_digits", "params"):
@@ -317,16 +318,16 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
 
 
 def test_images_are_drawn_of_held_out_captions_and_of_all_classes(family, pictures):
-    settings = SamplingSettings(samples=4)
+    settings = Sampling(samples=4)
     data = load_images(f"folder:{pictures}", 16, 3, "caption")
-    found = runs._with_conditions(settings, family("sdxl"), data)
+    found = runs.with_conditions(settings, family("sdxl"), data)
     assert found.conditions == ("blue 0", "blue 20", "red 1", "red 21")
     assert found.guidance_scale == 5.0  # SDXL's own default
-    asked = runs._with_conditions(replace(settings, guidance_scale=2.0), family("sd1"), data)
+    asked = runs.with_conditions(Sampling(samples=4, guidance_scale=2.0), family("sd1"), data)
     assert asked.guidance_scale == 2.0
     data = load_images("builtin:digits", 16, 1, "label")
-    assert runs._with_conditions(settings, family("labels"), data).conditions == tuple(range(10))
-    assert runs._with_conditions(settings, family("ddpm"), data) == settings
+    assert runs.with_conditions(settings, family("labels"), data).conditions == tuple(range(10))
+    assert runs.with_conditions(settings, family("ddpm"), data) == SamplingSettings(samples=4)
 
 
 def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(family, tmp_path):
@@ -334,12 +335,12 @@ def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(fam
     data = pipelines.pictures(tmp_path / "pictures", 8)
     asked = recipe(tmp_path / "model", data, 0.55)
     with pytest.raises(ValueError, match="texts for file_name and words"):
-        runs.run(asked, output=tmp_path / "run", device="cpu")
-    assert "texts for file_name and words" in runs.dry_run(asked)["problems"][0]
+        compress.run(asked, output=tmp_path / "run", device="cpu")
+    assert "texts for file_name and words" in dry_run(asked)["problems"][0]
     family("ddpm").save_pretrained(tmp_path / "plain")
     guided = recipe(tmp_path / "plain", data, 0.5, guidance_scale=3.0)
     with pytest.raises(ValueError, match="guidance_scale is for pipelines that take prompts"):
-        runs.run(guided, output=tmp_path / "run", device="cpu")
+        compress.run(guided, output=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 

@@ -61,7 +61,7 @@ def cut(folder: Path) -> None:
     from compress.checkpoints.slim import save_slim
     from compress.methods.gradflow import GradFlow, surgery
     from compress.methods.gradflow.allocation import plan
-    from compress.methods.gradflow.groups import find_groups
+    from compress.methods.gradflow.unets import find_groups
     from compress.models.loading import load_pipeline
 
     pipeline = load_pipeline(str(folder / "dense"))
