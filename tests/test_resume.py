@@ -191,7 +191,7 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before(two_states, driven, 
     assert not newest.exists() and before.read_bytes() == good
     events.close()
     expected = load_file(driven[0] / "one-shot uninterrupted" / "weights.safetensors")
-    resumed = drain(start(two_states, True).events()).unet.state_dict()
+    resumed = drain(start(two_states, True).events()).model.state_dict()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     steps = [row["step"] for row in log(two_states) if row["stage"] == "recover"]
     assert steps == list(range(1, EVENTS + 1))
