@@ -59,11 +59,21 @@ _SPECIAL = re.compile(
 _FENCE = re.compile(r"^```[\w-]*[ \t]*$", re.MULTILINE)
 _IMAGE = re.compile(r"!\[.*?\]\(.*?\)")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_FORMULA_NOISE = re.compile(
-    r"\\(?:tag|hspace|begin|end|label)\s*\{.*?\}|\\arraycolsep.*?\}"
-    r"|\\(?:math(?:bf|rm|normal|it|bb|cal|scr|frak|sf|tt)|text(?:bf)?|bold(?:math|symbol)"
-    r"|operatorname|bm|left|right|displaystyle|notag|q?quad|enspace"
-    r"|(?:thin|med|thick|negmed)?space)(?![a-zA-Z])|\\[,;:! ]|\$|\s"
+_LENGTH = r"-?[\d.]+\s*[a-z]{2}"
+# a line break is one token with its options: its backslashes belong to no other command
+_LATEX = re.compile(
+    rf"(?P<row>\\\\\*?(?:\s*\[\s*{_LENGTH}\s*\])?)"
+    rf"|(?P<space>[\s~$]|\\(?:[,;:!>/()\[\]\s]|(?:arraycolsep|[hv]skip|m?kern|mskip)\s*=?\s*{_LENGTH}))"
+    r"|\\(?P<word>operatorname\*|[a-zA-Z]+)|\\?.",
+    re.DOTALL,
+)
+# how many arguments go with a command that names, labels or sets a space
+_ARGUMENTS = {"tag": 1, "label": 1, "hspace": 1, "vspace": 1, "begin": 1, "end": 1, "setlength": 2}
+# commands for the look of what follows, and spaces
+_LOOK = re.compile(
+    r"math(?:bf|rm|normal|it|bb|cal|scr|frak|sf|tt|bfcal)|text(?:bf|rm|it|sf|tt)?"
+    r"|boldmath|boldsymbol|symbf|symbfit|bm|operatorname\*?|left|right|displaystyle|scriptscriptstyle"
+    r"|notag|nonumber|q?quad|enspace|nobreakspace|(?:thin|med|thick|negmed)?space"
 )
 
 
@@ -274,9 +284,29 @@ def normalise_text(text: str) -> str:
 
 
 def normalise_formula(latex: str) -> str:
-    r"""LaTeX without delimiters, white space, tags, environments and font commands, lower case."""
-    inside = re.sub(r"^\s*\\\[|\\\]\s*$", "", latex.strip())
-    return _FORMULA_NOISE.sub("", inside).strip(".").lower()
+    r"""LaTeX without delimiters, white space, tags, environments and font commands, lower case.
+
+    It is cut as TeX cuts it: a control word such as ``\alpha`` ends with its letters, a control
+    symbol such as ``\,`` is one character, and ``\\`` is a line break whatever follows. A space
+    stays between a control word and a letter, since ``\alpha b`` is not ``\alphab``.
+    """
+    kept = [""]
+    arguments = depth = 0  # that are still to be dropped, and of the braces in one of them
+    for token in _LATEX.finditer(latex):
+        text, word = token.group(), token["word"]
+        if depth or (arguments and text == "{"):
+            depth += (text == "{") - (text == "}")
+            arguments -= not depth
+        elif token["space"]:
+            continue
+        elif arguments:
+            arguments -= text != "*"
+        elif word in _ARGUMENTS:
+            arguments = _ARGUMENTS[word]
+        elif not (word and _LOOK.fullmatch(word)):
+            ends_in_word = kept[-1].startswith("\\") and kept[-1][-1].isalpha()
+            kept += [" "] * (ends_in_word and text.isalpha()) + [r"\\" if token["row"] else text]
+    return "".join(kept).strip(".").lower()
 
 
 def match_blocks(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[list[int], list[int]]]:

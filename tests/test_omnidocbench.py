@@ -1,6 +1,7 @@
 """OmniDocBench folders and scores: hand-computed pages, round trips, and damaged folders."""
 
 import json
+import random
 
 import pytest
 from PIL import Image
@@ -188,6 +189,80 @@ def test_normalising():
     assert normalise_text("1 < 2 and 3 > 2") == "12and32"
     assert normalise_formula("$$ \\mathrm{A} \\left( x \\right) \\tag{3} . $$") == "{a}(x)"
     assert normalise_formula("\\[\\textstyle\\]") == "\\textstyle"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"a \\ b", r"a \\b"),
+        (r"a \\ , b", r"a\\,b"),
+        (r"a \\[2pt] b", r"a\\b"),
+        (r"a \\* [ -1.5 ex ] b", r"a\\b"),
+        (r"a\,b\;c\!d\ e~f\quad g", "abcdefg"),
+        (r"\{ a \}", r"\{a\}"),
+        (r"\alpha b", "\\alpha\nb"),
+        (r"\alpha\, b", r"\alpha b"),
+        (r"\alpha 2", r"\alpha2"),
+        (r"\left\{ a \right)", r"\{a)"),
+        (r"\mathrm{A} \bm x", r"{A}x"),
+        (r"\operatorname*{max} x", r"{max}x"),
+        (r"\begin{aligned} a \tag*{3} \label{eq:a_{1}} \end{aligned}", "a"),
+        (r"\setlength{\arraycolsep}{2pt} a", "a"),
+        (r"\setlength\arraycolsep{2pt}\arraycolsep=1.4pt a\hspace*{1em}\mkern-3mu b", "ab"),
+        (r"\[ x \]", "$$x$$"),
+        (r"\[[a, b]\]", r"\([a,b]\)"),
+        ("x^2 .", "$x^2$"),
+    ],
+)
+def test_formulas_that_are_equal_in_tex(one, other):
+    assert normalise_formula(one) == normalise_formula(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\alpha b", r"\alphab"),
+        (r"a \\ b", r"a b"),
+        (r"a\\,b", r"a\,b"),
+        (r"a\\quad", r"a\quad"),
+        (r"\leftarrow", r"arrow"),
+        (r"\rightarrow", r"\leftarrow"),
+        (r"\textstyle a", "stylea"),
+        (r"\{a\}", "{a}"),
+        (r"\\[x]y", r"\\y"),
+        (r"a \% b", r"a b"),
+        ("a * b", "ab"),
+        ("(a)", r"\(a\)"),
+    ],
+)
+def test_formulas_that_differ_in_tex(one, other):
+    assert normalise_formula(one) != normalise_formula(other)
+
+
+def test_formulas_agree_with_a_scanner_that_goes_letter_by_letter():
+    rng = random.Random(0)
+    pieces = ["a", "b", "2", " ", "{", "}", "\\", "\\\\", r"\alpha", r"\left", r"\,", "^", ",", "["]
+    for _ in range(500):
+        latex = "".join(rng.choices(pieces, k=rng.randrange(12)))
+        assert normalise_formula(latex) == by_letters(latex), latex
+
+
+def by_letters(latex):
+    """An independent reading of `normalise_formula` for formulas without arguments."""
+    kept, place = [], 0
+    while place < len(latex):
+        end = place + 1
+        if latex[place] == "\\" and end < len(latex):
+            end += 1
+            while latex[place + 1].isalpha() and latex[end : end + 1].isalpha():
+                end += 1
+        token, place = latex[place:end], end
+        if token.isspace() or token in (r"\left", r"\,", "\\ ", r"\["):
+            continue
+        if kept and kept[-1][1:].isalpha() and kept[-1][0] == "\\" and token.isalpha():
+            kept.append(" ")
+        kept.append(token)
+    return "".join(kept).strip(".").lower()
 
 
 def test_folder_round_trip(tmp_path):
