@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.common.foreign import foreign
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -85,12 +87,8 @@ def read_json(path: Path) -> Any:
     ValueError : naming the file, when it is not JSON.
     FileNotFoundError : naming the file.
     """
-    try:
+    with foreign(path, "JSON"):
         return json.loads(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} should hold JSON but does not parse: {error}; restore the file"
-        ) from error
 
 
 def sha256(path: Path) -> str:

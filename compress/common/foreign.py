@@ -1,0 +1,47 @@
+"""Files that somebody else wrote: whatever a library says about one becomes one line."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from compress.common.extras import MissingExtraError
+
+LONGEST_REASON = 300
+
+
+class ForeignFileError(ValueError):
+    """A file that somebody else wrote and that cannot be used; the message is one line."""
+
+
+@contextlib.contextmanager
+def foreign(path: str | Path, what: str, remedy: str = "restore the file") -> Iterator[None]:
+    """Let a library read a file within the context; any error of it names the file.
+
+    Parameters
+    ----------
+    path : of the file, or of the folder where a library reads several.
+    what : it should hold, for the message.
+    remedy : what to do.
+
+    Raises
+    ------
+    ForeignFileError : for whatever the library raises.
+    MissingExtraError, OSError : as they come: a missing package, and what the system says (no
+        permission, no such file, a full disk), are not the content's fault.
+    """
+    try:
+        yield
+    except (ForeignFileError, MissingExtraError):
+        raise
+    except Exception as error:  # libraries raise what they like, the tokenizers a bare Exception
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ForeignFileError(
+            f"{path} should hold {what} but does not load: {reason(error)}; {remedy}"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, as a part of a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
