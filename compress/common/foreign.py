@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from compress.common.extras import MissingExtraError
 
 LONGEST_REASON = 300
@@ -43,5 +45,9 @@ def foreign(path: str | Path, what: str, remedy: str = "restore the file") -> It
 
 def reason(error: BaseException) -> str:
     """What an error says, as a part of a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValidationError):
+        problems = error.errors(include_url=False)
+        text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems)
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."

@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import UnlimitedOcrForConditionalGeneration
 
-from compress.common.files import atomic_folder, read_json, write_json
+from compress.common.files import atomic_folder, write_json
+from compress.common.foreign import foreign
 from compress.models.deepseek_ocr_layout import (
     native_config,
     original_config,
@@ -21,7 +22,8 @@ from compress.models.deepseek_ocr_processor import (
     load_processor,
     save_processor,
 )
-from compress.models.transformers_folder import check_tensors, read_model, stored_shapes
+from compress.models.transformers_folder import read_model
+from compress.models.weights import check_config, compare, few_parameters, stored_tensors
 
 
 def save_deepseek_ocr(
@@ -77,12 +79,15 @@ def load_deepseek_ocr(
     ------
     ValueError, FileNotFoundError : naming the damaged or missing file, or the missing tensor.
     """
-    stored = stored_shapes(folder)
-    config = native_config(read_json(folder / "config.json"))
-    wanted = weight_shapes(config)
-    differ = {name: (stored[name], wanted[name]) for name in wanted.keys() & stored.keys()}
-    differ = {name: (ours, right) for name, (ours, right) in differ.items() if ours != right}
-    check_tensors(folder, wanted.keys() - stored.keys(), differ)
+    config_file = folder / "config.json"
+    stored = stored_tensors(folder)
+    with (
+        foreign(config_file, "the configuration of a DeepSeek-OCR"),
+        few_parameters(config_file, len(stored)),
+    ):
+        config = native_config(check_config(config_file))
+        wanted = weight_shapes(config)
+    compare(folder, stored, wanted)
     processor = load_processor(folder)
     config.image_token_id = processor.image_token_id
     config.text_config.pad_token_id = processor.tokenizer.pad_token_id

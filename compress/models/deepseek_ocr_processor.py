@@ -1,15 +1,17 @@
 """Pages and prompts to what DeepSeek-OCR reads, in the checkpoint's own format."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from compress.common.files import read_json, write_json
+from compress.common.foreign import foreign
 from compress.models.deepseek_ocr_views import MODES, Mode, page_tokens, page_views
 
 IMAGE_TOKEN = "<image>"
@@ -130,24 +132,22 @@ def load_processor(folder: Path) -> DeepseekOcrProcessor:
         raise FileNotFoundError(
             f"{folder} should have a tokenizer.json; it has none; restore the file"
         )
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(
-            f"{folder / 'tokenizer.json'} should hold a tokenizer but does not load: {error}; "
-            "restore the file"
-        ) from error
-    path = folder / PROCESSOR_FILE
-    settings = read_json(path) if path.is_file() else {}
-    mode = settings.get("mode", "gundam")
-    if isinstance(mode, dict) and set(mode) <= {field.name for field in fields(Mode)}:
-        return DeepseekOcrProcessor(tokenizer, Mode(**mode), settings.get("patch_size", 16))
-    if mode not in MODES:
-        raise ValueError(
-            f"{path}: mode should be one of {', '.join(MODES)}, or a side and a crop in pixels; "
-            f"got {mode!r}; correct it"
+    with foreign(folder / "tokenizer.json", "a tokenizer"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
-    return DeepseekOcrProcessor(tokenizer, MODES[mode], settings.get("patch_size", 16))
+    path = folder / PROCESSOR_FILE
+    with foreign(path, "the settings of DeepSeek-OCR's processor"):
+        settings = _Settings.model_validate(read_json(path) if path.is_file() else {})
+        mode = settings.mode if isinstance(settings.mode, Mode) else MODES[settings.mode]
+        return DeepseekOcrProcessor(tokenizer, mode, settings.patch_size)
+
+
+class _Settings(BaseModel):
+    """What is read of a processor's file; what else is there is fixed."""
+
+    mode: Literal["tiny", "small", "base", "large", "gundam"] | Mode = "gundam"
+    patch_size: Annotated[int, Field(gt=0, le=64)] = 16
 
 
 def save_processor(processor: DeepseekOcrProcessor, folder: Path) -> None:

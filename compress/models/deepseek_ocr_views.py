@@ -8,15 +8,18 @@ holds what they give.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pydantic import Field
 
 from compress.models.page_images import check_image
 
 GREY = (127, 127, 127)  # the padding: int(0.5 * 255), which normalisation takes to -0.004
 STRETCHED_UP_TO = 640  # views of modes without crops up to this side do not keep the proportions
+LARGEST_VIEW = 4096  # pixels a side, three times that of the largest mode
 NEWLINE = SEPARATOR = -1  # column of a newline token; row and column of the separator
 # (columns, rows) of 2 to 9 crops, few crops first
 GRIDS = tuple(
@@ -37,8 +40,8 @@ class Mode:
     crop : pixels a side of a crop; 0 for no crops.
     """
 
-    side: int
-    crop: int = 0
+    side: Annotated[int, Field(gt=0, le=LARGEST_VIEW)]
+    crop: Annotated[int, Field(ge=0, le=LARGEST_VIEW)] = 0
 
     @property
     def stretched(self) -> bool:

@@ -33,6 +33,13 @@ REDIRECTIONS = {
     "transformers_weights": "its weights under their usual name",
     "fusion_config": "a model without fused layers",
 }
+# files that transformers reads in place of the weights, or puts on top of them
+OVERRIDES = {
+    "shard-*.safetensors": "weights in the layout of save_pretrained",
+    "adapter_config.json": "weights that no adapter changes",
+}
+# what else than a mapping of settings is a damaged configuration
+MAPPINGS = re.compile(r"(^|_)(config|map)$")
 
 logger = logging.getLogger("compress")
 
@@ -64,6 +71,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     ValueError : naming the file that is damaged, that lies outside the folder, or that a library
         may read in place of another.
     """
+    for pattern, right in OVERRIDES.items():
+        for path in folder.glob(pattern):
+            raise ForeignFileError(f"compress reads {right}; got {path}; remove or merge it")
     tensors: dict[str, Stored] = {}
     for path, names in _weight_files(folder).items():
         with foreign(path, "safetensors"), safe_open(path, "pt") as file:
@@ -150,6 +160,22 @@ def check_inside(folder: Path, path: Path) -> None:
         )
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read JSON that holds a mapping.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : naming the file.
+    """
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ForeignFileError(
+            f"{path} should hold a mapping of settings; got {type(settings).__name__}; restore the "
+            "file"
+        )
+    return settings
+
+
 def check_config(path: Path) -> dict[str, Any]:
     """Read a model's configuration; refuse what would load other weights or code, or never end.
 
@@ -158,15 +184,20 @@ def check_config(path: Path) -> dict[str, Any]:
     FileNotFoundError : when there is none.
     ValueError : naming the file and the setting.
     """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ForeignFileError(
-            f"{path} should hold a mapping of settings; got {type(config).__name__}; restore the "
-            "file"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"a model folder has a {path.name}; {path.parent} has none; name the folder that has it"
         )
+    config = read_settings(path)
     for key, right in REDIRECTIONS.items():
         if config.get(key) is not None:
             raise ForeignFileError(f"{path} has {key}; compress reads {right}; choose such a model")
+    for key, kind in (("model_type", str), ("architectures", list)):
+        if not isinstance(config.get(key), kind | None):
+            raise ForeignFileError(
+                f"{path}: {key} should be a {kind.__name__}; got {config[key]!r:.60}; restore the "
+                "file"
+            )
     _check_settings(path, "", config)
     return config
 
@@ -175,6 +206,14 @@ def _check_settings(path: Path, key: str, value: Any) -> None:
     if isinstance(value, Mapping):
         for inner, content in value.items():
             _check_settings(path, inner, content)
+        if key and "auto_map" in value:
+            raise ForeignFileError(
+                f"{path}: {key} should not name code of its own; it has an auto_map; remove it"
+            )
+    elif MAPPINGS.search(key) and value is not None:
+        raise ForeignFileError(
+            f"{path}: {key} should be a mapping; got {value!r:.60}; restore the file"
+        )
     elif isinstance(value, list):
         for content in value:
             _check_settings(path, key, content)
@@ -207,36 +246,48 @@ def check_weights(folder: Path, model_class: Any, config: Any = None) -> None:
     FileNotFoundError : when the configuration, the weights or one of their files are missing.
     ValueError : naming the file, and the tensor that is missing or has another shape.
     """
-    path = folder / "config.json"
-    check_config(path)
+    config_file = folder / "config.json"
+    check_config(config_file)
     stored = stored_tensors(folder)
-    with foreign(path, f"the configuration of a {model_class.__name__}"), _few(path, len(stored)):
-        compare = _diffusers if issubclass(model_class, ModelMixin) else _transformers
-        missing, extra, shapes = compare(folder, model_class, config, stored)
-    _report(folder, stored, missing, extra, shapes)
+    fitting = f"a {model_class.__name__} whose weights fit its config.json"
+    with foreign(folder, fitting), few_parameters(config_file, len(stored)):
+        if not issubclass(model_class, ModelMixin):
+            missing, extra, shapes = _transformers(folder, model_class, config, stored)
+            return _report(folder, stored, missing, extra, shapes)
+        with torch.device("meta"):
+            part = model_class.from_config(
+                model_class.load_config(folder, local_files_only=True) if config is None else config
+            )
+        # names of attention layers from before diffusers 0.12, as Stable Diffusion's VAE has them
+        part._fix_state_dict_keys_on_load(stored)
+    compare(folder, stored, {name: tuple(t.shape) for name, t in part.state_dict().items()})
+
+
+def compare(
+    folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse weights that lack a tensor, or hold one of another shape.
+
+    Parameters
+    ----------
+    folder : as messages call it.
+    stored : of :func:`stored_tensors`.
+    wanted : the shapes that the model has by its ``config.json``, by the names that are stored.
+
+    Raises
+    ------
+    ValueError : naming the file and the first such tensor.
+    """
+    differ = {
+        name: (stored[name].shape, wanted[name])
+        for name in wanted.keys() & stored.keys()
+        if stored[name].shape != wanted[name]
+    }
+    _report(folder, stored, wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), differ)
 
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 Compared = tuple[Set[str], Set[str], Shapes]
-
-
-def _diffusers(
-    folder: Path, model_class: Any, config: Any, stored: Mapping[str, Stored]
-) -> Compared:
-    if config is None:
-        config = model_class.load_config(folder, local_files_only=True)
-    with torch.device("meta"):
-        part = model_class.from_config(config)
-    found = dict(stored)
-    # names of attention layers from before diffusers 0.12, as Stable Diffusion's VAE has them
-    part._fix_state_dict_keys_on_load(found)
-    wanted = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
-    differ = {
-        name: (found[name].shape, wanted[name])
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name]
-    }
-    return wanted.keys() - found.keys(), found.keys() - wanted.keys(), differ
 
 
 def _transformers(
@@ -245,7 +296,7 @@ def _transformers(
     """As transformers itself matches them: it renames, joins and splits what older files have."""
     if config is None:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-    with _silent_transformers():
+    with silent_transformers():
         _, info = model_class.from_pretrained(
             None,
             config=config,
@@ -285,8 +336,18 @@ def _report(
 
 
 @contextlib.contextmanager
-def _few(config: Path, stored: int) -> Iterator[None]:
-    """Stop the building of a model with many more parameters than are stored."""
+def few_parameters(config: Path, stored: int) -> Iterator[None]:
+    """Stop the building of a model with many more parameters than are stored.
+
+    Parameters
+    ----------
+    config : that describes the model, for the message.
+    stored : number of tensors.
+
+    Raises
+    ------
+    ValueError : naming `config`.
+    """
     most, count, here = 2 * stored + 1000, 0, threading.get_ident()
 
     def bound(*_: Any) -> None:
@@ -306,7 +367,7 @@ def _few(config: Path, stored: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """No progress bar and no table of what does not fit: one message says it."""
     verbosity, bar = (
         transformers_logging.get_verbosity(),

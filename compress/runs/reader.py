@@ -21,8 +21,8 @@ from compress.eval.values import Value
 from compress.methods.base import Calibrated, Event, RuntimeMethod
 from compress.models.locate import locate
 from compress.models.page_images import open_image
-from compress.models.transformers_folder import stored_shapes
 from compress.models.visual import adapter_for, build_prompt, to_device
+from compress.models.weights import stored_tensors
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.evaluation import PACKAGES, page_reader
@@ -406,6 +406,6 @@ def forecast(recipe: ReaderRecipe, device: str) -> dict[str, Any]:
         "readings": count * len(run.variants),
         "family": adapter_for(run.model.config).name,
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "stored_values": sum(map(math.prod, stored_shapes(run.at.folder).values())),
+        "stored_values": sum(math.prod(t.shape) for t in stored_tensors(run.at.folder).values()),
         "variants": [variant.name for variant in run.variants],
     }
