@@ -77,7 +77,7 @@ NAMES = ("processor_class", "tokenizer_class", "image_processor_type")
 
 
 @pytest.mark.parametrize("without", [(), NAMES, (*NAMES, "model_type")])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm_ocr", "got_ocr2", "deepseek_ocr2", "mine"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm_ocr", "deepseek_ocr2", "mine"])
 def test_a_reader_runs_no_code_of_its_folder(name, without, mark, tmp_path):
     folder = tmp_path / "model"
     model, processor = vlm.build("qwen2_5_vl" if name == "mine" else name)
