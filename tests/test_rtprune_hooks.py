@@ -526,8 +526,9 @@ def test_a_model_is_pruned_once(deepseek, prompt):
 
 
 def _refused(model, message, call):
-    with RTPrune(keep_tokens=0.5).attach(model), pytest.raises(ValueError, match=message):
+    with RTPrune(keep_tokens=0.5).attach(model), pytest.raises(ValueError, match=message) as error:
         call()
+    assert "RTPrune" in str(error.value)
 
 
 def test_calls_that_cannot_work_are_refused(deepseek, prompt):
@@ -554,18 +555,45 @@ def test_calls_that_cannot_work_are_refused(deepseek, prompt):
     _refused(deepseek, "made outside", lambda: deepseek(**ids, mm_encoder_outputs=outside))
 
 
-def test_generate_cannot_continue_a_pruned_cache(deepseek, prompt):
+def test_generate_continues_a_pruned_cache_by_the_new_tokens_alone(deepseek, prompt):
+    prompts = _shortened(deepseek, prompt, 0.5, [])
     with RTPrune(keep_tokens=0.5).attach(deepseek):
         made = deepseek.generate(**prompt, **LOGITS, do_sample=False)
         ids = torch.cat([made.sequences, torch.full((2, 2), 9)], 1)
         mask = torch.nn.functional.pad(prompt["attention_mask"], (0, STEPS + 2), value=1)
-        with pytest.raises(ValueError, match="do not give generate a pruned cache"):
-            deepseek.generate(
-                ids,
-                attention_mask=mask,
-                **{cache_argument(deepseek): cache_in(made)},
-                max_new_tokens=2,
-            )
+        turn = {
+            "attention_mask": mask,
+            cache_argument(deepseek): cache_in(made),
+            "do_sample": False,
+            **LOGITS,
+        }
+        with pytest.raises(ValueError, match="the new tokens alone, with the mask of all"):
+            deepseek.generate(ids, **turn)
+        second = deepseek.generate(ids[:, -3:], **turn)  # the last of the answer was not read yet
+    whole = torch.cat([ids, second.sequences[:, 3:]], 1)[:, prompt["input_ids"].shape[1] :]
+    logits = torch.stack(second.logits, 1)
+    for row, left in enumerate(prompts):
+        expected = _logits(deepseek, left, whole[row])[-STEPS:]
+        torch.testing.assert_close(logits[row], expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepseek", "second"])
+@pytest.mark.parametrize("keep_tokens", [1.0, "dynamic"])
+def test_a_page_without_crops_needs_no_sizes(request, family, keep_tokens):
+    model = request.getfixturevalue(family)
+    if family == "deepseek":
+        inputs = ocr.deepseek_prompt([ocr.page(128, 128, 1, 0.3)], ["a"])
+    else:
+        inputs = {k: v[1:] for k, v in ocr.deepseek2_prompt(["read", "a"]).items()}
+        del inputs["pixel_values_local"]
+    sizes = ("num_local_patches", "patches_grid")
+    bare = {k: v for k, v in inputs.items() if k not in sizes}
+    with RTPrune(keep_tokens=keep_tokens).attach(model) as handle:
+        expected = model.generate(**inputs, **LOGITS, do_sample=False)
+        result = model.generate(**bare, **LOGITS, do_sample=False)
+        first, again = handle.facts()["pages"]
+    assert torch.equal(torch.stack(result.logits), torch.stack(expected.logits))
+    assert first == again
 
 
 def test_a_cache_that_was_reset_takes_another_prompt(deepseek, prompt):

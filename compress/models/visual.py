@@ -15,7 +15,7 @@ from compress.models.deepseek_ocr_views import SEPARATOR, padded_box, page_token
 from compress.models.page_images import check_image
 
 Inputs = Mapping[str, Any]
-Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor]]
+Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor] | None]
 Prompt = Callable[[Any, Sequence[Image.Image], Sequence[str]], Mapping[str, Any]]
 Box = tuple[float, float, float, float]
 Places = Callable[[Any, int, int], dict[int, Box]]
@@ -58,6 +58,15 @@ class VisualLayout:
         positions, tokens = (kept[:, None] == self.positions).nonzero().unbind(1)
         return VisualLayout(positions, self.grid[tokens], self.image_of[tokens])
 
+    def followed_by(self, later: "VisualLayout", length: int) -> "VisualLayout":
+        """The layout of both, of which ``later`` begins behind so many positions."""
+        images = len(self.image_of.unique())
+        return VisualLayout(
+            torch.cat([self.positions, later.positions + length]),
+            torch.cat([self.grid, later.grid]),
+            torch.cat([self.image_of, later.image_of + images]),
+        )
+
 
 @dataclass(frozen=True)
 class ViewOnPage:
@@ -90,7 +99,8 @@ class Adapter:
     ----------
     name : of the family.
     cells : (configuration, model inputs, lengths of the runs of image ids in ``input_ids``) to
-        the ``(tokens, 3)`` grids of the images, in their order through the batch.
+        the ``(tokens, 3)`` grids of the images, in their order through the batch; None where the
+        inputs do not say how large the images are.
     prompt : (processor, images, texts) to model inputs, one image and one text a sequence, padded
         on the left.
     read_prompt : the text that requests a plain transcription, as the checkpoint's card says; for
@@ -112,14 +122,27 @@ class Adapter:
         ----------
         config : the model's.
         inputs : of the model; ``input_ids`` ``(batch, length)`` and whatever says how large the
-            images are.
+            images are. Without the latter (of images that are encoded already) no token has a
+            place.
 
         Raises
         ------
         ValueError : when the images have not as many tokens as ``input_ids`` has places.
         """
         is_visual = inputs["input_ids"] == config.image_token_id
-        return layouts_of(is_visual, self.cells(config, inputs, _runs(is_visual)))
+        runs = _runs(is_visual)
+        grids = self.cells(config, inputs, runs) if runs else None
+        return unplaced(is_visual) if grids is None else layouts_of(is_visual, grids)
+
+
+def unplaced(is_visual: torch.Tensor) -> list[VisualLayout]:
+    """The layout of each sequence of ``(batch, length)`` bool, where no token has a place."""
+    layouts = []
+    for row in is_visual:
+        positions = row.nonzero()[:, 0]
+        nowhere = positions.new_tensor([0, SEPARATOR, SEPARATOR]).expand(len(positions), -1)
+        layouts.append(VisualLayout(positions, nowhere, torch.zeros_like(positions)))
+    return layouts
 
 
 def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[VisualLayout]:
@@ -168,41 +191,44 @@ def _runs(is_visual: torch.Tensor) -> list[int]:
 # ---- layouts ---------------------------------------------------------------------------------
 
 
-def _mosaic_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+def _mosaic_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor] | None:
     """DeepSeek-OCR, Unlimited-OCR: the crops as one grid, the whole page, a separator."""
-    if not runs:
-        return []
+    if inputs.get("pixel_values") is None:
+        return None
     side, crop = _tokens_a_side(config, inputs)
-    return [page_tokens(side, crop, (columns, rows)) for columns, rows in _crop_grids(inputs)]
-
-
-def _crop_grids(inputs: Inputs) -> list[tuple[int, int]]:
-    counts, grids = inputs["num_local_patches"], inputs["patches_grid"]
-    return [
-        (int(grid[0]), int(grid[1])) if int(count) else (1, 1)
-        for count, grid in zip(counts, grids, strict=True)
+    grids = [
+        map(int, inputs["patches_grid"][page]) if count else (1, 1)
+        for page, count in enumerate(crop_counts(inputs))
     ]
+    return [page_tokens(side, crop, (columns, rows)) for columns, rows in grids]
 
 
-def _query_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+def crop_counts(inputs: Inputs) -> list[int]:
+    """DeepSeek-OCR and its relatives: crops of each page, which only pages with crops need say."""
+    if inputs.get("pixel_values_local") is None:
+        return [0] * len(inputs["pixel_values"])
+    return [int(count) for count in inputs["num_local_patches"]]
+
+
+def _query_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor] | None:
     """DeepSeek-OCR-2: crop by crop, the whole page, a separator; no newlines.
 
     Its tokens are learned queries in the order of the encoder: row and column say which query, not
     which place.
     """
-    if not runs:
-        return []
+    if inputs.get("pixel_values") is None:
+        return None
     side, crop = _tokens_a_side(config, inputs)
     separator = torch.tensor([[0, SEPARATOR, SEPARATOR]])
     return [
         torch.cat(
             [
-                *[view_tokens(1 + i, crop, crop, False) for i in range(int(count))],
+                *[view_tokens(1 + i, crop, crop, False) for i in range(count)],
                 view_tokens(0, side, side, False),
                 separator,
             ]
         )
-        for count in inputs["num_local_patches"]
+        for count in crop_counts(inputs)
     ]
 
 
@@ -213,10 +239,10 @@ def _tokens_a_side(config: Any, inputs: Inputs) -> tuple[int, int]:
     return -(-inputs["pixel_values"].shape[-1] // pixels), crop
 
 
-def _merged_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor]:
+def _merged_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor] | None:
     """Qwen-VL and similar: one grid of any size per image, patches merged."""
-    if not runs:
-        return []
+    if inputs.get("image_grid_thw") is None:
+        return None
     merge = config.vision_config.spatial_merge_size
     sizes = inputs["image_grid_thw"].tolist()
     return [view_tokens(0, height // merge, width // merge, False) for _, height, width in sizes]

@@ -12,6 +12,8 @@ In the order of their calls:
    it filled, and makes a :class:`DecodeState`, kept as long as the cache lives.
 4. In a decode step the hook before the text model finds the state by the cache and hands it down to
    the attention function as one more keyword.
+5. A later turn, of several tokens into the same cache, is read densely. The fixation goes on; where
+   the turn brings pages, their tokens join those of the pages before, in a new state.
 
 So batches, models and threads share nothing; one model serves one thread at a time (Qwen's classes
 keep the position offsets of a batch on the model). A family without an adapter passes a preflight
@@ -41,13 +43,15 @@ from compress.models.visual import (
     VISUAL_LAYOUTS,
     VisualLayout,
     text_model,
+    unplaced,
     visual_layouts,
 )
 
 MakePolicy = Callable[[VisualTokens, int], AttentionPolicy]
 Preflight = Callable[[Any, Mapping[str, Any]], None]  # of a model and the inputs of generate
 MinVisual = Literal["auto"] | int
-FULL_CACHES = {"full_attention", "reference_sliding_attention"}  # which keep the whole prompt
+SLIDING = "reference_sliding_attention"  # over the answer alone
+FULL_CACHES = {"full_attention", SLIDING}  # which keep the whole prompt
 
 _logger = logging.getLogger(__name__)
 
@@ -146,6 +150,7 @@ class Handle:
         self.min_visual = min_visual
         self.table = read_table() if min_visual == "auto" else {}
         self.logged: set[str] = set()
+        self.slides = SLIDING in (getattr(text.config, "layer_types", None) or [])
         self.counts = Counts(len(text.layers))
         self.states: WeakKeyDictionary[Any, DecodeState] = WeakKeyDictionary()
         # of the prompt about to be read: what generate or the model was called with, and what
@@ -190,6 +195,11 @@ class Handle:
             raise ValueError(
                 "FastOCR chooses what is read from the cache; got use_cache=False; leave it out"
             )
+        if config.prefill_chunk_size is not None:
+            raise ValueError(
+                "FastOCR reads a prompt in one call, where it finds the pages; got "
+                f"prefill_chunk_size={config.prefill_chunk_size}; leave it out"
+            )
         ids = self._generated.get("input_ids")
         if self.preflight is None or ids is None:
             return
@@ -219,63 +229,81 @@ class Handle:
             return args, kwargs
         inputs, self._inputs, self._own = self._inputs, {}, None
         cache = cache_in(kwargs)
+        filled = _length(cache)
         embeds: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         batch, new = embeds.shape[:2]
-        if _length(cache) == 0:
-            if self._generated.get("input_ids") is not None:
-                inputs = self._generated
-            if VISUAL_LAYOUTS not in kwargs and inputs.get("input_ids") is not None:
-                layouts = _layouts(self.model, inputs)
-                # several answers to a prompt are several sequences
-                layouts = [layout for layout in layouts for _ in range(batch // len(layouts))]
-                self._own = layouts, inputs["input_ids"].shape[1]
-                kwargs[VISUAL_LAYOUTS] = layouts
-            return args, kwargs
-        state = self.states.get(cache)
-        if state and not any(state.tokens.counts):  # no image: nothing to choose from
-            return args, kwargs
-        if state is None or state.length != _length(cache):
-            raise RuntimeError(
-                f"a cache with the {state.length if state else 0} tokens that were read inside "
-                f"the context is expected; it has {_length(cache)}; read the whole prompt inside "
-                "the context, and cut nothing off (assisted decoding does)"
-            )
-        if (batch, new) != (len(state.tokens.counts), 1):
-            raise RuntimeError(
-                f"after its prompt a batch of {len(state.tokens.counts)} sequences reads one "
-                f"token of each; got (sequences, tokens)={batch, new}; read the prompt in one "
-                "call, and use greedy search or sampling"
-            )
-        state.start_step()
-        if not state.off:
-            kwargs[STATE] = state
+        if filled:
+            state = self._state(cache, filled, batch)
+            if new == 1:
+                state.start_step()
+                if not state.off:
+                    kwargs[STATE] = state
+                return args, kwargs
+        if self._generated.get("input_ids") is not None:
+            inputs = self._generated
+        ids = inputs.get("input_ids")
+        if VISUAL_LAYOUTS not in kwargs and ids is not None:
+            ids = ids[:, -new:] if filled else ids  # of a later turn generate may be given all
+            layouts = _layouts(self.model, {**inputs, "input_ids": ids})
+            # several answers to a prompt are several sequences
+            layouts = [layout for layout in layouts for _ in range(batch // len(layouts))]
+            self._own = layouts, ids.shape[1]
+            kwargs[VISUAL_LAYOUTS] = layouts
         return args, kwargs
 
+    def _state(self, cache: Any, filled: int, batch: int) -> DecodeState:
+        """That of a cache with so many tokens of so many sequences."""
+        state = self.states.get(cache)
+        if state is None or state.length != filled:
+            raise ValueError(
+                f"FastOCR expects a cache with the {state.length if state else 0} tokens that were "
+                f"read inside its context; it has {filled}; read the whole prompt inside, and "
+                "neither copy the cache nor cut anything off (assisted decoding does)"
+            )
+        if batch != len(state.tokens.counts):
+            raise ValueError(
+                f"FastOCR goes on with all {len(state.tokens.counts)} sequences of a cache; got "
+                f"{batch}; start a new prompt"
+            )
+        return state
+
     def after_text(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Make a state where a prompt was read into a cache."""
+        """Make a state where a prompt was read into a cache, or a later turn."""
         if self.paused:
             return
-        cache, length = cache_in(output), output.last_hidden_state.shape[1]
+        cache, new = cache_in(output), output.last_hidden_state.shape[1]
         own, self._own = self._own, None
-        if cache is None or _length(cache) != length:
+        filled = _length(cache) - new
+        if cache is None or (filled and new == 1):
             return
         layouts = kwargs.get(VISUAL_LAYOUTS)
         if layouts is None:
             raise ValueError(
-                "the whole model's call with input_ids is expected, which say where the visual "
-                "tokens are; got none; do not pass inputs_embeds or call the text model alone"
+                "FastOCR expects a call of the whole model with input_ids, which say where the "
+                "visual tokens are; got none; do not pass inputs_embeds or call the text model "
+                "alone"
             )
-        if own and own[0] is layouts and own[1] != length:
+        if own and own[0] is layouts and own[1] != new:
             raise ValueError(
-                f"the prompt has {own[1]} positions, but the text model read {length}; a method "
-                f"that shortens the prompt hands the text model {VISUAL_LAYOUTS}= of what remains"
+                f"FastOCR expects the {own[1]} positions of the prompt; the text model read {new}; "
+                f"whatever shortens a prompt hands the text model {VISUAL_LAYOUTS}= of what remains"
             )
-        tokens = VisualTokens.of(layouts, length, output.last_hidden_state.device)
+        if filled:
+            state = self.states[cache]
+            # a sliding window forgets the pages of later turns, so there is no choosing from them
+            if self.slides or not any(len(layout.positions) for layout in layouts):
+                state.length += new
+                return
+            layouts = [
+                before.followed_by(later, filled)
+                for before, later in zip(state.tokens.layouts, layouts, strict=True)
+            ]
+        tokens = VisualTokens.of(layouts, filled + new, output.last_hidden_state.device)
         if self.preflight is not None and any(tokens.counts):
             raise ValueError(
-                f"{self.model.config.model_type!r} has no adapter, so model.generate tries two "
-                "steps of its first prompt with an image; got another call of the model before "
-                "that; generate once before a loop of your own"
+                f"FastOCR has no adapter for {self.model.config.model_type!r}, so model.generate "
+                "tries two steps of its first prompt with an image; got another call of the model "
+                "before that; generate once before a loop of your own"
             )
         policy = self.make_policy(tokens, len(self.text.layers))
         off = self._is_off(max(tokens.counts), tokens.rows.device)
@@ -307,12 +335,7 @@ def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:
     """Where the visual tokens of a prompt are; without an adapter their positions alone."""
     if model.config.model_type in ADAPTERS:
         return visual_layouts(model, inputs)
-    layouts = []
-    for is_image in inputs["input_ids"] == model.config.image_token_id:
-        positions = is_image.nonzero()[:, 0]
-        nowhere = positions.new_tensor([0, -1, -1]).expand(len(positions), -1)
-        layouts.append(VisualLayout(positions, nowhere, torch.zeros_like(positions)))
-    return layouts
+    return unplaced(inputs["input_ids"] == model.config.image_token_id)
 
 
 def _length(cache: Any) -> int:

@@ -36,7 +36,7 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
     kind = model.config.model_type
     if not facts["visual_tokens"]:
         raise ValueError(
-            f"a prompt with an image is expected for the preflight of {kind!r}; input_ids has no "
+            f"FastOCR's preflight of {kind!r} expects a prompt with an image; input_ids has no "
             f"image token {model.config.image_token_id}; build it with the model's processor"
         )
     unreached = [layer for layer, share in enumerate(facts["attended_by_layer"]) if not share]

@@ -85,7 +85,7 @@ class DecodeState:
         self.tokens = tokens
         self.policy = policy
         self.counts = counts
-        self.off = off
+        self.off = off or not any(tokens.counts)  # without pages there is nothing to choose from
         self.counts.switched_off += off * len(tokens.counts)
         self.length = tokens.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()
@@ -94,10 +94,12 @@ class DecodeState:
     def start_step(self) -> None:
         """Begin a step, which reads one new token of each sequence."""
         self.length += 1
+        if not (visual := sum(self.tokens.counts)):
+            return
         self.counts.steps += len(self.tokens.counts)
-        self.counts.offered += sum(self.tokens.counts)
+        self.counts.offered += visual
         if self.off:
-            self.counts.dense += sum(self.tokens.counts)
+            self.counts.dense += visual
             return
         self.policy.start_step()
 

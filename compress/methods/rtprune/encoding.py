@@ -9,7 +9,7 @@ import torch
 from compress.methods.rtprune.encoder_attention import Captured, token_values
 from compress.methods.rtprune.pages import EncodedPage
 from compress.methods.rtprune.ratio import textual_density
-from compress.models.visual import adapter_for
+from compress.models.visual import adapter_for, crop_counts
 
 if TYPE_CHECKING:
     from compress.methods.rtprune.method import RTPrune
@@ -33,12 +33,8 @@ def encoded_pages(
     captured : from the encoder's attention, for VisionZip: of the whole pages, then of the crops if
         there are any.
     """
-    counts, grids = inputs.get("num_local_patches"), inputs.get("patches_grid")
-    crops = [0] * len(features) if counts is None else [int(count) for count in counts]
-    whole = [(1, 1)] * len(features)
-    sizes = {"num_local_patches": crops, "patches_grid": whole if grids is None else grids}
-    family = adapter_for(model.config)
-    cells = family.cells(model.config, {**inputs, **sizes}, [len(page) for page in features])
+    crops, grids = crop_counts(inputs), inputs.get("patches_grid")
+    cells = adapter_for(model.config).cells(model.config, inputs, [len(page) for page in features])
     pixels = inputs["pixel_values"]
     density: Sequence[torch.Tensor | None] = [None] * len(features)
     if method.keep_tokens == "dynamic":

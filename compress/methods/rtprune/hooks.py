@@ -118,8 +118,8 @@ class _Hooks:
             )
         if config.prefill_chunk_size is not None:
             raise ValueError(
-                f"a page is pruned as a whole; got prefill_chunk_size={config.prefill_chunk_size}, "
-                "which cuts it; leave it out under RTPrune"
+                "RTPrune prunes a page as a whole; got prefill_chunk_size="
+                f"{config.prefill_chunk_size}, which cuts it; leave it out"
             )
 
     def _encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -50,9 +50,9 @@ class ShortenedPrompt:
         wrong = new > 1 and ids is not None and not torch.equal(ids[:, :1].expand_as(first), first)
         if wrong or (flat and mask.shape[1] != expected):
             raise ValueError(
-                f"the prompt in this cache was pruned, and {new} more tokens make {expected} with "
-                "those that were dropped; got a mask or position ids of another number; do not "
-                "give generate a pruned cache: call the model, or start a new prompt"
+                f"RTPrune pruned the prompt in this cache: {new} more tokens make {expected} with "
+                "those that were dropped; got a mask or position ids of another number; give "
+                "generate, or the model, the new tokens alone, with the mask of all of them"
             )
         answer = self.mask.new_ones(len(self.mask), answered + new)
         if flat:

@@ -58,7 +58,7 @@ def shortened(stays: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
     """
     if bool((attended[:, :-1] & ~attended[:, 1:]).any()):
         raise ValueError(
-            "padding on the left is expected, as a pruned prompt is padded there; got an "
+            "RTPrune expects padding on the left, where it pads a pruned prompt; got an "
             "attention_mask with padding behind tokens; pad on the left"
         )
     longest = int(stays.sum(1).max())
