@@ -17,6 +17,7 @@ from compress.data.fonts import UNSEEN_FONT
 from compress.data.ocr_pages import OcrData, OcrPage, load_pages, pdf_page
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import DOCUMENT, LINE, PAGE, page
+from compress.data.pixels import open_image
 from compress.eval.metrics import metric
 from compress.eval.ocr import (
     Prediction,
@@ -31,7 +32,6 @@ from compress.eval.settings import OcrEvaluation
 from compress.eval.text_metrics import ocean_scores
 from compress.models.builtin import train_reader_qwen
 from compress.models.locate import locate
-from compress.models.page_images import open_image
 from compress.reports.reader import marked
 from compress.runs.evaluation import default_pages, evaluate_events
 

@@ -10,9 +10,9 @@ from compress.data.ocr_pages import load_pages
 from compress.data.omnidocbench import read_omnidocbench
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import DOCUMENT, PAGE, page
+from compress.data.pixels import open_image
 from compress.eval.olmocr_bench import score_olmocr_bench
 from compress.eval.omnidocbench import score_omnidocbench
-from compress.models.page_images import open_image
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ from torch.utils.data import Dataset, Subset
 from compress.common.extras import extra
 from compress.data.batches import Examples
 from compress.data.digits import HALVES, digits
+from compress.data.pixels import Mode, open_image, upright
 
 Wanted = Literal["caption", "label"]
 
+MODES: dict[int, Mode] = {1: "L", 3: "RGB"}  # by the number of channels
 # recognised without a look into the file; any other file is an image if Pillow says so
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 # splits of a data set that are held out, in this order, where it has them
@@ -50,7 +52,7 @@ class TensorImages(Dataset[torch.Tensor]):
 
 
 class FileImages(Dataset[torch.Tensor]):
-    """Image files, resized (bicubic, antialiased) on their short side and centre-cropped."""
+    """Image files, cut to the square in their middle and resized (bicubic, antialiased)."""
 
     def __init__(self, files: list[Path], size: int, channels: int) -> None:
         self.files, self.size, self.channels = files, size, channels
@@ -59,14 +61,7 @@ class FileImages(Dataset[torch.Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        try:
-            with Image.open(self.files[index]) as opened:
-                return to_tensor(opened, self.size, self.channels)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"an image was expected in {self.files[index]}, but it cannot be read ({error}); "
-                "mend or remove the file"
-            ) from error
+        return to_tensor(open_image(self.files[index], MODES[self.channels]), self.size)
 
 
 class HubImages(Dataset[torch.Tensor]):
@@ -79,7 +74,16 @@ class HubImages(Dataset[torch.Tensor]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return to_tensor(self.rows[index][self.column], self.size, self.channels)
+        if index >= len(self):
+            raise IndexError(index)  # which ends an iteration
+        try:
+            image = upright(self.rows[index][self.column], MODES[self.channels])
+        except Exception as error:  # as Pillow has it for a damaged image
+            raise ValueError(
+                f"row {index} should have an image that can be read in the column {self.column!r}: "
+                f"{error}; mend or remove the row"
+            ) from error
+        return to_tensor(image, self.size)
 
 
 class HubColumn(Sequence[Any]):
@@ -169,15 +173,16 @@ def stacked(pairs: Iterable[tuple[torch.Tensor, Any]]) -> Examples:
     return Examples(torch.stack(images), None if given[0] is None else list(given))
 
 
-def to_tensor(image: Image.Image, size: int, channels: int) -> torch.Tensor:
-    """Turn a PIL image into ``(channels, size, size)`` in [-1, 1]: resized, centre-cropped."""
+def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
+    """Turn an upright image into ``(channels, size, size)`` in [-1, 1]: centre-cropped, resized."""
     from torchvision.transforms import functional as vision
 
-    image = image.convert("L" if channels == 1 else "RGB")
+    # cut first: a strip that is resized on its short side takes gigabytes
     short = min(image.size)
-    wanted = [max(size, round(side * size / short)) for side in image.size]
-    image = image.resize((wanted[0], wanted[1]), Image.Resampling.BICUBIC)
-    return vision.center_crop(vision.pil_to_tensor(image), [size, size]).float() / 127.5 - 1
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    square = image.crop((left, top, left + short, top + short))
+    resized = square.resize((size, size), Image.Resampling.BICUBIC)
+    return vision.pil_to_tensor(resized).float() / 127.5 - 1
 
 
 def load_images(
@@ -215,6 +220,11 @@ def load_images(
                 f"{size}x{size} with {channels}; choose data that fits the model"
             )
         return _digits(source, wanted)
+    if channels not in MODES:
+        raise ValueError(
+            f"images of a folder or of the hub have 1 or 3 channels; the model takes {channels}; "
+            "choose another model, or hand in tensors from Python"
+        )
     if kind == "folder" and name:
         return _folder(source, Path(name), size, channels, wanted, column)
     if kind == "hub" and name:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from compress.models.page_images import check_image
+from compress.data.pixels import check_image, upright
 
 GREY = (127, 127, 127)  # the padding: int(0.5 * 255), which normalisation takes to -0.004
 STRETCHED_UP_TO = 640  # views of modes without crops up to this side do not keep the proportions
@@ -96,10 +96,10 @@ def page_views(image: Image.Image, mode: Mode) -> Views:
 
     Raises
     ------
-    TypeError, ValueError : as :func:`compress.models.page_images.check_image`.
+    TypeError, ValueError : as :func:`compress.data.pixels.check_image`.
     """
     check_image(image)
-    image = image.convert("RGB")
+    image = upright(image)
     if mode.stretched:
         return Views(_normalised(image.resize((mode.side, mode.side))), None, (1, 1))
     whole = _normalised(ImageOps.pad(image, (mode.side, mode.side), color=GREY))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from compress.data.pixels import check_image, upright
 from compress.models.deepseek_ocr_views import SEPARATOR, padded_box, page_tokens, view_tokens
-from compress.models.page_images import check_image
 
 Inputs = Mapping[str, Any]
 Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor] | None]
@@ -419,7 +419,7 @@ def build_prompt(
         )
     for number, image in enumerate(images):
         check_image(image, f"image {number}")
-    return adapter_for(model.config).prompt(processor, images, texts)
+    return adapter_for(model.config).prompt(processor, [upright(i) for i in images], texts)
 
 
 def to_device(inputs: Inputs, device: torch.device | str) -> dict[str, Any]:

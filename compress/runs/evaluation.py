@@ -14,12 +14,12 @@ from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import write_json, write_text
 from compress.common.output_folder import check_same_settings, check_target, claim
 from compress.data.ocr_pages import OcrData, load_pages
+from compress.data.pixels import open_image
 from compress.eval import ocr
 from compress.eval.metrics import metric
 from compress.eval.settings import OcrEvaluation, ReadSettings
 from compress.methods.base import Event, RuntimeMethod
 from compress.models.locate import ModelFolder, locate
-from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 from compress.reports.reader import write_ocr_report
 from compress.runs.counting import counted, counted_metrics

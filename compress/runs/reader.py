@@ -13,6 +13,7 @@ from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import read_json, write_json
 from compress.data.ocr_pages import RENDERED, OcrPage, load_pages
 from compress.data.pages import page
+from compress.data.pixels import open_image
 from compress.eval import ocr
 from compress.eval.metrics import metric
 from compress.eval.retention import retention, worst_page_delta
@@ -20,7 +21,6 @@ from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings
 from compress.eval.values import Value
 from compress.methods.base import Calibrated, Event, RuntimeMethod
 from compress.models.locate import locate
-from compress.models.page_images import open_image
 from compress.models.visual import adapter_for, build_prompt, to_device
 from compress.models.weights import stored_tensors
 from compress.reports.reader import write_reader_report

@@ -9,11 +9,11 @@ import torch
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import load_runtime
 from compress.common.environment import choose_device
+from compress.data.pixels import open_image
 from compress.eval.settings import ReadSettings
 from compress.methods.base import RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.locate import ModelFolder, locate
-from compress.models.page_images import open_image
 from compress.models.reading import read_pages
 
 

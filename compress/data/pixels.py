@@ -1,0 +1,164 @@
+"""From an image file to upright pixels of 8 bits: the same for training images and for pages."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+Mode = Literal["RGB", "L"]
+
+# what files are taken for: Pillow would hand an EPS to Ghostscript, a program that it carries
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")
+MOST_PIXELS = 2 * 89_478_485  # Pillow's own limit; an A3 page at 900 dpi has 157 million
+# tags of a TIFF
+BITS, PHOTOMETRIC = 258, 262
+
+
+def open_image(path: str | Path, mode: Mode = "RGB", frame: int = 0) -> Image.Image:
+    """Read an image file as :func:`upright` pixels.
+
+    Parameters
+    ----------
+    path : of the file.
+    mode : of the result.
+    frame : of a TIFF, a GIF or another file with several, from 0.
+
+    Raises
+    ------
+    FileNotFoundError : naming the file.
+    ValueError : naming the file, when it is no image, is damaged, has no pixels, more than
+        :data:`MOST_PIXELS`, or values of unknown range.
+    """
+    with _opened(path) as file:
+        if frame:
+            file.seek(frame)
+        check_image(file)  # the header knows the size: nothing is decoded yet
+        return upright(file, mode)
+
+
+def frame_count(path: str | Path) -> int:
+    """Number of images in a file.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : as :func:`open_image`.
+    """
+    with _opened(path) as file:
+        return int(getattr(file, "n_frames", 1))
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file; whatever goes wrong with it names it."""
+    try:
+        # a handle, since Pillow 13 garbles a turned TIFF that it maps into memory by its name
+        with warnings.catch_warnings(), Path(path).open("rb") as handle:
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
+            with Image.open(handle, formats=FORMATS) as file:
+                yield file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"an image is expected at {path}; there is no such file") from None
+    except Exception as error:  # Pillow raises almost any kind for a damaged file
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise ValueError(
+            f"{path} should be an image that can be read ({', '.join(FORMATS)}): "
+            f"{'its content is none of these' if unknown else error}; convert, restore or remove it"
+        ) from error
+
+
+def upright(image: Image.Image, mode: Mode = "RGB") -> Image.Image:
+    """Turn an image as its EXIF says, and give it 8 bits a channel.
+
+    Transparent pixels show white paper. Grey of 16 bits is scaled, and so are floats from 0 to 1.
+    CMYK goes through the ICC profile that the file brings, or else Pillow's conversion.
+
+    Raises
+    ------
+    ValueError : for whole numbers beyond 16 bits, or floats beyond 1: their range is not known.
+    """
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        eight = _scaled(image)
+        eight.info.update({k: v for k, v in image.info.items() if k in ("exif", "xmp")})
+        image = eight
+    elif image.mode in ("CMYK", "LAB"):
+        image = _from_print(image)
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def check_image(image: Image.Image, name: str = "the image") -> None:
+    """Refuse what is no image, and images without pixels or with too many.
+
+    Parameters
+    ----------
+    image : a Pillow image.
+    name : how messages call it.
+
+    Raises
+    ------
+    TypeError : when it is no Pillow image.
+    ValueError : when it has no pixels, or more than :data:`MOST_PIXELS`.
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"{name} should be a PIL image; got {type(image).__name__}; open files with "
+            "compress.data.pixels.open_image"
+        )
+    width, height = image.size
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ValueError(
+            f"{name} should have 1 to {MOST_PIXELS:,} pixels; its size is {width}x{height}; scale "
+            "or replace it"
+        )
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, of whole numbers or of floats as 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS, (16,))[0]
+    values = np.asarray(image)
+    top = 1.0 if image.mode == "F" else 2.0**bits - 1
+    low, high = values.min(), values.max()
+    # a TIFF of mode "I" has 32 bits, or a sign
+    if not 0 <= low <= high <= top or (tags and image.mode == "I"):
+        expected = "from 0 to 1" if image.mode == "F" else "of 16 bits without a sign"
+        raise ValueError(
+            f"its grey values should be {expected}; they are {values.dtype.name} from {low:g} to "
+            f"{high:g}, whose black and white are not known; save it with 8 bits"
+        )
+    share = values / np.float32(top)
+    transparent = image.info.get("transparency")
+    if tags.get(PHOTOMETRIC) == 0:  # white is 0; Pillow turns only those of 8 bits
+        share = 1 - share
+    elif isinstance(transparent, int):  # the one grey that a PNG shows as paper
+        share[values == transparent] = 1
+    return Image.fromarray((share * 255 + 0.5).astype(np.uint8))
+
+
+def _from_print(image: Image.Image) -> Image.Image:
+    """CMYK or LAB as RGB."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "CMYK" and not profile:
+        return image.convert("RGB")
+    exif = image.getexif()
+    try:
+        source = (
+            ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if image.mode == "CMYK"
+            else ImageCms.createProfile("LAB")
+        )
+        target = ImageCms.createProfile("sRGB")
+        made = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image.convert("RGB")  # a profile that is damaged, or of other colours
+    made.info["exif"] = exif.tobytes()
+    return made
