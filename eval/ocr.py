@@ -18,9 +18,9 @@ from compress.eval.retention import Accuracy
 from compress.eval.text_metrics import TextScores, ocean_scores, text_scores
 from compress.eval.values import Value, page_mean, resampled_sums, share
 
-# order in which Ocean-OCR's metrics get prediction and label -> what `Value.how` says of it
+# rules -> in which order Ocean-OCR's metrics get prediction and label
 OCEAN_ORDERS = {
-    "correct": "the model's text as prediction",
+    "corrected": "the model's text as prediction",
     "published": "the label as prediction, as published numbers are made",
 }
 
@@ -127,7 +127,7 @@ def read_predictions(file: Path) -> list[Prediction]:
 
 
 def score(
-    data: OcrData, predictions: Sequence[Prediction], seed: int = 0, ocean_order: str = "correct"
+    data: OcrData, predictions: Sequence[Prediction], seed: int = 0, strict: str = "corrected"
 ) -> Scored:
     """Score what was read, each set by its own definitions.
 
@@ -136,7 +136,7 @@ def score(
     data : the pages and what is known about them.
     predictions : one of each page.
     seed : of the bootstrap over pages.
-    ocean_order : of `OCEAN_ORDERS`: how Ocean-OCR's metrics are handed prediction and label.
+    strict : "corrected", or "published" for the rules of the published scripts.
 
     Returns
     -------
@@ -150,12 +150,13 @@ def score(
 
     Raises
     ------
-    ValueError : for a page without prediction, or an unknown order.
+    ValueError : for a page without prediction, or unknown rules.
     """
-    if ocean_order not in OCEAN_ORDERS:
+    if strict not in OCEAN_ORDERS:
         raise ValueError(
-            f"ocean_order must be one of {', '.join(OCEAN_ORDERS)}; got {ocean_order!r}; choose one"
+            f"strict must be one of {', '.join(OCEAN_ORDERS)}; got {strict!r}; choose one"
         )
+    published = strict == "published"
     by_page = {prediction.page: prediction for prediction in predictions}
     missing = [page.name for page in data.pages if page.name not in by_page]
     if missing:
@@ -168,11 +169,11 @@ def score(
     distances: dict[str, dict[str, float]] = {}
     if isinstance(data.annotations, Bench):
         outputs = {place: (by_page[page_name(place)].text,) for place in data.annotations.pages}
-        tested = score_olmocr_bench(data.annotations, outputs, seed)
+        tested = score_olmocr_bench(data.annotations, outputs, seed, published=published)
         found, accuracy = dict(tested.metrics), tested.accuracy
     elif data.annotations is not None:
         texts = {name: prediction.text for name, prediction in by_page.items()}
-        matched = score_omnidocbench(data.annotations, texts, seed=seed)
+        matched = score_omnidocbench(data.annotations, texts, seed=seed, published=published)
         found, accuracy = dict(matched.metrics), matched.accuracy
         distances[""] = {page.image: page.text.rate for page in matched.pages if page.text}
     else:
@@ -184,7 +185,7 @@ def score(
                 continue
             predicted, wanted = _texts(pages, by_page)
             scores = text_scores(predicted, wanted, seed)
-            metrics = scores.metrics | _ocean(predicted, wanted, ocean_order, seed)
+            metrics = scores.metrics | _ocean(predicted, wanted, strict, seed)
             found |= {f"{name}{suffix}": value for name, value in metrics.items()}
             distances[suffix] = {
                 page.name: text.edits.rate for page, text in zip(pages, scores.pages, strict=True)
@@ -230,14 +231,14 @@ def _text_accuracy(scores: TextScores, seed: int) -> Accuracy | None:
 
 
 def _ocean(
-    predicted: Sequence[str], wanted: Sequence[str], order: str, seed: int
+    predicted: Sequence[str], wanted: Sequence[str], strict: str, seed: int
 ) -> dict[str, Value]:
     """Ocean-OCR's numbers, means over pages."""
     pages = [
-        asdict(ocean_scores(*pair, published_order=order == "published"))
+        asdict(ocean_scores(*pair, published_order=strict == "published"))
         for pair in zip(predicted, wanted, strict=True)
     ]
-    how = f"page mean, Ocean-OCR's definition, {order} order: {OCEAN_ORDERS[order]}"
+    how = f"page mean, Ocean-OCR's definition, {OCEAN_ORDERS[strict]}"
     return {f"ocean_{name}": page_mean([p[name] for p in pages], how, seed) for name in pages[0]}
 
 

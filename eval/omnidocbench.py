@@ -2,13 +2,13 @@
 
 Sources: README and metrics of opendatalab/OmniDocBench v1.5 (arXiv 2412.07626). The aggregations
 are theirs: edits of a page are summed and divided by the summed lengths of the longer texts, pages
-are averaged; TEDS is averaged per page, then over the pages that have tables. What differs is said
-at `match_blocks`, `split_markdown` and `score_omnidocbench`.
+are averaged; TEDS is averaged per page, then over the pages that have tables. README.md says what
+differs, and what of it ``published`` computes as there.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ with extra("ocr", "scoring pages"):
     from rapidfuzz.distance import Levenshtein
 
 TEXT_CATEGORIES = ("text_block", "title", "code_txt", "code_txt_caption", "reference")
+FORMULA = "equation_isolated"
 # matched, so that a prediction of them is not held against the page, but not scored
 UNSCORED_CATEGORIES = (
     "figure_caption",
@@ -74,6 +75,15 @@ _LOOK = re.compile(
     r"math(?:bf|rm|normal|it|bb|cal|scr|frak|sf|tt|bfcal)|text(?:bf|rm|it|sf|tt)?"
     r"|boldmath|boldsymbol|symbf|symbfit|bm|operatorname\*?|left|right|displaystyle|scriptscriptstyle"
     r"|notag|nonumber|q?quad|enspace|nobreakspace|(?:thin|med|thick|negmed)?space"
+)
+# what `published_formula` removes, in this order
+_PUBLISHED_FILTER = (
+    *(rf"\math{font}" for font in "bf rm normal it bb cal scr frak sf tt".split()),
+    *(rf"\{name}" for name in "textbf text boldmath boldsymbol operatorname bm symbfit".split()),
+    *(rf"\{name}" for name in "mathbfcal symbf scriptscriptstyle notag setlength coloneqq".split()),
+    *(rf"\{size}space" for size in ("", "thick", "thin", "med", "nobreak", "negmed")),
+    *(rf"\{name}" for name in "quad qquad enspace substackw".split()),
+    *(" ", "$$", r"\left", r"\right", r"\displaystyle", r"\text"),
 )
 
 
@@ -122,6 +132,7 @@ def score_omnidocbench(
     *,
     formula_cdm: float | None = None,
     seed: int = 0,
+    published: bool = False,
 ) -> OmniDocBenchScores:
     """Score predicted Markdown against annotated pages.
 
@@ -137,6 +148,8 @@ def score_omnidocbench(
     formula_cdm : CDM in [0, 1], mean per page and then over pages, where the official tool measured
         it on the same predictions.
     seed : of the bootstrap over pages.
+    published : whether to normalise and sort blocks by the rules of the published script, where
+        they are at odds with what a page says.
 
     Returns
     -------
@@ -162,68 +175,83 @@ def score_omnidocbench(
             f"{len(absent)} have none, the first is {absent[0] if absent else None}; give '' for a "
             "page that gave nothing"
         )
-    results = tuple(score_page(page, predictions[page.image]) for page in pages)
+    results = tuple(
+        score_page(page, predictions[page.image], published=published) for page in pages
+    )
+    rules = ", by the published script's rules" * published
     metrics = {}
     for name, values in _page_values(results).items():
         if any(value is not None for value in values):
-            how = "mean over the pages that have any"
+            how = f"mean over the pages that have any{rules}"
             metrics[name] = page_mean([v for v in values if v is not None], how, seed)
     texts = [result.text for result in results if result.text]
     if texts:
         metrics["text_edit_whole"] = ratio_of_sums(
-            [e.edits for e in texts], [e.length for e in texts], "all edits / all lengths", seed
+            [e.edits for e in texts],
+            [e.length for e in texts],
+            f"all edits / all lengths{rules}",
+            seed,
         )
     overall, how = _overall(results, formula_cdm, seed)
     interval = percentile_interval(overall.resampled, overall.n)
-    metrics[overall.name] = Value(overall.value, how, overall.n, interval)
+    metrics[overall.name] = Value(overall.value, how + rules, overall.n, interval)
     return OmniDocBenchScores(results, metrics, overall)
 
 
-def score_page(page: Page, prediction: str) -> PageResult:
+def score_page(page: Page, prediction: str, *, published: bool = False) -> PageResult:
     """Score one page; see `match_blocks` for how predicted blocks find theirs.
 
-    Text is compared after `normalise_text`, formulas after `normalise_formula`, tables by TEDS.
-    Annotated text and formulas are matched in one go, since models write formulas as text and the
-    reverse. An annotated block without prediction has edit distance 1, an annotated table TEDS 0.
-    Predicted blocks that are left over cost nothing, as in OmniDocBench.
+    Text is compared after `normalise_text`, formulas after `normalise_formula`, or both after
+    `published_text` and `published_formula`; tables by TEDS. Annotated text and formulas are
+    matched in one go, since models write formulas as text and the reverse. An annotated block
+    without prediction has edit distance 1, an annotated table TEDS 0. Predicted blocks that are
+    left over cost nothing, as in OmniDocBench.
     """
+    text_form = published_text if published else normalise_text
+    formula_form = published_formula if published else normalise_formula
+    forms = {"text": text_form, "formula": formula_form}
     predicted = split_markdown(prediction)
-    lines = [(place, _normalise(block)) for place, block in enumerate(predicted)]
-    lines = [(place, line) for place, line in lines if line]
-    blocks = [block for block in _merge_truncated(page) if not block.ignore]
-    for block in blocks:
-        if block.category in UNSCORED_CATEGORIES:
-            wanted = normalise_text(block.text)
-            lines = [
-                (place, line)
-                for place, line in lines
-                if edit_distance(line, wanted).rate >= SAME_BLOCK
-            ]
-    scored = [
-        (block, _normalise_block(block))
-        for block in sorted(blocks, key=lambda block: block.order or 0)
-        if block.category in (*TEXT_CATEGORIES, "equation_isolated")
+    # place on the page, kind, and normalised content
+    lines = [
+        (place, block.kind, forms[block.kind](block.content))
+        for place, block in enumerate(predicted)
+        if block.kind in forms
     ]
-    scored = [(block, line) for block, line in scored if line]
-    text, formula = [], []
+    blocks = _joined_blocks(page, published)
+    unscored = [text_form(b.text) for b in blocks if b.category in UNSCORED_CATEGORIES]
+    lines = [
+        line
+        for line in lines
+        if line[2] and all(edit_distance(line[2], one).rate >= SAME_BLOCK for one in unscored)
+    ]
+    scored = [
+        (block, formula_form(block.latex) if block.category == FORMULA else text_form(block.text))
+        for block in sorted(blocks, key=lambda block: block.order or 0)
+        if block.category in (*TEXT_CATEGORIES, FORMULA)
+    ]
+    scored = [(block, content) for block, content in scored if content]
+    text: list[Errors] = []
+    formula: list[Errors] = []
     order_read: list[tuple[int, list[int]]] = []
-    order_wanted = []
-    for wanted_places, found_places in match_blocks(
-        [line for _, line in scored], [line for _, line in lines]
+    order_true = []
+    for true_places, read_places in match_blocks(
+        [content for _, content in scored], [content for _, _, content in lines]
     ):
-        errors = edit_distance(
-            "".join(lines[place][1] for place in found_places),
-            "".join(scored[place][1] for place in wanted_places),
-        )
-        group = [scored[place][0] for place in wanted_places]
-        if group[0].category == "equation_isolated":
-            formula.append(errors)
-            continue
-        text.append(errors)
-        orders = [block.order for block in group if block.order is not None]
-        order_wanted += orders
-        if found_places:
-            order_read.append((lines[found_places[0]][0], orders))
+        group = [scored[place][0] for place in true_places]
+        read = [lines[place] for place in read_places]
+        is_formula = group[0].category == FORMULA
+        true_content = "".join(scored[place][1] for place in true_places)
+        if published and is_formula and read and read[0][1] == "text":
+            # a formula that was read as text is a text there
+            is_formula = False
+            true_content = text_form("".join(block.latex for block in group))
+        errors = edit_distance("".join(content for _, _, content in read), true_content)
+        (formula if is_formula else text).append(errors)
+        if group[0].category != FORMULA:
+            orders = [block.order for block in group if block.order is not None]
+            order_true += orders
+            if read:
+                order_read.append((read[0][0], orders))
     similar = _table_scores(
         [block.html for block in blocks if block.category == "table" and html_tables(block.html)],
         [block.content for block in predicted if block.kind == "table"],
@@ -235,9 +263,9 @@ def score_page(page: Page, prediction: str) -> PageResult:
         teds=float(np.mean([whole for whole, _ in similar])) if similar else None,
         teds_structure=float(np.mean([bare for _, bare in similar])) if similar else None,
         reading_order=reading_order_distance(
-            [order for _, orders in sorted(order_read) for order in orders], sorted(order_wanted)
+            [order for _, orders in sorted(order_read) for order in orders], sorted(order_true)
         )
-        if order_wanted
+        if order_true
         else None,
     )
 
@@ -277,10 +305,21 @@ def split_markdown(text: str) -> list[Predicted]:
 def normalise_text(text: str) -> str:
     """Letters, digits and underscores of all scripts; nothing else, as in OmniDocBench.
 
-    HTML tags are removed first. LaTeX inside the text is not translated to Unicode, as there:
-    both sides keep the letters of its commands.
+    HTML tags are removed first. LaTeX inside the text is not translated to Unicode: both sides keep
+    the letters of its commands.
     """
     return re.sub(r"\W", "", _TAG.sub("", text))
+
+
+def published_text(text: str) -> str:
+    r"""`normalise_text` by OmniDocBench's rules (``clean_string`` of its data_preprocess.py).
+
+    HTML tags stay, and ``\t``, ``\n``, ``/t`` and ``/n`` go wherever they stand: of ``and/not``,
+    ``andot`` is left. Inline formulas, which it first translates by pylatexenc, stay LaTeX.
+    """
+    for mark in (r"\t", r"\n", "\t", "\n", "/t", "/n"):
+        text = text.replace(mark, "")
+    return re.sub(r"\W", "", text)
 
 
 def normalise_formula(latex: str) -> str:
@@ -307,6 +346,23 @@ def normalise_formula(latex: str) -> str:
             ends_in_word = kept[-1].startswith("\\") and kept[-1][-1].isalpha()
             kept += [" "] * (ends_in_word and text.isalpha()) + [r"\\" if token["row"] else text]
     return "".join(kept).strip(".").lower()
+
+
+def published_formula(latex: str) -> str:
+    r"""`normalise_formula` by OmniDocBench's rules (``normalized_formula`` there).
+
+    Commands are removed one after the other wherever their letters stand, so that ``\leftarrow``
+    becomes ``arrow``; ``\,`` and ``\label`` stay, and ``\alpha b`` is ``\alphab``.
+    """
+    latex = latex.strip().strip("$").strip("\n")
+    inside = re.search(r"\\\[(.+?)(?<!\\)\\\]", latex)
+    latex = inside[1].strip() if inside else latex
+    for command in (r"tag\{", r"hspace\{", r"begin\{", r"end\{", "arraycolsep"):
+        latex = re.sub(rf"\\{command}.*?\}}", "", latex)
+    latex = latex.strip(".")
+    for command in _PUBLISHED_FILTER:
+        latex = latex.replace(command, "")
+    return latex.lower()
 
 
 def match_blocks(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[list[int], list[int]]]:
@@ -381,26 +437,31 @@ def _distances(rows: Sequence[str], columns: Sequence[str]) -> NDArray[np.float6
     )
 
 
-def _merge_truncated(page: Page) -> list[Block]:
-    """Blocks of a page, those that are parts of one paragraph joined at the place of the first."""
-    by_id = {block.anno_id: block for block in page.blocks}
-    group_of = {number: [number] for number in by_id}
-    for source, target in page.truncated:
-        if group_of[source] is not group_of[target]:
-            merged = group_of[source] + group_of[target]
-            group_of |= {number: merged for number in merged}
-    blocks = []
-    for number in by_id:
-        parts = sorted((by_id[n] for n in group_of[number]), key=lambda part: part.order or 0)
-        first = parts[0]
-        if len(parts) == 1:
-            blocks.append(first)
-        elif number == first.anno_id:
-            whole = "".join(part.text for part in parts)
-            blocks.append(
-                Block(category=first.category, anno_id=number, order=first.order, text=whole)
-            )
-    return blocks
+def _joined_blocks(page: Page, published: bool) -> list[Block]:
+    """Blocks of a page that count, those that are parts of one paragraph joined.
+
+    The published script does not look at ``ignore``, joins a relation to every group that it
+    touches without joining the groups, and repeats the text of a part that two relations name.
+    """
+    blocks = {b.anno_id: b for b in page.blocks if published or not b.ignore}
+    groups: list[list[int]] = []
+    for relation in page.truncated:
+        parts = [number for number in relation if number in blocks]
+        touched = [group for group in groups if set(group) & set(parts)]
+        if published:
+            for group in touched:
+                group += parts
+            groups += [] if touched else [parts]
+        else:
+            groups = [group for group in groups if group not in touched]
+            groups.append(sorted(set(parts).union(*touched)))
+    joined = []
+    for group in filter(None, groups):
+        whole = sorted((blocks[number] for number in group), key=lambda part: part.order or 0)
+        text, latex = ("".join(getattr(part, name) for part in whole) for name in ("text", "latex"))
+        joined.append(replace(whole[0], text=text, latex=latex))
+    alone = blocks.keys() - {number for group in groups for number in group}
+    return [block for number, block in blocks.items() if number in alone] + joined
 
 
 def _table_scores(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[float, float]]:
@@ -413,18 +474,6 @@ def _table_scores(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[flo
         (teds(partner.get(i, ""), html), teds(partner.get(i, ""), html, structure_only=True))
         for i, html in enumerate(wanted)
     ]
-
-
-def _normalise(block: Predicted) -> str:
-    if block.kind == "table":
-        return ""
-    return (normalise_formula if block.kind == "formula" else normalise_text)(block.content)
-
-
-def _normalise_block(block: Block) -> str:
-    if block.category == "equation_isolated":
-        return normalise_formula(block.latex)
-    return normalise_text(block.text)
 
 
 def _sum(errors: Sequence[Errors]) -> Errors | None:

@@ -88,9 +88,9 @@ class OcrEvaluation(ReadSettings):
     """Whether rendered pages come in the font that no training page has, too."""
     batch: Count = 8
     """Pages that are read together."""
-    ocean_order: Literal["correct", "published"] = "correct"
-    """Whether Ocean-OCR's metrics get the model's text as prediction (correct) or, as in their
-    published script, the label."""
+    strict: Literal["corrected", "published"] = "corrected"
+    """Rules of the scores of OmniDocBench, olmOCR-bench and Ocean-OCR: with the slips of their
+    scripts corrected, or as published as far as eval/README.md says."""
 
 
 class Calibration(Settings):

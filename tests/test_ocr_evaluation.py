@@ -312,19 +312,19 @@ def test_the_page_that_lost_most_is_named():
 def test_oceans_metrics_are_page_means_in_the_order_asked_for():
     data = pages_of("one two three four five", "six seven eight nine ten")
     read = [prediction("0", "one two three"), prediction("1", "six seven eight nine eleven")]
-    for order, published in (("correct", False), ("published", True)):
-        found = score(data, read, ocean_order=order).metrics
+    for strict, published in (("corrected", False), ("published", True)):
+        found = score(data, read, strict=strict).metrics
         pairs = zip(read, data.pages, strict=True)
         pages = [ocean_scores(r.text, p.text, published_order=published) for r, p in pairs]
         for name in ("edit_distance", "bleu", "meteor_exact_stem", "precision", "recall", "f1"):
             value = found[f"ocean_{name}"]
             assert value.value == pytest.approx(sum(getattr(p, name) for p in pages) / 2)
-            assert f"{order} order" in value.how and value.n == 2
+            assert ("as prediction, as published" in value.how) is published and value.n == 2
     assert found["ocean_precision"].value < found["ocean_recall"].value  # published: they trade
     assert metric("ocean_f1").better == "higher"
     assert metric("ocean_edit_distance").better == "lower"
-    with pytest.raises(ValueError, match="correct, published; got 'theirs'"):
-        score(data, read, ocean_order="theirs")
+    with pytest.raises(ValueError, match="corrected, published; got 'theirs'"):
+        score(data, read, strict="theirs")
 
 
 def test_pages_without_any_text_have_no_accuracy():
@@ -446,15 +446,15 @@ def test_evaluations_are_compared_and_counts_have_no_winner(reader, lines, tmp_p
     assert "long" in run("compare", short, long).stdout
 
 
-def test_eval_hands_ocean_order_on_and_does_not_resume_what_it_overwrites(reader, lines, tmp_path):
+def test_eval_hands_the_rules_on_and_does_not_resume_what_it_overwrites(reader, lines, tmp_path):
     arguments = ("eval", reader, "--data", lines, "--output", tmp_path / "o")
     refused = run(*arguments, "--resume", "--overwrite")
     assert refused.exit_code == 2 and "choose one" in refused.stderr
-    wrong = run(*arguments, "--ocean-order", "theirs")
+    wrong = run(*arguments, "--strict", "theirs")
     assert wrong.exit_code == 2 and "'theirs'" in wrong.stderr
-    found = run(*arguments, "--ocean-order", "published", "--max-new-tokens", 2, "--json")
+    found = run(*arguments, "--strict", "published", "--max-new-tokens", 2, "--json")
     assert found.exit_code == 0, found.output
-    assert "published order" in json.loads(found.stdout)["ocean_bleu"]["how"]
+    assert "as published numbers" in json.loads(found.stdout)["ocean_bleu"]["how"]
 
 
 def damaged(reader, tmp_path, change):

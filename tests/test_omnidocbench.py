@@ -18,6 +18,8 @@ from compress.eval.omnidocbench import (
     match_blocks,
     normalise_formula,
     normalise_text,
+    published_formula,
+    published_text,
     score_omnidocbench,
     score_page,
     split_markdown,
@@ -237,6 +239,87 @@ def test_formulas_that_are_equal_in_tex(one, other):
 )
 def test_formulas_that_differ_in_tex(one, other):
     assert normalise_formula(one) != normalise_formula(other)
+
+
+# what OmniDocBench makes of them (`normalized_formula` of utils/data_preprocess.py)
+@pytest.mark.parametrize(
+    ("latex", "expected"),
+    [
+        (r"a \\ b", r"a\\b"),
+        (r"\alpha b", r"\alphab"),
+        (r"a\,b", r"a\,b"),
+        (r"x \label{e} \tag{3}", r"x\label{e}"),
+        (r"a \leftarrow b \rightarrow c", "aarrowbarrowc"),
+        (r"\textstyle X", "stylex"),
+        (r"$$\[ x \]$$", "x"),
+        (r"\[ x \]", "x"),
+        (r"a \\[2pt] b \]", "2pt]b"),
+        ("x^2 .", "x^2"),
+        ("x^2.", "x^2"),
+        (r"\begin{array}{cc} a & b \end{array}", "{cc}a&b"),
+        (r"\mathbfcal{A}", "cal{a}"),
+        (r"\te xt", ""),
+    ],
+)
+def test_published_formulas(latex, expected):
+    assert published_formula(latex) == expected
+
+
+def test_published_text():
+    assert published_text("and/not a/t the\tend") == "andotatheend"
+    assert published_text(r"\theta, \nu") == "hetau"
+    assert published_text("<b>x</b> 1") == "bxb1"
+    assert normalise_text("and/not <b>x</b>") == "andnotx"
+
+
+def test_published_rules_on_a_page():
+    formula = Block(category="equation_isolated", anno_id=2, order=2, latex="x^2+y")
+    one = page(block("The first paragraph.", 1), formula)
+    text = "The first paragraph.\n\nx^2+z"
+    corrected, published = (score_page(one, text, published=p) for p in (False, True))
+    # the formula is read as a text: x2z for x^2+y, or for x2y
+    assert corrected.formula == Errors(3, 5) and corrected.text == Errors(0, 17)
+    assert published.formula is None and published.text == Errors(1, 17 + 3)
+    assert published.reading_order == corrected.reading_order == 0
+    as_formula = score_page(one, text.replace("x^2+z", "$$x^2+z$$"), published=True)
+    assert as_formula.formula == Errors(1, 5) and as_formula.text == Errors(0, 17)
+    lost = score_page(one, "The first paragraph.", published=True)
+    assert lost.formula == Errors(5, 5)
+
+    hidden = page(block("abcd", 1), block("efgh", 2, ignore=True))
+    assert score_page(hidden, "abcd").text == Errors(0, 4)
+    assert score_page(hidden, "abcd", published=True).text == Errors(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("relations", "corrected", "published"),
+    [
+        ([(1, 2)], ["ab", "c", "d"], ["ab", "c", "d"]),
+        ([(2, 1)], ["ab", "c", "d"], ["ab", "c", "d"]),
+        # the part that two relations name is there twice
+        ([(1, 2), (2, 3)], ["abc", "d"], ["abbc", "d"]),
+        # a relation goes to both groups that it touches, and joins none
+        ([(1, 2), (3, 4), (2, 3)], ["abcd"], ["abbc", "bccd"]),
+    ],
+)
+def test_truncated_parts(relations, corrected, published):
+    texts = ["a" * 9, "b" * 9, "c" * 9, "d" * 9]
+    one = page(*(block(t, i) for i, t in enumerate(texts, 1)), truncated=relations)
+    for rules, expected in ((False, corrected), (True, published)):
+        whole = ["".join(letter * 9 for letter in group) for group in expected]
+        result = score_page(one, "\n\n".join(whole), published=rules)
+        assert result.text == Errors(0, sum(map(len, whole)))
+
+
+def test_ignored_parts_are_not_read_with_the_others():
+    parts = (block("The first half", 1), block("unreadable", 2, ignore=True))
+    one = page(*parts, truncated=((1, 2),))
+    assert score_page(one, "The first half").text == Errors(0, 12)
+
+
+def test_published_scores_say_so():
+    scores = score_omnidocbench([PAGE], {"one.png": PERFECT}, published=True).metrics
+    assert all("the published script's rules" in value.how for value in scores.values())
 
 
 def test_formulas_agree_with_a_scanner_that_goes_letter_by_letter():

@@ -7,6 +7,7 @@ subfolders if wanted; every other folder is a candidate and holds, for the docum
 
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +20,38 @@ from compress.common.files import atomic_folder, write_text
 PDFS = "pdfs"
 # (document, page number from 1)
 PageId = tuple[str, int]
+
+# what `normalise` replaces, in this order
+_MARKS = (
+    (r"<br/?>", " "),
+    (r"\*\*(.*?)\*\*", r"\1"),
+    (r"__(.*?)__", r"\1"),
+    (r"</?[bi]>", ""),
+    # marks inside tags are seen now; one pass, so that the mark that opens first closes first
+    (r"(\*\*|__)(.*?)\1", r"\2"),
+    (r"([*_])(.*?)\1", r"\2"),
+    (r"\s+", " "),
+)
+_PLAIN = str.maketrans(
+    {
+        **dict.fromkeys("‘’‚", "'"),
+        **dict.fromkeys("“”„", '"'),
+        **dict.fromkeys("–—‑‒−", "-"),
+        "＿": "_",
+        "\u00b5": "\u03bc",  # micro sign, Greek mu
+    }
+)
+
+
+def normalise(text: str) -> str:
+    """Text as olmOCR-bench compares it (``normalize_text`` of its tests.py).
+
+    ``<br>`` and every run of white space become one space, Markdown's and HTML's marks of bold and
+    italics go, Unicode is NFC, and quotes and hyphens of all shapes become ASCII.
+    """
+    for mark, replacement in _MARKS:
+        text = re.sub(mark, replacement, text)
+    return unicodedata.normalize("NFC", text).translate(_PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +104,7 @@ class PresenceTest(BenchTest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(bool(self.text.strip()), "text must not be empty", self)
+        _check_text(self.text, "text", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +118,9 @@ class OrderTest(BenchTest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shorter = min(len(self.before.strip()), len(self.after.strip()))
-        _check(shorter > 0, "before and after must not be empty", self)
+        _check_text(self.before, "before", self)
+        _check_text(self.after, "after", self)
+        shorter = min(len(normalise(self.before)), len(normalise(self.after)))
         _check(
             self.max_diffs <= shorter // 2, "max_diffs must be at most half of either text", self
         )
@@ -140,7 +174,7 @@ class FormatTest(BenchTest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(bool(self.text.strip()), "text must not be empty", self)
+        _check_text(self.text, "text", self)
         formats = ("heading", "bold", "italic")
         _check(self.format in formats, f"format must be one of {list(formats)}", self)
 
@@ -159,6 +193,9 @@ class FootnoteTest(BenchTest):
         super().__post_init__()
         valid = bool(self.marker) and " " not in self.marker
         _check(valid, "marker must be neither empty nor hold spaces", self)
+        for name in ("appears_before_marker", "appears_after_marker"):
+            if getattr(self, name):
+                _check_text(getattr(self, name), name, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,3 +428,7 @@ _ALLOWED: dict[str, tuple[type, ...]] = {
 def _check(holds: bool, rule: str, test: BenchTest) -> None:
     if not holds:
         raise ValueError(f"{rule}; got {test}; correct the test")
+
+
+def _check_text(text: str, name: str, test: BenchTest) -> None:
+    _check(bool(normalise(text).strip()), f"{name} must not be empty, marks apart", test)

@@ -136,7 +136,7 @@ def _score(
     """The metrics, the methods, and what they counted."""
     read = ocr.read_predictions(output / PREDICTIONS)
     counts = counted(methods, read)
-    metrics = ocr.score(data, read, ocean_order=settings.ocean_order).metrics
+    metrics = ocr.score(data, read, strict=settings.strict).metrics
     metrics |= counted_metrics(methods, counts, len(data.pages))
     return {
         "metrics": {

@@ -192,9 +192,9 @@ class ReaderRun:
         ``accuracy`` names what ``accuracy_retention`` is the retention of.
         """
         recipe, seed = self.recipe, self.recipe.seed
-        order = recipe.evaluate.ocean_order
+        strict = recipe.evaluate.strict
         read = {v.name: ocr.read_predictions(self.folder / v.file) for v in self.variants}
-        scored = {name: ocr.score(self.data, pages, seed, order) for name, pages in read.items()}
+        scored = {name: ocr.score(self.data, pages, seed, strict) for name, pages in read.items()}
         dense = scored["dense"]
         if dense.accuracy is None:
             raise ValueError(
