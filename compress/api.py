@@ -11,7 +11,7 @@ from compress.data.sources import ImageData, Images, load_images
 from compress.methods.base import Method, PruneJob, RuntimeMethod, WeightMethod
 from compress.methods.registry import named
 from compress.methods.training import Training
-from compress.models.pipelines import denoiser, image_shape, wanted, with_parts
+from compress.models.pipelines import cast, denoiser, image_shape, plain, wanted, with_parts
 from compress.parallel import distributed
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ def apply(
 
     Parameters
     ----------
-    model : a diffusers pipeline, for methods that make new weights (it is not changed); a
-        vision-language model of transformers, for those that change how it runs.
+    model : a diffusers pipeline, for methods that make new weights: it is not changed, they are
+        trained in float32, and the result has the dtype of its denoiser; a vision-language model of
+        transformers, for those that change how it runs.
     method : a method, or the name of one with its default settings; several that change how a model
         runs may be stacked, the first one applied first.
     data : for pipelines: a data source as in a recipe, or a data set of ``(channels, height,
@@ -137,16 +138,18 @@ def _prune(
     training: Training,
     device: str | None,
 ) -> Compressed:
+    part, dense = denoiser(pipeline)
+    trained = plain(pipeline)
     if isinstance(data, str):
         data = load_images(data, *image_shape(pipeline), wanted(pipeline))
     elif not isinstance(data, ImageData):
         data = ImageData.split("data", data)
     where = distributed.join(choose_device(device))
-    pruned = drain(method.prune(PruneJob(pipeline, data, training, where, Journal())))
-    part, _ = denoiser(pipeline)
+    pruned = drain(method.prune(PruneJob(trained, data, training, where, Journal())))
+    slim = cast(pruned.model, dense.dtype).to(dense.device)
     report = {
         **pruned.report,
         "method": method.model_dump(mode="json"),
         "widths": pruned.widths,
     }
-    return Compressed(with_parts(pipeline, {part: pruned.model}), report)
+    return Compressed(with_parts(pipeline, {part: slim}), report)

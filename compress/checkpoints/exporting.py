@@ -7,11 +7,13 @@ diffusers has no such class.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from compress.common.files import read_json, write_json
 from compress.models import free_width
+from compress.models.loading import dtypes_of, variant_of, weights_of
 from compress.models.pipelines import denoiser
 
 INDEX = "model_index.json"
@@ -37,24 +39,41 @@ def export(pipeline: DiffusionPipeline, target: Path, source: Path | None = None
     if source is None:
         pipeline.save_pretrained(target, safe_serialization=True)
     else:
+        index = read_json(source / INDEX)
+        changed: dict[str, Any] = {}
         for name in other_parts(source, part):
             files = part_files(source, name)
             for path in files:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / path, target / path)
-            if not files:
+            if not files and getattr(pipeline, name, None) is None:
+                changed[name] = [None, None]  # its folder was removed
+            elif not files:
                 getattr(pipeline, name).save_pretrained(target / name)
         model.save_pretrained(target / part, safe_serialization=True)
-        index = read_json(source / INDEX)
-        if index[part][1] == type(model).__name__:
-            shutil.copyfile(source / INDEX, target / INDEX)
+        if index[part][1] != type(model).__name__:
+            changed[part] = [type(model).__module__, type(model).__name__]
+        if changed:
+            write_json(target / INDEX, index | changed)
         else:
-            write_json(
-                target / INDEX, index | {part: [type(model).__module__, type(model).__name__]}
-            )
+            shutil.copyfile(source / INDEX, target / INDEX)
     if ours:
         # named as the index names the module
         shutil.copyfile(free_width.__file__, target / part / f"{type(model).__module__}.py")
+
+
+def load_options(folder: Path, pipeline: DiffusionPipeline) -> dict[str, str]:
+    """What ``from_pretrained`` must be told of an exported folder: arguments as Python text.
+
+    The variant of parts that have no other weights; and one dtype, that of the denoiser, where
+    weights are not stored in float32: transformers loads each part in its own, diffusers does not.
+    """
+    parts = [path for path in folder.iterdir() if path.is_dir()]
+    variants = [name for name in map(variant_of, parts) if name]
+    options = {"variant": f'"{variants[0]}"'} if variants else {}
+    if dtypes_of([weights for part in parts for weights in weights_of(part)]) != {"F32"}:
+        options["torch_dtype"] = str(denoiser(pipeline)[1].dtype)
+    return options
 
 
 def other_parts(source: Path, denoiser: str) -> list[str]:
@@ -69,13 +88,14 @@ def other_parts(source: Path, denoiser: str) -> list[str]:
 def part_files(source: Path, part: str) -> list[Path]:
     """The files of one part of a pipeline folder, relative to it, without unused weights.
 
-    Weights of a variant (``model.fp16.safetensors``) are unused: the plain ones are read. A flat
+    Weights of a variant (``model.fp16.safetensors``) are unused where there are plain ones. A flat
     folder, with all parts in one place, has none.
     """
+    used = weights_of(source / part)
     return sorted(
         path.relative_to(source)
         for path in (source / part).rglob("*")
         if path.is_file()
         and path.suffix not in OTHER_WEIGHTS
-        and not (path.suffix == ".safetensors" and "." in path.stem)
+        and (path.suffix != ".safetensors" or path in used)
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from compress.checkpoints.exporting import export
+from compress.checkpoints.exporting import export, load_options
 from compress.checkpoints.facts import checkpoint_folder, model_card
 from compress.models.free_width import FreeWidthUNet2DModel
 from compress.models.pipelines import denoiser, wanted
@@ -56,14 +56,15 @@ def save_slim(
 
     def card(facts: Mapping[str, Any]) -> str:
         widths = [f"- {w['level']}: {w['dense']} -> {w['compressed']}" for w in facts["widths"]]
-        trust = ", trust_remote_code=True" if free else ""
+        given = "".join(f", {name}={value}" for name, value in options.items())
         lines = [
             FREE_WIDTHS if free else PLAIN,
             "",
             "```python",
+            *(["import torch"] if "torch_dtype" in options else []),
             f"from diffusers import {kind}",
             "",
-            f'pipeline = {kind}.from_pretrained("path/to/this/folder"{trust})',
+            f'pipeline = {kind}.from_pretrained("path/to/this/folder"{given})',
             "```",
             "",
             *widths,
@@ -78,6 +79,8 @@ def save_slim(
         )
 
     facts = {"widths": [], **facts}
+    options = {"trust_remote_code": "True"} if free else {}
     with checkpoint_folder(folder, "slim", facts, card, overwrite=overwrite) as temporary:
         export(pipeline, temporary, source)
+        options |= load_options(temporary, pipeline)
     return folder

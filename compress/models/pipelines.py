@@ -1,13 +1,14 @@
 """Diffusers pipelines that compress trains and samples: their parts, and what their UNet takes."""
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import nn
 
 from compress.common.cost import unet_inputs
@@ -30,6 +31,12 @@ class Kind:
     encoders: tuple[tuple[str, str], ...] = ()
     inputs: frozenset[str] = frozenset()
     passes_generator: bool = True
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts without which it neither trains nor samples, beside denoiser and scheduler."""
+        encoders = (part for pair in self.encoders for part in pair)
+        return frozenset({*encoders, *([self.autoencoder] if self.autoencoder else [])})
 
 
 DENOISERS = ("unet", "transformer")
@@ -58,7 +65,12 @@ def kind_of(pipeline: Any) -> Kind | None:
     """The family of a pipeline; None for one that compress neither trains nor samples."""
     if set(getattr(pipeline, "components", {})) == {"unet", "scheduler"}:
         return PIXELS
-    return next((KINDS[c.__name__] for c in type(pipeline).__mro__ if c.__name__ in KINDS), None)
+    return family_of(type(pipeline))
+
+
+def family_of(kind: type) -> Kind | None:
+    """The family of a class of pipelines that has more than a unet and a scheduler."""
+    return next((KINDS[c.__name__] for c in kind.__mro__ if c.__name__ in KINDS), None)
 
 
 def denoiser(pipeline: Any) -> tuple[str, Any]:
@@ -132,7 +144,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"compress gives the UNet of a {name} {', '.join(sorted(kind.inputs)) or 'nothing'}; "
             f"this one needs {', '.join(needs)}; plan with --dry-run, or choose another pipeline"
         )
-    for part in [p for pair in kind.encoders for p in pair] + [kind.autoencoder or "unet"]:
+    for part in sorted(kind.parts):
         if getattr(pipeline, part, None) is None:
             raise ValueError(
                 f"a {name} needs its {part} to be trained and sampled; this one has none; load "
@@ -146,6 +158,77 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         )
     if kind.autoencoder:
         _check_autoencoder(getattr(pipeline, kind.autoencoder), unet)
+
+
+def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline that can be trained: float32, not compiled, with a denoiser that is not frozen.
+
+    The given one stays as it is; parts that need no change are shared with it.
+
+    Raises
+    ------
+    ValueError : for parts that are quantised, lie on the meta device, or have hooks that move them,
+        and for a denoiser that is not what its config describes, such as one with adapters.
+    """
+    trained, module = denoiser(pipeline)
+    _check_described(trained, module)
+    changed = {}
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            bare = getattr(part, "_orig_mod", part)  # within what torch.compile returns
+            _check_memory(name, bare)
+            as_it_is = all(p.dtype == torch.float32 for p in bare.parameters())
+            as_it_is &= name != trained or all(p.requires_grad for p in bare.parameters())
+            if not as_it_is or bare._compiled_call_impl is not None:
+                changed[name] = cast(copy.deepcopy(bare), torch.float32)  # no copy is compiled
+                changed[name].requires_grad_(name == trained)
+            elif bare is not part:
+                changed[name] = bare
+    return with_parts(pipeline, changed) if changed else pipeline
+
+
+def _check_memory(name: str, part: nn.Module) -> None:
+    """Refuse a part whose values cannot be read, or do not stay where they are put."""
+    if getattr(part, "is_quantized", False) or not all(
+        p.is_floating_point() for p in part.parameters()
+    ):
+        raise ValueError(
+            f"compress trains and reads weights that are not quantised; the {name} is; load the "
+            "original weights"
+        )
+    if any(
+        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", 0)
+        for module in part.modules()
+    ):
+        raise ValueError(
+            f"the {name} has hooks of accelerate or diffusers, such as those that offload or cast "
+            "weights, and methods place parts themselves; call remove_all_hooks(), or load the "
+            "pipeline without device_map and offloading"
+        )
+    if any(p.is_meta for p in part.parameters()):
+        raise ValueError(
+            f"the {name} lies on the meta device, without values; load the pipeline with weights"
+        )
+
+
+def _check_described(name: str, module: Any) -> None:
+    """Refuse a denoiser whose tensors are not those of its config."""
+    bare = getattr(module, "_orig_mod", module)
+    if not isinstance(bare, ModelMixin):
+        raise ValueError(
+            f"the {name} should be a model of diffusers; got a {type(bare).__name__}; choose "
+            "another pipeline"
+        )
+    with torch.device("meta"):
+        described = type(bare).from_config(bare.config)
+    shapes = [{key: p.shape for key, p in unet.named_parameters()} for unet in (bare, described)]
+    odd = sorted(key for key, _ in shapes[0].items() ^ shapes[1].items())
+    if odd:
+        raise ValueError(
+            f"the {name} should have the parameters that its config describes; {odd[0]} and "
+            f"{len(odd) - 1} others differ; undo what was added or replaced (unload or fuse_lora "
+            "and unload_lora_weights, unfuse_qkv_projections), or load it again"
+        )
 
 
 def _check_autoencoder(autoencoder: Any, unet: Any) -> None:
@@ -211,6 +294,11 @@ def default_guidance(pipeline: Any) -> float | None:
     """The ``guidance_scale`` that a pipeline uses when not told; None where it knows none."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     return parameters["guidance_scale"].default if "guidance_scale" in parameters else None
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Change the dtype of a network in place, and without the warning of diffusers' own ``to``."""
+    return nn.Module.to(module, dtype)
 
 
 @contextlib.contextmanager
