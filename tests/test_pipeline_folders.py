@@ -1,17 +1,28 @@
 """Folders of pipelines as people have them: half precision, variants, removed and damaged parts."""
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import compress
+from builders import pipelines
+from compress.checkpoints.slim import save_slim
 from compress.cli import app
+from compress.eval import fidelity
 from compress.models.loading import load_pipeline
+from compress.models.pipelines import cast
+from compress.runs import diffusion as runs
+from compress.runs.forecast import dry_run
+from compress.runs.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "no class": (index(_class_name=...), "_class_name; got None, .*saved with 0"),
     "a class of the future": (
         index(_class_name="StableDiffusion9Pipeline", _diffusers_version="0.99.0"),
-        "'StableDiffusion9Pipeline', which diffusers 0.* does not have .*saved with 0.99.0.*install",
+        "'StableDiffusion9Pipeline', which diffusers 0.* does not have .*with 0.99.0.*install",
     ),
     "a class that is a number": (index(_class_name=5), "_class_name; got 5"),
     "a class with code of its own": (index(_class_name=["mine", "Mine"]), "got .'mine', 'Mine'"),
@@ -97,52 +108,60 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "a part that is null": (index(vae=[None, None]), "of the vae .*; got .None, None"),
     "a part that is not named": (index(scheduler=...), "of the scheduler .*; got None"),
     "another library": (index(unet=["antigravity", "fly"]), "of the unet .* fly of antigravity"),
+    "a class that chooses a class": (
+        index(text_encoder=["transformers", "AutoModel"]),
+        "AutoModel of transformers, which is none",
+    ),
+    "a pipeline as part": (index(vae=["diffusers", "DDPMPipeline"]), "DDPMPipeline of diffusers"),
     "code of the folder": (index(unet=["mine", "Mine"]), "Mine of mine.*code .* is not run"),
     "a class of the library's future": (index(unet=["diffusers", "UNet9"]), "UNet9 of diffusers"),
-    "a part in another's place": (index(vae=["diffusers", "UNet2DModel"]), "the vae in .*vae"),
+    "a part in another's place": (index(vae=["diffusers", "UNet2DModel"]), "/vae/.* missing"),
     "no scheduler": (gone("scheduler"), "has a scheduler, a PNDMScheduler, .* no such folder"),
     "no tokenizer": (gone("tokenizer"), "has a tokenizer, a CLIPTokenizer, .* no such folder"),
     "no vae": (gone("vae"), "has a vae, a AutoencoderKL, .* no such folder"),
     "no unet": (gone("unet"), "has a unet, .* no such folder"),
     "no config": (gone("vae/config.json"), "the vae, .* has a config.json; .* has none"),
     "no schedule": (gone("scheduler/scheduler_config.json"), "has a scheduler_config.json"),
-    "an empty tokenizer": (gone("tokenizer/tokenizer.json"), "the tokenizer"),
+    "an empty tokenizer": (
+        gone("tokenizer/tokenizer.json"),
+        "the tokenizer, a CLIPTokenizer, .* lacks merges.txt, tokenizer.json, vocab.json",
+    ),
     "a list as config": (text("unet/config.json", "[]"), "unet/config.json should hold"),
     "a list as text config": (text("text_encoder/config.json", "[]"), "encoder/config.json should"),
     "a list as schedule": (text("scheduler/scheduler_config.json", "[]"), "scheduler_config.json"),
     "a list as tokenizer": (text("tokenizer/tokenizer.json", "[]"), "the tokenizer"),
     "no JSON as config": (text("vae/config.json", "?"), "vae/config.json should hold JSON"),
     "an empty config": (text("text_encoder/config.json", "{}"), "text_encoder"),
-    "words as widths": (content("unet/config.json", block_out_channels="wide"), "the unet in"),
-    "groups that do not fit": (content("vae/config.json", norm_num_groups=3), "the vae in"),
+    "words as widths": (content("unet/config.json", block_out_channels="wide"), "unet/config.json"),
+    "groups that do not fit": (content("vae/config.json", norm_num_groups=3), "vae/config.json"),
     "an unknown activation": (content("text_encoder/config.json", hidden_act="x"), "text_encoder"),
     "an unknown schedule": (
         content("scheduler/scheduler_config.json", beta_schedule="mine"),
-        "the scheduler in .*mine",
+        "the scheduler, .*mine",
     ),
     "words as steps": (
         content("scheduler/scheduler_config.json", num_train_timesteps="many"),
-        "the scheduler in",
+        "the scheduler,",
     ),
     "quantised weights": (
         content("unet/config.json", quantization_config={"quant_method": "bitsandbytes"}),
         "quantization_config",
     ),
-    "pickled vae": (renamed("vae", "diffusion_pytorch_model.bin"), "the vae .*model.bin .*pickled"),
+    "pickled vae": (renamed("vae", "diffusion_pytorch_model.bin"), "weights .*/vae;.*pickled"),
     "pickled text encoder": (
         renamed("text_encoder", "pytorch_model.bin"),
-        "the text_encoder .*pic",
+        "weights .*/text_encoder;",
     ),
     "two variants": (
-        renamed("vae", "model.fp16.safetensors", "model.bf16.safetensors"),
-        "one variant are expected in .*vae; got those of bf16, fp16",
+        renamed("vae", *(f"model.{name}.safetensors" for name in ("fp16", "bf16"))),
+        "vae should have weights of one variant; it has bf16, fp16",
     ),
     "two variants in two parts": (
         lambda folder: [
             renamed("vae", "diffusion_pytorch_model.fp16.safetensors")(folder),
             renamed("text_encoder", "model.bf16.safetensors")(folder),
         ],
-        "one variant are expected in .*; its parts have those of bf16, fp16",
+        "weights of one variant; its parts have bf16, fp16",
     ),
     "an unusual name": (renamed("unet", "mine.safetensors"), "unet"),
     "cut weights": (
@@ -151,7 +170,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     ),
     "too few tensors": (
         weights("vae", lambda found: dict(list(found.items())[1:])),
-        "vae.* 1 are missing",
+        "vae/.* 1 are missing",
     ),
     "tensors of another shape": (
         weights("unet", lambda found: found | {"conv_in.bias": torch.zeros(3)}),
@@ -169,3 +188,101 @@ def test_a_damaged_folder_is_one_line_that_names_what_is_wrong(folder, name):
     told = CliRunner().invoke(app, ["eval", str(folder)])
     assert told.exit_code == 2 and told.stdout == "", told.output
     assert told.stderr.splitlines() == [f"error: {caught.value}"]
+
+
+# ---- half precision, variants, removed parts -----------------------------------------------
+
+
+def dtypes(pipeline) -> set[torch.dtype]:
+    parts = [p for p in pipeline.components.values() if isinstance(p, torch.nn.Module)]
+    return {tensor.dtype for part in parts for tensor in part.state_dict().values()} - {torch.int64}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module", params=["half", "variant"])
+def half(request, family, tmp_path_factory):
+    """Stable Diffusion in half precision: its folder, and what loads it in plain diffusers."""
+    folder = tmp_path_factory.mktemp("half")
+    variant = {"variant": "fp16"} if request.param == "variant" else {}
+    pipeline = copy.deepcopy(family("sd1"))
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        cast(part, torch.float16)
+    pipeline.save_pretrained(folder, **variant)
+    return folder, variant
+
+
+def test_half_precision_is_loaded_as_one_dtype(half):
+    folder, variant = half
+    found = load_pipeline(str(folder))
+    assert dtypes(found) == {torch.float32}
+    plain = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **variant)
+    for name in ("unet", "vae", "text_encoder"):
+        theirs = getattr(plain, name).state_dict()
+        assert all(
+            torch.equal(value, theirs[key])
+            for key, value in getattr(found, name).state_dict().items()
+        )
+
+
+# the name that every version of diffusers understands
+@pytest.mark.filterwarnings("ignore:.*torch_dtype. is deprecated:FutureWarning")
+def test_a_run_on_half_precision_leaves_a_folder_that_plain_diffusers_draws_with(
+    half, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runs, "_extractor", lambda data: fidelity.DIGITS)
+    data = pipelines.pictures(tmp_path / "pictures", 40)
+    asked = Recipe.model_validate(
+        {
+            "model": str(half[0]),
+            "data": f"folder:{data}",
+            "method": {"name": "oneshot", "criterion": "magnitude", "keep_macs": 0.55, "steps": 0},
+            "recover": {"steps": 1, "batch": 4},
+            "evaluate": {"samples": 6, "steps": 2, "sampling_seeds": 1, "batch": 4},
+        }
+    )
+    assert dry_run(asked, device="cpu")["problems"] == []
+    checkpoint = compress.run(asked, output=tmp_path / "run", device="cpu").checkpoint
+    before, after = files(half[0]), files(checkpoint)
+    assert all(before[name] == after[name] for name in before if not name.startswith("unet/"))
+    # the new weights are stored as they were trained and measured
+    assert {t.dtype for t in load_file(checkpoint / UNET).values()} == {torch.float32}
+    call = re.search(r"pipeline = .*", (checkpoint / "README.md").read_text())[0]
+    assert "torch_dtype=torch.float32" in call and ('variant="fp16"' in call) == bool(half[1])
+    names = {"torch": torch, "StableDiffusionPipeline": StableDiffusionPipeline}
+    exec(call.replace("path/to/this/folder", str(checkpoint)), names)
+    drawn = names["pipeline"]
+    assert dtypes(drawn) == {torch.float32}
+    drawn.set_progress_bar_config(disable=True)
+    assert drawn("red 4", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+    assert dtypes(compress.load(checkpoint)) == {torch.float32}
+
+
+def test_variants_are_read_where_plain_weights_lack(folder, family):
+    renamed("vae", "diffusion_pytorch_model.fp16.safetensors")(folder)
+    # beside plain weights another variant is no matter
+    shutil.copyfile(folder / UNET, folder / "unet" / "diffusion_pytorch_model.ema.safetensors")
+    loaded = load_pipeline(str(folder))
+    expected = family("sd1").vae.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.vae.state_dict().items())
+
+
+def test_sharded_variants_are_read(family, tmp_path):
+    family("sd1").save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert len(list((tmp_path / "unet").glob("*.fp16-*.safetensors"))) > 1
+    loaded, expected = load_pipeline(str(tmp_path)).unet.state_dict(), family("sd1").unet
+    assert all(torch.equal(value, loaded[key]) for key, value in expected.state_dict().items())
+
+
+def test_a_safety_checker_that_was_removed_is_not_missed(folder, tmp_path):
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index(safety_checker=checker, feature_extractor=["transformers", "CLIPImageProcessor"])(folder)
+    loaded = load_pipeline(str(folder))
+    assert loaded.safety_checker is None and loaded.feature_extractor is None
+    save_slim(loaded, tmp_path / "slim", {}, source=folder)
+    written = json.loads((tmp_path / "slim" / "model_index.json").read_text())
+    assert written["safety_checker"] == written["feature_extractor"] == [None, None]
+    assert load_pipeline(str(tmp_path / "slim")).safety_checker is None

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 from compress.common.files import read_json, write_json
 from compress.models import free_width
-from compress.models.loading import dtypes_of, variant_of, weights_of
 from compress.models.pipelines import denoiser
+from compress.models.weights import stored_tensors, variant_of, variants
 
 INDEX = "model_index.json"
 # of other frameworks, or pickled: what a pipeline with safetensors never reads
@@ -68,10 +68,11 @@ def load_options(folder: Path, pipeline: DiffusionPipeline) -> dict[str, str]:
     The variant of parts that have no other weights; and one dtype, that of the denoiser, where
     weights are not stored in float32: transformers loads each part in its own, diffusers does not.
     """
-    parts = [path for path in folder.iterdir() if path.is_dir()]
-    variants = [name for name in map(variant_of, parts) if name]
-    options = {"variant": f'"{variants[0]}"'} if variants else {}
-    if dtypes_of([weights for part in parts for weights in weights_of(part)]) != {"F32"}:
+    networks = {path: variant_of(path) for path in folder.iterdir() if variants(path)}
+    named = [variant for variant in networks.values() if variant]
+    options = {"variant": f'"{named[0]}"'} if named else {}
+    tensors = (stored_tensors(*network).values() for network in networks.items())
+    if any(tensor.dtype != "F32" for stored in tensors for tensor in stored):
         options["torch_dtype"] = str(denoiser(pipeline)[1].dtype)
     return options
 
@@ -91,11 +92,11 @@ def part_files(source: Path, part: str) -> list[Path]:
     Weights of a variant (``model.fp16.safetensors``) are unused where there are plain ones. A flat
     folder, with all parts in one place, has none.
     """
-    used = weights_of(source / part)
+    weights, variant = variants(source / part), variant_of(source / part)
     return sorted(
         path.relative_to(source)
         for path in (source / part).rglob("*")
         if path.is_file()
         and path.suffix not in OTHER_WEIGHTS
-        and (path.suffix != ".safetensors" or path in used)
+        and (path.suffix != ".safetensors" or weights.get(path, "") == variant)
     )

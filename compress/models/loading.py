@@ -1,9 +1,7 @@
 """Load a diffusers pipeline part by part, with errors that name what is wrong with it."""
 
-import contextlib
 import importlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,32 +9,36 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError, safe_open
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from transformers import (
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from compress.common.files import read_json
+from compress.common.foreign import ForeignFileError, foreign
 from compress.models.free_width import FreeWidthUNet2DModel
 from compress.models.locate import PIPELINE_INDEX, ModelFolder, locate
 from compress.models.pipelines import family_of
+from compress.models.weights import check_config, check_weights, variant_of
 
 # how an index names a UNet of ours; by our own class: code that lies in a folder is never run
 OUR_UNET = [FreeWidthUNet2DModel.__module__, FreeWidthUNet2DModel.__name__]
-# model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 # anything else would be imported by a name that stands in a file
 LIBRARIES = ("diffusers", "transformers")
-PICKLED = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-LONGEST_REASON = 300
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn whatever a library raises on a foreign file into one error that says what it is."""
-    try:
-        yield
-    except Exception as error:  # of every kind
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        raise ValueError(f"{what} cannot be loaded: {reason}; restore its files") from error
+# what finds its own class, or loads parts in turn, might run code or read pickled weights
+LOADED = (
+    ModelMixin,
+    SchedulerMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+)
+TOKENIZER = "tokenizer.json"
+RESTORE = "restore its files"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Part:
     folder: Path
 
     @property
-    def has_weights(self) -> bool:
-        """Whether it is a network."""
+    def is_network(self) -> bool:
+        """Whether it has weights."""
         return issubclass(self.kind, torch.nn.Module)
 
     def load(self) -> Any:
@@ -64,18 +66,15 @@ class Part:
 
         Raises
         ------
-        ValueError : for whatever its library finds wrong with it.
+        ForeignFileError : for whatever its library finds wrong with it.
         """
         options: dict[str, Any] = {"local_files_only": True}
-        if self.has_weights:
+        if self.is_network:
             dtype = "torch_dtype" if issubclass(self.kind, ModelMixin) else "dtype"
             options |= {dtype: torch.float32, "use_safetensors": True}
             options["variant"] = variant_of(self.folder)
-        with explained(f"the {self.name} in {self.folder}, a {self.kind.__name__},"):
-            loaded = self.kind.from_pretrained(self.folder, **options)
-        if self.has_weights:
-            _check_complete(self.folder, loaded)
-        return loaded
+        with foreign(self.folder, f"the {self.name}, a {self.kind.__name__},", RESTORE):
+            return self.kind.from_pretrained(self.folder, **options)
 
 
 def load_pipeline(model: str | ModelFolder) -> DiffusionPipeline:
@@ -97,15 +96,15 @@ def load_pipeline(model: str | ModelFolder) -> DiffusionPipeline:
     given: dict[str, Any] = {name: index[name] for name in options if name in index}
     names = [*required, *(name for name, value in given.items() if isinstance(value, list))]
     parts = {name: _part(folder, kind, name, index.get(name)) for name in names}
-    networks = [part.folder for part in parts.values() if part and part.has_weights]
+    networks = [part.folder for part in parts.values() if part and part.is_network]
     variants = {variant for variant in map(variant_of, networks) if variant}
     if len(variants) > 1:
-        raise ValueError(
-            f"weights of one variant are expected in {folder}; its parts have those of "
+        raise ForeignFileError(
+            f"{folder} should have weights of one variant; its parts have "
             f"{', '.join(sorted(variants))}; take all parts from one"
         )
     given |= {name: part and part.load() for name, part in parts.items()}
-    with explained(f"the {kind.__name__} in {folder}"):
+    with foreign(folder, f"a {kind.__name__}", RESTORE):
         pipeline = kind(**given)
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
@@ -118,20 +117,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"a diffusers pipeline folder has a {PIPELINE_INDEX}; {folder} has none; name the "
             "pipeline's top folder"
         )
-    return _read_object(path)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} should hold a JSON object; got {_short(content)}; restore the file"
-        )
-    return content
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:LONGEST_REASON]
+    index = read_json(path)
+    if not isinstance(index, dict):
+        raise ForeignFileError(f"{path} should hold a JSON object; got {index!r:.80}; restore it")
+    return index
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
@@ -140,9 +129,9 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPip
     if isinstance(kind, type) and issubclass(kind, DiffusionPipeline):
         return kind
     saved = index.get("_diffusers_version")
-    raise ValueError(
+    raise ForeignFileError(
         f"{folder / PIPELINE_INDEX} should name a pipeline of diffusers as _class_name; got "
-        f"{_short(name)}, which diffusers {diffusers.__version__} does not have (the folder was "
+        f"{name!r:.80}, which diffusers {diffusers.__version__} does not have (the folder was "
         f"saved with {saved or 'a version that it does not name'}); install that version, or "
         "choose another model"
     )
@@ -163,9 +152,9 @@ def _part(folder: Path, kind: type[DiffusionPipeline], name: str, value: Any) ->
         return None
     pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
     if not pair:
-        raise ValueError(
+        raise ForeignFileError(
             f"{index} should say of the {name} of a {kind.__name__} which library and class it is "
-            f"of, as two texts; got {_short(value)}; restore the file, or load the whole pipeline"
+            f"of, as two texts; got {value!r:.80}; restore the file, or load the whole pipeline"
         )
     part_class = _part_class(index, name, value)
     own = folder / name
@@ -192,18 +181,18 @@ def _part_class(index: Path, name: str, value: list[str]) -> type:
     if library in LIBRARIES:
         module = importlib.import_module(library)
     kind = _attribute(module, found)
-    if isinstance(kind, type) and hasattr(kind, "from_pretrained"):
+    if isinstance(kind, type) and issubclass(kind, LOADED):
         return kind
-    raise ValueError(
-        f"{index} should say of the {name} which class of {' or '.join(LIBRARIES)} it is; got "
-        f"{found} of {library}, which diffusers {diffusers.__version__} and transformers "
-        f"{transformers.__version__} do not have, and code that comes with a model is not run; "
-        "choose another model"
+    raise ForeignFileError(
+        f"{index} should say of the {name} which model, scheduler, tokenizer or image processor of "
+        f"{' or '.join(LIBRARIES)} it is; got {found} of {library}, which is none of diffusers "
+        f"{diffusers.__version__} and transformers {transformers.__version__}, and code that comes "
+        "with a model is not run; choose another model"
     )
 
 
 def _check_files(part: Part, config: str) -> None:
-    """Check that configuration and weights are there and can be read."""
+    """Check that configuration, weights and vocabulary are there and fit each other."""
     for path in sorted(part.folder.glob("*.json")):
         read_json(path)
     if issubclass(part.kind, ConfigMixin | torch.nn.Module):
@@ -212,91 +201,19 @@ def _check_files(part: Part, config: str) -> None:
                 f"the {part.name}, a {part.kind.__name__}, has a {config}; {part.folder} has none; "
                 "restore it"
             )
-        quantised = _read_object(part.folder / config).get("quantization_config")
-        if quantised is not None:
-            raise ValueError(
-                f"compress reads weights that are not quantised; {part.folder / config} has a "
-                f"quantization_config, {_short(quantised)}; choose the original weights"
-            )
-    if not part.has_weights:
-        return
-    weights = weights_of(part.folder)
-    if not weights:
-        others = sorted(p.name for p in part.folder.glob("*") if p.suffix in PICKLED)
+        check_config(part.folder / config)
+    if part.is_network:
+        check_weights(part.folder, part.kind, variant=variant_of(part.folder))
+    _check_vocabulary(part)
+
+
+def _check_vocabulary(part: Part) -> None:
+    """Refuse a tokenizer without its files, of which transformers makes one that knows nothing."""
+    names = set(getattr(part.kind, "vocab_files_names", {}).values())
+    missing = sorted(name for name in names if not (part.folder / name).is_file())
+    # one file has all, or several have it together
+    if names and TOKENIZER in missing and (len(missing) > 1 or names == {TOKENIZER}):
         raise FileNotFoundError(
-            f"weights of the {part.name} expected as safetensors in {part.folder}; found "
-            f"{', '.join(others) or 'none'} (pickled weights are not read); convert them with "
-            "diffusers' save_pretrained"
+            f"the {part.name}, a {part.kind.__name__}, has {' and '.join(sorted(names))}; "
+            f"{part.folder} lacks {', '.join(missing)}; restore them"
         )
-    for path in weights:
-        _tensor_names(path)
-
-
-def variant_of(folder: Path) -> str | None:
-    """The variant whose weights a folder has, such as "fp16"; None where it has plain ones.
-
-    Raises
-    ------
-    ValueError : where plain weights lack and there are several variants.
-    """
-    named = map(WEIGHTS.fullmatch, (path.name for path in folder.glob("*.safetensors")))
-    variants = {match["variant"] for match in named if match}
-    if None in variants or not variants:
-        return None
-    if len(variants) > 1:
-        raise ValueError(
-            f"weights of one variant are expected in {folder}; got those of "
-            f"{', '.join(sorted(variants))}; remove all but one"
-        )
-    return variants.pop()
-
-
-def weights_of(folder: Path) -> list[Path]:
-    """The safetensors that are read of a part's folder: the plain ones, or its only variant's."""
-    variant = variant_of(folder)
-    found = ((path, WEIGHTS.fullmatch(path.name)) for path in folder.glob("*.safetensors"))
-    return sorted(path for path, match in found if match and match["variant"] == variant)
-
-
-def dtypes_of(weights: Sequence[Path]) -> set[str]:
-    """The dtypes of the tensors in files, as safetensors writes them, such as F16."""
-    found = set()
-    for path in weights:
-        with safe_open(path, "pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}
-    return found
-
-
-def _tensor_names(weights: Path) -> list[str]:
-    try:
-        with safe_open(weights, "pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} should hold safetensors but is damaged: {error}; restore the file"
-        ) from error
-
-
-def _check_complete(folder: Path, part: torch.nn.Module) -> None:
-    """Refuse weights that lack a tensor: diffusers leaves such a parameter without a value."""
-    stored = dict.fromkeys(name for path in weights_of(folder) for name in _tensor_names(path))
-    if isinstance(part, ModelMixin):
-        # names of attention layers from before diffusers 0.12, as Stable Diffusion's VAE has them
-        part._fix_state_dict_keys_on_load(stored)
-    # transformers reads names with and without the prefix of a base model, such as text_model
-    known = {ending for name in stored for ending in _endings(name)}
-    missing = sorted(
-        name
-        for name in part.state_dict()
-        if name not in known and not any(ending in stored for ending in _endings(name))
-    )
-    if stored and missing:
-        raise ValueError(
-            f"{folder} should hold weights for all parameters; {len(missing)} are missing, among "
-            f"them {missing[0]}; restore the weights"
-        )
-
-
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1)]

@@ -23,6 +23,10 @@ from compress.common.foreign import ForeignFileError, foreign
 
 # what transformers and diffusers call the weights of a folder
 STEMS = ("model", "diffusion_pytorch_model")
+# model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+FILE = re.compile(
+    rf"({'|'.join(STEMS)})(\.(?P<variant>[^.]+?))?(-\d{{5}}-of-\d{{5}})?\.safetensors"
+)
 # a number beyond these makes a library count for minutes before it has a model to compare
 MOST_LAYERS, MOST = 10_000, 10_000_000
 LAYERS = re.compile(r"layer|depth|block")
@@ -52,18 +56,46 @@ class Stored:
     ----------
     file : where it is.
     shape : its sizes.
+    dtype : as safetensors writes it, such as F16.
     """
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def variants(folder: Path) -> dict[Path, str | None]:
+    """The files of a folder that are named as weights are, with the variant that each is of."""
+    named = ((path, FILE.fullmatch(path.name)) for path in folder.glob("*.safetensors"))
+    return {path: match["variant"] for path, match in named if match}
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant whose weights a folder has, such as "fp16"; None where it has plain ones.
+
+    Raises
+    ------
+    ValueError : where there are no plain weights, and those of several variants.
+    """
+    found = set(variants(folder).values())
+    named = sorted(variant for variant in found if variant)
+    if None in found or not named:
+        return None
+    if len(named) > 1:
+        raise ForeignFileError(
+            f"{folder} should have weights of one variant; it has {', '.join(named)}; remove all "
+            "but one"
+        )
+    return named[0]
+
+
+def stored_tensors(folder: Path, variant: str | None = None) -> dict[str, Stored]:
     """The tensors of the files that loading a folder would read, by name.
 
     Parameters
     ----------
     folder : of a transformers model, or of one part of a diffusers pipeline.
+    variant : whose weights are read, such as "fp16"; the plain ones when None.
 
     Raises
     ------
@@ -75,10 +107,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         for path in folder.glob(pattern):
             raise ForeignFileError(f"compress reads {right}; got {path}; remove or merge it")
     tensors: dict[str, Stored] = {}
-    for path, names in _weight_files(folder).items():
+    for path, names in _weight_files(folder, variant).items():
         with foreign(path, "safetensors"), safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
             found = {
-                name: Stored(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()
+                name: Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+                for name, tensor in slices.items()
             }
         for name in sorted(names - found.keys()):
             raise ForeignFileError(
@@ -93,11 +127,16 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _weight_files(folder: Path) -> dict[Path, Set[str]]:
-    """The files that loading would read, with the tensors that an index expects in each."""
+def _weight_files(folder: Path, variant: str | None = None) -> dict[Path, Set[str]]:
+    """The files that loading would read, with the tensors that an index expects in each.
+
+    Parameters and errors as for :func:`stored_tensors`.
+    """
+    named_so = f".{variant}" if variant else ""
     files: dict[Path, Set[str]] = {}
     for stem in STEMS:
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        single = folder / f"{stem}{named_so}.safetensors"
+        index = folder / f"{stem}.safetensors.index{named_so}.json"
         named = _indexed(index) if index.is_file() else {}
         if single.is_file() and named and set(named) != {single}:
             raise ForeignFileError(
@@ -230,7 +269,9 @@ def _check_settings(path: Path, key: str, value: Any) -> None:
             )
 
 
-def check_weights(folder: Path, model_class: Any, config: Any = None) -> None:
+def check_weights(
+    folder: Path, model_class: Any, config: Any = None, variant: str | None = None
+) -> None:
     """Compare a folder's weights with the model that its ``config.json`` describes.
 
     Nothing of the size of the weights is allocated.
@@ -240,6 +281,7 @@ def check_weights(folder: Path, model_class: Any, config: Any = None) -> None:
     folder : of a transformers model, or of one part of a diffusers pipeline.
     model_class : of transformers or of diffusers: what the folder is loaded into.
     config : in place of the folder's own; of the class that `model_class` takes.
+    variant : as for :func:`stored_tensors`.
 
     Raises
     ------
@@ -248,7 +290,7 @@ def check_weights(folder: Path, model_class: Any, config: Any = None) -> None:
     """
     config_file = folder / "config.json"
     check_config(config_file)
-    stored = stored_tensors(folder)
+    stored = stored_tensors(folder, variant)
     fitting = f"a {model_class.__name__} whose weights fit its config.json"
     with foreign(folder, fitting), few_parameters(config_file, len(stored)):
         if not issubclass(model_class, ModelMixin):
