@@ -141,7 +141,7 @@ def _prune(
     part, dense = denoiser(pipeline)
     trained = plain(pipeline)
     if isinstance(data, str):
-        data = load_images(data, *image_shape(pipeline), wanted(pipeline))
+        data = load_images(data, *image_shape(trained), wanted(trained))
     elif not isinstance(data, ImageData):
         data = ImageData.split("data", data)
     where = distributed.join(choose_device(device))

@@ -39,7 +39,7 @@ from compress.methods.gradflow.unets import find_groups
 from compress.methods.training import Training
 from compress.models.loading import load_pipeline
 from compress.models.objective import validation_loss
-from compress.models.pipelines import check_pipeline, image_shape, placed, wanted, with_parts
+from compress.models.pipelines import cast, check_pipeline, image_shape, placed, wanted, with_parts
 from compress.runs import diffusion as runs
 from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
@@ -243,6 +243,109 @@ def test_apply_gives_the_frozen_parts_back_as_they_were(family, pictures):
     with pytest.raises(ValueError, match="takes a caption"):
         images = load_images(f"folder:{pictures}", 16, 3).train
         compress.apply(pipeline, OneShot(keep_macs=0.55, steps=0), data=images, device="cpu")
+
+
+# ---- pipelines in memory, as people have them ----------------------------------------------
+
+
+def halved(dtype: torch.dtype):
+    def change(pipeline) -> None:
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            cast(part, dtype)
+
+    return change
+
+
+def compiled(pipeline) -> None:
+    pipeline.unet = torch.compile(pipeline.unet)
+    pipeline.vae = torch.compile(pipeline.vae)
+
+
+def frozen_parts(pipeline) -> None:
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
+
+
+def tensors(pipeline) -> dict[str, torch.Tensor]:
+    unet = {f"unet.{key}": value for key, value in pipeline.unet.state_dict().items()}
+    return frozen(pipeline) | unet
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        halved(torch.float16),
+        halved(torch.bfloat16),
+        halved(torch.float64),
+        lambda pipeline: cast(pipeline.vae, torch.float16),
+        compiled,
+        lambda pipeline: pipeline.unet.compile(),
+        frozen_parts,
+    ],
+    ids=["float16", "bfloat16", "float64", "half vae", "compiled", "compiled in place", "frozen"],
+)
+def test_apply_trains_a_float32_copy_and_gives_back_the_dtype_it_was_given(
+    family, pictures, change
+):
+    def applied(pipeline):
+        torch.manual_seed(0)
+        method = OneShot(keep_macs=pipelines.KEEP["sd1"], steps=0, criterion="magnitude")
+        training = Training(steps=1, batch=2)
+        data = f"folder:{pictures}"
+        return compress.apply(pipeline, method, data=data, training=training, device="cpu").model
+
+    given = copy.deepcopy(family("sd1"))
+    change(given)
+    before = {key: value.clone() for key, value in tensors(given).items()}
+    found = applied(given)
+    assert same(tensors(given), before)
+    assert found.unet.dtype == given.unet.dtype and found.vae is getattr(
+        given.vae, "_orig_mod", given.vae
+    )
+    plain = copy.deepcopy(with_parts(given, {}))
+    halved(torch.float32)(plain)
+    plain.unet.requires_grad_(True)
+    expected = cast(applied(plain).unet, found.unet.dtype)
+    for key, value in expected.state_dict().items():
+        # half precision rounds to 3 digits; memory that lies elsewhere may be added up otherwise
+        assert torch.allclose(found.unet.state_dict()[key], value, rtol=1e-2, atol=1e-3)
+
+
+def replaced(pipeline) -> None:
+    pipeline.unet.conv_in = torch.nn.Conv2d(4, 8, 5, padding=2)
+
+
+def quantised(pipeline) -> None:
+    weight = pipeline.text_encoder.final_layer_norm.weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.int8)
+
+
+def cast_layer_by_layer(pipeline) -> None:
+    pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+NOT_IN_MEMORY = {
+    "meta": (lambda p: p.unet.to("meta"), "the unet lies on the meta device"),
+    "offload": (lambda p: p.enable_model_cpu_offload(device="cpu"), "the vae has hooks"),
+    "layerwise": (cast_layer_by_layer, "the unet has hooks"),
+    "fused": (lambda p: p.fuse_qkv_projections(), "parameters that its config describes.*to_qkv"),
+    "replaced": (replaced, "parameters that its config describes; conv_in.weight"),
+    "quantised": (quantised, "not quantised; the text_encoder is"),
+    "a stranger's network": (
+        lambda p: setattr(p, "unet", torch.nn.Linear(1, 1)),
+        "the unet should be a model of diffusers; got a Linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IN_MEMORY)
+def test_pipelines_that_are_not_plain_weights_are_refused_by_name(family, name):
+    change, message = NOT_IN_MEMORY[name]
+    pipeline = copy.deepcopy(family("sd1"))
+    change(pipeline)
+    with pytest.raises(ValueError, match=message):
+        compress.apply(pipeline, "oneshot", data="folder:nowhere", device="cpu")
 
 
 @pytest.mark.parametrize("changes", [{"num_class_embeds": 7}, {"class_embed_type": "timestep"}])

@@ -175,16 +175,14 @@ def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     changed = {}
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            bare = getattr(part, "_orig_mod", part)  # within what torch.compile returns
+            bare = _uncompiled(part)
             _check_memory(name, bare)
             as_it_is = all(p.dtype == torch.float32 for p in bare.parameters())
             as_it_is &= name != trained or all(p.requires_grad for p in bare.parameters())
             if not as_it_is or bare._compiled_call_impl is not None:
                 changed[name] = cast(copy.deepcopy(bare), torch.float32)  # no copy is compiled
                 changed[name].requires_grad_(name == trained)
-            elif bare is not part:
-                changed[name] = bare
-    return with_parts(pipeline, changed) if changed else pipeline
+    return with_parts(pipeline, changed)
 
 
 def _check_memory(name: str, part: nn.Module) -> None:
@@ -213,7 +211,7 @@ def _check_memory(name: str, part: nn.Module) -> None:
 
 def _check_described(name: str, module: Any) -> None:
     """Refuse a denoiser whose tensors are not those of its config."""
-    bare = getattr(module, "_orig_mod", module)
+    bare = _uncompiled(module)
     if not isinstance(bare, ModelMixin):
         raise ValueError(
             f"the {name} should be a model of diffusers; got a {type(bare).__name__}; choose "
@@ -270,7 +268,10 @@ def image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 
 def with_parts(pipeline: DiffusionPipeline, parts: Mapping[str, Any]) -> DiffusionPipeline:
-    """A pipeline of the same class with some parts or options replaced; the rest is shared."""
+    """A pipeline of the same class with some parts or options replaced; the rest is shared.
+
+    What torch.compile returned is shared as what it was given: constructors do not take it.
+    """
     kind = type(pipeline)
     # what the constructor takes and the config remembers, such as force_zeros_for_empty_prompt
     options = {
@@ -278,7 +279,12 @@ def with_parts(pipeline: DiffusionPipeline, parts: Mapping[str, Any]) -> Diffusi
         for key in inspect.signature(kind).parameters
         if key in pipeline.config and key not in pipeline.components
     }
-    return kind(**(options | pipeline.components | dict(parts)))
+    shared = {name: _uncompiled(part) for name, part in pipeline.components.items()}
+    return kind(**(options | shared | dict(parts)))
+
+
+def _uncompiled(part: Any) -> Any:
+    return getattr(part, "_orig_mod", part)
 
 
 def fresh_scheduler(kind: type, config: Mapping[str, Any]) -> Any:
