@@ -132,8 +132,8 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "a list as tokenizer": (text("tokenizer/tokenizer.json", "[]"), "the tokenizer"),
     "no JSON as config": (text("vae/config.json", "?"), "vae/config.json should hold JSON"),
     "an empty config": (text("text_encoder/config.json", "{}"), "text_encoder"),
-    "words as widths": (content("unet/config.json", block_out_channels="wide"), "unet/config.json"),
-    "groups that do not fit": (content("vae/config.json", norm_num_groups=3), "vae/config.json"),
+    "words as widths": (content("unet/config.json", block_out_channels="wide"), "/unet "),
+    "groups that do not fit": (content("vae/config.json", norm_num_groups=3), "/vae "),
     "an unknown activation": (content("text_encoder/config.json", hidden_act="x"), "text_encoder"),
     "an unknown schedule": (
         content("scheduler/scheduler_config.json", beta_schedule="mine"),
