@@ -273,7 +273,8 @@ def test_the_other_criteria_work_in_the_flow_too(criterion):
 
 def test_keeping_everything_and_training_nothing_is_the_identity():
     unet = tiny_unet().eval()
-    pruned = drain(start(oneshot(keep_macs=1.0, steps=0), training(steps=0), unet=unet).events())
+    method = oneshot(keep_macs=1.0, steps=0, criterion="magnitude")
+    pruned = drain(start(method, training(steps=0), unet=unet).events())
     images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
     with torch.no_grad():
         assert torch.equal(pruned.model(images, times).sample, unet(images, times).sample)
@@ -310,7 +311,7 @@ def test_a_seed_decides_everything():
 def test_the_result_is_the_average_of_the_weights():
     # with decay d the average after one step is d * before + (1 - d) * after; d starts at 2/11
     def after(steps: int, ema: float) -> dict[str, torch.Tensor]:
-        return weights_of(oneshot(steps=0), training(steps=steps, ema=ema))
+        return weights_of(oneshot(steps=0, criterion="magnitude"), training(steps=steps, ema=ema))
 
     before, plain, averaged = after(0, 0.0), after(1, 0.0), after(1, 0.999)
     for key in before:
@@ -434,7 +435,7 @@ def test_max_move_may_be_exactly_the_largest_drop():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    run = start(oneshot(), training(steps=20, lr=1e30))
+    run = start(oneshot(criterion="magnitude"), training(steps=20, lr=1e30))
     with pytest.raises(ValueError, match=r"training diverged; lower recover\.lr"):
         drain(run.events())
 

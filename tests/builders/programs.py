@@ -58,7 +58,7 @@ def run(
             code = int(server.stdout.readline())
             texts = [Path(file).read_text() for file in outputs.values()]
             done = subprocess.CompletedProcess(command, code, *texts)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     return done
 
 

@@ -27,6 +27,7 @@ def start(
     folder=None,
     resume: bool = False,
 ) -> PruningRun:
-    pipeline = DDPMPipeline(unet, scheduler or DDPMScheduler(num_train_timesteps=50))
+    # few timesteps: Diff-Pruning takes a gradient at each
+    pipeline = DDPMPipeline(unet, scheduler or DDPMScheduler(num_train_timesteps=10))
     job = PruneJob(pipeline, data or noise(), training, "cpu", Journal(folder), resume)
     return PruningRun(method, job)

@@ -272,11 +272,13 @@ def diff_pruning_scores(
     batches : their images and noise are used at every timestep.
     threshold : 0 takes all timesteps; 0.05 is the paper's default on CIFAR-10.
     parts : how many consecutive batches make up the minibatch of one timestep.
-    timesteps : how many evenly spaced timesteps are looked at (the paper walks all; our choice).
+    timesteps : how many evenly spaced timesteps are looked at, at most (the paper walks all; our
+        choice).
     """
     parameters = dict(soft.unet.named_parameters())
     loss = denoising_loss(soft, scheduler)
     length = scheduler.config.num_train_timesteps
+    timesteps = min(timesteps, length)
     gradients, losses = [], []
     training = soft.training
     soft.eval()
