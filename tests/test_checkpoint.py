@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is loaded, damage is named, and nobody needs us to load one."""
 
+import hashlib
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from compress.checkpoints.facts import verify
 from compress.checkpoints.load import load
 from compress.checkpoints.slim import save_slim
 from compress.common import files
+from compress.common.files import sha256
 from compress.models.loading import load_pipeline
 
 FACTS = {
@@ -101,7 +103,7 @@ def test_files_are_all_there_and_none_is_pickled(made):
 def test_facts_hold_what_was_given_and_the_hash_of_every_other_file(made):
     facts = json.loads((made / "compress.json").read_text(encoding="utf8"))
     assert {k: facts[k] for k in FACTS} == FACTS
-    assert (facts["format"], facts["kind"]) == (1, "slim")
+    assert (facts["format"], facts["kind"]) == (2, "slim")
     assert set(facts["files"]) == SAVED - {"compress.json"}
     assert verify(made) == facts
 
@@ -198,11 +200,90 @@ def test_a_missing_file_is_named(folder, name):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"format": 2, "files": {}}', '{"format": 1, "kind": "slim"}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"format": 2, "files": {}}',
+        '{"format": 1, "kind": "slim"}',
+        '{"format": []}',
+    ],
 )
 def test_damaged_facts_are_named(folder, content):
     (folder / "compress.json").write_text(content)
     with pytest.raises(ValueError, match=r"compress\.json"):
+        load(folder)
+
+
+def test_facts_that_were_changed_are_named(folder):
+    path = folder / "compress.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"base_model": "somebody/else"}))
+    with pytest.raises(ValueError, match=r"compress\.json is not what was saved"):
+        load(folder)
+    path.write_text(json.dumps(facts))  # however it is formatted
+    load(folder)
+
+
+@pytest.mark.parametrize("state", ["deleted", "directory", "loop", "nowhere"])
+def test_a_folder_without_facts_is_loaded_with_a_warning(folder, state, caplog):
+    path = folder / "compress.json"
+    path.unlink()
+    if state == "directory":
+        path.mkdir()
+    elif state != "deleted":
+        path.symlink_to(path.name if state == "loop" else "nowhere")
+    load(folder)
+    assert "not a checkpoint of compress" in caplog.text and str(folder) in caplog.text
+
+
+def test_built_in_models_are_loaded_without_a_warning(caplog):
+    load("builtin:ddpm-digits")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/zeros.safetensors",
+        "unet/model.py",
+        "chat_template.jinja",
+        "vocab.txt",
+        "text_encoder/config.json",
+    ],
+)
+def test_a_file_that_was_added_and_might_be_loaded_is_named(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    with pytest.raises(ValueError, match="was added to the checkpoint") as caught:
+        load(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_files_that_nothing_loads_may_be_added(folder):
+    for name in (".gitattributes", "notes.md", "samples.png", "train.jsonl"):
+        (folder / name).write_text("")
+    load(folder)
+
+
+def test_a_folder_that_was_linked_in_is_named(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "vae").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="was added to the checkpoint"):
+        load(folder)
+
+
+def test_a_list_that_leaves_the_folder_is_refused(folder):
+    path = folder / "compress.json"
+    facts = json.loads(path.read_text())
+    (folder.parent / "secret").write_text("")
+    files = facts["files"] | {"../secret": sha256(folder.parent / "secret")}
+    content = {k: v for k, v in facts.items() if k != "hash"} | {"files": files}
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content | {"hash": own}))
+    with pytest.raises(ValueError, match="secret should lie in"):
         load(folder)
 
 

@@ -395,7 +395,7 @@ def test_each_built_in_reader_has_pages_of_its_own(tmp_path):
     assert default_pages(locate("builtin:reader-qwen")) == "builtin:pages"
     square = tmp_path / "runtime"
     square.mkdir()
-    facts = {"format": 1, "kind": "runtime", "methods": [], "weights": {}}
+    facts = {"format": 2, "kind": "runtime", "methods": [], "files": {}, "hash": ""}
     facts["base_model"] = "builtin:reader-deepseek"
     (square / "compress.json").write_text(json.dumps(facts))
     assert default_pages(locate(square)) == "builtin:square-pages"

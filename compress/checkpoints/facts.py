@@ -1,18 +1,30 @@
 """What every checkpoint has: ``compress.json`` with facts and hashes, and a model card."""
 
 import contextlib
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
 from compress.common.files import atomic_folder, read_json, sha256, write_json, write_text
+from compress.common.foreign import ForeignFileError, foreign
 from compress.models.locate import CHECKPOINT_FACTS as FACTS
+from compress.models.locate import ModelFolder
+from compress.models.weights import check_inside
 
-FORMAT = 1
+# the earlier format has no hash of the facts themselves
+FORMAT, UNSEALED = 2, 1
+# what loading reads, or what plain diffusers may run
+READ = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py"}
 INSTALL = "pip install compress-models"
+
+logger = logging.getLogger("compress")
 
 
 @contextlib.contextmanager
@@ -51,7 +63,8 @@ def checkpoint_folder(
             raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
         content = {"format": FORMAT, "kind": kind, **facts}
         write_text(temporary / "README.md", card(content))
-        write_json(temporary / FACTS, content | {"files": file_hashes(temporary)})
+        content |= {"files": file_hashes(temporary)}
+        write_json(temporary / FACTS, content | {"hash": _own_hash(content)})
 
 
 def check_replaceable(folder: Path, *, overwrite: bool) -> None:
@@ -85,12 +98,67 @@ def file_hashes(folder: Path) -> dict[str, str]:
     }
 
 
+class _Reference(BaseModel):
+    """Weights that lie elsewhere."""
+
+    model: str
+    hash: str
+
+
+class _Facts(BaseModel):
+    """What is read of ``compress.json``; it may hold more."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["slim", "runtime"]
+    files: dict[str, str]
+    hash: str = ""
+    base_model: str | None = None
+    methods: list[dict[str, Any]] = []
+    weights: _Reference | None = None
+
+
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What ``compress.json`` holds, unverified; None for what is no checkpoint of ours."""
-    if not (folder / FACTS).is_file():
+    """What ``compress.json`` holds, unverified; None for what is no checkpoint of ours.
+
+    Raises
+    ------
+    ValueError : naming the file, which is there and holds something else.
+    """
+    path = folder / FACTS
+    if not path.is_file():
         return None
-    facts = read_json(folder / FACTS)
-    return facts if isinstance(facts, dict) and "format" in facts else None
+    facts = read_json(path)
+    found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
+    if found not in (FORMAT, UNSEALED):
+        raise ForeignFileError(
+            f"{path} should have format {FORMAT}; got {found!r:.60}; this version of compress "
+            "cannot read it: make the checkpoint again"
+        )
+    with foreign(path, "the facts of a checkpoint"):
+        _Facts.model_validate(facts)
+    return dict(facts)
+
+
+def verified(at: ModelFolder) -> dict[str, Any] | None:
+    """The verified facts of a checkpoint; None, and a warning, for a folder that is none of ours.
+
+    Models that ship with compress and those of the hub, which names files by their hash, are not
+    warned of.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError : as for :func:`verify`.
+    """
+    if read_facts(at.folder) is not None:
+        return verify(at.folder)
+    if Path(at.name).expanduser() == at.folder:
+        logger.warning(
+            "warning: %s is not a checkpoint of compress, as it has no file %s: whether its files "
+            "are what was saved is not verified",
+            *(at.folder, FACTS),
+        )
+    return None
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -98,30 +166,47 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError : naming the file whose content is not what was saved.
+    ValueError : naming the file whose content is not what was saved, or that was added.
     FileNotFoundError : naming what is missing.
     """
-    facts = read_json(folder / FACTS)
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / FACTS} should have format {FORMAT}; got "
-            f"{facts.get('format') if isinstance(facts, dict) else type(facts).__name__}; this "
-            "version of compress cannot read it"
+    facts = read_facts(folder)
+    if facts is None:
+        raise FileNotFoundError(f"a checkpoint of compress has a {FACTS}; {folder} has none")
+    if facts["format"] == UNSEALED:
+        logger.warning(
+            "warning: %s is of an earlier version of compress: whether it is what was saved is not "
+            "verified",
+            folder / FACTS,
         )
-    if not isinstance(facts.get("files"), dict):
-        raise ValueError(
-            f"{folder / FACTS} should list the checkpoint's files and their hashes; it does not; "
+    elif facts.get("hash") != _own_hash(facts):
+        raise ForeignFileError(
+            f"{folder / FACTS} is not what was saved (its SHA-256 differs from the one it holds); "
             "restore the file"
         )
     for name, expected in facts["files"].items():
         path = folder / name
+        check_inside(folder, path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is part of the checkpoint but missing; restore it")
         if sha256(path) != expected:
-            raise ValueError(
+            raise ForeignFileError(
                 f"{path} is not what was saved (its SHA-256 differs from {FACTS}); restore the file"
             )
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        linked = path.is_symlink() and path.is_dir()
+        if (linked or path.suffix in READ) and name not in {*facts["files"], FACTS}:
+            raise ForeignFileError(
+                f"{path} was added to the checkpoint, and might be loaded in place of what was "
+                "saved; remove it"
+            )
     return facts
+
+
+def _own_hash(facts: Mapping[str, Any]) -> str:
+    """SHA-256 over all facts but this one."""
+    content = {name: value for name, value in facts.items() if name != "hash"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def model_card(

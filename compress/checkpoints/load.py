@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.checkpoints.applied import Applied
-from compress.checkpoints.facts import FACTS, verify
+from compress.checkpoints.facts import verified
 from compress.checkpoints.runtime import load_runtime, runtime_facts
 from compress.models.loading import load_pipeline
 from compress.models.locate import ModelFolder, locate
@@ -64,13 +64,10 @@ def load(
     ValueError : naming the file whose content is not what was saved.
     FileNotFoundError : naming what is missing.
     """
-    folder = model.folder if isinstance(model, ModelFolder) else Path(model).expanduser()
-    # a runtime checkpoint is verified where it is read
-    if (folder / FACTS).is_file() and runtime_facts(folder) is None:
-        verify(folder)
     at = locate(model)
     if at.kind == "reader":
         return load_reader(at, dtype=dtype, device=device)
+    verified(at)
     pipeline = load_pipeline(at)
     return pipeline if device is None else pipeline.to(device)
 

@@ -11,8 +11,9 @@ from compress.checkpoints.facts import (
     checkpoint_folder,
     model_card,
     read_facts,
-    verify,
+    verified,
 )
+from compress.common.foreign import foreign
 from compress.methods.base import RuntimeMethod
 from compress.methods.registry import runtime_method
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, save_processor
@@ -114,9 +115,11 @@ def load_runtime(
     import torch
 
     dtype = dtype or torch.float32
-    if runtime_facts(at.folder) is None:
+    facts = verified(at)
+    if facts is None or facts["kind"] != KIND:
         return *load_vlm(at, dtype, adapter=adapter), ()
-    facts = verify(at.folder)
+    with foreign(at.folder / FACTS, "methods of compress"):
+        methods = tuple(map(runtime_method, facts["methods"]))
     if "weights" in facts:
         base = locate(facts["weights"]["model"], "reader")
         if base.hash != facts["weights"]["hash"]:
@@ -126,8 +129,7 @@ def load_runtime(
                 "the weights"
             )
         at = base
-    model, processor = load_vlm(at, dtype, adapter=adapter)
-    return model, processor, tuple(map(runtime_method, facts["methods"]))
+    return *load_vlm(at, dtype, adapter=adapter), methods
 
 
 def base_model(at: ModelFolder) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -124,10 +124,12 @@ def _folder_kind(folder: Path) -> Kind:
         return "diffusion"
     if (folder / "config.json").is_file():
         return "reader"
-    if (folder / CHECKPOINT_FACTS).is_file():  # of a reader, whose weights lie elsewhere
+    # a checkpoint of ours that lacks a file, or whose weights lie elsewhere
+    if (folder / CHECKPOINT_FACTS).is_file():
         facts = read_json(folder / CHECKPOINT_FACTS)
-        if isinstance(facts, dict) and "weights" in facts:
-            return "reader"
+        kinds: dict[Any, Kind] = {"slim": "diffusion", "runtime": "reader"}
+        if isinstance(facts, dict) and str(facts.get("kind")) in kinds:
+            return kinds[facts["kind"]]
     raise FileNotFoundError(
         f"a model folder has a {PIPELINE_INDEX} (diffusers) or a config.json (transformers); "
         f"{folder} has neither; name the model's top folder"

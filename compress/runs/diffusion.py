@@ -27,7 +27,6 @@ from compress.eval import diffusion, fidelity
 from compress.eval.metrics import DIFFUSION
 from compress.eval.settings import Sampling, SamplingSettings
 from compress.methods.base import Event, PruneJob
-from compress.models.loading import load_pipeline
 from compress.models.locate import ModelFolder, locate
 from compress.models.objective import (
     Inputs,
@@ -74,7 +73,7 @@ class DiffusionRun:
         # what the hub has, one process downloads, and the others find it
         with distributed.main_first():
             self.at = locate(recipe.model, "diffusion")
-            self.pipeline = load_pipeline(self.at)
+            self.pipeline = load(self.at)
             self.data = load_data(recipe.data, self.pipeline, recipe.columns)
         self.training = recipe.training()
         self.inputs = inputs_of(self.pipeline)
