@@ -309,23 +309,52 @@ def evaluate(
 @app.command()
 @options_of(ReadSettings)
 def read(
-    pages: Annotated[list[Path], typer.Argument(metavar="PAGE...", help="Image files.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Images, PDFs, or folders of them.")
+    ],
     options: dict[str, Any],
     model: Annotated[
         str, typer.Option(help="A folder, builtin:NAME or a hub id.")
     ] = "builtin:reader-qwen",
+    pages: Annotated[
+        str | None,
+        typer.Option(help="Pages of each PDF or TIFF, such as 1-3,7 or 5-; all by default."),
+    ] = None,
+    dpi: Annotated[float, typer.Option(min=1, help="Resolution of the pages of a PDF.")] = 144,
+    batch: Annotated[int, typer.Option(min=1, help="Pages that are read together.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the texts, a .md file for each page, instead of stdout."),
+    ] = None,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
-    """Print the text of page images."""
+    """Print the text of page images and PDFs, or write it to files."""
     settings = validated(ReadSettings, options)
     _check_versions()
     _hide_library_output()
+    from compress.data.page_files import find_pages
     from compress.runs.reading import read_files
 
-    texts = read_files(model, pages, settings, device=device)
-    rows = [{"page": str(p), "text": t} for p, t in zip(pages, texts, strict=True)]
-    _print(rows, as_json, "\n\n".join(texts))
+    found = find_pages(files, pages, dpi)
+    rows = []
+    for page, reading in read_files(
+        model, found, settings, batch=batch, output=output, device=device
+    ):
+        rows.append({"page": page.name, "text": reading.text, "error": reading.error})
+        if reading.error:
+            _say(f"error: {reading.error}")
+        elif not as_json and output is None:
+            typer.echo(f"== {page.name}\n{reading.text}\n" if len(found) > 1 else reading.text)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    failed = sum(row["error"] is not None for row in rows)
+    if output is not None:
+        _say(f"{len(rows) - failed} texts in {output}")
+    if failed:
+        if len(rows) > 1:
+            _say(f"error: {failed} of {len(rows)} pages could not be read")
+        raise typer.Exit(FAILURE if failed < len(rows) else USAGE)
 
 
 @app.command()

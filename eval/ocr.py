@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from compress.data.ocr_pages import OcrData, OcrPage, page_name
 from compress.data.olmocr_bench import Bench
@@ -37,6 +36,7 @@ class Prediction:
     ended : whether the model ended by itself, rather than at the length limit.
     facts : what run-time methods counted while the page's batch was read, by method; on the first
         page of a batch only.
+    error : why the page could not be read; its text is empty then, and scored as such.
     """
 
     page: str
@@ -45,6 +45,7 @@ class Prediction:
     visual_tokens: int
     ended: bool
     facts: dict[str, Any] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Scored:
     distances: dict[str, dict[str, float]]
 
 
-# images, with their names, to what a model reads on them
-Read = Callable[[Sequence[str], Sequence[Image.Image]], Sequence[Prediction]]
+# pages to what a model reads on them
+Read = Callable[[Sequence[OcrPage]], Sequence[Prediction]]
 
 
 def predict(data: OcrData, read: Read, batch: int, file: Path) -> Iterator[int]:
@@ -92,7 +93,7 @@ def predict(data: OcrData, read: Read, batch: int, file: Path) -> Iterator[int]:
     yield count
     for first in range(0, len(left), batch):
         chosen = left[first : first + batch]
-        found = read([page.name for page in chosen], [page.open() for page in chosen])
+        found = read(chosen)
         lines = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in found]
         with file.open("a", encoding="utf8") as out:
             out.write("".join(lines))
@@ -144,13 +145,14 @@ def score(
         :func:`compress.eval.text_metrics.text_scores` and, with ``ocean_`` in front, means of
         :func:`compress.eval.text_metrics.ocean_scores`; and all once more with ``_unseen_font``
         where there are such pages. Benchmarks have their own. ``visual_tokens`` and ``new_tokens``
-        are means per page, ``ended_rate`` the share of pages at whose end the model stopped by
-        itself. ``accuracy`` is 1 - CER over all characters of the pages in fonts of the training,
-        or a benchmark's overall score.
+        are means per page that was read, ``ended_rate`` the share of them at whose end the model
+        stopped by itself, and ``failed_pages`` the number of the others, if there are any.
+        ``accuracy`` is 1 - CER over all characters of the pages in fonts of the training, or a
+        benchmark's overall score.
 
     Raises
     ------
-    ValueError : for a page without prediction, or unknown rules.
+    ValueError : for a page without prediction, unknown rules, or when no page could be read.
     """
     if strict not in OCEAN_ORDERS:
         raise ValueError(
@@ -193,6 +195,14 @@ def score(
             if not suffix:
                 accuracy = _text_accuracy(scores, seed)
     given = [by_page[page.name] for page in data.pages]
+    failed = [prediction for prediction in given if prediction.error]
+    if len(failed) == len(given):
+        raise ValueError(f"no page of {data.source} could be read; {failed[0].error}")
+    if failed:
+        named = "; ".join(str(prediction.error) for prediction in failed)
+        how = f"counted, and scored as empty text: {named}"
+        found["failed_pages"] = Value(len(failed), how, len(given))
+    given = [prediction for prediction in given if not prediction.error]
     how = "page mean, of the page in the prompt, before any method, counted"
     found["visual_tokens"] = page_mean([p.visual_tokens for p in given], how, seed)
     found["new_tokens"] = page_mean([p.new_tokens for p in given], "page mean, counted", seed)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.common.files import json_lines
+
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
 
@@ -19,7 +21,7 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), start=1):
+    for number, line in json_lines(path):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

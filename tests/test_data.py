@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from compress.common.files import walk
 from compress.data.batches import StepSampler, flipped, noise_and_timesteps
 from compress.data.digits import SIZE, digits
 from compress.data.sources import ImageData, Pairs, TensorImages, load_images, stacked
@@ -286,6 +287,73 @@ def test_the_right_size_passes_unchanged(tmp_path):
     )
 
 
+def test_what_systems_leave_in_a_folder_is_no_image_and_no_class(tmp_path):
+    for k in range(12):
+        (tmp_path / "cats" if k < 6 else tmp_path / "dogs").mkdir(exist_ok=True)
+        Image.new("L", (4, 4), 10 * k).save(tmp_path / ("cats" if k < 6 else "dogs") / f"{k}.png")
+    clean = load_images(f"folder:{tmp_path}", 4, 1, "label")
+    for name in (
+        *(".ipynb_checkpoints/0.png", "__MACOSX/cats/a.png", "@eaDir/a.png", "cats/._0.png"),
+        *("cats/.ipynb_checkpoints/0-checkpoint.png", "cats/Thumbs.db"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 255).save(tmp_path / name, format="png")
+    data = load_images(f"folder:{tmp_path}", 4, 1, "label")
+    assert list(data.train_conditions) == list(clean.train_conditions)
+    assert torch.equal(torch.stack([*data.train]), torch.stack([*clean.train]))
+
+
+def test_links_to_folders_are_followed_once_and_never_in_a_loop(tmp_path):
+    (tmp_path / "data" / "real").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for k in (2, 10, 1):
+        Image.new("L", (4, 4), k).save(tmp_path / "data" / "real" / f"{k}.png")
+        Image.new("L", (4, 4), k).save(tmp_path / "elsewhere" / f"{k}.png")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "real")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "real" / "loop").symlink_to(tmp_path / "data")
+    found = [path.relative_to(tmp_path / "data").as_posix() for path in walk(tmp_path / "data")]
+    # page 2 before page 10
+    assert found == [f"{part}/{k}.png" for part in ("linked", "real") for k in (1, 2, 10)]
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "val"), ("train", "valid")])
+def test_train_and_test_below_a_folder_are_splits(tmp_path, names, caplog):
+    for part, (name, count) in enumerate(zip(names, (6, 4), strict=True)):
+        for k in range(count):
+            folder = tmp_path / name / ("dark" if k % 2 else "bright")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), 100 * part + 10 * k).save(folder / f"{k}.png")
+    data = load_images(f"folder:{tmp_path}", 4, 1, "label")
+    grey = [[round((float(i.mean()) + 1) * 127.5) for i in d] for d in (data.train, data.held_out)]
+    assert grey == [[0, 20, 40, 10, 30, 50], [100, 120, 110, 130]]
+    assert [list(data.train_conditions), list(data.held_out_conditions)] == [
+        *([0, 0, 0, 1, 1, 1], [0, 0, 1, 1])
+    ]
+    assert not caplog.text
+    Image.new("L", (4, 4)).save(tmp_path / "cover.png")
+    assert len(load_images(f"folder:{tmp_path}", 4, 1).train) == 6
+    assert "1 images are not used" in caplog.text
+
+
+def test_a_class_called_train_is_no_split(tmp_path):
+    for k in range(6):
+        folder = tmp_path / ("train" if k % 2 else "bus")
+        folder.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), k).save(folder / f"{k}.png")
+    data = load_images(f"folder:{tmp_path}", 4, 1, "label")
+    assert sorted([*data.train_conditions, *data.held_out_conditions]) == [0, 0, 0, 1, 1, 1]
+
+
+def test_files_with_several_images_are_said(tmp_path, caplog):
+    frames = [Image.new("L", (4, 4), k) for k in (50, 60)]
+    for name in ("a.gif", "b.tif", "c.png"):
+        frames[0].save(tmp_path / name, save_all=name != "c.png", append_images=frames[1:])
+    data = load_images(f"folder:{tmp_path}", 4, 1)
+    assert {red_level(image) for image in (*data.train, *data.held_out)} == {50}
+    assert "the first is used: 2, such as" in caplog.text and "a.gif" in caplog.text
+
+
 def test_folder_that_is_missing_empty_or_too_small_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         load_images(f"folder:{tmp_path / 'nowhere'}", 16, 1)
@@ -299,7 +367,7 @@ def test_folder_that_is_missing_empty_or_too_small_is_refused(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path):
     for k in range(2):
         (tmp_path / f"{k}.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"1\.png should be an image"):
+    with pytest.raises(ValueError, match=r"1\.png should hold an image"):
         load_images(f"folder:{tmp_path}", 16, 1).train[0]
 
 
@@ -442,6 +510,18 @@ def test_captions_that_are_missing_are_named(told, change, message):
     change(told)
     with pytest.raises(ValueError, match=message):
         load_images(f"folder:{told}", 8, 3, "caption")
+
+
+def test_captions_may_hold_any_character_and_begin_with_a_mark(told):
+    table = told / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().split("\n") if line]
+    for row in rows:
+        row["text"] += " one\u2028two\x85three\x0cfour"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    data = load_images(f"folder:{told}", 8, 3, "caption")
+    captions = [*data.train_conditions, *data.held_out_conditions]
+    assert "10 one\u2028two\x85three\x0cfour" in captions
 
 
 def test_another_column_of_captions(told):

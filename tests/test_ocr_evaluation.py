@@ -1,6 +1,7 @@
 """The OCR suite: pages in, predictions kept, scores out; and the command line around it."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,10 +15,9 @@ from compress.cli import app
 from compress.common.events import drain
 from compress.common.files import folder_hash
 from compress.data.fonts import UNSEEN_FONT
-from compress.data.ocr_pages import OcrData, OcrPage, load_pages, pdf_page
+from compress.data.ocr_pages import OcrData, OcrPage, load_pages
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import DOCUMENT, LINE, PAGE, page
-from compress.data.pixels import open_image
 from compress.eval.metrics import metric
 from compress.eval.ocr import (
     Prediction,
@@ -77,10 +77,10 @@ def lines(tmp_path):
 
 
 def test_rendered_pages_come_in_the_fonts_of_training_and_in_the_unseen_one():
-    data = load_pages("builtin:pages", open_image, samples=3)
+    data = load_pages("builtin:pages", samples=3)
     assert [p.unseen_font for p in data.pages] == [False] * 3 + [True] * 3
     assert len({p.name for p in data.pages}) == 6
-    seen = load_pages("builtin:pages", open_image, samples=3, unseen_font=False)
+    seen = load_pages("builtin:pages", samples=3, unseen_font=False)
     assert [p.name for p in seen.pages] == [p.name for p in data.pages[:3]]
     other = replace(PAGE, fonts=(UNSEEN_FONT,))
     for index, found in enumerate(data.pages):
@@ -90,7 +90,7 @@ def test_rendered_pages_come_in_the_fonts_of_training_and_in_the_unseen_one():
 
 
 def test_a_folder_of_images_with_texts(lines):
-    data = load_pages(str(lines), open_image)
+    data = load_pages(str(lines))
     assert [p.name for p in data.pages] == ["0.png", "1.png", "2.png", "3.png"]
     assert data.pages[2].text == page(0, 2, LINE, "test").text
     assert data.pages[2].open().size == LINE.size
@@ -104,7 +104,7 @@ def test_true_texts_of_a_benchmark_folder_score_full_marks(layout, tmp_path):
         write_pages_as_olmocr_bench(folder, made)
     else:
         write_pages_as_omnidocbench(folder, made)
-    data = load_pages(f"folder:{folder}", open_image)
+    data = load_pages(f"folder:{folder}")
     assert [p.open().size for p in data.pages] == [DOCUMENT.size] * 2
     answers = [prediction(p.name, m.text) for p, m in zip(data.pages, made, strict=True)]
     found = score(data, answers).metrics
@@ -123,24 +123,59 @@ def test_a_pdf_without_images_beside_it_is_rendered(tmp_path):
     bench = write_pages_as_olmocr_bench(tmp_path / "bench", [made])
     place = bench.pages[0]
     bench.image(place).unlink()
-    image = load_pages(str(tmp_path / "bench"), open_image).pages[0].open()
+    image = load_pages(str(tmp_path / "bench")).pages[0].open()
     assert max(image.size) == 1288
     ratio = DOCUMENT.size[0] / DOCUMENT.size[1]
     assert image.size[0] / image.size[1] == pytest.approx(ratio, abs=0.01)
     dark = sum(1 for value in image.convert("L").tobytes() if value < 128)
     assert dark > 0.005 * image.size[0] * image.size[1]
-    path = tmp_path / "bench" / "pdfs" / place[0]
-    with pytest.raises(ValueError, match="should have a page 2; it has 1"):
-        pdf_page(path, 2)
-    path.write_bytes(b"no PDF")
-    with pytest.raises(ValueError, match="should be a PDF"):
-        pdf_page(path, 1)
+
+
+def test_documents_of_several_pages_have_their_texts_between_form_feeds(lines, caplog):
+    sheets = [Image.new("RGB", (40, 30), (k, k, k)) for k in (10, 20)]
+    for name in ("b.tif", "c.gif", "a.pdf"):
+        sheets[0].save(lines / name, save_all=True, append_images=sheets[1:])
+        (lines / name).with_suffix(".txt").write_text(f"one of {name}\ftwo\f")
+    sheets[0].save(lines / "d.jp2")
+    (lines / "d.md").write_bytes(b"\xef\xbb\xbfwith a mark\x0c")
+    (lines / "e.djvu").write_bytes(b"AT&TFORM")
+    (lines / "e.txt").write_text("left out")
+    (lines / "README.md").write_text("no page")
+    found = {p.name: p for p in load_pages(str(lines)).pages[4:]}
+    assert {name: p.text for name, p in found.items()} == {
+        "a.pdf, page 1": "one of a.pdf",
+        "a.pdf, page 2": "two",
+        "b.tif, page 1": "one of b.tif",
+        "b.tif, page 2": "two",
+        "c.gif, page 1": "one of c.gif",
+        "c.gif, page 2": "two",
+        "d.jp2": "with a mark",
+    }
+    for name in ("a.pdf", "b.tif", "c.gif"):
+        grey = [found[f"{name}, page {k}"].open().getpixel((5, 5))[0] for k in (1, 2)]
+        assert grey == pytest.approx([10, 20], abs=3)
+    assert found["a.pdf, page 1"].open().size == (80, 60)  # 72 points an inch, 144 dpi
+    assert "1 files with a text beside them" in caplog.text and "e.djvu" in caplog.text
+    (lines / "a.txt").write_text("one text for both")
+    with pytest.raises(ValueError, match="texts of the 2 pages of .*a.pdf.* it has 1"):
+        load_pages(str(lines))
+    (lines / "a.pdf").rename(lines / "b.pdf")
+    with pytest.raises(ValueError, match="b.txt should be the text of one file; .*b.pdf and"):
+        load_pages(str(lines))
+
+
+def test_hidden_files_are_no_pages(lines):
+    for name in (".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/._0.png", "@eaDir/0.png"):
+        (lines / name).parent.mkdir(exist_ok=True)
+        shutil.copy(lines / "0.png", lines / name)
+    shutil.copy(lines / "0.png", lines / "._0.png")
+    assert len(load_pages(str(lines)).pages) == 4
 
 
 def test_sources_that_cannot_be_used(tmp_path, lines):
     def refused(source, match, kind=ValueError):
         with pytest.raises(kind, match=match):
-            load_pages(str(source), open_image)
+            load_pages(str(source))
 
     refused("builtin:nothing", "builtin:pages, builtin:square-pages; got 'builtin:nothing'")
     refused(tmp_path / "missing", "does not exist", FileNotFoundError)
@@ -188,8 +223,8 @@ def test_reading_goes_on_where_it_was_killed(tmp_path):
     data = pages_of(*"abcdefg")
     asked = []
 
-    def read(names, images):
-        assert len(names) == len(images)
+    def read(pages):
+        names = [page.name for page in pages]
         asked.extend(names)
         return [prediction(name, f"read {name}") for name in names]
 
@@ -248,7 +283,7 @@ def test_retention_on_a_benchmark_is_that_of_its_own_score(layout, tmp_path):
     made = [page(0, index, DOCUMENT, "test") for index in range(6)]
     write = write_pages_as_olmocr_bench if layout == "olmocr" else write_pages_as_omnidocbench
     write(tmp_path / "bench", made)
-    data = load_pages(str(tmp_path / "bench"), open_image)
+    data = load_pages(str(tmp_path / "bench"))
     dense, pruned = (
         [
             prediction(p.name, damaged_reading(m.text, i, most * i / 10))
@@ -275,7 +310,7 @@ def test_retention_on_a_benchmark_is_that_of_its_own_score(layout, tmp_path):
 def test_the_bootstrap_of_omnidocbench_redraws_pages_for_both_models_alike(tmp_path):
     made = [page(0, index, DOCUMENT, "test") for index in range(5)]
     write_pages_as_omnidocbench(tmp_path / "bench", made)
-    data = load_pages(str(tmp_path / "bench"), open_image)
+    data = load_pages(str(tmp_path / "bench"))
     sides = [
         [
             prediction(p.name, damaged_reading(m.text, i, most * i / 10))
@@ -366,6 +401,38 @@ def test_an_evaluation_leaves_predictions_metrics_and_a_report(reader, lines, tm
         evaluate(reader, lines, output)
 
 
+def test_a_page_that_cannot_be_read_is_a_row_and_not_the_end(reader, lines, tmp_path, caplog):
+    Image.new("L", (20, 5000), 255).save(lines / "strip.png")
+    (lines / "0.png").write_bytes((lines / "0.png").read_bytes()[:60])
+    (lines / "strip.txt").write_text("abc")
+    metrics = evaluate(reader, lines, tmp_path / "out")["metrics"]
+    failed = metrics["failed_pages"]
+    assert (failed["value"], failed["n"], metrics["cer"]["n"]) == (2, 5, 5)
+    assert "0.png should hold an image" in failed["how"]
+    assert "strip.png: " in failed["how"] and "aspect ratio" in failed["how"]
+    assert "scored as an empty page: strip.png: " in caplog.text
+    found = {p.page: p for p in read_predictions(tmp_path / "out" / "predictions.jsonl")}
+    assert found["strip.png"].text == "" and found["strip.png"].error
+    assert metrics["visual_tokens"]["value"] == 20 and metrics["visual_tokens"]["n"] == 3
+    # the others are read as if they were alone
+    for name in ("0", "strip"):
+        (lines / f"{name}.png").unlink(), (lines / f"{name}.txt").unlink()
+    evaluate(reader, lines, tmp_path / "rest")
+    rest = read_predictions(tmp_path / "rest" / "predictions.jsonl")
+    assert {p.page: p.text for p in rest} == {p: found[p].text for p in ("1.png", "2.png", "3.png")}
+
+
+def test_pages_that_are_too_large_for_a_model_are_refused_in_words(reader, lines, tmp_path):
+    Image.new("L", (1700, 2200), 255).save(tmp_path / "real.png")
+    found = run("read", tmp_path / "real.png", "--model", reader)
+    assert found.exit_code == 2
+    assert "takes 4,036 tokens, and the model knows 2,048 positions" in found.stderr
+    for path in lines.glob("*.png"):
+        shutil.copy(tmp_path / "real.png", path)
+    with pytest.raises(ValueError, match="no page of .* could be read; 0.png: the page takes"):
+        evaluate(reader, lines, tmp_path / "out")
+
+
 def test_reading_in_batches_equals_reading_one_by_one(reader, lines, tmp_path):
     evaluate(reader, lines, tmp_path / "three")
     evaluate(reader, lines, tmp_path / "one", batch=1)
@@ -418,6 +485,30 @@ def test_read_prints_the_text_of_each_page(reader, lines):
     assert [row["page"] for row in rows] == [str(lines / "0.png"), str(lines / "1.png")]
     plain = run("read", lines / "0.png", "--model", reader, "--max-new-tokens", 5)
     assert plain.stdout == rows[0]["text"] + "\n"
+
+
+def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path):
+    sheets = [Image.open(lines / f"{k}.png").convert("L") for k in range(3)]
+    sheets[0].save(tmp_path / "doc.pdf", save_all=True, append_images=sheets[1:], resolution=144)
+    (lines / "2.png").write_text("no image")
+    asked = ("read", lines, tmp_path / "doc.pdf", "--pages", "1", "--model", reader, "--batch", 2,
+             "--max-new-tokens", 3)  # fmt: skip
+    found = run(*asked)
+    assert found.exit_code == 1
+    heads = [line for line in found.stdout.splitlines() if line.startswith("== ")]
+    names = [str(lines / "0.png"), str(lines / "1.png"), str(lines / "3.png")]
+    assert heads == [f"== {name}" for name in [*names, f"{tmp_path / 'doc.pdf'}, page 1"]]
+    assert f"error: {lines / '2.png'} should hold an image" in found.stderr
+    assert "1 of 5 pages could not be read" in found.stderr
+    written = run(*asked, "--output", tmp_path / "texts")
+    assert written.exit_code == 1 and not written.stdout
+    files = sorted((tmp_path / "texts").rglob("*.md"))
+    assert [path.relative_to(tmp_path / "texts").as_posix() for path in files] == [
+        *("doc_page_1.md", "lines/0.md", "lines/1.md", "lines/3.md")
+    ]
+    assert files[1].read_text() in found.stdout
+    again = run(*asked, "--output", tmp_path / "texts")
+    assert again.exit_code == 2 and "a new or empty folder is expected" in again.stderr
 
 
 def test_eval_prints_a_table(reader, lines, tmp_path):

@@ -10,7 +10,6 @@ from compress.data.ocr_pages import load_pages
 from compress.data.omnidocbench import read_omnidocbench
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import DOCUMENT, PAGE, page
-from compress.data.pixels import open_image
 from compress.eval.olmocr_bench import score_olmocr_bench
 from compress.eval.omnidocbench import score_omnidocbench
 
@@ -60,7 +59,7 @@ def test_the_command_line_writes_a_folder_that_an_evaluation_reads(tmp_path, lay
     asked = ["pages", str(folder), "--layout", layout, "--count", "2", "--difficulty", "page"]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
-    data = load_pages(str(folder), open_image)
+    data = load_pages(str(folder))
     assert len(data.pages) == 2 and data.annotations is not None
     assert data.pages[1].open().size == PAGE.size
     # what is there is not written over

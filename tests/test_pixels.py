@@ -203,7 +203,7 @@ def damaged(content, at, what):
 )
 def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} should be an image.*{message}") as caught:
+    with pytest.raises(ValueError, match=f"{name} should hold an image.*{message}") as caught:
         open_image(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -211,8 +211,8 @@ def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, content
 def test_no_file_no_pixels_and_no_image(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.png"):
         open_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="folder.png"):
-        (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder.png"):
         open_image(tmp_path / "folder.png")
     with pytest.raises(ValueError, match="page 2 should have 1 to .* pixels; its size is 0x9"):
         check_image(Image.new("RGB", (0, 9)), "page 2")

@@ -19,6 +19,7 @@ from compress.checkpoints.load import load_reader
 from compress.checkpoints.runtime import save_runtime
 from compress.cli import app
 from compress.common.events import drain
+from compress.data.page_files import find_pages
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import PAGE, page
 from compress.eval.ocr import read_predictions
@@ -208,8 +209,9 @@ def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     assert found["methods"][0]["name"] == "fastocr"
     assert "pages 3 · method fastocr" in (tmp_path / "out" / "report.html").read_text()
     stored = [p.text for p in read_predictions(tmp_path / "out" / "predictions.jsonl")]
-    image = [pages / "2.png"]
-    assert read_files(folder, image, ReadSettings(max_new_tokens=24), device="cpu") == stored[2:]
+    image = find_pages([pages / "2.png"])
+    ((_, reading),) = read_files(folder, image, ReadSettings(max_new_tokens=24), device="cpu")
+    assert [reading.text] == stored[2:]
     if weights == "reference":
         monkeypatch.setattr("compress.models.locate.folder_hash", lambda folder: "0" * 64)
         with pytest.raises(ValueError, match="refers to .* what is there now has 000000"):
@@ -249,12 +251,12 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
     # a reader that was never trained scores nothing: dense, the lines are read right
     texts = {made.image.convert("RGB").tobytes(): made.text for made in made}
 
-    def read(model, processor, images, prompt, limit):
+    def read(model, processor, pages, prompt, limit):
         share = 4 if hasattr(model, HOLDER) else 1
-        found = [texts[image.convert("RGB").tobytes()] for image in images]
+        found = [texts[page.open().convert("RGB").tobytes()] for page in pages]
         return [Reading(text[: len(text) // share], 3, 312, True) for text in found]
 
-    monkeypatch.setattr("compress.runs.evaluation.read_pages", read)
+    monkeypatch.setattr("compress.runs.evaluation.try_pages", read)
     compare = [FAST | {"focal_layers": [1], "fixation": "static"}]
     method = FAST | {"focal_layers": [1]}
     recipe = recipe_of(tmp_path, qwen, tmp_path / "bench", method, compare=compare)

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from compress.common.files import read_json, write_json
+from compress.common.files import read_json, walk, write_json
 from compress.models import free_width
 from compress.models.pipelines import denoiser
 from compress.models.weights import stored_tensors, variant_of, variants
@@ -95,8 +95,7 @@ def part_files(source: Path, part: str) -> list[Path]:
     weights, variant = variants(source / part), variant_of(source / part)
     return sorted(
         path.relative_to(source)
-        for path in (source / part).rglob("*")
-        if path.is_file()
-        and path.suffix not in OTHER_WEIGHTS
+        for path in walk(source / part)
+        if path.suffix not in OTHER_WEIGHTS
         and (path.suffix != ".safetensors" or weights.get(path, "") == variant)
     )

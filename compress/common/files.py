@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from compress.common.foreign import foreign
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# what archives, file servers and desktops leave in folders, beside what is hidden
+LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"}
 
 
 @contextlib.contextmanager
@@ -88,7 +92,74 @@ def read_json(path: Path) -> Any:
     FileNotFoundError : naming the file.
     """
     with foreign(path, "JSON"):
-        return json.loads(path.read_text(encoding="utf8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8, without the byte order mark that some editors put first.
+
+    Raises
+    ------
+    ValueError : naming the file and the place, when it is not UTF-8.
+    FileNotFoundError : naming the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} should be UTF-8 text; decoding fails at byte {error.start}; write it again"
+        ) from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank.
+
+    Lines end at a line feed alone: JSON may hold U+2028 and other characters at which
+    ``str.splitlines`` would cut.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def walk(folder: Path) -> list[Path]:
+    """Files below a folder, page 2 before page 10; none where there is no folder.
+
+    Hidden entries and what systems leave behind are passed over. Links to folders are followed;
+    a folder that is reached twice counts once, where it really is if that is below ``folder``.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    left, linked = [folder] if folder.is_dir() else [], list[Path]()
+    while left or linked:
+        at = left.pop() if left else linked.pop(0)
+        real = at.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        for entry in sorted(at.iterdir()):
+            if is_litter(entry.name):
+                continue
+            if entry.is_dir():
+                (linked if entry.is_symlink() else left).append(entry)
+            elif entry.is_file():
+                found.append(entry)
+    return sorted(found, key=lambda path: natural(path.relative_to(folder).as_posix()))
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or left behind by a system: no data of a user."""
+    return name.startswith(".") or name in LITTER
+
+
+def natural(text: str) -> tuple[Any, ...]:
+    """A key that sorts numbers in names by their value.
+
+    >>> sorted(["page 10", "page 9", "cover"], key=natural)
+    ['cover', 'page 9', 'page 10']
+    """
+    parts = re.split(r"([0-9]+)", text)
+    return tuple(int(p) if k % 2 else p for k, p in enumerate(parts)), text
 
 
 def sha256(path: Path) -> str:
@@ -100,8 +171,8 @@ def sha256(path: Path) -> str:
 def folder_hash(folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> str:
     """One SHA-256 over the names and contents of a folder's weights and configuration."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in suffixes:
+    for path in sorted(walk(folder)):
+        if path.suffix in suffixes:
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(sha256(path).encode())
     return digest.hexdigest()

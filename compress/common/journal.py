@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from compress.common.files import write_bytes, write_text
+from compress.common.files import json_lines, write_bytes, write_text
 
 Tensors = dict[str, torch.Tensor]
 
@@ -135,7 +135,7 @@ class Journal:
         if self._log is None or not self._log.exists():
             lines = []
         else:
-            lines = self._log.read_text(encoding="utf8").splitlines()[:count]
+            lines = [line for _, line in json_lines(self._log)][:count]
         if len(lines) < count:
             raise ValueError(
                 f"{self._log} should hold the {count} rows before the saved state; it has "

@@ -1,40 +1,25 @@
 """Pages to read and what is known about them: rendered ones, benchmark folders, plain folders."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from compress.common.extras import extra
+from compress.common.files import read_text, walk
 from compress.data import olmocr_bench, omnidocbench
 from compress.data.fonts import UNSEEN_FONT
+from compress.data.page_files import OcrPage, import_pypdfium2, is_page_file, pages_of, pdf_page
 from compress.data.pages import PAGE, SQUARE_PAGE, Difficulty, page
+from compress.data.pixels import open_image
+
+logger = logging.getLogger(__name__)
 
 # name after "builtin:" -> what the pages look like
 RENDERED = {"pages": PAGE, "square-pages": SQUARE_PAGE}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 PDF_LONGEST_SIDE = 1288  # pixels: what olmOCR renders its own pages to
-
-
-@dataclass(frozen=True)
-class OcrPage:
-    """A page to read.
-
-    Parameters
-    ----------
-    name : of the page in this set, and of its prediction.
-    open : gives the image.
-    text : what stands on it; None where a benchmark has tests instead.
-    unseen_font : whether it is set in the font that no training page has.
-    """
-
-    name: str
-    open: Callable[[], Image.Image]
-    text: str | None = None
-    unseen_font: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,6 @@ class OcrData:
 
 def load_pages(
     source: str,
-    open_image: Callable[[Path], Image.Image],
     samples: int = 64,
     unseen_font: bool = True,
 ) -> OcrData:
@@ -65,14 +49,14 @@ def load_pages(
     ----------
     source : ``builtin:pages`` or ``builtin:square-pages``, rendered pages of the test split and as
         many again in the unseen font; or a folder: of OmniDocBench, of olmOCR-bench, or of images
-        with a ``.txt`` or ``.md`` of the same name beside each.
-    open_image : reads an image file.
+        and PDFs with a ``.txt`` or ``.md`` of the same name beside each, its pages separated by
+        form feeds.
     samples : rendered pages of each kind; a folder is read as a whole.
     unseen_font : whether rendered pages come in the unseen font, too.
 
     Raises
     ------
-    ValueError : for an unknown source, a folder in none of the layouts, or images without text.
+    ValueError : for an unknown source, a folder in none of the layouts, or pages without text.
     FileNotFoundError : when the folder does not exist.
     MissingExtraError : without matplotlib for rendered pages, or pypdfium2 for PDFs.
     """
@@ -98,13 +82,12 @@ def load_pages(
     if (folder / olmocr_bench.PDFS).is_dir():
         bench = olmocr_bench.read_olmocr_bench(folder)
         if not all(bench.image(place).is_file() for place in bench.pages):
-            _import_pypdfium2()  # a missing one is found before the first page is read
+            import_pypdfium2()  # a missing one is found before the first page is read
         documents = [
-            OcrPage(page_name(place), partial(_bench_image, bench, place, open_image))
-            for place in bench.pages
+            OcrPage(page_name(place), partial(_bench_image, bench, place)) for place in bench.pages
         ]
         return OcrData(source, tuple(documents), bench)
-    return OcrData(source, tuple(_pairs(folder, open_image)))
+    return OcrData(source, tuple(_pairs(folder)))
 
 
 def page_name(place: olmocr_bench.PageId) -> str:
@@ -125,70 +108,54 @@ def _same(image: Image.Image) -> Image.Image:
     return image
 
 
-def _bench_image(
-    bench: olmocr_bench.Bench, place: olmocr_bench.PageId, open_image: Callable[[Path], Image.Image]
-) -> Image.Image:
+def _bench_image(bench: olmocr_bench.Bench, place: olmocr_bench.PageId) -> Image.Image:
     """The lossless image beside a PDF, or the PDF's page, rendered."""
     if bench.image(place).is_file():
         return open_image(bench.image(place))
-    return pdf_page(bench.folder / olmocr_bench.PDFS / place[0], place[1])
+    path = bench.folder / olmocr_bench.PDFS / place[0]
+    return pdf_page(path, place[1], longest=PDF_LONGEST_SIDE)
 
 
-def pdf_page(path: Path, number: int) -> Image.Image:
-    """Render a page of a PDF, its longest side ``PDF_LONGEST_SIDE`` pixels.
-
-    Parameters
-    ----------
-    path : of the file.
-    number : of the page, from 1.
-
-    Raises
-    ------
-    ValueError : when the file cannot be read or has no such page.
-    """
-    pypdfium2 = _import_pypdfium2()
-    try:
-        with pypdfium2.PdfDocument(path) as document:
-            if not 1 <= number <= len(document):
-                raise ValueError(
-                    f"{path} should have a page {number}; it has {len(document)} pages; correct "
-                    "the tests or the file"
-                )
-            sheet = document[number - 1]
-            scale = PDF_LONGEST_SIDE / max(sheet.get_size())
-            return sheet.render(scale=scale).to_pil().convert("RGB")
-    except pypdfium2.PdfiumError as error:
-        raise ValueError(f"{path} should be a PDF; {error}; restore the file") from error
-
-
-def _import_pypdfium2() -> Any:
-    with extra("data", "rendering a PDF"):
-        import pypdfium2
-    return pypdfium2
-
-
-def _pairs(folder: Path, open_image: Callable[[Path], Image.Image]) -> Iterator[OcrPage]:
-    """Images with a text of the same name beside each."""
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not images:
+def _pairs(folder: Path) -> Iterator[OcrPage]:
+    """Images and PDFs with a text of the same name beside each."""
+    files = walk(folder)
+    texts = {path for path in files if path.suffix in (".txt", ".md")}
+    pages = [path for path in files if path not in texts and is_page_file(path)]
+    if not pages:
         raise ValueError(
             f"{folder} should hold pages: {omnidocbench.ANNOTATIONS} with images/ (OmniDocBench), "
-            f"*.jsonl with {olmocr_bench.PDFS}/ (olmOCR-bench), or images with a .txt or .md "
-            "beside each; it holds none of these; check the path"
+            f"*.jsonl with {olmocr_bench.PDFS}/ (olmOCR-bench), or images and PDFs with a .txt or "
+            ".md beside each; it holds none of these; check the path"
         )
-    for path in images:
-        texts = [p for s in (".txt", ".md") if (p := path.with_suffix(s)).is_file()]
-        if len(texts) != 1:
+    told = {text.with_suffix("") for text in texts}
+    others = [p for p in files if p not in texts | set(pages) and p.with_suffix("") in told]
+    if others:
+        logger.warning(
+            "left out, as no image or PDF: %d files with a text beside them, such as %s",
+            len(others),
+            others[0],
+        )
+    taken: dict[Path, Path] = {}
+    for path in pages:
+        beside = [p for s in (".txt", ".md") if (p := path.with_suffix(s)) in texts]
+        if len(beside) != 1:
             raise ValueError(
                 f"{path} should have its text beside it, as {path.stem}.txt or {path.stem}.md; "
-                f"found {len(texts)} of them; write one"
+                f"found {len(beside)} of them; write one"
             )
-        try:
-            text = texts[0].read_text(encoding="utf8")
-        except UnicodeDecodeError as error:
+        if (other := taken.setdefault(beside[0], path)) != path:
             raise ValueError(
-                f"{texts[0]} should be UTF-8 text; decoding fails at byte {error.start}; write it "
-                "again"
-            ) from error
-        name = path.relative_to(folder).as_posix()
-        yield OcrPage(name, partial(open_image, path), text)
+                f"{beside[0]} should be the text of one file; {other} and {path} lie beside it; "
+                "move one of them away"
+            )
+        found = pages_of(path, path.relative_to(folder).as_posix())
+        # a form feed ends a page, as pdftotext and tesseract write it
+        whole = read_text(beside[0]).removesuffix("\f")
+        parts = whole.split("\f") if len(found) > 1 else [whole]
+        if len(parts) != len(found):
+            raise ValueError(
+                f"{beside[0]} should have the texts of the {len(found)} pages of {path}, with a "
+                f"form feed (U+000C) between two; it has {len(parts)}; split the one or the other"
+            )
+        for one, text in zip(found, parts, strict=True):
+            yield replace(one, text=text)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from compress.common.files import atomic_folder, write_text
+from compress.common.files import atomic_folder, is_litter, json_lines, read_text, walk, write_text
 
 PDFS = "pdfs"
 # (document, page number from 1)
@@ -254,8 +254,8 @@ def read_olmocr_bench(folder: Path) -> Bench:
     ------
     ValueError : naming what is missing, or the file and line of a damaged test.
     """
-    paths = sorted(folder.glob("*.jsonl"))
-    documents = sorted((folder / PDFS).rglob("*.pdf"))
+    paths = sorted(p for p in folder.glob("*.jsonl") if not is_litter(p.name))
+    documents = sorted(p for p in walk(folder / PDFS) if p.suffix == ".pdf")
     if not paths or not documents:
         raise ValueError(
             f"a folder in olmOCR-bench's layout holds *.jsonl files and {PDFS}/ with PDFs; found "
@@ -315,16 +315,11 @@ def read_candidate(bench: Bench, name: str) -> dict[PageId, tuple[str, ...]]:
     """
     folder = bench.folder / name
     found: dict[PageId, dict[int, str]] = {}
-    for path in sorted(folder.rglob("*.md")):
+    for path in walk(folder):
         match = re.fullmatch(r"(.+)_pg(\d+)_repeat(\d+)\.md", path.relative_to(folder).as_posix())
         if not match:
             continue
-        try:
-            text = path.read_text(encoding="utf8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} should be UTF-8 text; decoding fails at byte {error.start}; write it again"
-            ) from error
+        text = read_text(path)
         found.setdefault((f"{match[1]}.pdf", int(match[2])), {})[int(match[3])] = text
     missing = [page for page in bench.pages if page not in found]
     if missing:
@@ -367,13 +362,11 @@ def _check_documents(
 
 def _read_tests(path: Path) -> tuple[BenchTest, ...]:
     tests: dict[str, BenchTest] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(path):
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where} should hold a test as JSON but does not parse: {error}; restore the file"
             ) from error

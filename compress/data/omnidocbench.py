@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from compress.common.files import atomic_folder, read_json, write_json, write_text
+from compress.common.files import atomic_folder, read_json, read_text, write_json, write_text
 
 ANNOTATIONS = "OmniDocBench.json"
 
@@ -158,13 +158,7 @@ def read_predictions(folder: Path, pages: Sequence[Page]) -> dict[str, str]:
         )
     predictions = {}
     for page in pages:
-        path = folder / page.prediction_name
-        try:
-            predictions[page.image] = path.read_text(encoding="utf8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} should be UTF-8 text; decoding fails at byte {error.start}; write it again"
-            ) from error
+        predictions[page.image] = read_text(folder / page.prediction_name)
     return predictions
 
 

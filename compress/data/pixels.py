@@ -10,11 +10,17 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from compress.common.foreign import foreign
+
 Mode = Literal["RGB", "L"]
 
 # what files are taken for: Pillow would hand an EPS to Ghostscript, a program that it carries
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")
+# recognised without a look into the file
+IMAGE_SUFFIXES = set(".png .jpg .jpeg .bmp .webp .tif .tiff .gif .jp2 .j2k .avif".split())
+FRAMED = {".gif", ".tif", ".tiff"}  # which may hold several
 MOST_PIXELS = 2 * 89_478_485  # Pillow's own limit; an A3 page at 900 dpi has 157 million
+REMEDY = "convert, restore or remove the file"
 # tags of a TIFF
 BITS, PHOTOMETRIC = 258, 262
 
@@ -30,8 +36,8 @@ def open_image(path: str | Path, mode: Mode = "RGB", frame: int = 0) -> Image.Im
 
     Raises
     ------
-    FileNotFoundError : naming the file.
-    ValueError : naming the file, when it is no image, is damaged, has no pixels, more than
+    OSError : when there is no such file, or it may not be read.
+    ForeignFileError : naming the file, when it is no image, is damaged, has no pixels, more than
         :data:`MOST_PIXELS`, or values of unknown range.
     """
     with _opened(path) as file:
@@ -46,29 +52,34 @@ def frame_count(path: str | Path) -> int:
 
     Raises
     ------
-    FileNotFoundError, ValueError : as :func:`open_image`.
+    OSError, ForeignFileError : as :func:`open_image`.
     """
     with _opened(path) as file:
         return int(getattr(file, "n_frames", 1))
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is an image: by its suffix, or else by its header."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    with contextlib.suppress(ValueError, OSError), _opened(path):
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """An image file; whatever goes wrong with it names it."""
-    try:
+    with warnings.catch_warnings(), foreign(path, f"an image ({', '.join(FORMATS)})", REMEDY):
+        warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
         # a handle, since Pillow 13 garbles a turned TIFF that it maps into memory by its name
-        with warnings.catch_warnings(), Path(path).open("rb") as handle:
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
-            with Image.open(handle, formats=FORMATS) as file:
+        with Path(path).open("rb") as handle:
+            try:
+                file = Image.open(handle, formats=FORMATS)
+            except UnidentifiedImageError:
+                raise ValueError("its content is none of these") from None
+            with file:
                 yield file
-    except FileNotFoundError:
-        raise FileNotFoundError(f"an image is expected at {path}; there is no such file") from None
-    except Exception as error:  # Pillow raises almost any kind for a damaged file
-        unknown = isinstance(error, UnidentifiedImageError)
-        raise ValueError(
-            f"{path} should be an image that can be read ({', '.join(FORMATS)}): "
-            f"{'its content is none of these' if unknown else error}; convert, restore or remove it"
-        ) from error
 
 
 def upright(image: Image.Image, mode: Mode = "RGB") -> Image.Image:
@@ -113,7 +124,11 @@ def check_image(image: Image.Image, name: str = "the image") -> None:
             f"{name} should be a PIL image; got {type(image).__name__}; open files with "
             "compress.data.pixels.open_image"
         )
-    width, height = image.size
+    check_size(*image.size, name)
+
+
+def check_size(width: int, height: int, name: str) -> None:
+    """Refuse images without pixels or with too many; see :func:`check_image`."""
     if not 0 < width * height <= MOST_PIXELS:
         raise ValueError(
             f"{name} should have 1 to {MOST_PIXELS:,} pixels; its size is {width}x{height}; scale "

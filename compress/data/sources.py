@@ -1,6 +1,8 @@
 """Where images come from: `builtin:digits`, `folder:PATH`, `hub:NAME`."""
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +13,24 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from compress.common.extras import extra
+from compress.common.files import json_lines, walk
 from compress.data.batches import Examples
 from compress.data.digits import HALVES, digits
-from compress.data.pixels import Mode, open_image, upright
+from compress.data.pixels import FRAMED, Mode, frame_count, is_image, open_image, upright
+
+logger = logging.getLogger(__name__)
 
 Wanted = Literal["caption", "label"]
 
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}  # by the number of channels
-# recognised without a look into the file; any other file is an image if Pillow says so
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 # splits of a data set that are held out, in this order, where it has them
 HELD_OUT_SPLITS = ("test", "validation", "valid", "val")
+# what folders call their splits, as `datasets` has it
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
 # where captions of a folder are, as `datasets` has it; paths in it begin at its own folder
 METADATA = "metadata.jsonl"
 
@@ -198,11 +207,12 @@ def load_images(
     ----------
     source : ``builtin:digits``, ``folder:PATH`` (any nesting, whatever Pillow reads) or
         ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`). A test or
-        validation split is held out; without one, every tenth image is.
+        validation split is held out, of a folder by the name of a subfolder beside ``train``;
+        without one, every tenth image is.
     size, channels : what the model takes.
     wanted : what must be known about each image. Captions of a folder are in ``metadata.jsonl``
         (``file_name`` and the column), its labels are the names of the innermost subfolders, in
-        alphabetical order.
+        alphabetical order, folders of splits left out.
     column : of the captions or labels; "text" or "label" when None.
 
     Raises
@@ -252,27 +262,62 @@ def _folder(
 ) -> ImageData:
     if not folder.is_dir():
         raise ValueError(f"data folder expected at {folder}, which does not exist; check the path")
-    files = sorted(path for path in folder.rglob("*") if _is_image(path))
+    files = [path for path in walk(folder) if is_image(path)]
     if len(files) < 2:
         raise ValueError(
             f"at least 2 images expected under {folder}; found {len(files)}; point folder: at "
             "images"
         )
+    several = [path for path in files if path.suffix.lower() in FRAMED and _has_frames(path)]
+    if several:
+        logger.warning(
+            "of files with several images the first is used: %d, such as %s",
+            len(several),
+            several[0],
+        )
+    parts = _folder_splits(folder, files)
     conditions: Sequence[Any] | None = None
     if wanted == "caption":
         conditions = _folder_captions(folder, files, column)
     elif wanted == "label":
-        conditions = _folder_labels(folder, files)
-    return ImageData.split(source, FileImages(files, size, channels), conditions)
+        conditions = _folder_labels(folder, files, parts is not None)
+    if parts is None:
+        return ImageData.split(source, FileImages(files, size, channels), conditions)
+    train, held_out = (FileImages([files[k] for k in part], size, channels) for part in parts)
+    if conditions is None:
+        return ImageData(source, train, held_out)
+    return ImageData(source, train, held_out, *(Chosen(conditions, part) for part in parts))
+
+
+def _has_frames(path: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):  # which reading the file will say
+        return frame_count(path) > 1
+    return False
+
+
+def _folder_splits(folder: Path, files: Sequence[Path]) -> list[list[int]] | None:
+    """Files to train on and files to hold out, where folders are called so."""
+    splits: dict[str, list[int]] = {}
+    for number, path in enumerate(files):
+        parts = [part.lower() for part in path.relative_to(folder).parts[:-1]]
+        split = next((SPLITS[part] for part in parts if part in SPLITS), "")
+        splits.setdefault(split, []).append(number)
+    held_out = next((name for name in HELD_OUT_SPLITS if name in splits), "")
+    if "train" not in splits or not held_out:
+        return None
+    used = [splits["train"], splits[held_out]]
+    if others := len(files) - sum(map(len, used)):
+        logger.warning(
+            "%s: %d images are not used, in neither train nor %s", folder, others, held_out
+        )
+    return used
 
 
 def _folder_captions(folder: Path, files: Sequence[Path], column: str) -> list[str]:
     known: dict[Path, str] = {}
-    tables = sorted(folder.rglob(METADATA))
+    tables = [path for path in walk(folder) if path.name == METADATA]
     for table in tables:
-        for number, line in enumerate(table.read_text(encoding="utf8").splitlines(), start=1):
-            if not line.strip():
-                continue
+        for number, line in json_lines(table):
             try:
                 row = json.loads(line)
                 known[table.parent / row["file_name"]] = row[column]
@@ -296,8 +341,12 @@ def _folder_captions(folder: Path, files: Sequence[Path], column: str) -> list[s
     return [known[path] for path in files]
 
 
-def _folder_labels(folder: Path, files: Sequence[Path]) -> list[int]:
-    names = [path.parent.name for path in files]
+def _folder_labels(folder: Path, files: Sequence[Path], split: bool) -> list[int]:
+    names = []
+    for path in files:
+        above = path.relative_to(folder).parts[:-1]
+        kept = [name for name in above if not split or name.lower() not in SPLITS]
+        names.append(kept[-1] if kept else folder.name)
     classes = sorted(set(names))
     if len(classes) < 2:
         raise ValueError(
@@ -305,19 +354,6 @@ def _folder_labels(folder: Path, files: Sequence[Path]) -> list[int]:
             f"all {len(files)} images lie in {files[0].parent}; sort them into subfolders"
         )
     return [classes.index(name) for name in names]
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file is an image: by its suffix, or else by its header."""
-    if path.name.startswith(".") or not path.is_file():
-        return False
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return True
-    try:
-        with Image.open(path):
-            return True
-    except OSError:
-        return False
 
 
 def _hub(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from compress.common.foreign import reason
+from compress.data.page_files import OcrPage
 from compress.models.visual import adapter_for, build_prompt, to_device, visual_layouts
 
 MOST_NEW_TOKENS = 4096  # where neither the caller nor the checkpoint says
@@ -22,15 +24,16 @@ class Reading:
     new_tokens : generated, the end token counted.
     visual_tokens : of the page in the prompt, newlines and separators counted.
     ended : whether the model ended by itself, rather than at the length limit.
+    error : why the page could not be read; its text is empty then.
     """
 
     text: str
     new_tokens: int
     visual_tokens: int
     ended: bool
+    error: str | None = None
 
 
-@torch.no_grad()
 def read_pages(
     model: Any,
     processor: Any,
@@ -52,13 +55,84 @@ def read_pages(
     ------
     TypeError, ValueError : for images that cannot be used.
     """
+    inputs = page_prompts(model, processor, images, prompt)
+    return _generate(model, processor, inputs, max_new_tokens)
+
+
+def try_pages(
+    model: Any,
+    processor: Any,
+    pages: Sequence[OcrPage],
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+) -> list[Reading]:
+    """Open pages and read them as one batch; of one that cannot be read, its ``error`` is given.
+
+    Parameters
+    ----------
+    model, processor, prompt, max_new_tokens : as in :func:`read_pages`.
+    pages : each opened here, and named by its error.
+    """
+    images: dict[int, Image.Image] = {}
+    found: dict[int, Reading] = {}
+
+    for place, page in enumerate(pages):
+        try:
+            images[place] = page.open()
+        except (ValueError, OSError) as error:  # which name the file
+            found[place] = Reading("", 0, 0, False, str(error))
+    inputs = None
+    try:
+        inputs = page_prompts(model, processor, list(images.values()), prompt) if images else None
+    except Exception:  # a processor raises whatever it likes: find the page that it is about
+        for place, image in list(images.items()):
+            try:
+                page_prompts(model, processor, [image], prompt)
+            except Exception as error:
+                found[place] = Reading("", 0, 0, False, f"{pages[place].name}: {reason(error)}")
+                del images[place]
+        if images:
+            inputs = page_prompts(model, processor, list(images.values()), prompt)
+    if inputs is not None:
+        readings = _generate(model, processor, inputs, max_new_tokens)
+        found.update(zip(images, readings, strict=True))
+    return [found[place] for place in range(len(pages))]
+
+
+def page_prompts(
+    model: Any, processor: Any, images: Sequence[Image.Image], prompt: str | None = None
+) -> dict[str, Any]:
+    """Model inputs that ask for the texts of pages, on the model's device.
+
+    Raises
+    ------
+    TypeError, ValueError : for images that cannot be used, or that need more tokens than the model
+        knows positions.
+    """
     family = adapter_for(model.config)
     text = family.read_prompt if prompt is None else prompt
-    inputs = build_prompt(model, processor, images, [text] * len(images))
-    inputs = to_device(inputs, model.device)
+    inputs = to_device(build_prompt(model, processor, images, [text] * len(images)), model.device)
+    length, known = inputs["input_ids"].shape[1], _positions(model)
+    if length >= known:
+        raise ValueError(
+            f"the page takes {length:,} tokens, and the model knows {known:,} positions; scale the "
+            "page down, or choose a model for pages of its size (the built-in ones know small "
+            "rendered pages)"
+        )
+    return inputs
+
+
+def _positions(model: Any) -> int:
+    return int(model.config.get_text_config().max_position_embeddings)
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int | None
+) -> list[Reading]:
     layouts = visual_layouts(model, inputs)
     length = inputs["input_ids"].shape[1]
-    left = model.config.get_text_config().max_position_embeddings - length
+    left = _positions(model) - length
     limit = max_new_tokens or model.generation_config.max_new_tokens or min(left, MOST_NEW_TOKENS)
     whole = model.generate(**inputs, do_sample=False, max_new_tokens=limit)
     new = whole[:, length:].cpu()

@@ -43,7 +43,7 @@ def write_reader_report(
     compressed = variants[1]
     read = read_predictions(folder / compressed.file)
     batches = [prediction.facts for prediction in read if prediction.facts]
-    image = data.pages[0].open()
+    image = _were_read(data, read)[0].open()
 
     def of_methods() -> list[Section]:
         sections: list[Section] = []
@@ -161,7 +161,9 @@ def chosen_pages(data: OcrData, predictions: Sequence[Prediction]) -> list[PageT
     def distance(page: OcrPage) -> float:
         return edit_distance(normalise(by_page[page.name]), normalise(page.text or "")).rate
 
-    ranked = sorted(data.pages, key=distance) if data.annotations is None else list(data.pages)
+    ranked = _were_read(data, predictions)
+    if data.annotations is None:
+        ranked.sort(key=distance)
     chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     pages = []
     for place, page in chosen.items():
@@ -174,6 +176,11 @@ def chosen_pages(data: OcrData, predictions: Sequence[Prediction]) -> list[PageT
         picture = Figure(place, image_png(image), title)
         pages.append(PageText(picture, pieces, page.text is not None))
     return pages
+
+
+def _were_read(data: OcrData, predictions: Sequence[Prediction]) -> list[OcrPage]:
+    failed = {prediction.page for prediction in predictions if prediction.error}
+    return [page for page in data.pages if page.name not in failed]
 
 
 def marked(predicted: str, true: str | None) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from compress.common.files import read_json
+from compress.common.files import json_lines, read_json
 from compress.eval.metrics import Metric, metric
 from compress.methods.base import RunRecord, RuntimeMethod
 from compress.methods.registry import METHODS, runtime_method
@@ -96,7 +96,7 @@ def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows by stage in the order of steps; of a row written twice (after a resume) the last."""
     rows: dict[tuple[str, int, str], dict[str, Any]] = {}
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), start=1):
+        for number, line in json_lines(path):
             try:
                 row = json.loads(line)
                 rows[row["stage"], row["step"], row.get("net", "")] = row

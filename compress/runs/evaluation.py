@@ -1,29 +1,30 @@
 """Evaluate any reader: read pages, keep the predictions, score and report them."""
 
+import logging
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import write_json, write_text
 from compress.common.output_folder import check_same_settings, check_target, claim
-from compress.data.ocr_pages import OcrData, load_pages
-from compress.data.pixels import open_image
+from compress.data.ocr_pages import OcrData, OcrPage, load_pages
 from compress.eval import ocr
 from compress.eval.metrics import metric
 from compress.eval.settings import OcrEvaluation, ReadSettings
 from compress.methods.base import Event, RuntimeMethod
 from compress.models.locate import ModelFolder, locate
-from compress.models.reading import read_pages
+from compress.models.reading import try_pages
 from compress.reports.reader import write_ocr_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.reading import open_reader
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "evaluation.yaml"
 PREDICTIONS = "predictions.jsonl"
@@ -79,7 +80,7 @@ def evaluate_events(
     check_target(output, resume=resume, overwrite=overwrite)
     at = locate(model, "reader")
     source = data or default_pages(at)
-    pages = load_pages(source, open_image, settings.samples, settings.unseen_font)
+    pages = load_pages(source, settings.samples, settings.unseen_font)
     if pages.annotations is not None:
         ocr.check_accuracy(pages)
     facts = {"model": at.name, "data": source, **settings.model_dump(), "model_hash": at.hash}
@@ -112,19 +113,23 @@ def page_reader(
 
     Parameters
     ----------
-    model, processor : as in :func:`compress.models.reading.read_pages`.
+    model, processor : as in :func:`compress.models.reading.try_pages`.
     settings : prompt and longest text.
     applied : the methods on the model, whose counts each batch's first prediction carries.
     """
+    limits = settings.prompt, settings.max_new_tokens
 
-    def read(names: Sequence[str], images: Sequence[Image.Image]) -> list[ocr.Prediction]:
+    def read(pages: Sequence[OcrPage]) -> list[ocr.Prediction]:
         if applied is not None:
             applied.reset()
-        readings = read_pages(model, processor, images, settings.prompt, settings.max_new_tokens)
+        readings = try_pages(model, processor, pages, *limits)
         facts = None if applied is None else applied.facts()
+        for reading in readings:
+            if reading.error:
+                logger.warning("scored as an empty page: %s", reading.error)
         return [
-            ocr.Prediction(name, facts=None if place else facts, **asdict(reading))
-            for place, (name, reading) in enumerate(zip(names, readings, strict=True))
+            ocr.Prediction(page.name, facts=None if place else facts, **asdict(reading))
+            for place, (page, reading) in enumerate(zip(pages, readings, strict=True))
         ]
 
     return read

@@ -13,7 +13,6 @@ from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import read_json, write_json
 from compress.data.ocr_pages import RENDERED, OcrPage, load_pages
 from compress.data.pages import page
-from compress.data.pixels import open_image
 from compress.eval import ocr
 from compress.eval.metrics import metric
 from compress.eval.retention import retention, worst_page_delta
@@ -71,7 +70,7 @@ class ReaderRun:
     def __init__(self, recipe: ReaderRecipe, folder: Path, device: str) -> None:
         settings = recipe.evaluate
         self.recipe, self.folder, self.device = recipe, folder, device
-        self.data = load_pages(recipe.data, open_image, settings.samples, settings.unseen_font)
+        self.data = load_pages(recipe.data, settings.samples, settings.unseen_font)
         ocr.check_accuracy(self.data)
         self.at = locate(recipe.model, "reader")
         check_dense(self.at)
@@ -333,7 +332,7 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
     if source.startswith("builtin:") and name in RENDERED:
         rendered = [page(0, index, RENDERED[name], "validation") for index in range(count)]
         return [OcrPage(str(i), lambda p=p: p.image, p.text) for i, p in enumerate(rendered)]  # type: ignore[misc]
-    return list(load_pages(source, open_image).pages[:count])
+    return list(load_pages(source).pages[:count])
 
 
 def with_calibration(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]) -> RuntimeMethod:

@@ -1,6 +1,6 @@
-"""Open a reader, and read image files with it."""
+"""Open a reader, and read pages with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import load_runtime
 from compress.common.environment import choose_device
-from compress.data.pixels import open_image
+from compress.common.files import write_text
+from compress.data.page_files import OcrPage, text_files
 from compress.eval.settings import ReadSettings
 from compress.methods.base import RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.locate import ModelFolder, locate
-from compress.models.reading import read_pages
+from compress.models.reading import Reading, try_pages
 
 
 def open_reader(
@@ -28,29 +29,45 @@ def open_reader(
 
 def read_files(
     model: str | Path | ModelFolder,
-    pages: Sequence[Path],
+    pages: Sequence[OcrPage],
     settings: ReadSettings | None = None,
     *,
+    batch: int = 1,
+    output: Path | None = None,
     device: str | None = None,
-) -> list[str]:
-    """Read image files one by one; the same as ``compress read``.
+) -> Iterator[tuple[OcrPage, Reading]]:
+    """Read pages, and yield each with what was read; the same as ``compress read``.
 
     Parameters
     ----------
     model : ``builtin:NAME``, a folder, a hub id, or a runtime checkpoint with its methods.
-    pages : image files.
+    pages : of :func:`compress.data.page_files.find_pages`, opened a batch at a time.
     settings : how they are read.
+    batch : pages that are read together.
+    output : new folder that gets a ``.md`` file for each page, as soon as it is read.
     device : CUDA where there is any when None.
 
     Raises
     ------
-    ValueError, FileNotFoundError : for a model or an image that cannot be used.
+    ValueError, FileNotFoundError : for a model that cannot be used. A page that cannot be read has
+        an ``error`` in its reading, and no file.
+    FileExistsError : when ``output`` holds something.
     """
+    if output is not None and output.exists() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"a new or empty folder is expected; {output} is none; name another")
+    names = {} if output is None else text_files(pages)
     settings = settings or ReadSettings()
-    images = [open_image(path) for path in pages]
     where = choose_device(device)
     network, processor, methods = open_reader(locate(model, "reader"), settings, where)
     if methods:
         Applied(network, methods)  # the network holds it
     limits = settings.prompt, settings.max_new_tokens
-    return [read_pages(network, processor, [image], *limits)[0].text for image in images]
+    for first in range(0, len(pages), batch):
+        chosen = pages[first : first + batch]
+        readings = try_pages(network, processor, chosen, *limits)
+        for page, reading in zip(chosen, readings, strict=True):
+            if output is not None and not reading.error:
+                path = output / names[page.name]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, reading.text + "\n")
+            yield page, reading

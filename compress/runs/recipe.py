@@ -195,7 +195,7 @@ def _read(source: str | Path) -> str:
     path = Path(source)
     if path.is_file():
         try:
-            return path.read_text(encoding="utf8")
+            return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecipeError(f"recipe {source} is not UTF-8 text: {error}") from error
     shipped = _shipped()

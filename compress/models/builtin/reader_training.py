@@ -16,7 +16,7 @@ from rapidfuzz.distance import Levenshtein
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from compress.common.files import write_text
+from compress.common.files import json_lines, write_text
 from compress.common.journal import Journal
 from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
@@ -298,8 +298,8 @@ class Trainer:
         """
         model, _ = load_vlm(stored)
         self.model.load_state_dict(model.state_dict())
-        lines = (stored / "train.jsonl").read_text(encoding="utf8").splitlines()
-        self.journal.rows = [json.loads(line) for line in lines]
+        lines = json_lines(stored / "train.jsonl")
+        self.journal.rows = [json.loads(line) for _, line in lines]
         step = self.journal.rows[-1]["step"]
         self.progress = Progress(step=step, level=len(self.plan.levels) - 1)
         self.journal.begin()
