@@ -433,6 +433,17 @@ def test_pages_that_are_too_large_for_a_model_are_refused_in_words(reader, lines
         evaluate(reader, lines, tmp_path / "out")
 
 
+def test_a_built_in_reader_says_what_it_was_not_trained_on(lines, tmp_path, caplog):
+    read = ("read", "--max-new-tokens", 1, "--device", "cpu")
+    assert run(*read, lines / "0.png").exit_code == 0
+    assert not caplog.text
+    for name in ("a", "b"):
+        Image.new("L", (300, 200), 255).save(tmp_path / f"{name}.png")
+    assert run(*read, tmp_path / "a.png", tmp_path / "b.png").exit_code == 0
+    (record,) = caplog.records
+    assert "a.png has 300x200 pixels, and what it reads there means" in record.getMessage()
+
+
 def test_reading_in_batches_equals_reading_one_by_one(reader, lines, tmp_path):
     evaluate(reader, lines, tmp_path / "three")
     evaluate(reader, lines, tmp_path / "one", batch=1)

@@ -73,30 +73,46 @@ def try_pages(
     model, processor, prompt, max_new_tokens : as in :func:`read_pages`.
     pages : each opened here, and named by its error.
     """
-    images: dict[int, Image.Image] = {}
-    found: dict[int, Reading] = {}
+    places, inputs, errors = open_prompts(model, processor, pages, prompt)
+    found = {place: Reading("", 0, 0, False, error) for place, error in errors.items()}
+    if places:
+        readings = _generate(model, processor, inputs, max_new_tokens)
+        found.update(zip(places, readings, strict=True))
+    return [found[place] for place in range(len(pages))]
 
+
+def open_prompts(
+    model: Any, processor: Any, pages: Sequence[OcrPage], prompt: str | None = None
+) -> tuple[list[int], dict[str, Any], dict[int, str]]:
+    """Open pages and build their prompt.
+
+    Returns
+    -------
+    places : of the pages that can be read, in ``pages``.
+    inputs : of the model for them, as :func:`page_prompts` makes them; empty where there are none.
+    errors : why each other page cannot be read, by its place; the page is named.
+    """
+    images: dict[int, Image.Image] = {}
+    errors: dict[int, str] = {}
     for place, page in enumerate(pages):
         try:
             images[place] = page.open()
         except (ValueError, OSError) as error:  # which name the file
-            found[place] = Reading("", 0, 0, False, str(error))
-    inputs = None
+            errors[place] = str(error)
+
+    def built() -> dict[str, Any]:
+        return page_prompts(model, processor, list(images.values()), prompt) if images else {}
+
     try:
-        inputs = page_prompts(model, processor, list(images.values()), prompt) if images else None
-    except Exception:  # a processor raises whatever it likes: find the page that it is about
+        return list(images), built(), errors
+    except Exception:  # a processor raises whatever it likes: find the pages that it is about
         for place, image in list(images.items()):
             try:
                 page_prompts(model, processor, [image], prompt)
             except Exception as error:
-                found[place] = Reading("", 0, 0, False, f"{pages[place].name}: {reason(error)}")
+                errors[place] = f"{pages[place].name}: {reason(error)}"
                 del images[place]
-        if images:
-            inputs = page_prompts(model, processor, list(images.values()), prompt)
-    if inputs is not None:
-        readings = _generate(model, processor, inputs, max_new_tokens)
-        found.update(zip(images, readings, strict=True))
-    return [found[place] for place in range(len(pages))]
+        return list(images), built(), errors
 
 
 def page_prompts(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Generator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from compress.models.locate import ModelFolder, locate
 from compress.models.reading import try_pages
 from compress.reports.reader import write_ocr_report
 from compress.runs.counting import counted, counted_metrics
-from compress.runs.reading import open_reader
+from compress.runs.reading import as_known, open_reader
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def evaluate_events(
     at = locate(model, "reader")
     source = data or default_pages(at)
     pages = load_pages(source, settings.samples, settings.unseen_font)
+    pages = replace(pages, pages=tuple(as_known(at, pages.pages)))
     if pages.annotations is not None:
         ocr.check_accuracy(pages)
     facts = {"model": at.name, "data": source, **settings.model_dump(), "model_hash": at.hash}

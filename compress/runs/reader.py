@@ -20,7 +20,8 @@ from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings
 from compress.eval.values import Value
 from compress.methods.base import Calibrated, Event, RuntimeMethod
 from compress.models.locate import locate
-from compress.models.visual import adapter_for, build_prompt, to_device
+from compress.models.reading import open_prompts
+from compress.models.visual import adapter_for
 from compress.models.weights import stored_tensors
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
@@ -260,13 +261,13 @@ def calibrate_on_pages(
     settings : prompt, and the number of pages that are read together.
     max_new_tokens : of a page.
     """
-    text = settings.prompt
-    text = adapter_for(model.config).read_prompt if text is None else text
     batches = []
     for first in range(0, len(pages), settings.batch):
-        images = [p.open() for p in pages[first : first + settings.batch]]
-        inputs = build_prompt(model, processor, images, [text] * len(images))
-        batches.append(to_device(inputs, model.device))
+        chosen = pages[first : first + settings.batch]
+        _, inputs, errors = open_prompts(model, processor, chosen, settings.prompt)
+        for error in errors.values():
+            raise ValueError(f"pages to calibrate on should all be readable: {error}")
+        batches.append(inputs)
     return method.calibrate(model, batches, max_new_tokens)
 
 

@@ -1,21 +1,30 @@
 """Open a reader, and read pages with it."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from compress.checkpoints.applied import Applied
-from compress.checkpoints.runtime import load_runtime
+from compress.checkpoints.runtime import base_model, load_runtime
 from compress.common.environment import choose_device
 from compress.common.files import write_text
 from compress.data.page_files import OcrPage, text_files
+from compress.data.pages import DOCUMENT, LINE, PAGE, SQUARE_PAGE
 from compress.eval.settings import ReadSettings
 from compress.methods.base import RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.locate import ModelFolder, locate
 from compress.models.reading import Reading, try_pages
+
+logger = logging.getLogger(__name__)
+
+RENDERED_SIZES = {kind.size for kind in (LINE, PAGE, SQUARE_PAGE, DOCUMENT)}
 
 
 def open_reader(
@@ -25,6 +34,27 @@ def open_reader(
     model, processor, methods = load_runtime(at, getattr(torch, settings.dtype))
     model.to(device)
     return model, with_mode(processor, settings.mode), methods
+
+
+def as_known(at: ModelFolder, pages: Sequence[OcrPage]) -> list[OcrPage]:
+    """Pages that say so, once, when a built-in reader opens one unlike those it was trained on."""
+    base = base_model(at)
+    if not base.startswith("builtin:"):
+        return list(pages)
+    said = []
+
+    def opened(page: OcrPage) -> Image.Image:
+        image = page.open()
+        if image.size not in RENDERED_SIZES and not said:
+            said.append(page.name)
+            logger.warning(
+                "%s was trained on small rendered pages alone; %s has %dx%d pixels, and what it "
+                "reads there means nothing; name another model for pages of your own",
+                *(base, page.name, *image.size),
+            )
+        return image
+
+    return [replace(page, open=partial(opened, page)) for page in pages]
 
 
 def read_files(
@@ -58,7 +88,9 @@ def read_files(
     names = {} if output is None else text_files(pages)
     settings = settings or ReadSettings()
     where = choose_device(device)
-    network, processor, methods = open_reader(locate(model, "reader"), settings, where)
+    at = locate(model, "reader")
+    network, processor, methods = open_reader(at, settings, where)
+    pages = as_known(at, pages)
     if methods:
         Applied(network, methods)  # the network holds it
     limits = settings.prompt, settings.max_new_tokens
