@@ -124,7 +124,8 @@ def page_reader(
         if applied is not None:
             applied.reset()
         readings = try_pages(model, processor, pages, *limits)
-        facts = None if applied is None else applied.facts()
+        none = all(reading.error for reading in readings)
+        facts = None if applied is None or none else applied.facts()
         for reading in readings:
             if reading.error:
                 logger.warning("scored as an empty page: %s", reading.error)

@@ -26,7 +26,7 @@ from compress.models.weights import stored_tensors
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.evaluation import PACKAGES, page_reader
-from compress.runs.reading import open_reader
+from compress.runs.reading import as_known, open_reader
 from compress.runs.recipe import ReaderRecipe
 
 CALIBRATION = "calibration.json"
@@ -75,6 +75,7 @@ class ReaderRun:
         ocr.check_accuracy(self.data)
         self.at = locate(recipe.model, "reader")
         check_dense(self.at)
+        self.data = replace(self.data, pages=tuple(as_known(self.at, self.data.pages)))
         self.model, self.processor, _ = open_reader(self.at, settings, device)
         self.variants = variants(recipe)
 
