@@ -17,6 +17,7 @@ import compress
 from builders import pipelines
 from compress.checkpoints.slim import save_slim
 from compress.cli import app
+from compress.common.files import folder_hash, is_litter
 from compress.eval import fidelity
 from compress.models.loading import load_pipeline
 from compress.models.pipelines import cast
@@ -268,6 +269,24 @@ def test_variants_are_read_where_plain_weights_lack(folder, family):
     loaded = load_pipeline(str(folder))
     expected = family("sd1").vae.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in loaded.vae.state_dict().items())
+
+
+def test_what_systems_leave_in_a_model_folder_is_no_part_of_it(folder, tmp_path):
+    clean = folder_hash(folder)
+    for name in (
+        *(
+            "unet/._config.json",
+            "unet/._diffusion_pytorch_model.safetensors",
+            "@eaDir/a.safetensors",
+        ),
+        *("__MACOSX/unet/._config.json", "vae/.ipynb_checkpoints/config-checkpoint.json"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    loaded = load_pipeline(str(folder))
+    assert folder_hash(folder) == clean
+    save_slim(loaded, tmp_path / "slim", {}, source=folder)
+    assert not [path for path in (tmp_path / "slim").rglob("*") if is_litter(path.name)]
 
 
 def test_sharded_variants_are_read(family, tmp_path):
