@@ -5,7 +5,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -161,19 +161,14 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 def _from_print(image: Image.Image) -> Image.Image:
     """CMYK or LAB as RGB."""
-    profile = image.info.get("icc_profile")
+    profile = image.info.get("icc_profile", b"")
     if image.mode == "CMYK" and not profile:
         return image.convert("RGB")
-    exif = image.getexif()
     try:
-        source = (
-            ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if image.mode == "CMYK"
-            else ImageCms.createProfile("LAB")
-        )
-        target = ImageCms.createProfile("sRGB")
-        made = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        given = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
+        profiles = ImageCms.ImageCmsProfile(given), ImageCms.createProfile("sRGB")
+        made = cast(Image.Image, ImageCms.profileToProfile(image, *profiles, outputMode="RGB"))
     except (ImageCms.PyCMSError, OSError):
-        return image.convert("RGB")  # a profile that is damaged, or of other colours
-    made.info["exif"] = exif.tobytes()
+        made = image.convert("RGB")  # a profile that is damaged, or of other colours
+    made.info["exif"] = image.getexif().tobytes()
     return made

@@ -41,7 +41,7 @@ def as_known(at: ModelFolder, pages: Sequence[OcrPage]) -> list[OcrPage]:
     base = base_model(at)
     if not base.startswith("builtin:"):
         return list(pages)
-    said = []
+    said: list[str] = []
 
     def opened(page: OcrPage) -> Image.Image:
         image = page.open()
