@@ -646,19 +646,50 @@ def test_half_precision(qwen):
 # ---- focal layers that the method finds itself ---------------------------------------------------
 
 
-def test_auto_chooses_the_layers_that_calibration_chooses(qwen):
+def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
     model, processor, inputs = qwen
-    calibration = calibrate(model, [inputs], keep_visual=0.1, max_new_tokens=4)  # 3 steps
+    calibrations = [
+        calibrate(model, [page], keep_visual=0.1, max_new_tokens=4)  # 3 steps
+        for page in _alone(model, processor)
+    ]
     with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
         held = DynamicCache(config=text_model(model).config)
         result = write(model, inputs, 6, **{cache_argument(model): held})
         [state] = handle.states.values()
-        assert tuple(state.policy.focal) == calibration.focal_layers
+        assert state.policy.focal == [of_page.focal_layers for of_page in calibrations]
         facts = handle.facts()
     dense = write(model, inputs, 6)
     torch.testing.assert_close(result[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
     assert not torch.allclose(result[1][:, 3], dense[1][:, 3], atol=1e-4)
     assert facts["attended"] < 0.9
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"focal_layers": "auto"},
+        {"focal_layers": "auto", "min_mass": 0.1, "periphery": 4},
+        {"focal_layers": "auto", "reuse": False},
+        {"focal_layers": "auto", "fixation": "static"},
+        {"focal_layers": [1], "min_visual": 100},
+        {"focal_layers": "auto", "min_visual": 100, "fixation": "window"},
+    ],
+    ids=str,
+)
+def test_an_answer_does_not_depend_on_its_batch(knobs):
+    model, processor = fastocr.model("qwen2_5_vl", layers=14)  # of which two are focal
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    method = FastOCR(keep_visual=0.05, warmup=2, **knobs)
+    with method.attach(model) as handle:
+        tokens, logits = write(model, inputs, 6)
+        together = handle.facts()
+        handle.reset()
+        for row, page in enumerate(_alone(model, processor)):
+            alone, alone_logits = write(model, page, 6)
+            assert torch.equal(alone[0], tokens[row])
+            torch.testing.assert_close(alone_logits[0], logits[row], atol=1e-5, rtol=0)
+        for name, fact in handle.facts().items():
+            assert together[name] == pytest.approx(fact)
 
 
 def test_calibration_on_a_model(qwen):

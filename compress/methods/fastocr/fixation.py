@@ -24,6 +24,13 @@ class Fixation:
     index: torch.Tensor
     valid: torch.Tensor
 
+    def where(self, rows: torch.Tensor, other: "Fixation") -> "Fixation":
+        """Itself for some sequences, ``(batch,)`` bool, another of its size for the rest."""
+        return Fixation(
+            torch.where(rows[:, None], self.index, other.index),
+            torch.where(rows[:, None], self.valid, other.valid),
+        )
+
     def to(self, device: torch.device) -> "Fixation":
         """The same on a device."""
         return Fixation(self.index.to(device), self.valid.to(device))

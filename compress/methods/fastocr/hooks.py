@@ -27,7 +27,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
@@ -149,7 +148,7 @@ class Handle:
         self.implementations = [(config, config._attn_implementation) for config in unique]
         self.min_visual = min_visual
         self.table = read_table() if min_visual == "auto" else {}
-        self.logged: set[str] = set()
+        self.warned = False
         self.slides = SLIDING in (getattr(text.config, "layer_types", None) or [])
         self.counts = Counts(len(text.layers))
         self.states: WeakKeyDictionary[Any, DecodeState] = WeakKeyDictionary()
@@ -298,37 +297,28 @@ class Handle:
                 before.followed_by(later, filled)
                 for before, later in zip(state.tokens.layouts, layouts, strict=True)
             ]
-        tokens = VisualTokens.of(layouts, filled + new, output.last_hidden_state.device)
+        device = output.last_hidden_state.device
+        least, why = self.min_visual, "min_visual"
+        if least == "auto":
+            least, why = crossover(device, self.table)
+        tokens = VisualTokens.of(layouts, filled + new, device, least)
         if self.preflight is not None and any(tokens.counts):
             raise ValueError(
                 f"FastOCR has no adapter for {self.model.config.model_type!r}, so model.generate "
                 "tries two steps of its first prompt with an image; got another call of the model "
                 "before that; generate once before a loop of your own"
             )
-        policy = self.make_policy(tokens, len(self.text.layers))
-        off = self._is_off(max(tokens.counts), tokens.rows.device)
-        self.states[cache] = DecodeState(tokens, policy, self.counts, off)
-
-    def _is_off(self, visual: int, device: torch.device) -> bool:
-        """Whether a batch is decoded densely, for it is faster; logs once why."""
-        least, why = self.min_visual, "min_visual"
-        if least == "auto":
-            least, why = crossover(device, self.table)
-            if why not in self.logged and not least:
-                self.logged.add(why)
-                _logger.info("fastocr stays on whatever the number of visual tokens: %s", why)
-        if not 0 < visual < least:
-            return False
-        if "off" not in self.logged:
-            self.logged.add("off")
+        if any(tokens.small) and not self.warned:
+            self.warned = True
             _logger.warning(
                 "fastocr switched itself off: %d visual tokens, and below %d dense decoding is "
                 "faster (%s); min_visual=0 keeps it on",
-                visual,
+                tokens.counts[tokens.small.index(True)],
                 least,
                 why,
             )
-        return True
+        policy = self.make_policy(tokens, len(self.text.layers))
+        self.states[cache] = DecodeState(tokens, policy, self.counts)
 
 
 def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:

@@ -56,7 +56,7 @@ class FastOCR(RuntimeMethod):
     """
     focal_layers: Literal["auto"] | Layers = "auto"
     """Layers that attend to all, as calibration measured them; "auto" chooses a seventh of the
-    layers in the first ``warmup`` steps of each batch, for the batch as a whole."""
+    layers for each page, in its first ``warmup`` steps."""
     dilate: NonNegative = 0
     """Rows and columns around the best tokens that replace the last ones; the number of tokens
     stays. Our own choice."""
@@ -71,9 +71,9 @@ class FastOCR(RuntimeMethod):
     mean of similar visual tokens, weighted by their number. Counted as attended. Our own choice; 0
     is the paper."""
     min_visual: Literal["auto"] | NonNegative = "auto"
-    """A batch none of whose sequences has as many visual tokens is decoded densely: few tokens cost
-    less than choosing among them. "auto" is what the benchmark measured on the device, 0 where it
-    was not measured; 0 never switches off. Our own choice."""
+    """A sequence with fewer visual tokens attends to all of them, which costs less than choosing
+    among so few. "auto" is what the benchmark measured on the device, 0 where it was not measured;
+    0 never switches off. Our own choice."""
     warmup: int = Field(8, ge=2)
     """Dense first steps where ``focal_layers`` is "auto"."""
     fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"

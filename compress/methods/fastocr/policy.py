@@ -1,6 +1,7 @@
 """Attention policies: which visual tokens each layer attends to in a decode step."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -58,8 +59,8 @@ class FocalPolicy:
     ----------
     tokens, layers : of the batch; layers of its model.
     keep : fraction of a sequence's visual tokens in the fixation.
-    focal : layers that are dense and choose the fixation of those below; None finds them in the
-        first ``warmup`` steps, which are dense, for the batch as a whole.
+    focal : layers that are dense and choose the fixation of those below; None finds those of each
+        sequence in its first ``warmup`` steps, which are dense.
     warmup : at least 2.
     dilate : rows and columns around the best tokens that replace the last ones.
     min_mass : the guard: below it the rest of a step is dense.
@@ -82,17 +83,18 @@ class FocalPolicy:
     ) -> None:
         self.tokens = tokens
         self.periphery = periphery
-        self.focal = focal
         self.keep = keep
         self.warmup = warmup
         self.min_mass = min_mass
         self.reuse = reuse
         self.step = -1
-        self.budgets = [budget(keep, count) for count in tokens.counts]
+        self.budgets = tokens.budgets(partial(budget, keep))
         device = tokens.rows.device
         self.limits = torch.tensor(self.budgets, device=device)
         self.near = _padded_neighbours(tokens, dilate) if dilate else None
         self.recorder = Recorder(tokens, layers, keep) if focal is None else None
+        self.layers = layers
+        self._set_focal([] if focal is None else [focal] * len(tokens.counts))
         self.chosen: Fixation | None = None  # by the last focal layer
         self.current: Fixation | None = None  # the same, with all tokens of refreshed sequences
         # sequences for which the rest of this step is dense
@@ -106,33 +108,45 @@ class FocalPolicy:
         if self.recorder is not None and self.step < self.warmup:
             self.recorder.start_step()
         elif self.recorder is not None:
-            sums = self.recorder.sums([self.warmup] * len(self.tokens.counts))
-            count = default_count(self.recorder.layers)
-            self.focal = summary([sums], self.keep, count, count).focal_layers
-            self.chosen = self._choose(self.recorder.scores[max(self.focal)])
+            self._set_focal(
+                [self._found(self.recorder, row) for row in range(len(self.tokens.counts))]
+            )
+            last = [self.recorder.scores[max(own)][row] for row, own in enumerate(self.focal)]
+            self.chosen = self._choose(torch.stack(last))
             self.recorder = None
         self.current = self.chosen
         self.refreshed = torch.zeros_like(self.refreshed)
 
     def fixation(self, layer: int) -> Fixation | None:
-        """None in the first step, while focal layers are being found, and at focal layers."""
-        if self.focal is None or self.step == 0 or layer in self.focal:
+        """None in the first step, while focal layers are being found, and at focal layers.
+
+        Where a layer is focal for some sequences only, the fixation of these is all they have.
+        """
+        if self.recorder is not None or self.step == 0:
             return None
-        return self.current if self.reuse or layer > min(self.focal) else None
+        dense = self.is_dense[layer]
+        if all(dense) or self.current is None:
+            return None
+        if not any(dense):
+            return self.current
+        return opened(self.current, self._rows(dense), self.tokens.valid)
 
     def needs_scores(self, layer: int) -> bool:
         """True of focal layers, and of all while focal layers are being found."""
-        return self.focal is None or layer in self.focal
+        return self.recorder is not None or any(self.is_focal[layer])
 
     def observe(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
         """Choose the fixation of the layers below; see `AttentionPolicy`."""
         if self.recorder is not None:
             return self.recorder.observe(layer, scores)
         before, self.chosen = self.chosen, self._choose(scores)
+        is_focal = self.is_focal[layer]
+        if before is not None and not all(is_focal):
+            self.chosen = self.chosen.where(self._rows(is_focal), before)
         self.current = self.chosen
         if not self.min_mass or before is None or self.step == 0:
             return 0
-        below = kept_mass(scores, before) < self.min_mass
+        below = (kept_mass(scores, before) < self.min_mass) & self._rows(is_focal)
         refreshes = below & self.tokens.valid.any(1) & ~self.refreshed
         self.refreshed = self.refreshed | refreshes
         # The one place where a step waits for the device, and only under the guard: a fixation with
@@ -140,6 +154,26 @@ class FocalPolicy:
         if self.refreshed.any():
             self.current = opened(self.chosen, self.refreshed, self.tokens.valid)
         return refreshes.sum()
+
+    def _set_focal(self, focal: Sequence[Sequence[int]]) -> None:
+        """The focal layers of each sequence, and the layers that are dense for it."""
+        self.focal = focal
+        self.is_focal = [[layer in own for own in focal] for layer in range(self.layers)]
+        self.is_dense = [
+            [layer in own or not (self.reuse or layer > min(own)) for own in focal]
+            for layer in range(self.layers)
+        ]
+
+    def _found(self, recorder: Recorder, row: int) -> Sequence[int]:
+        """The focal layers of one sequence; without visual tokens any would do."""
+        count = default_count(self.layers)
+        if not self.tokens.counts[row]:
+            return range(count)
+        steps = [self.warmup * (row == other) for other in range(len(self.tokens.counts))]
+        return summary([recorder.sums(steps)], self.keep, count, count).focal_layers
+
+    def _rows(self, flags: Sequence[bool]) -> torch.Tensor:
+        return torch.tensor(flags, device=self.tokens.rows.device)
 
     def _choose(self, scores: torch.Tensor) -> Fixation:
         return top_k(scores, self.limits, max(self.budgets), self.near)
@@ -208,10 +242,9 @@ def make_policy(method: "FastOCR", tokens: VisualTokens, layers: int) -> Attenti
             periphery=method.periphery,
         )
     dense = default_count(layers) if focal is None else len(focal)
-    budgets = [
-        same_mean_budget(method.keep_visual, count, layers, dense, method.periphery)
-        for count in tokens.counts
-    ]
+    budgets = tokens.budgets(
+        lambda count: same_mean_budget(method.keep_visual, count, layers, dense, method.periphery)
+    )
     device = tokens.rows.device
 
     def choose(layer: int, scores: torch.Tensor) -> Fixation:

@@ -5,6 +5,7 @@ It decides which layers are focal: those whose choice serves the others best.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class Recorder:
     def __init__(self, tokens: VisualTokens, layers: int, keep: float) -> None:
         self.layers = layers
         self.counts = tokens.counts
-        self.budgets = [budget(keep, count) for count in tokens.counts]
+        self.budgets = tokens.budgets(partial(budget, keep))
         self.limits = torch.tensor(self.budgets, device=tokens.rows.device)
         self.recall: list[torch.Tensor] = []  # one per step, (batch, layers, layers)
         self.previous: list[torch.Tensor] = []  # one fewer

@@ -25,7 +25,7 @@ class Counts:
     attended : per layer, visual tokens and summaries attended to; their sum is over these steps.
     refreshes : those of these steps in which the guard opened the fixation.
     dense : visual tokens that every layer attended to in steps of batches that were switched off.
-    switched_off : sequences of such batches.
+    switched_off : sequences that attended to all for they have few visual tokens.
     """
 
     def __init__(self, layers: int) -> None:
@@ -76,17 +76,18 @@ class DecodeState:
     tokens : where its visual tokens are.
     policy : decides what each layer attends to.
     counts : where this batch's steps are added.
-    off : leave its steps to dense attention, and only count them.
+
+    Attributes
+    ----------
+    off : whether no sequence has enough visual tokens: its steps are dense, and only counted.
     """
 
-    def __init__(
-        self, tokens: VisualTokens, policy: AttentionPolicy, counts: Counts, off: bool = False
-    ) -> None:
+    def __init__(self, tokens: VisualTokens, policy: AttentionPolicy, counts: Counts) -> None:
         self.tokens = tokens
         self.policy = policy
         self.counts = counts
-        self.off = off or not any(tokens.counts)  # without pages there is nothing to choose from
-        self.counts.switched_off += off * len(tokens.counts)
+        self.off = max(tokens.counts) < max(tokens.min_visual, 1)
+        self.counts.switched_off += sum(tokens.small)
         self.length = tokens.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()
         self._periphery: dict[int, Periphery] = {}  # by layer, from its first sparse step
@@ -114,24 +115,26 @@ class DecodeState:
     ) -> torch.Tensor:
         """Attention of a decode step; shapes as in :mod:`compress.methods.fastocr.attention`."""
         fixation = self.policy.fixation(layer)
-        if fixation is not None:
-            read, attended = self._read(fixation, key.shape[2], mask)
-            self.counts.attend(layer, attended)
-            if not self.policy.periphery:
-                return sparse_decode(query, key, value, *read, scaling)
-            if layer not in self._periphery:
-                self._periphery[layer] = self._group(key, value)
-            output, summaries = peripheral_decode(
-                query, key, value, *read, scaling, self._periphery[layer], fixation
-            )
-            self.counts.attend(layer, summaries)
-            return output
-        self.counts.attend(layer, self._all(mask))
-        # a dense layer is computed in the same way whether or not its scores are needed
-        output, weights = focal_decode(query, key, value, mask, scaling)
-        if self.policy.needs_scores(layer):
+        needs_scores = self.policy.needs_scores(layer)
+        if fixation is None or needs_scores:
+            # a dense layer is computed in the same way whether or not its scores are needed
+            output, weights = focal_decode(query, key, value, mask, scaling)
+        if needs_scores:
             scores = visual_scores(weights, self.tokens.rows, self.tokens.valid)
             self.counts.refreshes += self.policy.observe(layer, scores)
+        if fixation is None:
+            self.counts.attend(layer, self._all(mask))
+            return output
+        read, attended = self._read(fixation, key.shape[2], mask)
+        self.counts.attend(layer, attended)
+        if not self.policy.periphery:
+            return sparse_decode(query, key, value, *read, scaling)
+        if layer not in self._periphery:
+            self._periphery[layer] = self._group(key, value)
+        output, summaries = peripheral_decode(
+            query, key, value, *read, scaling, self._periphery[layer], fixation
+        )
+        self.counts.attend(layer, summaries)
         return output
 
     def _all(self, mask: torch.Tensor | None) -> int | torch.Tensor:

@@ -1,6 +1,6 @@
 """Where the visual tokens of a batch of prompts are in its cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,6 +20,7 @@ class VisualTokens:
     counts : visual tokens of each sequence.
     rows, valid : their rows in the cache, and which are not padding, ``(batch, visual)``.
     text, text_valid : the same of all other rows of the prompt, ``(batch, others)``.
+    min_visual : a sequence with fewer visual tokens attends to all of them.
     """
 
     layouts: Sequence[VisualLayout]
@@ -29,9 +30,31 @@ class VisualTokens:
     valid: torch.Tensor
     text: torch.Tensor
     text_valid: torch.Tensor
+    min_visual: int = 0
+
+    @property
+    def small(self) -> list[bool]:
+        """Which sequences have visual tokens, but fewer than ``min_visual``."""
+        return [0 < count < self.min_visual for count in self.counts]
+
+    def budgets(self, size: Callable[[int], int]) -> list[int]:
+        """How many visual tokens each sequence attends to, where ``size`` says it of their number.
+
+        It depends on the sequence alone: what a page is read as does not depend on its batch.
+        """
+        return [
+            count if small else size(count)
+            for count, small in zip(self.counts, self.small, strict=True)
+        ]
 
     @classmethod
-    def of(cls, layouts: Sequence[VisualLayout], length: int, device: torch.device) -> Self:
+    def of(
+        cls,
+        layouts: Sequence[VisualLayout],
+        length: int,
+        device: torch.device,
+        min_visual: int = 0,
+    ) -> Self:
         """Those of a prompt with these layouts and this length; see the class."""
         counts = [len(layout.positions) for layout in layouts]
         rows = torch.nn.utils.rnn.pad_sequence(
@@ -45,4 +68,4 @@ class VisualTokens:
         # False sorts first, and the sort is stable: the others in their order
         text = visual.int().argsort(dim=1, stable=True)[:, : length - min(counts)]
         text_valid = torch.arange(text.shape[1], device=device) < length - size
-        return cls(layouts, length, counts, rows, valid, text, text_valid)
+        return cls(layouts, length, counts, rows, valid, text, text_valid, min_visual)

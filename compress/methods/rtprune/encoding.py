@@ -34,7 +34,8 @@ def encoded_pages(
         there are any.
     """
     crops, grids = crop_counts(inputs), inputs.get("patches_grid")
-    cells = adapter_for(model.config).cells(model.config, inputs, [len(page) for page in features])
+    runs = [len(page) for page in features]
+    cells = adapter_for(model.config).cells(model.config, inputs, runs) or []
     pixels = inputs["pixel_values"]
     density: Sequence[torch.Tensor | None] = [None] * len(features)
     if method.keep_tokens == "dynamic":
