@@ -25,6 +25,14 @@ def _files(folder: Path) -> Iterator[str]:
 collect_ignore = ["toy"]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one process: what they share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _leaves_no_files() -> Iterator[None]:
     before = set(_files(REPOSITORY))

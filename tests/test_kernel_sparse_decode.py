@@ -3,11 +3,7 @@
 The oracle is softmax attention over the whole cache in float64 with -inf on what is not read.
 """
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,15 +100,9 @@ STATIC_CACHE = "test_fastocr.py::test_static_cache_gives_what_the_dynamic_one_gi
 )
 def test_fastocr_decodes_with_interpreted_kernels(names, chosen):
     """As these tests want it: every family, padding, caches, knobs, summaries."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, *names, "-k", chosen],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "COMPRESS_KERNELS": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout
+    variables = {"TRITON_INTERPRET": "1", "COMPRESS_KERNELS": "triton"}
+    run = programs.run("run_tests", *names, "-k", chosen, cwd=programs.TESTS, **variables)
+    assert " passed" in run.stdout, run.stdout
 
 
 # ---- compiled ------------------------------------------------------------------------------------
