@@ -1,23 +1,26 @@
 """The mask's flow: projection against independent oracles, and the laws of every step."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
+from compress.methods.gradflow import GradFlow
 from compress.methods.gradflow.flow import (
     binarise,
     block_sums,
     energy_gradient,
     flow_step,
     project,
-    removed_share,
     spearman,
     updates_fit,
 )
+from compress.methods.gradflow.schedule import removed_share, steepest_fall
 
 
 def problem(seed: int, units: int = 40, blocks: int = 6):
@@ -165,11 +168,15 @@ def test_the_flow_reaches_its_target_within_a_bound_that_was_accepted(schedule):
     # 2 of 16 are kept: units that are out early cannot take part in later drops
     sizes, quota, block = torch.tensor([16.0]), torch.tensor([2.0]), torch.zeros(16).long()
     accepted = 0
-    for updates in range(8, 48, 4):
+    for updates, derived in itertools.product([*range(1, 8), *range(8, 48, 4)], (True, False)):
         max_move = 0.1 if schedule == "s_shaped" else 0.25
+        if derived:
+            knobs = {"steps": updates, "update_every": 1, "settle": 0, "budget": schedule}
+            max_move = GradFlow(**knobs).max_move
         try:
             updates_fit(updates, sizes, quota, max_move, schedule)
         except ValueError:
+            assert not derived
             continue
         accepted += 1
         mask, scores = torch.ones(16), torch.linspace(0, 2, 16)
@@ -260,3 +267,22 @@ def test_spearman_shares_ranks_between_equal_scores():
     b = torch.tensor([4.0, 2.0, 2.0, 5.0, 1.0, 1.0])
     assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
     assert math.isnan(spearman(torch.ones(5), torch.arange(5.0)))
+
+
+@pytest.mark.parametrize("schedule", ["s_shaped", "cubic"])
+def test_the_steepest_fall_is_the_largest_of_all(schedule):
+    for updates in (1, 2, 3, 4, 7, 54):
+        shares = [removed_share(k / updates, schedule) for k in range(updates + 1)]
+        largest = max(b - a for a, b in itertools.pairwise(shares))
+        assert steepest_fall(updates, schedule) == pytest.approx(largest, rel=1e-12)
+
+
+def test_max_move_follows_the_steps_unless_it_is_set():
+    assert GradFlow().max_move == GradFlow(steps=100).max_move == 0.1
+    assert GradFlow(steps=20).max_move == 0.34375  # 4 updates: f(0.5) - f(0.25)
+    assert GradFlow(steps=1).max_move == 1
+    assert GradFlow(steps=20, budget="cubic", max_move=None).max_move == 0.578125
+    assert GradFlow(steps=20, max_move=0.2).max_move == 0.2
+    with pytest.raises(ValidationError) as refused:
+        GradFlow(steps="many")
+    assert refused.value.error_count() == 1

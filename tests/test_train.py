@@ -416,7 +416,7 @@ def test_bf16_trains_on_the_cpu():
         (oneshot(), {"batch": 4, "gradient_accumulation": 3}, {}, "batch=4"),
         (gradflow(max_move=0.05), {}, {}, r"max_move=0\.05; raise it"),
         (oneshot(), {}, {"prediction_type": "velocity"}, "'velocity'"),
-        (oneshot(keep_macs=0.05), {}, {}, r"keep_macs must be at least 0\.1.* got keep_macs=0\.05"),
+        (oneshot(keep_macs=0.05), {}, {}, r"keep_macs must be at least 0\.2.* got keep_macs=0\.05"),
         (oneshot(), {"trackers": ("notepad",)}, {}, "notepad"),
     ],
 )

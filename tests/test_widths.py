@@ -1,6 +1,7 @@
 """Level widths: what they cost, which are legal, and which are chosen."""
 
-import math
+import itertools
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from compress.common.cost import unet_cost
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import build_layout
-from compress.methods.gradflow.widths import TOLERANCE, MacModel, choose_widths, legal_widths
+from compress.methods.gradflow.unets import find_groups
+from compress.methods.gradflow.widths import AS_LARGE, MacModel, choose_widths, legal_widths
 
 NAMES = [
     "plain",
@@ -74,45 +76,62 @@ def test_the_middle_blocks_own_norm_limits_the_last_level():
     assert legal_widths(unet)[-1] == [16, 32]
 
 
-@pytest.mark.parametrize("name", ["plain", "one_head", "scale_shift", "deeper", "tied", "built_in"])
-def test_chosen_widths_keep_what_was_asked_and_can_be_built(name):
-    unet = models.build(name)
-    groups, total = models.groups(name), unet_cost(unet).macs
-    # the coarse grid of a tiny model may hit none of the round shares: half widths are on it
-    half = MacModel(unet, groups)(np.array([[w // 2 for w in dense_widths(unet)]]))[0] / total
-    reached = 0
-    for keep in (half + 0.01, 0.3, 0.5, 0.75, 0.97):
-        try:
-            widths = choose_widths(unet, groups, keep)
-        except ValueError as error:
-            assert "keep" in str(error)
-            continue
-        reached += 1
-        layout = build_layout(unet, groups, widths)
-        slim = surgery.perform(unet, layout, models.binary_mask(layout))
-        achieved = unet_cost(slim).macs / total
-        assert keep - TOLERANCE <= achieved <= keep
-        assert all(w in options for w, options in zip(widths, legal_widths(unet), strict=True))
-    assert reached >= (5 if name == "built_in" else 1)
+def test_levels_without_attention_need_no_whole_heads():
+    three = {
+        "block_out_channels": (16, 24, 32),
+        "down_block_types": ("DownBlock2D",) * 3,
+        "up_block_types": ("UpBlock2D",) * 3,
+        "attention_head_dim": 8,
+    }
+    unet = models.build("no_attention", **three)
+    assert legal_widths(unet)[-1] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert choose_widths(unet, find_groups(unet), 0.5) == (12, 16, 20)
+    # no attention, so nothing of attention's own norm either
+    assert legal_widths(models.build("no_attention", attn_norm_num_groups=8))[-1] == [4, 8, 12, 16]
+    # the middle block alone has attention
+    with_middle = legal_widths(models.build("no_attention", **three, add_attention=True))
+    assert with_middle == [[4, 8, 12, 16], [4, 8, 12, 16, 20, 24], [8, 16, 24, 32]]
 
 
-def test_no_more_even_widths_were_passed_over():
-    unet = models.build("built_in")
-    groups, dense = models.groups("built_in"), np.array(dense_widths(unet))
-    chosen = np.array(choose_widths(unet, groups, 0.5)) / dense
-    macs, total = MacModel(unet, groups), unet_cost(unet).macs
-    grids = np.meshgrid(*[[w for w in options] for options in legal_widths(unet)])
-    everything = np.stack([grid.ravel() for grid in grids], axis=1)
-    kept = macs(everything) / total
-    fits = everything[(kept <= 0.5) & (kept >= 0.47)]
-    shares = fits / dense
-    even = shares.max(1) / shares.min(1)
-    best = min(
-        e
-        for e, widths in sorted(zip(even, map(tuple, fits), strict=True))[:40]
-        if models.same_layers(unet, widths)
-    )
-    assert chosen.max() / chosen.min() == pytest.approx(best)
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        *itertools.product(["plain", "no_attention", "one_head", "tied"], (0.3, 0.47, 0.5, 0.97)),
+        *itertools.product(["deeper", "scale_shift", "sd1", "sdxl"], (0.5, 0.75)),
+        ("built_in", 0.5),
+    ],
+)
+def test_chosen_are_the_most_even_of_the_largest_widths_within_keep_macs(name, keep):
+    build = models.build_condition if name in models.CONDITION_CONFIGS else models.build
+    unet = build(name)
+    groups, dense = find_groups(unet), dense_widths(unet)
+    macs, total, kept = MacModel(unet, groups), unet_cost(unet).macs, {}
+    for widths in itertools.product(*legal_widths(unet)):
+        pairs = zip(itertools.pairwise(dense), itertools.pairwise(widths), strict=True)
+        if all((a == b) == (c == d) for (a, b), (c, d) in pairs):
+            kept[widths] = macs(np.array([widths]))[0] / total
+    largest = max(share for share in kept.values() if share <= keep)
+    near = [w for w, share in kept.items() if largest - AS_LARGE <= share <= keep]
+
+    def unevenness(widths):
+        ratios = [w / full for w, full in zip(widths, dense, strict=True)]
+        return round(max(ratios) / min(ratios), 9)
+
+    even = min(map(unevenness, near))
+    best = max((kept[w], w) for w in near if unevenness(w) == even)[1]
+    chosen = choose_widths(unet, groups, keep)
+    assert unevenness(chosen) == even
+    assert kept[chosen] == pytest.approx(kept[best], rel=1e-9)
+    layout = build_layout(unet, groups, chosen)
+    slim = surgery.perform(unet, layout, models.binary_mask(layout))
+    assert unet_cost(slim).macs / total == pytest.approx(kept[chosen], rel=1e-9)
+
+
+def test_a_grid_of_too_many_widths_is_cut_around_one_ratio(monkeypatch):
+    unet, groups = models.build("built_in"), models.groups("built_in")
+    everything = choose_widths(unet, groups, 0.4)
+    monkeypatch.setattr("compress.methods.gradflow.widths.MAX_CANDIDATES", 500)
+    assert choose_widths(unet, groups, 0.4) == everything
 
 
 def test_keep_everything_keeps_the_dense_widths():
@@ -121,26 +140,24 @@ def test_keep_everything_keeps_the_dense_widths():
         assert choose_widths(unet, models.groups(name), 1.0) == dense_widths(unet)
 
 
-def test_below_what_group_norm_allows_is_an_error():
-    unet = models.build("plain")
-    with pytest.raises(ValueError, match=r"at least 0\.\d+ .*GroupNorm has 4 groups.*0\.01"):
-        choose_widths(unet, models.groups("plain"), 0.01)
+def test_below_the_smallest_legal_widths_is_an_error_that_names_what_can_be_kept():
+    unet, groups = models.build("plain"), models.groups("plain")
+    # both levels cannot have 4 channels: they differ in the dense model
+    message = r"at least (0\.\d+) .* \[4, 8\] \(GroupNorm has 4 groups.*got keep_macs=0\.01"
+    with pytest.raises(ValueError, match=message) as refused:
+        choose_widths(unet, groups, 0.01)
+    least = float(re.search(message, str(refused.value)).group(1))
+    assert choose_widths(unet, groups, least) == (4, 8)
+    with pytest.raises(ValueError, match="at least"):
+        choose_widths(unet, groups, least - 0.001)
 
 
-def test_off_the_grid_is_an_error_that_names_the_nearest():
-    unet = models.build("plain")
-    groups = models.groups("plain")
-    total, macs = unet_cost(unet).macs, MacModel(unet, groups)
-    options = legal_widths(unet)
-    reachable = sorted(
-        float(macs(np.array([[a, b]]))[0]) / total
-        for a in options[0]
-        for b in options[1]
-        if models.same_layers(unet, (a, b))
-    )
-    gaps = [(b - a, a, b) for a, b in zip(reachable, reachable[1:], strict=False)]
-    gap, low, high = max(gaps)
-    assert gap > TOLERANCE + 0.01
-    keep = math.nextafter(high, 0) - 0.005
-    with pytest.raises(ValueError, match="no legal widths keep between .* the nearest are"):
-        choose_widths(unet, groups, keep)
+def test_between_the_widths_of_a_coarse_grid_the_ones_below_are_taken():
+    unet, groups = models.build("plain"), models.groups("plain")
+    macs = MacModel(unet, groups)
+    grid = np.array([w for w in itertools.product(*legal_widths(unet)) if w[0] != w[1]])
+    shares = np.sort(macs(grid) / macs.total)
+    below, above = max(itertools.pairwise(shares), key=lambda pair: pair[1] - pair[0])
+    assert above - below > 0.05
+    chosen = macs(np.array([choose_widths(unet, groups, above - 1e-3)]))[0] / macs.total
+    assert below - AS_LARGE <= chosen <= below

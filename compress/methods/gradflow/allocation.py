@@ -20,7 +20,7 @@ from compress.methods.gradflow import flow, surgery
 from compress.methods.gradflow.coarse import coarsen
 from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout, build_layout
-from compress.methods.gradflow.widths import TOLERANCE, choose_widths
+from compress.methods.gradflow.widths import choose_widths
 
 if TYPE_CHECKING:
     from compress.methods.gradflow.method import ChannelPruning
@@ -118,8 +118,8 @@ class Allocator:
 
     Raises
     ------
-    ValueError : for another class of model, or when the inner widths' steps are too coarse to come
-        within 3 points below ``keep_macs``.
+    ValueError : for another class of model, or when the smallest inner widths, whose steps are
+        coarse, keep more than ``keep_macs``.
     """
 
     def __init__(self, unet: UNet2DModel, layout: Layout, keep_macs: float) -> None:
@@ -137,13 +137,11 @@ class Allocator:
         self.least_macs = uniform.macs + sum(f.macs * more for f, more in least)
         self.least_params = uniform.params + sum(f.params * more for f, more in least)
         self.budget = keep_macs * total - self.least_macs
-        lowest = self.macs_range()[0]
-        if self.budget < 0 or lowest < (keep_macs - TOLERANCE) * total:
+        if self.budget < 0:
             raise ValueError(
-                f"inner widths must be able to come within {TOLERANCE * 100:.0f} points below "
-                f"keep_macs={keep_macs}; with level widths {list(layout.widths)} they keep "
-                f"{self.least_macs / total:.4f} or more and may end as low as "
-                f"{lowest / total:.4f}; choose allocation 'uniform' or another keep_macs"
+                f"the smallest inner widths must keep at most keep_macs={keep_macs}; with level "
+                f"widths {list(layout.widths)} they keep {self.least_macs / total:.4f}; choose "
+                "allocation 'uniform' or another keep_macs"
             )
 
     def layout(self, scores: torch.Tensor) -> Layout:

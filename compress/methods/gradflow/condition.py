@@ -27,22 +27,8 @@ from compress.methods.gradflow.groups import (
     level_of,
     merged,
     out_width,
+    whole_heads,
 )
-
-
-def whole_heads(unet: UNet2DConditionModel) -> bool:
-    """Whether pruning removes whole heads: the config lists the heads of each level."""
-    return not isinstance(unet.config.attention_head_dim, int)
-
-
-def heads_of_levels(unet: UNet2DConditionModel) -> tuple[int, ...]:
-    """The number of heads of each level with attention, 0 elsewhere."""
-    levels = len(unet.down_blocks)
-    heads = [0] * levels
-    for name, module in unet.named_modules():
-        if hasattr(module, "to_q"):
-            heads[level_of(name, levels)] = module.heads
-    return tuple(heads)
 
 
 @dataclass

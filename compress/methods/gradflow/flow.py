@@ -1,4 +1,4 @@
-"""The flow of the mask: budget schedule, energy, projection onto the sparse space, binarisation.
+"""The flow of the mask: energy, projection onto the sparse space, binarisation.
 
 Pure functions of tensors. The formulation is ours; it realises what the abstract of Wan et al.,
 "Pruning for Sparse Diffusion Models based on Gradient Flow" (arXiv 2501.09464) names.
@@ -9,23 +9,7 @@ import math
 import torch
 from scipy import stats
 
-
-def removed_share(progress: float, schedule: str) -> float:
-    """Share of the final removal that is due at ``progress`` in [0, 1] of the soft stage.
-
-    ``s_shaped`` is ``3 p^2 - 2 p^3``: slow while scores are noisiest and slow again at the end.
-    ``cubic`` is ``1 - (1 - p)^3``: most goes first.
-
-    Raises
-    ------
-    ValueError : for an unknown schedule.
-    """
-    p = min(max(progress, 0.0), 1.0)
-    if schedule == "s_shaped":
-        return p * p * (3 - 2 * p)
-    if schedule == "cubic":
-        return 1 - (1 - p) ** 3
-    raise ValueError(f"budget must be 's_shaped' or 'cubic'; got {schedule!r}; choose one")
+from compress.methods.gradflow.schedule import steepest_fall
 
 
 def block_sums(values: torch.Tensor, block: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -146,9 +130,7 @@ def updates_fit(
     ------
     ValueError : naming the largest mean drop of a step and what to change.
     """
-    shares = [removed_share(k / updates, schedule) for k in range(updates + 1)]
-    steepest = max(b - a for a, b in zip(shares, shares[1:], strict=False))
-    drop = steepest * float(((sizes - quota) / sizes).max())
+    drop = steepest_fall(updates, schedule) * float(((sizes - quota) / sizes).max())
     if drop > max_move:
         raise ValueError(
             f"max_move must be at least the largest mean drop of one mask update, {drop:.4f} "

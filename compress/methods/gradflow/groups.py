@@ -97,11 +97,29 @@ def attention_modules(unet: nn.Module) -> dict[str, Attention]:
     return {name: m for name, m in unet.named_modules() if isinstance(m, Attention)}
 
 
+def whole_heads(unet: UNet) -> bool:
+    """Whether pruning removes whole heads; otherwise every head gets narrower.
+
+    Heads stay where a plain config has their number alone: one head in a ``UNet2DModel`` without
+    ``attention_head_dim``, an int in a ``UNet2DConditionModel``.
+    """
+    heads = unet.config.attention_head_dim
+    if isinstance(unet, UNet2DConditionModel):
+        return not isinstance(heads, int)
+    return heads is not None
+
+
+def heads_of_levels(unet: UNet) -> tuple[int, ...]:
+    """The number of heads of each level with attention, 0 elsewhere."""
+    heads = [0] * len(dense_widths(unet))
+    for name, module in attention_modules(unet).items():
+        heads[level_of(name, len(heads))] = module.heads
+    return tuple(heads)
+
+
 def narrowed_queries(unet: UNet) -> tuple[str, ...]:
     """``to_q`` layers of attention whose heads get narrower: their softmax scale changes."""
-    heads = unet.config.attention_head_dim
-    kept = isinstance(heads, int) if isinstance(unet, UNet2DConditionModel) else heads is None
-    return tuple(f"{name}.to_q" for name in attention_modules(unet)) if kept else ()
+    return () if whole_heads(unet) else tuple(f"{name}.to_q" for name in attention_modules(unet))
 
 
 def dense_widths(unet: UNet) -> tuple[int, ...]:

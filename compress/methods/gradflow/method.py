@@ -4,10 +4,11 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compress.common.settings import Count, NonNegative, Positive
 from compress.methods.base import Event, Pruned, PruneJob, RunRecord, Section, WeightMethod
+from compress.methods.gradflow.schedule import steepest_fall
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -103,14 +104,23 @@ class GradFlow(ChannelPruning):
     """Shape of the budget's fall. The timestep sinusoid's values that the slim model cannot have
     shrink by the same schedule (our choice: cut at once, they alone make the loss jump as much as
     one-shot pruning does)."""
-    max_move: float = Field(0.1, gt=0, le=1)
-    """Continuity bound: no mask moves more than this in one update."""
     settle: float = Field(0.1, ge=0, lt=1)
     """Share of the soft stage after binarisation, when weights train on the binary mask."""
+    max_move: float = Field(None, gt=0, le=1, validate_default=True)
+    """Continuity bound: no mask moves more than this in one update. By default 0.1, or what the
+    steepest fall of the budget needs where there are few updates."""
     granularity: Literal["fine", "coarse"] = "fine"
     """"fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels together and
     estimates the criterion a third as often (the journal extension's variant; both numbers are our
     choice)."""
+
+    @field_validator("max_move", mode="before")
+    @classmethod
+    def _follow_schedule(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        knobs = cls.model_construct(**info.data)
+        return max(0.1, steepest_fall(knobs.updates, knobs.budget))
 
     @model_validator(mode="after")
     def _check_process(self) -> Self:

@@ -15,6 +15,7 @@ from compress.methods.gradflow.allocation import Allocator
 from compress.methods.gradflow.coarse import COARSE_REFRESH
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.schedule import removed_share
 from compress.parallel import sharding
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class MaskMover:
         if update % every == 0:
             # quotas rest in the second half, so that the masks can follow them to the end
             rank = self.estimate(soft, reallocate=progress <= LAST_REALLOCATION or update == 0)
-        removed = flow.removed_share(progress, method.budget)
+        removed = removed_share(progress, method.budget)
         budget = self.sizes - removed * (self.sizes - self.state.quota)
         if self.allocator is not None:
             # a quota that has just moved is followed as fast as the continuity bound allows

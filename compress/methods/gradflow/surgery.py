@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from compress.methods.gradflow.condition import heads_of_levels, whole_heads
-from compress.methods.gradflow.groups import dense_widths
+from compress.methods.gradflow.groups import dense_widths, heads_of_levels, whole_heads
 from compress.methods.gradflow.layout import Layout
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 

@@ -24,6 +24,7 @@ from compress.methods.gradflow.groups import (
     level_of,
     merged,
     out_width,
+    whole_heads,
 )
 
 BLOCKS: dict[type, set[str]] = {
@@ -197,7 +198,7 @@ def _slots(dependencies: Any, names: Mapping[nn.Module, str]) -> tuple[Slot, ...
 
 def _unit(producers: Sequence[str], unet: UNet) -> int:
     """Channels of a head where heads go whole."""
-    if unet.config.attention_head_dim is None:
+    if not whole_heads(unet):
         return 1
     for producer in producers:
         name, _, projection = producer.rpartition(".")

@@ -1,76 +1,61 @@
-"""Which level widths keep a given share of the MACs: legal ones only, as uniform as possible."""
+"""Which level widths keep a given share of the MACs: legal ones only, as even as possible."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
 
 from compress.common.cost import layer_macs, unet_inputs
-from compress.methods.gradflow.condition import heads_of_levels, whole_heads
-from compress.methods.gradflow.groups import ChannelGroup, dense_widths
+from compress.methods.gradflow.groups import (
+    ChannelGroup,
+    UNet,
+    dense_widths,
+    heads_of_levels,
+    level_of,
+    whole_heads,
+)
 from compress.methods.gradflow.layout import kept_frequencies, sinusoid_readers
 
-# widths that keep more than this below the asked share are refused (PyTorch users expect "half")
-TOLERANCE = 0.03
+# as large as the largest is what keeps at most this share of the MACs less
+AS_LARGE = 0.03
+# level widths that are compared; finer grids are cut around one ratio for all levels
+MAX_CANDIDATES = 2**18
 
 
-def legal_widths(unet: UNet2DModel) -> list[list[int]]:
-    """Widths that each level may take: multiples of ``norm_num_groups``, and of whole heads.
+def legal_widths(unet: UNet) -> list[list[int]]:
+    """Widths that each level may take: whole norm groups, whole heads, whole frequencies.
 
     Returns
     -------
     For every level the ascending legal widths up to the dense one.
     """
-    blocks = len(unet.config.block_out_channels)
-    with_heads = {
-        i for i, name in enumerate(unet.config.down_block_types) if name.startswith("Attn")
-    } | {
-        blocks - 1 - i
-        for i, name in enumerate(unet.config.up_block_types)
-        if name.startswith("Attn")
-    }
-    if unet.mid_block is not None:
-        with_heads.add(blocks - 1)  # the middle block works at the last level's width
+    dense, heads = dense_widths(unet), heads_of_levels(unet)
+    steps = [unet.config.norm_num_groups] * len(dense)
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            level = level_of(name, len(dense))
+            steps[level] = math.lcm(steps[level], module.num_groups)
     legal = []
-    for level, dense in enumerate(dense_widths(unet)):
-        if isinstance(unet, UNet2DConditionModel):
-            legal.append(_condition_widths(unet, level, dense))
-            continue
-        step = unet.config.norm_num_groups
-        if level in with_heads and unet.config.attention_head_dim is not None:
-            step = math.lcm(step, unet.config.attention_head_dim)
-        if level == blocks - 1 and unet.config.attn_norm_num_groups:
-            step = math.lcm(step, unet.config.attn_norm_num_groups)
-        widths = list(range(step, dense + 1, step))
-        if level == 0:
-            # the time embedding's sinusoid has one sine and one cosine per frequency
-            widths = [w for w in widths if w % 2 == 0]
-        legal.append(widths if widths and widths[-1] == dense else [*widths, dense])
-    return legal
-
-
-def _condition_widths(unet: UNet2DConditionModel, level: int, dense: int) -> list[int]:
-    step = unet.config.norm_num_groups
-    heads = heads_of_levels(unet)[level]
-    if heads:
-        # whole heads go, or every head gets narrower
-        step = math.lcm(step, dense // heads if whole_heads(unet) else heads)
-    widths = list(range(step, dense, step))
-    if level == 0:
-        widths = [width for width in widths if width % 2 == 0]
-    if level == 0 and unet.config.addition_embed_type == "text_time":
+    for width, step, count in zip(dense, steps, heads, strict=True):
+        if count:
+            # whole heads go, or every head gets narrower
+            step = math.lcm(step, width // count if whole_heads(unet) else count)
+        legal.append([*range(step, width, step), width])
+    # the time embedding's sinusoid has one sine and one cosine per frequency
+    legal[0] = [width for width in legal[0] if width % 2 == 0]
+    if unet.config.get("addition_embed_type") == "text_time":
         # the sinusoid of SDXL's sizes and crops has the same freq_shift, which must not change
-        shift = unet.config.freq_shift
-        widths = [w for w in widths if kept_frequencies(dense // 2, w // 2, shift)[1] == shift]
-    return [*widths, dense]
+        shift, half = unet.config.freq_shift, dense[0] // 2
+        legal[0] = [w for w in legal[0] if kept_frequencies(half, w // 2, shift)[1] == shift]
+    return legal
 
 
 class MacModel:
     """MACs of a UNet as a function of its level widths: each layer is inputs x outputs x area."""
 
-    def __init__(self, unet: UNet2DModel, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(self, unet: UNet, groups: Sequence[ChannelGroup]) -> None:
         levels = len(unet.config.block_out_channels)
         dense = dense_widths(unet)
         layers, attention = layer_macs(unet, unet_inputs(unet))
@@ -116,13 +101,11 @@ class MacModel:
         return macs
 
 
-def choose_widths(
-    unet: UNet2DModel, groups: Sequence[ChannelGroup], keep_macs: float
-) -> tuple[int, ...]:
-    """Level widths with at most ``keep_macs`` of the MACs.
+def choose_widths(unet: UNet, groups: Sequence[ChannelGroup], keep_macs: float) -> tuple[int, ...]:
+    """The most even of the largest level widths that keep at most ``keep_macs`` of the MACs.
 
-    Among the legal widths that keep at most the asked share and at least 3 points less, the ones
-    with the most even ratio over the levels are taken; ties go to more MACs.
+    Legal widths within 3 points of the largest count as equally large. Of these the ones are taken
+    whose ratios to the dense widths differ least between the levels; ties go to more MACs.
 
     Parameters
     ----------
@@ -132,49 +115,42 @@ def choose_widths(
 
     Raises
     ------
-    ValueError : when no legal widths come within 3 points below ``keep_macs``; names the nearest.
+    ValueError : when even the smallest legal widths keep more than ``keep_macs``.
     """
     dense = dense_widths(unet)
     if keep_macs == 1:
         return dense
-    legal = legal_widths(unet)
     macs = MacModel(unet, groups)
-    total = macs.total
-    floor = float(macs(np.array([[w[0] for w in legal]]))[0]) / total
-    if keep_macs < floor:
+    candidates = _candidates(unet, math.sqrt(keep_macs))
+    kept = macs(candidates) / macs.total
+    if kept.min() > keep_macs:
         raise ValueError(
-            f"keep_macs must be at least {floor:.4f} for this model, whose smallest legal widths "
-            f"are {[w[0] for w in legal]} (GroupNorm has {unet.config.norm_num_groups} groups, "
-            f"attention_head_dim is {unet.config.attention_head_dim}); got keep_macs={keep_macs}"
+            f"keep_macs must be at least {math.ceil(kept.min() * 1e4) / 1e4:.4f} for this model, "
+            f"whose smallest legal widths are {candidates[kept.argmin()].tolist()} (GroupNorm has "
+            f"{unet.config.norm_num_groups} groups, attention_head_dim is "
+            f"{unet.config.attention_head_dim}); got keep_macs={keep_macs}"
         )
-    # near-uniform candidates only: within a factor 1.6 of the ratio that would keep keep_macs
-    ratio = math.sqrt(keep_macs)
-    near = [
-        [w for w in widths if ratio / 1.6 <= w / full <= min(1.0, ratio * 1.6)] or [widths[0]]
-        for widths, full in zip(legal, dense, strict=True)
-    ]
-    candidates = np.array(list(itertools.product(*near)))
-    # diffusers builds a shortcut convolution exactly where neighbouring widths differ, so
-    # neighbours stay equal, or stay different
-    equal = np.diff(dense) == 0
-    candidates = candidates[((np.diff(candidates) == 0) == equal).all(1)]
-    kept = macs(candidates) / total
-    if not len(candidates):
-        raise ValueError(
-            f"no legal widths near keep_macs={keep_macs} leave the levels as different as they "
-            f"are in {list(dense)}; set a larger keep_macs"
-        )
-    fits = (kept <= keep_macs) & (kept >= keep_macs - TOLERANCE)
-    if not fits.any():
-        nearest = candidates[np.abs(kept - keep_macs).argmin()]
-        share = float(macs(nearest[None])[0]) / total
-        raise ValueError(
-            f"no legal widths keep between {keep_macs - TOLERANCE:.3f} and {keep_macs:.3f} of the "
-            f"MACs; the nearest are {nearest.tolist()} with {share:.4f}; set keep_macs to a share "
-            "that the grid has"
-        )
+    largest = kept[kept <= keep_macs].max()
+    fits = (kept <= keep_macs) & (kept >= largest - AS_LARGE)
     candidates, kept = candidates[fits], kept[fits]
     shares = candidates / np.array(dense)
     unevenness = shares.max(1) / shares.min(1)
     best = np.lexsort((-kept, unevenness.round(9)))[0]
     return tuple(int(w) for w in candidates[best])
+
+
+def _candidates(unet: UNet, ratio: float) -> np.ndarray:
+    """Legal level widths ``(candidates, levels)`` that leave the model's layers as they are.
+
+    diffusers builds a shortcut convolution exactly where neighbouring widths differ, so neighbours
+    stay equal, or stay different. Of too many widths those nearest to ``ratio`` are taken.
+    """
+    dense, legal = dense_widths(unet), legal_widths(unet)
+    runs = [list(run) for _, run in itertools.groupby(range(len(dense)), key=lambda i: dense[i])]
+    options = [sorted(set.intersection(*(set(legal[i]) for i in run))) for run in runs]
+    while math.prod(map(len, options)) > MAX_CANDIDATES:
+        most = max(options, key=len)
+        most.remove(max(most, key=lambda width: abs(math.log(width / (most[-1] * ratio)))))
+    grid = np.stack([axis.ravel() for axis in np.meshgrid(*options)], axis=1)
+    grid = grid[(np.diff(grid) != 0).all(axis=1)]
+    return np.repeat(grid, [len(run) for run in runs], axis=1)
