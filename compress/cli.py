@@ -222,6 +222,8 @@ def compare(
     from compress.reports.comparison import compare as compare_runs
 
     comparison = compare_runs(folders)
+    for difference in comparison.differences if as_json else ():
+        _say(f"note  {difference}: no run is marked as the best")
     if plot:
         _say(f"plot  {comparison.plot(plot)}")
     _print(comparison.rows, as_json, comparison.to_text())

@@ -6,6 +6,12 @@ from types import MappingProxyType
 from typing import Literal
 
 Better = Literal["lower", "higher", ""]
+Group = Literal["size", "quality", "speed", "more"]
+
+# the groups in their order in reports and comparisons, and their headings; the last is folded away
+GROUPS: Mapping[Group, str] = MappingProxyType(
+    {"size": "Size", "quality": "Quality", "speed": "Speed", "more": "More metrics"}
+)
 
 # ends the name of a metric over the pages in a font that no training page has
 UNSEEN_FONT = "_unseen_font"
@@ -21,6 +27,7 @@ class Metric:
     better : the direction in which it is better; empty for a plain count.
     unit : of its values, "share" for fractions that are shown in per cent; empty for none.
     how : how it is measured, where every run measures it in the same way.
+    group : what it belongs to; "more" is not among the numbers of the headline.
     heading : of its column in a generated table; the label when empty.
     form : format of its values in a generated table.
     scale : factor of its values in a generated table, which the heading names.
@@ -30,6 +37,7 @@ class Metric:
     better: Better = ""
     unit: str = ""
     how: str = ""
+    group: Group = "more"
     heading: str = ""
     form: str = ".4g"
     scale: float = 1.0
@@ -49,14 +57,24 @@ class Metric:
 
 
 DIFFUSION = {
-    "params": Metric("Parameters", "lower", "parameters"),
-    "macs": Metric("MACs", "lower", "MACs per forward"),
+    "params": Metric("Parameters", "lower", "parameters", group="size"),
+    "macs": Metric("MACs", "lower", "MACs per forward", group="size"),
     "validation_loss": Metric(
-        "Validation loss", "lower", "MSE of the prediction", heading="validation loss", form=".5f"
+        "Validation loss",
+        "lower",
+        "MSE of the prediction",
+        heading="validation loss",
+        form=".5f",
+        group="quality",
     ),
-    "fid": Metric("FID", "lower", "distance"),
+    "fid": Metric("FID", "lower", "distance", group="quality"),
     "fid_digits": Metric(
-        "FID (digits features)", "lower", "distance", heading="fid_digits", form=".2f"
+        "FID (digits features)",
+        "lower",
+        "distance",
+        heading="fid_digits",
+        form=".2f",
+        group="quality",
     ),
     "kid": Metric("KID", "lower", "squared MMD"),
     "kid_digits": Metric(
@@ -73,20 +91,23 @@ DIFFUSION = {
     "precision_digits": Metric("Precision (digits features)", "higher", "share"),
     "recall": Metric("Recall", "higher", "share"),
     "recall_digits": Metric("Recall (digits features)", "higher", "share"),
-    "ssim_to_dense": Metric("SSIM to dense", "higher", "SSIM", form=".4f"),
+    "ssim_to_dense": Metric("SSIM to dense", "higher", "SSIM", form=".4f", group="quality"),
     "mse_to_dense": Metric("MSE to dense", "lower", "squared grey level"),
-    "looks_like_digits": Metric("Looks like digits", "higher", "share"),
+    "looks_like_digits": Metric("Looks like digits", "higher", "share", group="quality"),
     "class_share_min": Metric("Rarest class", "higher", "share"),
     "class_share_max": Metric("Most frequent class", "lower", "share"),
-    "latency_ms": Metric("Latency per step (ms)", "lower", "ms per denoising step"),
-    "images_per_second": Metric("Images per second", "higher", "images/s"),
-    "peak_memory_mb": Metric("Peak memory (MB)", "lower", "MB"),
+    "latency_ms": Metric("Latency per step (ms)", "lower", "ms per denoising step", group="speed"),
+    "images_per_second": Metric("Images per second", "higher", "images/s", group="speed"),
+    "peak_memory_mb": Metric("Peak memory (MB)", "lower", "MB", group="size"),
 }
 OCR = {
+    "accuracy_retention": Metric("Accuracy retention", "higher", "share", group="quality"),
     "ned": Metric("Normalised edit distance", "lower", heading="NED", form=".2%"),
     "ned_corpus": Metric("Normalised edit distance, corpus", "lower"),
     "cer": Metric("CER", "lower"),
-    "cer_corpus": Metric("CER, corpus", "lower", heading="CER", form=".2%"),
+    "cer_corpus": Metric(
+        "Character error rate (CER)", "lower", heading="CER", form=".2%", group="quality"
+    ),
     "wer": Metric("WER", "lower"),
     "wer_corpus": Metric("WER, corpus", "lower"),
     "bleu": Metric("BLEU", "higher"),
@@ -94,19 +115,18 @@ OCR = {
     "meteor_exact_stem": Metric("METEOR (exact, stem)", "higher"),
     "token_precision": Metric("Token precision", "higher"),
     "token_recall": Metric("Token recall", "higher"),
-    "token_f1": Metric("Token F1", "higher", heading="F1", form=".2%"),
+    "token_f1": Metric("Token F1", "higher", heading="F1", form=".2%", group="quality"),
     "token_multiset_f1": Metric("Token F1, multisets", "higher"),
-    "text_edit": Metric("Text edit distance", "lower"),
+    "text_edit": Metric("Text edit distance", "lower", group="quality"),
     "text_edit_whole": Metric("Text edit distance, whole", "lower"),
-    "formula_edit": Metric("Formula edit distance", "lower"),
-    "reading_order_edit": Metric("Reading order edit distance", "lower"),
-    "teds": Metric("TEDS", "higher"),
+    "formula_edit": Metric("Formula edit distance", "lower", group="quality"),
+    "reading_order_edit": Metric("Reading order edit distance", "lower", group="quality"),
+    "teds": Metric("Table similarity (TEDS)", "higher", heading="TEDS", group="quality"),
     "teds_structure": Metric("TEDS, structure only", "higher"),
-    "overall": Metric("Overall", "higher"),
-    "overall_proxy": Metric("Overall, without CDM", "higher"),
-    "score": Metric("Score", "higher"),
-    "score_without_math": Metric("Score, without math", "higher"),
-    "accuracy_retention": Metric("Accuracy retention", "higher"),
+    "overall": Metric("Overall", "higher", group="quality"),
+    "overall_proxy": Metric("Overall, without CDM", "higher", group="quality"),
+    "score": Metric("Score", "higher", group="quality"),
+    "score_without_math": Metric("Score, without math", "higher", group="quality"),
     "worst_page_ned": Metric(
         "Worst page, edit distance", "lower", heading="worst page (NED)", form=".2%"
     ),
@@ -120,6 +140,7 @@ OCR = {
     "ocean_precision": Metric("Ocean-OCR precision", "higher"),
     "ocean_recall": Metric("Ocean-OCR recall", "higher"),
     "ocean_f1": Metric("Ocean-OCR F1", "higher"),
+    "pages_per_second": Metric("Pages per second", "higher", "pages/s", group="speed"),
     "visual_tokens": Metric("Visual tokens"),
     "new_tokens": Metric("New tokens"),
     "ended_rate": Metric("Pages ended by the model", "higher"),
@@ -152,7 +173,7 @@ def metric(name: str, others: Mapping[str, Metric] = MappingProxyType({})) -> Me
     if not unseen:
         return known
     label, heading = (f"{text}, unseen font" for text in (known.label, known.column()))
-    return replace(known, label=label, heading=heading)
+    return replace(known, label=label, heading=heading, group="more")
 
 
 def arrow(better: str) -> str:
@@ -165,7 +186,7 @@ def number_text(value: float | None, unit: str = "") -> str:
     if value is None:
         return "?"
     if unit == "share":
-        return f"{value:.1%}"
+        return f"{100 * value:.4g}%"
     for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= least:
             return f"{value / size:.4g} {letter}"

@@ -1,8 +1,9 @@
 """The OCR suite: let a model read pages, keep what it read, and score it."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from compress.eval.olmocr_bench import score_olmocr_bench
 from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import Accuracy
 from compress.eval.text_metrics import TextScores, ocean_scores, text_scores
-from compress.eval.values import Value, page_mean, resampled_sums, share
+from compress.eval.values import Value, page_mean, ratio_of_sums, resampled_sums, share
 
 # rules -> in which order Ocean-OCR's metrics get prediction and label
 OCEAN_ORDERS = {
@@ -67,9 +68,13 @@ class Scored:
 
 # pages to what a model reads on them
 Read = Callable[[Sequence[OcrPage]], Sequence[Prediction]]
+# of each batch: pages, and the seconds in which they were read
+Times = list[tuple[int, float]]
 
 
-def predict(data: OcrData, read: Read, batch: int, file: Path) -> Iterator[int]:
+def predict(
+    data: OcrData, read: Read, batch: int, file: Path, times: Times | None = None
+) -> Iterator[int]:
     """Read the pages that ``file`` lacks, and append to it after every batch.
 
     Parameters
@@ -78,6 +83,7 @@ def predict(data: OcrData, read: Read, batch: int, file: Path) -> Iterator[int]:
     read : the model.
     batch : pages that are read together.
     file : JSON lines, one `Prediction` each.
+    times : gets the pages of every batch that is read now, and the seconds.
 
     Yields
     ------
@@ -87,18 +93,35 @@ def predict(data: OcrData, read: Read, batch: int, file: Path) -> Iterator[int]:
     ------
     ValueError : for a damaged file.
     """
+    times = [] if times is None else times
     done = {prediction.page for prediction in read_predictions(file)}
     left = [page for page in data.pages if page.name not in done]
     count = len(data.pages) - len(left)
     yield count
     for first in range(0, len(left), batch):
         chosen = left[first : first + batch]
-        found = read(chosen)
-        lines = [json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in found]
+        begun = time.perf_counter()
+        predictions = read(chosen)
+        times.append((len(chosen), time.perf_counter() - begun))
+        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions]
         with file.open("a", encoding="utf8") as out:
             out.write("".join(lines))
         count += len(chosen)
         yield count
+
+
+def speed(times: Times, seed: int = 0) -> dict[str, Value]:
+    """``pages_per_second`` of the batches of one sitting; nothing for none.
+
+    The first batch, which warms the model up, is left out where there are more.
+    """
+    timed = times[1:] or times
+    if not timed:
+        return {}
+    pages, seconds = zip(*timed, strict=True)
+    how = f"pages / seconds to read them, {len(timed)} batches"
+    how += " after the first" * (len(times) > 1)
+    return {"pages_per_second": replace(ratio_of_sums(pages, seconds, how, seed), n=sum(pages))}
 
 
 def read_predictions(file: Path) -> list[Prediction]:

@@ -25,6 +25,7 @@ from compress.eval.ocr import (
     predict,
     read_predictions,
     score,
+    speed,
 )
 from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import retention, worst_page_delta
@@ -238,8 +239,24 @@ def test_reading_goes_on_where_it_was_killed(tmp_path):
         file.write('{"page": "3", "te')
     assert list(predict(data, read, 3, parts)) == [3, 6, 7]
     assert asked == ["0", "1", "2", "3", "4", "5", "6"]
-    assert parts.read_bytes() == whole.read_bytes()
+    assert parts.read_bytes() == whole.read_bytes()  # no times in them
     assert list(predict(data, read, 3, parts)) == [7]
+
+
+def test_pages_per_second_leave_the_first_batch_out(tmp_path, monkeypatch):
+    clock = iter([0, 9, 10, 12, 20, 21])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    times = []
+    data = pages_of(*"abcde")
+
+    def read(names, _):
+        return [prediction(name, "") for name in names]
+
+    assert list(predict(data, read, 2, tmp_path / "p.jsonl", times)) == [0, 2, 4, 5]
+    assert times == [(2, 9), (2, 2), (1, 1)]
+    value = speed(times)["pages_per_second"]
+    assert value.value == 1 and value.n == 3 and "2 batches after the first" in value.how
+    assert speed([(4, 2.0)])["pages_per_second"].value == 2 and speed([]) == {}
 
 
 def test_a_damaged_line_is_named(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from compress.data.ocr_pages import OcrData, OcrPage
-from compress.eval.metrics import METRICS
+from compress.eval.metrics import GROUPS, METRICS
 from compress.eval.ocr import Prediction
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.figures import returned_units, smooth
@@ -158,7 +158,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "link", "img", "br"}:
+        if tag not in {"meta", "link", "img", "br", "wbr"}:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -198,6 +198,25 @@ def test_page_names_every_metric_with_its_numbers(page):
     for wanted in ("13.72", "[12.82, 14.62]", "1.088 M", "87.1%", "1,536", "0.823×", "floor 4.48"):
         assert wanted in page.text
     assert "Keeps 49.5% of the dense model’s MACs (requested: 50%)" in page.text
+
+
+def test_page_has_its_numbers_in_groups_and_the_rest_folded(page):
+    assert "gradflow of builtin:ddpm-digits" in page.text
+    shown, _, folded = page.text.partition("More metrics (2)")
+    for label in ("Size", "Quality", "Speed", "1.088 M", "dense: 2.178 M, ratio 0.500×"):
+        assert label in shown
+    assert "dense: 14.91, 1.51× as fast" in shown
+    assert "Precision (digits features)" in folded and "KID" not in shown.split("Metrics")[0]
+    assert [tag for tag, _ in page.tags].count("details") == 2  # and the recipe
+
+
+def test_page_lets_a_signature_break_between_its_parts(tmp_path):
+    folder = make_run(tmp_path / "run")
+    content = json.loads((folder / "metrics.json").read_text())
+    content["metrics"]["bleu"] = content["metrics"]["fid_digits"] | {"how": "nrefs:1|<b>|eff:yes"}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    text = write_report(folder, GradFlow()).read_text(encoding="utf8")
+    assert "nrefs:1|<wbr>&lt;b&gt;|<wbr>eff:yes" in text
 
 
 def test_page_tells_the_flow_and_the_surgery(page):
@@ -341,7 +360,7 @@ def test_comparison_has_a_row_per_metric_and_a_column_per_run(tmp_path):
     comparison = compare(folders)
     assert comparison.names == ("dense", "a", "b")
     rows = {row["metric"]: row for row in comparison.rows}
-    assert list(rows) == [name for name in METRICS if name in UNITS]
+    assert set(rows) == set(UNITS)
     assert rows["fid_digits"]["best"] == "a" and rows["precision_digits"]["best"] == "b"
     assert rows["macs"]["best"] is None  # equal
     assert rows["fid_digits"]["runs"]["b"]["value"] == pytest.approx(13.72 * 1.1)
@@ -369,6 +388,79 @@ def test_comparison_survives_runs_with_other_metrics_and_other_dense_models(tmp_
     rows = {row["metric"]: row["runs"] for row in compare([first, second]).rows}
     assert set(rows["fid_digits"]) == {"dense", "a"}
     assert set(rows["params"]) == {"a", "b"}
+
+
+def change_facts(folder: Path, **facts) -> Path:
+    content = json.loads((folder / "metrics.json").read_text())
+    content["run"] |= facts
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"model": "other"}, "the base model differs (a: builtin:ddpm-digits, b: other)"),
+        ({"data": "folder:x"}, "the data differs (a: builtin:digits, b: folder:x)"),
+        ({"device": "NVIDIA H100"}, "the device differs (a: cpu, b: NVIDIA H100)"),
+        # what was evaluated is named otherwise, what it was made of is the same
+        ({"model": "runs/slim", "base_model": "builtin:ddpm-digits"}, ""),
+        ({"seed": 7}, ""),
+    ],
+)
+def test_comparison_stars_nothing_across_models_data_or_devices(tmp_path, facts, said):
+    same = {"model": "builtin:ddpm-digits", "data": "builtin:digits"}
+    folders = [change_facts(make_run(tmp_path / "a"), **same)]
+    folders.append(change_facts(make_run(tmp_path / "b", shift=1.1), **(same | facts)))
+    comparison = compare(folders)
+    text = " ".join(comparison.to_text(200).split())
+    best = {row["best"] for row in comparison.rows}
+    if said:
+        assert said in text and "no run is marked as the best" in text
+        assert best == {None} and "*" not in text
+    else:
+        assert comparison.differences == () and {"a", "b"} <= best and "*: best run" in text
+
+
+def test_comparison_stars_no_value_that_stands_alone_or_has_another_n(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", shift=1.1)]
+    content = json.loads((folders[1] / "metrics.json").read_text())
+    del content["metrics"]["fid_digits"]
+    content["metrics"]["kid_digits"]["compressed"]["n"] = 64
+    (folders[1] / "metrics.json").write_text(json.dumps(content))
+    rows = {row["metric"]: row for row in compare(folders).rows}
+    assert rows["fid_digits"]["best"] is None and rows["kid_digits"]["best"] is None
+    assert rows["latency_ms"]["best"] == "a"
+
+
+def test_comparison_is_in_groups(tmp_path):
+    comparison = compare([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
+    groups = [row["group"] for row in comparison.rows]
+    assert list(dict.fromkeys(groups)) == ["size", "quality", "speed", "more"]
+    assert sorted(groups, key=list(GROUPS).index) == groups
+    text = comparison.to_text(100)
+    assert text.index("SIZE") < text.index("MACs") < text.index("QUALITY") < text.index("SPEED")
+
+
+def test_comparison_draws_no_panel_of_one_point(tmp_path, monkeypatch):
+    folders = [make_run(tmp_path / name) for name in "ab"]
+    content = json.loads((folders[1] / "metrics.json").read_text())
+    content["metrics"] = {"fid_digits": content["metrics"]["fid_digits"]}
+    (folders[1] / "metrics.json").write_text(json.dumps(content))
+    for folder in folders:
+        content = json.loads((folder / "metrics.json").read_text())
+        content["metrics"] = {n: e["compressed"] | e for n, e in content["metrics"].items()}
+        for entry in content["metrics"].values():
+            del entry["compressed"], entry["dense"]
+        (folder / "metrics.json").write_text(json.dumps(content))
+    drawn = []
+    monkeypatch.setattr(
+        "compress.reports.figures.comparison_panels", lambda _, rows: drawn.extend(rows) or b""
+    )
+    compare(folders).plot(tmp_path / "plot.png")
+    assert [row["metric"] for row in drawn] == ["fid_digits"]
+    with pytest.raises(ValueError, match="no metric of a has two"):
+        compare(folders[:1]).plot(tmp_path / "plot.png")
 
 
 def test_comparison_tells_runs_of_one_name_apart(tmp_path):

@@ -8,13 +8,11 @@ import numpy as np
 from PIL import Image
 
 from compress.common.files import image_png
-from compress.eval.metrics import number_text
 from compress.methods.base import Figure, Section, WeightMethod
-from compress.reports.html import Card, drawn, write_page
-from compress.reports.run_folder import Run, metric_of, read_run
+from compress.reports.html import drawn, write_page
+from compress.reports.run_folder import Run, read_run
 
 GRID = 8  # samples in a row
-HEADLINE = ("params", "fid", "fid_digits", "ssim_to_dense", "latency_ms")
 
 
 def write_report(folder: Path, method: WeightMethod) -> Path:
@@ -40,9 +38,9 @@ def write_report(folder: Path, method: WeightMethod) -> Path:
     return write_page(
         run.folder,
         run.metrics,
+        " of ".join(str(part) for part in (method.label(), run.recipe.get("model")) if part),
         _line(run, method),
         lead=_lead(run.metrics["metrics"], method),
-        cards=_cards(run.metrics["metrics"]),
         sections=[*_samples(run), *drawn(lambda: method.sections(run))],
         recipe=run.recipe_text,
     )
@@ -51,9 +49,7 @@ def write_report(folder: Path, method: WeightMethod) -> Path:
 def _line(run: Run, method: WeightMethod) -> list[str]:
     knobs = method.model_dump()
     parts = {
-        "model": run.recipe.get("model"),
         "data": run.recipe.get("data"),
-        "method": method.name,
         "criterion": knobs.get("criterion"),
         "process": knobs.get("process"),
         "seed": run.metrics.get("run", {}).get("seed"),
@@ -66,20 +62,6 @@ def _lead(metrics: Mapping[str, Any], method: WeightMethod) -> str:
     if macs is None:
         return ""
     return f"Keeps {macs:.1%} of the dense model’s MACs (requested: {method.keep_macs:.0%})."
-
-
-def _cards(metrics: Mapping[str, Any]) -> list[Card]:
-    cards = []
-    for name in HEADLINE:
-        if (entry := metrics.get(name)) is None:
-            continue
-        after, before = (
-            number_text(entry[side]["value"], entry.get("unit", ""))
-            for side in ("compressed", "dense")
-        )
-        note = "" if name == "ssim_to_dense" else f"dense: {before}"
-        cards.append(Card(metric_of(name).label, after, note))
-    return cards
 
 
 def _samples(run: Run) -> list[Section]:

@@ -89,7 +89,7 @@ def comparison_panels(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
         axes.set_title(f"{metric_of(row['metric']).label} {arrow(row['better'])}", fontsize=11)
         axes.tick_params(labelsize=11)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(lambda value, _: number_text(value))
+        axes.xaxis.set_major_formatter(lambda value, _, unit=row["unit"]: number_text(value, unit))
     for axes in list(panels):
         axes.set_visible(False)
     return figure

@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader
 
 from compress.common.extras import MissingExtraError
 from compress.common.files import write_bytes, write_text
-from compress.eval.metrics import arrow, number_text
+from compress.eval.metrics import GROUPS, arrow, number_text
 from compress.methods.base import Figure, Section
-from compress.reports.run_folder import metric_of
+from compress.reports.run_folder import grouped, metric_of
 
 
 class Card(NamedTuple):
@@ -46,6 +46,40 @@ class PageText(NamedTuple):
     marked: bool
 
 
+def headline(metrics: Mapping[str, Any]) -> dict[str, list[Card]]:
+    """Heading -> a card for each metric of size, quality and speed.
+
+    Parameters
+    ----------
+    metrics : name -> entry of metrics.json.
+    """
+    return {
+        GROUPS[group]: [_card(name, metrics[name], group) for name in names]
+        for group, names in grouped(metrics).items()
+        if group != "more"
+    }
+
+
+def _card(name: str, entry: Mapping[str, Any], group: str) -> Card:
+    unit = _unit(entry, name)
+    value = number_text(entry.get("compressed", entry)["value"], unit)
+    notes = []
+    if name.endswith("_to_dense"):
+        notes.append("on the dense model's images from the same noise")
+    elif dense := entry.get("dense"):
+        notes.append(f"dense: {number_text(dense['value'], unit)}")
+        if (ratio := entry.get("ratio")) and group == "speed":
+            faster = 1 / ratio if entry.get("better") == "lower" else ratio
+            notes.append(f"{faster:.2f}× as fast")
+        elif ratio:
+            notes.append(f"ratio {_ratio(ratio)}")
+    return Card(metric_of(name).label, value, ", ".join(notes))
+
+
+def _unit(entry: Mapping[str, Any], name: str) -> str:
+    return str(entry.get("unit") or metric_of(name).unit)
+
+
 def drawn(draw: Callable[[], Sequence[Section]]) -> Sequence[Section]:
     """The sections that ``draw`` returns; one that says why where there is nothing to draw with."""
     try:
@@ -57,10 +91,10 @@ def drawn(draw: Callable[[], Sequence[Section]]) -> Sequence[Section]:
 def write_page(
     folder: Path,
     metrics: Mapping[str, Any],
+    title: str,
     line: Sequence[str],
     *,
     lead: str = "",
-    cards: Sequence[Card] = (),
     sections: Sequence[Section] = (),
     pages: Sequence[PageText] = (),
     facts_title: str = "The run",
@@ -74,8 +108,9 @@ def write_page(
     ----------
     folder : of the run.
     metrics : what metrics.json holds.
-    line : what stands below the heading, part by part.
-    lead, cards : the headline.
+    title : the heading.
+    line : what stands below it, part by part.
+    lead : a sentence above the numbers of the headline.
     sections : between the metrics and the pages.
     pages : pages beside what was read on them.
     facts_title : heading of what the result depends on.
@@ -91,12 +126,14 @@ def write_page(
                 write_bytes(folder / f"{figure.name}.png", figure.image)
     path = folder / "report.html"
     text = _TEMPLATES.get_template("report.html.jinja").render(
-        name=folder.resolve().name,
-        line=line,
+        title=title,
+        line=[*line, f"folder {folder.resolve().name}"],
         warnings=metrics.get("warnings", []),
         lead=lead,
-        cards=cards,
+        cards=headline(metrics["metrics"]),
         metrics=metrics["metrics"],
+        groups={GROUPS[group]: names for group, names in grouped(metrics["metrics"]).items()},
+        more=GROUPS["more"],
         floor=metrics.get("floor") or {},
         sections=sections,
         pages=pages,
@@ -142,4 +179,5 @@ _TEMPLATES.filters |= {
     "label": lambda name: metric_of(name).label,
     "number": number_text,
     "ratio": _ratio,
+    "unit": _unit,
 }

@@ -12,7 +12,8 @@ from compress.data.ocr_pages import OcrData, OcrPage
 from compress.eval.ocr import Prediction, read_predictions
 from compress.eval.text_metrics import edit_distance, normalise
 from compress.methods.base import Figure, RuntimeMethod, Section, Shown
-from compress.reports.html import Card, PageText, Table, drawn, write_page
+from compress.methods.registry import runtime_method
+from compress.reports.html import PageText, Table, drawn, write_page
 from compress.reports.run_folder import measure, metric_of, series_name, used_share
 
 SHOWN_LONGEST = 900  # pixels: larger images are scaled down in the report
@@ -60,12 +61,9 @@ def write_reader_report(
     return write_page(
         folder,
         metrics,
-        [
-            f"model {facts['model']}",
-            f"data {facts['data']}",
-            f"method {' + '.join(facts['method'])}",
-        ],
-        cards=_cards(metrics["comparison"][1], metrics["accuracy"], compressed.methods),
+        f"{' + '.join(method.label() for method in compressed.methods)} on {facts['model']}",
+        [f"data {facts['data']}", f"{facts['pages']} pages"],
+        lead=_lead(metrics["comparison"][1], metrics["accuracy"]),
         sections=[_comparison(metrics["comparison"], metrics["accuracy"]), *drawn(of_methods)],
         pages=chosen_pages(data, read),
     )
@@ -83,23 +81,26 @@ def write_ocr_report(
     predictions : one of each.
     metrics : what metrics.json holds.
     """
-    line = [f"{name} {metrics['run'][name]}" for name in ("model", "data", "pages")]
-    if metrics["methods"]:
-        line.append(f"method {' + '.join(method['name'] for method in metrics['methods'])}")
-    pages = chosen_pages(data, predictions)
-    return write_page(folder, metrics, line, pages=pages, facts_title="The evaluation")
+    facts, methods = metrics["run"], [runtime_method(one).label() for one in metrics["methods"]]
+    return write_page(
+        folder,
+        metrics,
+        f"{facts['model']}{', with ' if methods else ''}{' + '.join(methods)}",
+        [f"data {facts['data']}", f"{facts['pages']} pages"],
+        pages=chosen_pages(data, predictions),
+        facts_title="The evaluation",
+    )
 
 
-def _cards(row: Mapping[str, Any], accuracy: str, methods: Sequence[RuntimeMethod]) -> list[Card]:
-    cards = []
-    if kept := row.get("accuracy_retention"):
-        cards.append(Card("Accuracy retention", _percent(kept["value"]), f"{accuracy}, over dense"))
-    return cards + [
-        Card(metric.label, _percent(row[name]), metric.how)
-        for method in methods
-        for name, metric in method.metrics.items()
-        if name in row
-    ]
+def _lead(row: Mapping[str, Any], accuracy: str) -> str:
+    """How well the pages are read, with how many of the visual tokens."""
+    if (kept := row.get("accuracy_retention")) is None:
+        return ""
+    used = used_share(row)
+    with_tokens = "" if used is None else f", with {_percent(used)} of the visual tokens"
+    return (
+        f"Keeps {_percent(kept['value'])} of the dense model’s accuracy ({accuracy}){with_tokens}."
+    )
 
 
 def _comparison(rows: Sequence[Mapping[str, Any]], accuracy: str) -> Table:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from compress.common.files import json_lines, read_json
-from compress.eval.metrics import Metric, metric
+from compress.eval.metrics import GROUPS, METRICS, Group, Metric, metric
 from compress.methods.base import RunRecord, RuntimeMethod
 from compress.methods.registry import METHODS, runtime_method
 
@@ -126,6 +126,14 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 def metric_of(name: str) -> Metric:
     """What is known of a metric by its name in metrics.json, those of the methods included."""
     return metric(name, OF_METHODS)
+
+
+def grouped(names: Iterable[str]) -> dict[Group, list[str]]:
+    """Metrics by their group, groups and metrics in the order of the registry."""
+    order = {name: place for place, name in enumerate([*OF_METHODS, *METRICS])}
+    known = sorted(names, key=lambda name: order.get(name, len(order)))
+    groups = {group: [n for n in known if metric_of(n).group == group] for group in GROUPS}
+    return {group: members for group, members in groups.items() if members}
 
 
 # ---- the variants of a run on a reader ---------------------------------------------------------

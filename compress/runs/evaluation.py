@@ -84,7 +84,13 @@ def evaluate_events(
     pages = replace(pages, pages=tuple(as_known(at, pages.pages)))
     if pages.annotations is not None:
         ocr.check_accuracy(pages)
-    facts = {"model": at.name, "data": source, **settings.model_dump(), "model_hash": at.hash}
+    facts = {
+        "model": at.name,
+        "base_model": base_model(at),
+        "data": source,
+        **settings.model_dump(),
+        "model_hash": at.hash,
+    }
     if resume:
         check_same_settings(output / SETTINGS, facts)
     network, processor, methods = open_reader(at, settings, where)
@@ -92,7 +98,8 @@ def evaluate_events(
     read = page_reader(network, processor, settings, applied)
     with claim(output, resume=resume, overwrite=overwrite):
         write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
-        for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS):
+        times: ocr.Times = []
+        for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS, times):
             yield Event("read", count, len(pages.pages))
         run = {
             **facts,
@@ -100,7 +107,7 @@ def evaluate_events(
             **created(where),
             "versions": versions_of(PACKAGES),
         }
-        metrics = {**_score(pages, output, settings, methods), "run": run}
+        metrics = {**_score(pages, output, settings, methods, times), "run": run}
         write_json(output / "metrics.json", metrics)
         write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
     yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
@@ -138,13 +145,17 @@ def page_reader(
 
 
 def _score(
-    data: OcrData, output: Path, settings: OcrEvaluation, methods: Sequence[RuntimeMethod]
+    data: OcrData,
+    output: Path,
+    settings: OcrEvaluation,
+    methods: Sequence[RuntimeMethod],
+    times: ocr.Times,
 ) -> dict[str, Any]:
     """The metrics, the methods, and what they counted."""
     read = ocr.read_predictions(output / PREDICTIONS)
     counts = counted(methods, read)
     metrics = ocr.score(data, read, strict=settings.strict).metrics
-    metrics |= counted_metrics(methods, counts, len(data.pages))
+    metrics |= counted_metrics(methods, counts, len(data.pages)) | ocr.speed(times)
     return {
         "metrics": {
             name: asdict(value) | {"better": metric(name).better} for name, value in metrics.items()

@@ -78,6 +78,7 @@ class ReaderRun:
         self.data = replace(self.data, pages=tuple(as_known(self.at, self.data.pages)))
         self.model, self.processor, _ = open_reader(self.at, settings, device)
         self.variants = variants(recipe)
+        self.times: dict[str, ocr.Times] = {}
 
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Check that pages are read on with the same model, and that each method serves it."""
@@ -101,8 +102,9 @@ class ReaderRun:
             applied = Applied(self.model, variant.methods) if variant.methods else None
             read = page_reader(self.model, self.processor, settings, applied)
             try:
+                times = self.times[variant.name] = []
                 for count in ocr.predict(
-                    self.data, read, settings.batch, self.folder / variant.file
+                    self.data, read, settings.batch, self.folder / variant.file, times
                 ):
                     yield Event(variant.name, count, len(self.data.pages))
             finally:
@@ -218,14 +220,23 @@ class ReaderRun:
             rows.append(row)
         for method in self.variants[1].methods:
             warnings += method.warnings(rows[1])
+        read_dense, compressed = self._with_speed(rows[:2])
         return {
             "metrics": _side_by_side(
-                rows[0], rows[1], self.variants[1].methods, len(self.data.pages)
+                read_dense, compressed, self.variants[1].methods, len(self.data.pages)
             ),
             "accuracy": dense.accuracy.name,
             "comparison": rows,
             "warnings": warnings,
         }
+
+    def _with_speed(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with their pages per second, where all were read in this sitting."""
+        speeds = [ocr.speed(self.times[row["variant"]], self.recipe.seed) for row in rows]
+        return [
+            row | {"metrics": row["metrics"] | {n: asdict(v) for n, v in speed.items()}}
+            for row, speed in zip(rows, speeds if all(speeds) else [{}] * len(rows), strict=True)
+        ]
 
     def _facts(self) -> dict[str, Any]:
         recipe = self.recipe

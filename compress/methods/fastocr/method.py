@@ -38,6 +38,7 @@ class FastOCR(RuntimeMethod):
         "attended": Metric(
             "Visual tokens attended",
             unit="share",
+            group="size",
             how="share of the visual tokens that a layer attends to in a decode step, mean over "
             "layers and steps, counted in the attention function",
         ),

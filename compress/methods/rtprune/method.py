@@ -37,6 +37,7 @@ class RTPrune(RuntimeMethod):
         "tokens_kept": Metric(
             "Visual tokens kept",
             unit="share",
+            group="size",
             how="share of the visual tokens that reach the decoder, over all pages, counted",
         )
     }

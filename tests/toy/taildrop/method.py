@@ -16,7 +16,9 @@ class TailDrop(RuntimeMethod):
     serves: ClassVar[str] = "vision-language models (transformers)"
     keeps: ClassVar[str] = "visual tokens, the first ones"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "tail_kept": Metric("Visual tokens before the tail", unit="share", how="counted")
+        "tail_kept": Metric(
+            "Visual tokens before the tail", unit="share", how="counted", group="size"
+        )
     }
     used: ClassVar[str] = "tail_kept"
 
