@@ -249,8 +249,8 @@ def test_pages_per_second_leave_the_first_batch_out(tmp_path, monkeypatch):
     times = []
     data = pages_of(*"abcde")
 
-    def read(names, _):
-        return [prediction(name, "") for name in names]
+    def read(pages):
+        return [prediction(page.name, "") for page in pages]
 
     assert list(predict(data, read, 2, tmp_path / "p.jsonl", times)) == [0, 2, 4, 5]
     assert times == [(2, 9), (2, 2), (1, 1)]
