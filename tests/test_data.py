@@ -1,5 +1,6 @@
 """Images and batches: halves that share nothing, draws made by (seed, step, index) alone."""
 
+import io
 import json
 from collections import Counter
 from importlib.resources import files
@@ -578,6 +579,30 @@ def test_columns_of_the_hub(told_hub):
         for k, image in enumerate(getattr(captions, part)):
             assert red_level(image) == int(texts[k])
         assert getattr(labels, f"{part}_conditions") == [k % 2 for k in range(count)]
+
+
+def test_images_of_the_hub_are_seen_as_files_are(tmp_path, hub_cache):
+    import datasets
+
+    def encoded(image, **options):
+        file = io.BytesIO()
+        image.save(file, format="PNG", **options)
+        return {"bytes": file.getvalue(), "path": None}
+
+    rows = [
+        encoded(Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))),
+        encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0))),
+        {"bytes": b"no image", "path": None},
+    ]
+    features = datasets.Features({"image": datasets.Image()})
+    (tmp_path / "set").mkdir()
+    for split, images in {"train": rows, "test": rows[:1]}.items():
+        made = datasets.Dataset.from_dict({"image": images}, features=features)
+        made.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    train = load_images(f"hub:{tmp_path / 'set'}", 8, 3).train
+    assert [red_level(train[k]) for k in range(2)] == [100, 255]
+    with pytest.raises(ValueError, match="row 2 should have an image that can be read"):
+        train[2]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from compress.common.foreign import ForeignFileError
 from compress.data.pixels import check_image, frame_count, open_image, upright
 from compress.data.sources import load_images
 
@@ -206,6 +207,22 @@ def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, content
     with pytest.raises(ValueError, match=f"{name} should hold an image.*{message}") as caught:
         open_image(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_whatever_is_wrong_with_a_file_is_one_line_that_names_it(tmp_path):
+    kinds = [encoded(kind) for kind in ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")]
+    refused = 0
+    for number in range(140):
+        content = bytearray(kinds[number % len(kinds)])
+        for place in RNG.integers(0, [len(content), 200][number % 2], size=1 + number % 5):
+            content[place] = RNG.integers(256)
+        (tmp_path / "page").write_bytes(content)
+        try:
+            open_image(tmp_path / "page")
+        except ForeignFileError as error:
+            refused += 1
+            assert str(error).startswith(f"{tmp_path / 'page'} ") and "\n" not in str(error)
+    assert refused > 30
 
 
 def test_no_file_no_pixels_and_no_image(tmp_path):
