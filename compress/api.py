@@ -140,10 +140,17 @@ def _prune(
 ) -> Compressed:
     part, dense = denoiser(pipeline)
     trained = plain(pipeline)
+    size, channels = image_shape(trained)
     if isinstance(data, str):
-        data = load_images(data, *image_shape(trained), wanted(trained))
+        data = load_images(data, size, channels, wanted(trained))
     elif not isinstance(data, ImageData):
         data = ImageData.split("data", data)
+    for images in (data.train, data.held_out):
+        if tuple(images[0].shape) != (channels, *size):
+            raise ValueError(
+                f"the model takes images {(channels, *size)}, channels, height and width; "
+                f"{data.name} has {tuple(images[0].shape)}; resize or convert them"
+            )
     where = distributed.join(choose_device(device))
     pruned = drain(method.prune(PruneJob(trained, data, training, where, Journal())))
     slim = cast(pruned.model, dense.dtype).to(dense.device)

@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
+from compress.common.cost import sample_size
 from compress.models.pipelines import (
     PIXELS,
     autoencoder_of,
     fresh_scheduler,
+    image_shape,
     kind_of,
     placed,
     supported,
@@ -186,8 +188,10 @@ def _draw(
     ours = with_parts(pipeline, parts)
     ours.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"prompt": list(prompts)} if prompts else {"batch_size": len(noise)}
-    if prompts and guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
+    if prompts:
+        # they take a UNet's own size for a square
+        options["height"], options["width"] = image_shape(pipeline)[0]
+        options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     modules = [part for part in ours.components.values() if isinstance(part, torch.nn.Module)]
     with placed(modules, device):
         images = ours(
@@ -233,7 +237,7 @@ def _scheduler(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
 
 def _image_shape(unet: Any) -> tuple[int, int, int]:
     """``(channels, height, width)`` of the images that a UNet makes."""
-    config, size = unet.config, unet.config.sample_size
+    config = unet.config
     conditions = [name for name in CONDITIONS if config.get(name)]
     if config.get("class_embed_type") not in (None, "timestep"):
         conditions.append("class_embed_type")
@@ -242,10 +246,4 @@ def _image_shape(unet: Any) -> tuple[int, int, int]:
             f"sampling gives a UNet noise and a label at most; {type(unet).__name__} has "
             f"{', '.join(conditions)} in its config; use a UNet2DModel"
         )
-    if size is None:
-        raise ValueError(
-            "the UNet's config should say its sample_size; it is null; set it to the height and "
-            "width of the images"
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
+    return config.in_channels, *sample_size(unet)

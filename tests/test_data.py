@@ -278,6 +278,15 @@ def test_short_side_is_resized_and_the_centre_is_kept(tmp_path, wide):
     assert (image[:, :, 1:3] < -0.95).all() and (image[:, :, 7:9] > 0.95).all()
 
 
+def test_a_rectangle_is_taken_from_the_middle_in_its_shape(tmp_path):
+    columns = np.uint8(np.arange(40))[None].repeat(10, axis=0)
+    for k in range(2):
+        Image.fromarray(columns).save(tmp_path / f"{k}.png")
+    image = load_images(f"folder:{tmp_path}", (10, 20), 1).train[0]
+    assert torch.equal(image[0, 4], torch.arange(10, 30) / 127.5 - 1)  # 10 columns from each side
+    assert load_images(f"folder:{tmp_path}", (20, 10), 1).train[0].shape == (1, 20, 10)
+
+
 def test_the_right_size_passes_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16), dtype=np.uint8)
     for k in range(2):

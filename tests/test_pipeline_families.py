@@ -24,6 +24,7 @@ import compress
 from builders import models, pipelines, programs
 from builders.events import leave
 from builders.forks import free_port
+from compress.common.cost import unet_cost
 from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.data.columns import Columns
@@ -69,7 +70,7 @@ def start(family, pictures):
     def begin(name: str, folder=None, *, resume=False, **changes):
         pipeline = family(name)
         size = image_shape(pipeline)
-        source = "builtin:digits" if size == (16, 1) else f"folder:{pictures}"
+        source = "builtin:digits" if size == ((16, 16), 1) else f"folder:{pictures}"
         settings = {"steps": RECOVER, "batch": 4, "save_every": 1} | changes
         job = PruneJob(
             pipeline,
@@ -141,7 +142,7 @@ def test_every_family_goes_through_flow_surgery_and_recovery(family, finished, n
         slim_pipeline, count=2, steps=2, sampler="ddim", seed=0, conditions=conditions
     )
     size, channels = image_shape(slim_pipeline)
-    assert images.shape == (2, channels, size, size)
+    assert images.shape == (2, channels, *size)
 
 
 @pytest.mark.parametrize("name", ["ddim", "labels", "sd2", "sdxl"])
@@ -302,6 +303,9 @@ def test_apply_trains_a_float32_copy_and_gives_back_the_dtype_it_was_given(
     assert found.unet.dtype == given.unet.dtype and found.vae is getattr(
         given.vae, "_orig_mod", given.vae
     )
+    if found.vae.dtype == found.unet.dtype:
+        found.set_progress_bar_config(disable=True)
+        assert found("red", num_inference_steps=1, output_type="np").images.shape[0] == 1
     plain = copy.deepcopy(with_parts(given, {}))
     halved(torch.float32)(plain)
     plain.unet.requires_grad_(True)
@@ -418,6 +422,49 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
         )
         for name in ("validation_loss", "fid_digits", "params"):
             assert found[name]["value"] == pytest.approx(table[name][side]["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "keep"), [("ddpm", 0.5), ("sd1", 0.55), ("sdxl", 0.6)])
+def test_rectangles_are_cut_trained_and_drawn_in_their_shape(family, pictures, name, keep):
+    size = (8, 16) if name == "ddpm" else (4, 8)
+    pipeline = changed(family, name, unet=unet(family, name, sample_size=list(size)))
+    pipeline.set_progress_bar_config(disable=True)
+    (height, width), channels = image_shape(pipeline)
+    assert 2 * height == width
+    square = changed(family, name, unet=unet(family, name, sample_size=max(size)))
+    assert unet_cost(pipeline.unet).macs < 0.6 * unet_cost(square.unet).macs
+    found = compress.apply(
+        pipeline,
+        OneShot(keep_macs=keep, steps=0, criterion_batches=1),
+        data=f"folder:{pictures}",
+        training=Training(steps=1, batch=2),
+        device="cpu",
+    ).model
+    prompted = {"conditions": ("red",)} if name in PROMPTED else {}
+    options = {"count": 2, "steps": 2, "sampler": "ddim", "seed": 0, **prompted}
+    assert sampling.sample(found, **options).shape == (2, channels, height, width)
+
+
+def test_sizes_and_images_that_no_unet_of_the_kind_takes_are_refused_at_the_start(
+    family, pictures, tmp_path
+):
+    odd = changed(family, "ddpm", unet=unet(family, "ddpm", sample_size=15))
+    method, images = OneShot(steps=0), TensorImages(torch.zeros(20, 1, 16, 16))
+    with pytest.raises(ValueError, match="15x15; choose a multiple of 2"):
+        compress.apply(odd, method, data=images, device="cpu")
+    # of other data than pictures it may have as many channels as it likes
+    pair = changed(family, "ddpm", unet=unet(family, "ddpm", in_channels=2, out_channels=2))
+    with pytest.raises(ValueError, match=r"takes images \(2, 16, 16\).* data has \(1, 16, 16\)"):
+        compress.apply(pair, method, data=images, device="cpu")
+    spectra = TensorImages(torch.rand(20, 2, 16, 16))
+    training = Training(steps=1, batch=2)
+    found = compress.apply(pair, method, data=spectra, training=training, device="cpu").model
+    assert sampling.sample(found, count=1, steps=1, sampler="ddim", seed=0).shape == (1, 2, 16, 16)
+    pair.save_pretrained(tmp_path / "pair")
+    asked = recipe(tmp_path / "pair", pictures, 0.5)
+    assert "have 1 or 3 channels; the model takes 2" in dry_run(asked)["problems"][0]
+    with pytest.raises(ValueError, match="have 1 or 3 channels; the model takes 2"):
+        compress.run(asked, output=tmp_path / "run", device="cpu")
 
 
 def test_images_are_drawn_of_held_out_captions_and_of_all_classes(family, pictures):
@@ -692,9 +739,13 @@ REFUSED = {
         lambda b: changed(b, "ddpm", unet=unet(b, "ddpm", sample_size=None)),
         "sample_size",
     ),
+    "three sizes": (
+        lambda b: changed(b, "ddpm", unet=unet(b, "ddpm", sample_size=(8, 8, 8))),
+        "sample_size, as one number or as height and width; got .8, 8, 8",
+    ),
     "latents that are not square": (
         lambda b: changed(b, "ldm", unet=unet(b, "ldm", sample_size=(8, 4))),
-        "sample_size, one number",
+        "draws squares alone.*one number; got .8, 4",
     ),
 }
 

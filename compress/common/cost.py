@@ -120,13 +120,29 @@ def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
+def sample_size(unet: Any) -> tuple[int, int]:
+    """Height and width of the samples that a diffusers UNet is made for.
+
+    Raises
+    ------
+    ValueError : where its config does not say one number or two.
+    """
+    size = unet.config.sample_size
+    pair = size if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise ValueError(
+            "the UNet's config should say its sample_size, as one number or as height and width; "
+            f"got {size}; set it"
+        )
+    return pair[0], pair[1]
+
+
 def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, Any]:
     """Keyword arguments of one forward pass of a diffusers UNet at its native size.
 
     A prompt has :data:`PROMPT_TOKENS` tokens.
     """
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sample_size(unet)
     config = unet.config
     timestep = torch.zeros(batch, dtype=torch.long, device=device)
     inputs: dict[str, Any] = {

@@ -21,6 +21,7 @@ from compress.data.pixels import FRAMED, Mode, frame_count, is_image, open_image
 logger = logging.getLogger(__name__)
 
 Wanted = Literal["caption", "label"]
+Size = int | tuple[int, int]  # the side of a square, or height and width
 
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}  # by the number of channels
 # splits of a data set that are held out, in this order, where it has them
@@ -61,9 +62,9 @@ class TensorImages(Dataset[torch.Tensor]):
 
 
 class FileImages(Dataset[torch.Tensor]):
-    """Image files, cut to the square in their middle and resized (bicubic, antialiased)."""
+    """Image files, cut to the size's shape in their middle and resized (bicubic, antialiased)."""
 
-    def __init__(self, files: list[Path], size: int, channels: int) -> None:
+    def __init__(self, files: list[Path], size: Size, channels: int) -> None:
         self.files, self.size, self.channels = files, size, channels
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class FileImages(Dataset[torch.Tensor]):
 class HubImages(Dataset[torch.Tensor]):
     """Rows of a `datasets` split that has one image column."""
 
-    def __init__(self, rows: Any, column: str, size: int, channels: int) -> None:
+    def __init__(self, rows: Any, column: str, size: Size, channels: int) -> None:
         self.rows, self.column, self.size, self.channels = rows, column, size, channels
 
     def __len__(self) -> int:
@@ -182,21 +183,30 @@ def stacked(pairs: Iterable[tuple[torch.Tensor, Any]]) -> Examples:
     return Examples(torch.stack(images), None if given[0] is None else list(given))
 
 
-def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    """Turn an upright image into ``(channels, size, size)`` in [-1, 1]: centre-cropped, resized."""
+def to_tensor(image: Image.Image, size: Size) -> torch.Tensor:
+    """Turn an upright image into ``(channels, *size)`` in [-1, 1].
+
+    What fits the size is taken from the middle, before it is resized: a strip that is resized on
+    its short side takes gigabytes.
+    """
     from torchvision.transforms import functional as vision
 
-    # cut first: a strip that is resized on its short side takes gigabytes
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    square = image.crop((left, top, left + short, top + short))
-    resized = square.resize((size, size), Image.Resampling.BICUBIC)
+    height, width = _pair(size)
+    scale = min(image.width / width, image.height / height)
+    across, down = (max(1, round(side * scale)) for side in (width, height))
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    fitting = image.crop((left, top, left + across, top + down))
+    resized = fitting.resize((width, height), Image.Resampling.BICUBIC)
     return vision.pil_to_tensor(resized).float() / 127.5 - 1
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def load_images(
     source: str,
-    size: int,
+    size: Size,
     channels: int,
     wanted: Wanted | None = None,
     column: str | None = None,
@@ -209,7 +219,7 @@ def load_images(
         ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`). A test or
         validation split is held out, of a folder by the name of a subfolder beside ``train``;
         without one, every tenth image is.
-    size, channels : what the model takes.
+    size, channels : what the model takes: the side of a square, or height and width.
     wanted : what must be known about each image. Captions of a folder are in ``metadata.jsonl``
         (``file_name`` and the column), its labels are the names of the innermost subfolders, in
         alphabetical order, folders of splits left out.
@@ -224,10 +234,11 @@ def load_images(
     kind, _, name = source.partition(":")
     column = column or {"caption": "text", "label": "label", None: ""}[wanted]
     if source == "builtin:digits":
-        if (size, channels) != (16, 1):
+        height, width = _pair(size)
+        if (height, width, channels) != (16, 16, 1):
             raise ValueError(
                 "builtin:digits has 16x16 images with 1 channel; the model takes "
-                f"{size}x{size} with {channels}; choose data that fits the model"
+                f"{height}x{width} with {channels}; choose data that fits the model"
             )
         return _digits(source, wanted)
     if channels not in MODES:
@@ -258,7 +269,7 @@ def _digits(source: str, wanted: Wanted | None) -> ImageData:
 
 
 def _folder(
-    source: str, folder: Path, size: int, channels: int, wanted: Wanted | None, column: str
+    source: str, folder: Path, size: Size, channels: int, wanted: Wanted | None, column: str
 ) -> ImageData:
     if not folder.is_dir():
         raise ValueError(f"data folder expected at {folder}, which does not exist; check the path")
@@ -357,7 +368,7 @@ def _folder_labels(folder: Path, files: Sequence[Path], split: bool) -> list[int
 
 
 def _hub(
-    source: str, name: str, size: int, channels: int, wanted: Wanted | None, column: str
+    source: str, name: str, size: Size, channels: int, wanted: Wanted | None, column: str
 ) -> ImageData:
     datasets = _import_datasets()
     try:

@@ -3,13 +3,14 @@
 Autoencoder and text encoders are used as they are: evaluated without gradients, never trained.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 
+from compress.common.cost import unet_inputs
 from compress.data.batches import Batch, Examples, by_chance, noise_and_timesteps, noise_of
 from compress.data.sources import ImageData, Images, Pairs, Wanted, stacked
 from compress.models.pipelines import (
@@ -42,6 +43,42 @@ def check_trainable(pipeline: DiffusionPipeline) -> None:
     """
     check_pipeline(pipeline)
     noise_schedule(pipeline.scheduler)
+    _check_texts(pipeline)
+
+
+def _check_texts(pipeline: DiffusionPipeline) -> None:
+    """Refuse tokenizers, text encoders and UNets that were not made for each other."""
+    kind = kind_of(pipeline)
+    for parts in kind.encoders if kind else ():
+        tokenizer, encoder = (getattr(pipeline, part) for part in parts)
+        known, longest = encoder.get_input_embeddings().num_embeddings, tokenizer.model_max_length
+        if len(tokenizer) > known:
+            raise ValueError(
+                f"the {parts[1]} knows {known} tokens, and its {parts[0]} has {len(tokenizer)}; "
+                "load both from one pipeline"
+            )
+        most = encoder.config.max_position_embeddings
+        if parts[1] != "bert" and longest > most:  # which is padded to LDM_TOKENS
+            raise ValueError(
+                f"the {parts[1]} reads prompts of {most} tokens, and its {parts[0]} pads them to "
+                f"{longest:.4g}; set model_max_length in the tokenizer_config.json to {most}"
+            )
+    condition = inputs_of(pipeline).condition
+    if condition.modules:
+        with torch.no_grad():
+            given = condition([""], [False], next(condition.modules[0].parameters()).device)
+        takes, gets = _widths(unet_inputs(pipeline.unet)), _widths(given)
+        for name, width in gets.items():
+            if takes[name] != width:
+                raise ValueError(
+                    f"the UNet takes {name} of width {takes[name]}, and the text encoders give "
+                    f"{width}; load both from one pipeline"
+                )
+
+
+def _widths(inputs: Mapping[str, Any]) -> dict[str, int]:
+    flat = {**inputs, **inputs.get("added_cond_kwargs", {})}
+    return {name: v.shape[-1] for name, v in flat.items() if isinstance(v, torch.Tensor)}
 
 
 def noise_schedule(scheduler: Any) -> DDPMScheduler:
@@ -206,10 +243,12 @@ class XLPrompts:
     ----------
     pairs : tokenizer and encoder, twice; the second gives the pooled text.
     zeros : the pipeline's ``force_zeros_for_empty_prompt``.
-    size : side of the images.
+    size : height and width of the images.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Any, Any]], *, zeros: bool, size: int) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[Any, Any]], *, zeros: bool, size: tuple[int, int]
+    ) -> None:
         self.pairs, self.zeros, self.size = pairs, zeros, size
         self.modules: Sequence[nn.Module] = tuple(encoder for _, encoder in pairs)
 
@@ -229,7 +268,7 @@ class XLPrompts:
             gone = torch.tensor(list(dropped), device=device)
             states = states.masked_fill(gone[:, None, None], 0)
             pooled = pooled.masked_fill(gone[:, None], 0)
-        sizes = [self.size, self.size, 0, 0, self.size, self.size]
+        sizes = [*self.size, 0, 0, *self.size]  # the original, where it was cut, and the result
         times = torch.tensor(sizes, dtype=states.dtype, device=device).expand(len(texts), -1)
         added = {"text_embeds": pooled, "time_ids": times}
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import nn
 
-from compress.common.cost import unet_inputs
+from compress.common.cost import sample_size, unet_inputs
 from compress.data.sources import Wanted
 
 
@@ -127,11 +127,10 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"compress trains and samples {supported()}; {name} also has {', '.join(others)}; "
             "plan with --dry-run, or choose another pipeline"
         )
-    size = unet.config.sample_size
-    if size is None or (kind.autoencoder and not isinstance(size, int)):
+    if kind.autoencoder and not kind.encoders and not isinstance(unet.config.sample_size, int):
         raise ValueError(
-            "the UNet's config should say its sample_size, one number where there are latents; got "
-            f"{size}; set it"
+            f"a {name} draws squares alone, and its UNet's config should say sample_size as one "
+            f"number; got {unet.config.sample_size}; set one number, or choose another pipeline"
         )
     extra = {k: v for k, v in unet_inputs(unet).items() if k not in ("sample", "timestep")}
     needs = [key for key in extra if key not in kind.inputs]
@@ -257,14 +256,28 @@ def autoencoder_of(pipeline: Any) -> Any | None:
     return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
 
 
-def image_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Side and channels of the images that a pipeline draws: its autoencoder's, if it has one."""
-    config = denoiser(pipeline)[1].config
-    autoencoder = autoencoder_of(pipeline)
+def image_shape(pipeline: DiffusionPipeline) -> tuple[tuple[int, int], int]:
+    """Size (height, width) and channels of a pipeline's images: its autoencoder's, if it has one.
+
+    Raises
+    ------
+    ValueError : where the UNet's config does not say the size, or one that the UNet cannot halve.
+    """
+    unet, autoencoder = denoiser(pipeline)[1], autoencoder_of(pipeline)
+    height, width = sample_size(unet)
+    if isinstance(unet, UNet2DModel):  # a UNet2DConditionModel pads
+        parts = 2 ** sum(
+            getattr(block, "downsamplers", None) is not None for block in unet.down_blocks
+        )
+        if height % parts or width % parts:
+            raise ValueError(
+                f"the UNet halves its sample_size until it has {parts} parts a side, which should "
+                f"be whole; its config says {height}x{width}; choose a multiple of {parts}"
+            )
     if autoencoder is None:
-        return config.sample_size, config.in_channels
+        return (height, width), unet.config.in_channels
     scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    return config.sample_size * scale, autoencoder.config.in_channels
+    return (height * scale, width * scale), autoencoder.config.in_channels
 
 
 def with_parts(pipeline: DiffusionPipeline, parts: Mapping[str, Any]) -> DiffusionPipeline:
