@@ -122,7 +122,7 @@ def sample_batches(
     ValueError : for an unknown sampler, impossible counts or steps, a pipeline that is not
         supported or lacks conditions, or a model whose output is not finite.
     """
-    scheduler = _scheduler(pipeline, sampler, steps)
+    scheduler = sampler_of(pipeline, sampler, steps)
     for name, value in (("count", count), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
@@ -200,8 +200,13 @@ def _draw(
     return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
 
-def _scheduler(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
-    """Build a fresh sampler with the noise schedule of the pipeline's scheduler."""
+def sampler_of(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
+    """Build a fresh sampler with the noise schedule of the pipeline's scheduler.
+
+    Raises
+    ------
+    ValueError : for a pipeline or a schedule that the sampler does not serve, or too many steps.
+    """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}; got {sampler!r}; name one")
     kind = kind_of(pipeline)
@@ -231,7 +236,19 @@ def _scheduler(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
     # samplers that know nothing of clipping do not clip; latents have no bounds
     defaults = {"clip_sample": False} if autoencoder_of(pipeline) is not None else {}
     scheduler = fresh_scheduler(SAMPLERS[sampler], defaults | dict(config))
+    variance = scheduler.config.get("variance_type") or ""
+    if variance.startswith("learned"):
+        raise ValueError(
+            f"the sampler ddpm takes its variance from the schedule; this pipeline's scheduler has "
+            f"variance_type {variance!r}, which the UNet would have to predict; use ddim"
+        )
     scheduler.set_timesteps(steps)
+    if scheduler.timesteps.max() >= config["num_train_timesteps"]:
+        raise ValueError(
+            f"with this pipeline's steps_offset of {config.get('steps_offset')} the first step "
+            f"lies beyond the {config['num_train_timesteps']} timesteps of its schedule; got "
+            f"steps={steps}; take fewer"
+        )
     return scheduler
 
 

@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
 
 import compress
 from builders import models, pipelines, programs
@@ -450,7 +450,7 @@ def test_sizes_and_images_that_no_unet_of_the_kind_takes_are_refused_at_the_star
 ):
     odd = changed(family, "ddpm", unet=unet(family, "ddpm", sample_size=15))
     method, images = OneShot(steps=0), TensorImages(torch.zeros(20, 1, 16, 16))
-    with pytest.raises(ValueError, match="15x15; choose a multiple of 2"):
+    with pytest.raises(ValueError, match="divisible by 2.* got 15x15"):
         compress.apply(odd, method, data=images, device="cpu")
     # of other data than pictures it may have as many channels as it likes
     pair = changed(family, "ddpm", unet=unet(family, "ddpm", in_channels=2, out_channels=2))
@@ -491,7 +491,37 @@ def test_what_the_data_or_the_recipe_lack_is_said_before_anything_is_written(fam
     guided = recipe(tmp_path / "plain", data, 0.5, guidance_scale=3.0)
     with pytest.raises(ValueError, match="guidance_scale is for pipelines that take prompts"):
         compress.run(guided, output=tmp_path / "run", device="cpu")
+    long = recipe(tmp_path / "plain", data, 0.5, steps=pipelines.STEPS + 1)
+    with pytest.raises(ValueError, match=r"steps must lie in 1\.\.50.* got steps=51"):
+        compress.run(long, output=tmp_path / "run", device="cpu")
+    assert "got steps=51" in dry_run(long)["problems"][0]
     assert not (tmp_path / "run").exists()
+
+
+def test_schedules_that_a_sampler_lacks_are_refused_before_training(family):
+    sigmoid = changed(family, "ddpm", scheduler=DDPMScheduler(50, beta_schedule="sigmoid"))
+    assert draw(sigmoid, sampler="ddpm", count=1).shape == (1, 1, 16, 16)
+    with pytest.raises(ValueError, match="DDIMScheduler has no beta_schedule 'sigmoid'"):
+        draw(sigmoid, sampler="ddim")
+    learned = changed(family, "ddpm", scheduler=DDPMScheduler(50, variance_type="learned_range"))
+    assert draw(learned, sampler="ddim", count=1).shape == (1, 1, 16, 16)
+    with pytest.raises(ValueError, match="learned_range.*use ddim"):
+        draw(learned, sampler="ddpm")
+    # one timestep too many, where steps are counted from 1
+    with pytest.raises(ValueError, match="steps_offset of 1.*steps=50; take fewer"):
+        draw(family("sd1"), conditions=CAPTIONS, steps=50)
+
+
+def test_texts_of_another_model_are_refused(family):
+    config = pipelines.text_config(family("sd1").tokenizer)
+    for changes, message in (
+        ({"hidden_size": 16}, "encoder_hidden_states of width 12, and the text encoders give 16"),
+        ({"vocab_size": 50}, "knows 50 tokens, and its tokenizer has 190"),
+        ({"max_position_embeddings": 8}, "prompts of 8 tokens, and its tokenizer pads them to 12"),
+    ):
+        other = CLIPTextModel(CLIPTextConfig(**config.to_dict() | changes))
+        with pytest.raises(ValueError, match=message):
+            runs.check_trainable(changed(family, "sd1", text_encoder=other))
 
 
 @pytest.mark.parametrize("old", ["text_encoder", "vae"])
@@ -734,6 +764,18 @@ REFUSED = {
             vae=type(b("sd1").vae).from_config(b("sd1").vae.config, latents_mean=[0.0] * 4),
         ),
         "latents_mean",
+    ),
+    "latents without a scale": (
+        lambda b: changed(
+            b, "sd1", vae=type(b("sd1").vae).from_config(b("sd1").vae.config, scaling_factor=None)
+        ),
+        "scaling_factor=None",
+    ),
+    "images of other channels": (
+        lambda b: changed(
+            b, "sd1", vae=type(b("sd1").vae).from_config(b("sd1").vae.config, out_channels=4)
+        ),
+        "reads 3 channels and draws 4",
     ),
     "no size": (
         lambda b: changed(b, "ddpm", unet=unet(b, "ddpm", sample_size=None)),

@@ -57,7 +57,7 @@ def _check_texts(pipeline: DiffusionPipeline) -> None:
                 f"the {parts[1]} knows {known} tokens, and its {parts[0]} has {len(tokenizer)}; "
                 "load both from one pipeline"
             )
-        most = encoder.config.max_position_embeddings
+        most = getattr(encoder.config, "max_position_embeddings", longest)
         if parts[1] != "bert" and longest > most:  # which is padded to LDM_TOKENS
             raise ValueError(
                 f"the {parts[1]} reads prompts of {most} tokens, and its {parts[0]} pads them to "

@@ -243,11 +243,17 @@ def _check_autoencoder(autoencoder: Any, unet: Any) -> None:
             f"latents have {channels} channels, so the UNet should read as many; it reads "
             f"{unet.config.in_channels}; choose a model that takes nothing beside latents"
         )
-    moved = [key for key in ("latents_mean", "shift_factor") if config.get(key) is not None]
-    if moved:
+    if config.in_channels != config.out_channels:
         raise ValueError(
-            f"latents are scaled by scaling_factor alone; this {type(autoencoder).__name__} has "
-            f"{', '.join(moved)} in its config; choose another model"
+            f"the autoencoder should draw images like those that it reads; it reads "
+            f"{config.in_channels} channels and draws {config.out_channels}; choose another model"
+        )
+    moved = [key for key in ("latents_mean", "shift_factor") if config.get(key) is not None]
+    if moved or not config.scaling_factor:
+        raise ValueError(
+            f"latents are scaled by scaling_factor alone; the {type(autoencoder).__name__} has "
+            f"scaling_factor={config.scaling_factor}{''.join(f' and {key}' for key in moved)} in "
+            "its config; choose another model"
         )
 
 
@@ -266,13 +272,12 @@ def image_shape(pipeline: DiffusionPipeline) -> tuple[tuple[int, int], int]:
     unet, autoencoder = denoiser(pipeline)[1], autoencoder_of(pipeline)
     height, width = sample_size(unet)
     if isinstance(unet, UNet2DModel):  # a UNet2DConditionModel pads
-        parts = 2 ** sum(
-            getattr(block, "downsamplers", None) is not None for block in unet.down_blocks
-        )
-        if height % parts or width % parts:
+        samplers = [getattr(block, "downsamplers", None) for block in unet.down_blocks]
+        step = 2 ** sum(sampler is not None for sampler in samplers)
+        if height % step or width % step:
             raise ValueError(
-                f"the UNet halves its sample_size until it has {parts} parts a side, which should "
-                f"be whole; its config says {height}x{width}; choose a multiple of {parts}"
+                f"the UNet's sample_size should be divisible by {step}, since it is halved on the "
+                f"way down; got {height}x{width}; set it to multiples of {step}"
             )
     if autoencoder is None:
         return (height, width), unet.config.in_channels
@@ -304,9 +309,19 @@ def fresh_scheduler(kind: type, config: Mapping[str, Any]) -> Any:
     """A scheduler of another class with the noise schedule of ``config``.
 
     Only the keys that both know are taken: ``from_config`` would print the others on stderr.
+
+    Raises
+    ------
+    ValueError : for a noise schedule that the class does not have.
     """
     known = inspect.signature(kind).parameters
-    return kind(**{key: config[key] for key in config if key in known})
+    try:
+        return kind(**{key: config[key] for key in config if key in known})
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{kind.__name__} has no beta_schedule {config['beta_schedule']!r}, which this "
+            "pipeline's scheduler has; choose another sampler, or another pipeline"
+        ) from error
 
 
 def default_guidance(pipeline: Any) -> float | None:

@@ -25,6 +25,7 @@ from compress.data.digits import digits
 from compress.data.sources import ImageData, Images, load_images
 from compress.eval import diffusion, fidelity
 from compress.eval.metrics import DIFFUSION
+from compress.eval.sampling import sampler_of
 from compress.eval.settings import Sampling, SamplingSettings
 from compress.methods.base import Event, PruneJob
 from compress.models.locate import ModelFolder, locate
@@ -90,9 +91,14 @@ class DiffusionRun:
             resume,
         )
 
+    def check_sampling(self) -> None:
+        """Refuse a pipeline that cannot be sampled as the recipe says."""
+        sampler_of(self.pipeline, self.settings.sampler, self.settings.steps)
+
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Check pipeline, method and disk; the method's own events begin here."""
         check_trainable(self.pipeline)
+        self.check_sampling()
         if distributed.is_main():
             self._check_space()
         self._events = self.recipe.method.prune(self.job(resume=resume))

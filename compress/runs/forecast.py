@@ -62,6 +62,8 @@ def _predict(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> dict[s
         check_trainable(run.pipeline)
     except ValueError as error:
         refused.append(str(error))
+    else:
+        run.check_sampling()
     # weights, gradients, two moments and a teacher of dense size
     memory = 5 * 4 * parameters(denoiser(run.pipeline)[1]) / 2**20
     return {
