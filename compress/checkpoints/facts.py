@@ -140,29 +140,26 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     return dict(facts)
 
 
-def verified(at: ModelFolder) -> dict[str, Any] | None:
-    """The verified facts of a checkpoint; None, and a warning, for a folder that is none of ours.
+def warn_unverified(at: ModelFolder) -> None:
+    """Say that nothing vouches for a folder that is no checkpoint of ours.
 
-    Models that ship with compress and those of the hub, which names files by their hash, are not
-    warned of.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError : as for :func:`verify`.
+    Nothing is said of models that ship with compress, and of those of the hub, which names files
+    by their hash.
     """
-    if read_facts(at.folder) is not None:
-        return verify(at.folder)
     if Path(at.name).expanduser() == at.folder:
         logger.warning(
             "warning: %s is not a checkpoint of compress, as it has no file %s: whether its files "
             "are what was saved is not verified",
             *(at.folder, FACTS),
         )
-    return None
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check a checkpoint's files against their hashes and return its facts.
+def verify(folder: Path) -> dict[str, Any] | None:
+    """Check a checkpoint's files against their hashes.
+
+    Returns
+    -------
+    Its facts; None for what is no checkpoint of ours.
 
     Raises
     ------
@@ -171,7 +168,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     facts = read_facts(folder)
     if facts is None:
-        raise FileNotFoundError(f"a checkpoint of compress has a {FACTS}; {folder} has none")
+        return None
     if facts["format"] == UNSEALED:
         logger.warning(
             "warning: %s is of an earlier version of compress: whether it is what was saved is not "

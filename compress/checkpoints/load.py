@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.checkpoints.applied import Applied
-from compress.checkpoints.facts import verified
+from compress.checkpoints.facts import verify, warn_unverified
 from compress.checkpoints.runtime import load_runtime, runtime_facts
 from compress.models.loading import load_pipeline
 from compress.models.locate import ModelFolder, locate
@@ -67,8 +67,10 @@ def load(
     at = locate(model)
     if at.kind == "reader":
         return load_reader(at, dtype=dtype, device=device)
-    verified(at)
+    facts = verify(at.folder)
     pipeline = load_pipeline(at)
+    if facts is None:
+        warn_unverified(at)
     return pipeline if device is None else pipeline.to(device)
 
 

@@ -11,7 +11,8 @@ from compress.checkpoints.facts import (
     checkpoint_folder,
     model_card,
     read_facts,
-    verified,
+    verify,
+    warn_unverified,
 )
 from compress.common.foreign import foreign
 from compress.methods.base import RuntimeMethod
@@ -115,9 +116,11 @@ def load_runtime(
     import torch
 
     dtype = dtype or torch.float32
-    facts = verified(at)
+    facts = verify(at.folder)
     if facts is None or facts["kind"] != KIND:
-        return *load_vlm(at, dtype, adapter=adapter), ()
+        model, processor = load_vlm(at, dtype, adapter=adapter)
+        warn_unverified(at)
+        return model, processor, ()
     with foreign(at.folder / FACTS, "methods of compress"):
         methods = tuple(map(runtime_method, facts["methods"]))
     if "weights" in facts:
