@@ -89,7 +89,9 @@ Processes = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the recipe's own by default.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue where a run stopped.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what compress wrote into the folder.")
+]
 
 
 def _print_version(show: bool) -> None:
@@ -371,11 +373,12 @@ def pages(
     count: Annotated[int, typer.Option(min=1, help="Number of pages.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the pages' content.")] = 0,
     split: Annotated[str, typer.Option(help="Split: train, validation or test.")] = "test",
+    overwrite: Overwrite = False,
 ) -> None:
     """Render pages with exact ground truth, in the layout of a benchmark."""
     from compress.data.page_folders import write_rendered_pages
 
-    write_rendered_pages(output, layout, difficulty, count, seed, split)
+    write_rendered_pages(output, layout, difficulty, count, seed, split, overwrite=overwrite)
     _say(f"{count} pages in {output}; compress eval MODEL --data {output}")
 
 

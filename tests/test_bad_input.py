@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from builders import programs
 from compress.cli import app
+from compress.common.output_folder import claim
 
 BUILTIN = Path(str(resources.files("compress.models.builtin"))) / "ddpm-digits"
 # the shortest run there is, for the mistakes that show late
@@ -109,23 +110,24 @@ def test_data_that_does_not_fit_the_model(refused, tmp_path):
     assert "images" in refused("--set=data=folder:images")
 
 
-@pytest.mark.parametrize("extra", [(), ("--resume",)])
-def test_output_with_a_finished_run(extra, refused, tmp_path):
-    (tmp_path / "used").mkdir()
-    for name in ("recipe.yaml", "metrics.json", "report.html"):
-        (tmp_path / "used" / name).write_text("")
-    assert "--overwrite" in refused("--output=used", *extra)
+@pytest.fixture
+def used(tmp_path):
+    """A run that was just begun."""
+    with claim(tmp_path / "used", "run", resume=False, overwrite=False):
+        (tmp_path / "used" / "recipe.yaml").write_text("")
+    return tmp_path / "used"
 
 
-def test_output_with_an_unfinished_run(refused, tmp_path):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "recipe.yaml").write_text("")
+def test_output_with_a_finished_run(refused, used):
+    (used / "report.html").write_text("")
+    assert "--overwrite" in refused("--output=used")
+
+
+def test_output_with_an_unfinished_run(refused, used):
     assert "--resume" in refused("--output=used")
 
 
-def test_output_in_use_by_another_process(refused, tmp_path):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "recipe.yaml").write_text("")
+def test_output_in_use_by_another_process(refused, used, tmp_path):
     with (tmp_path / "used" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "in use by another process" in refused("--output=used", "--resume")
@@ -134,7 +136,9 @@ def test_output_in_use_by_another_process(refused, tmp_path):
 def test_output_that_is_not_a_run_is_never_replaced(refused, tmp_path):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "photo.jpg").write_bytes(b"precious")
-    refused("--output=holiday", "--overwrite")
+    for options in ([], ["--overwrite"], ["--resume"]):
+        said = refused("--output=holiday", *options)
+        assert "photo.jpg; choose another --output\n" in said
     assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"precious"
 
 

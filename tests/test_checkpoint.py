@@ -136,9 +136,12 @@ def test_plain_diffusers_draws_the_same_where_compress_cannot_be_imported(made, 
 
 
 def test_saving_again_replaces_the_checkpoint_as_a_whole(pipeline, folder):
-    (folder / "unet" / "left_over").write_text("old")
     with pytest.raises(FileExistsError, match="holds a checkpoint of compress already"):
         save_slim(pipeline, folder, FACTS)
+    (folder / "unet" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="and also unet/notes.txt; move that away"):
+        save_slim(pipeline, folder, FACTS, overwrite=True)
+    (folder / "unet" / "notes.txt").unlink()
     save_slim(pipeline, folder, FACTS | {"recipe": {"seed": 1}}, overwrite=True)
     assert verify(folder)["recipe"] == {"seed": 1}
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == SAVED

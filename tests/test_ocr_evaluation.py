@@ -416,6 +416,10 @@ def test_an_evaluation_leaves_predictions_metrics_and_a_report(reader, lines, tm
     assert report.count("data:image/png;base64") == 3 and "Worst page" in report
     with pytest.raises(FileExistsError, match="finished run"):
         evaluate(reader, lines, output)
+    (output / ".lock").touch()
+    kept = {path: path.read_bytes() for path in output.rglob("*") if path.name != ".lock"}
+    assert evaluate(reader, lines, output, resume=True) == json.loads(json.dumps(metrics))
+    assert {path: path.read_bytes() for path in output.rglob("*")} == kept
 
 
 def test_a_page_that_cannot_be_read_is_a_row_and_not_the_end(reader, lines, tmp_path, caplog):

@@ -64,7 +64,13 @@ def test_the_command_line_writes_a_folder_that_an_evaluation_reads(tmp_path, lay
     assert data.pages[1].open().size == PAGE.size
     # what is there is not written over
     again = CliRunner().invoke(app, asked)
-    assert again.exit_code == 2 and "exists; name another" in again.stderr
+    assert again.exit_code == 2 and "holds a set of pages of compress already" in again.stderr
+    (folder / "notes.txt").write_text("mine")
+    mine = CliRunner().invoke(app, [*asked, "--overwrite"])
+    assert mine.exit_code == 2 and "and also notes.txt; move that away" in mine.stderr
+    (folder / "notes.txt").unlink()
+    assert CliRunner().invoke(app, [*asked, "--overwrite"]).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_the_command_line_names_the_layouts_and_difficulties(tmp_path):

@@ -25,6 +25,7 @@ from builders.events import finish
 from compress.api import apply
 from compress.checkpoints.facts import verify
 from compress.checkpoints.load import load
+from compress.common.output_folder import MARKER, not_ours
 from compress.data.sources import TensorImages, load_images
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample
@@ -126,10 +127,10 @@ def test_a_finished_run_has_all_its_files_and_nothing_else(finished):
     assert result.folder == folder / "run" and result.checkpoint == folder / "run" / "checkpoint"
     names = {p.name for p in result.folder.iterdir()}
     expected = {"recipe.yaml", "metrics.json", "report.html", "log.jsonl", "checkpoint"}
-    expected |= {"trace.safetensors", "samples.safetensors"}
-    assert expected <= names
-    rest = names - expected
-    assert rest and all(name.endswith(".png") for name in rest), rest
+    expected |= {"trace.safetensors", "samples.safetensors", "figures", MARKER}
+    assert names == expected and not_ours(result.folder) == []
+    figures = [p.name for p in (result.folder / "figures").iterdir()]
+    assert figures and all(name.endswith(".png") for name in figures), figures
     # nothing beside it either, but the cache
     assert {p.name for p in folder.iterdir()} == {"run", "cache"}
     assert not [p for p in folder.rglob("*") if p.suffix in {".bin", ".pt", ".pkl", ".pth"}]
@@ -338,17 +339,39 @@ def used(finished, tmp_path):
     return shutil.copytree(finished[0] / "run", tmp_path / "used")
 
 
-@pytest.mark.parametrize("options", [{}, {"resume": True}])
-def test_a_finished_run_is_not_touched_without_overwrite(model, used, options):
+def test_a_finished_run_is_not_touched_without_overwrite(model, used):
     before = tree(used)
     with pytest.raises(FileExistsError, match="finished run.*--overwrite"):
-        begin(model, used, **options)
+        begin(model, used)
+    with pytest.raises(ValueError, match="seed changed"):
+        begin(model, used, recipe=settings(model, seed=4), resume=True)
     assert tree(used) == before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_killed_after_its_report_is_finished(model, finished, used, tmp_path, linked):
+    before = tree(used)
+    states = tmp_path / "elsewhere" if linked else used / "state"
+    states.mkdir()
+    for name in ("state.safetensors", ".state.safetensors.a1b2c3d4.compress-tmp"):
+        (states / name).write_text("left")
+    if linked:
+        (used / "state").symlink_to(states)
+    for name in (".lock", ".report.html.a1b2c3d4.compress-tmp"):
+        (used / name).touch()
+    events, result = finish(
+        run_events(Recipe.model_validate(settings(model)), output=used, resume=True, device="cpu")
+    )
+    assert [(e.stage, e.message.partition(";")[0]) for e in events] == [
+        ("done", "already finished")
+    ]
+    assert result.metrics == json.loads(json.dumps(finished[1].metrics))
+    assert tree(used) == before and states.exists() == linked
 
 
 def test_overwrite_starts_from_nothing(model, used):
     begin(model, used, overwrite=True)
-    assert {p.name for p in used.iterdir()} <= {"recipe.yaml", "log.jsonl", "state"}
+    assert {p.name for p in used.iterdir()} <= {MARKER, "recipe.yaml", "log.jsonl", "state"}
     rows = [json.loads(line) for line in (used / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["stage"] == "flow"] == [1]
 
@@ -459,7 +482,8 @@ def test_a_tracker_gets_every_step_in_the_folder_of_the_run(model, tmp_path, mon
     monkeypatch.setattr(Notebook, "seen", [])
     output = tmp_path / "run"
     begin(model, output, "recover", recipe=settings(model, train={"trackers": ["notebook"]}))
-    assert Notebook.seen == [(str(output), step + 1, {"loss", "lr"}) for step in range(FLOW + 1)]
+    where = str(output / "trackers")
+    assert Notebook.seen == [(where, step + 1, {"loss", "lr"}) for step in range(FLOW + 1)]
 
 
 # ---- failures ------------------------------------------------------------------------------
@@ -591,6 +615,7 @@ def test_a_disk_that_fills_at_the_end_keeps_the_state_and_nothing_half_written(d
     assert left == [
         "ballast",
         "run",
+        "run/.compress",
         "run/log.jsonl",
         "run/recipe.yaml",
         "run/state",

@@ -19,6 +19,7 @@ from compress.checkpoints.load import load_reader
 from compress.checkpoints.runtime import save_runtime
 from compress.cli import app
 from compress.common.events import drain
+from compress.common.output_folder import not_ours
 from compress.data.page_files import find_pages
 from compress.data.page_folders import write_pages_as_olmocr_bench, write_pages_as_omnidocbench
 from compress.data.pages import PAGE, page
@@ -111,7 +112,9 @@ def finished(qwen, pages, tmp_path_factory):
 def test_a_run_leaves_what_a_run_leaves(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert {"recipe.yaml", "metrics.json", "report.html", "checkpoint", "predictions"} <= names
-    assert {"comparison.png", "recall.png", "strip.png"} <= names
+    assert not_ours(finished.folder) == []
+    figures = {path.name for path in (finished.folder / "figures").iterdir()}
+    assert {"comparison.png", "recall.png", "strip.png"} <= figures
     report = (finished.folder / "report.html").read_text()
     assert "data:image/gif;base64" in report and report.count("data:image/png") >= 6
     stored = json.loads((finished.folder / "metrics.json").read_text())
@@ -367,7 +370,7 @@ def test_rtprune_runs_on_reader_deepseek(deepseek, tmp_path, monkeypatch):
     assert 98 / 211 <= row["tokens_kept"] <= (98 + 15) / 211
     assert "accuracy_retention" not in row and "nothing right" in result.metrics["warnings"][0]
     assert result.metrics["calibration"] is None and 0 < row["attended"] < 0.5
-    assert (result.folder / "kept.png").is_file()
+    assert (result.folder / "figures" / "kept.png").is_file()
     assert not list((result.folder / "checkpoint").glob("*.safetensors"))
     assert "cannot load it" in (result.folder / "checkpoint" / "README.md").read_text()
     _, processor, applied = load_reader(result.folder / "checkpoint")

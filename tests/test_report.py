@@ -250,9 +250,9 @@ def test_texts_that_a_model_read_are_shown_as_text_with_marks(tmp_path):
 
 def test_figures_inside_the_page_are_the_files_beside_it(run, page):
     inside = [a["src"].partition("base64,")[2] for tag, a in page.tags if tag == "img"]
-    beside = [base64.b64encode(path.read_bytes()).decode() for path in run.glob("*.png")]
+    beside = [base64.b64encode(path.read_bytes()).decode() for path in run.glob("figures/*.png")]
     assert sorted(inside) == sorted(beside)
-    assert {path.stem for path in run.glob("*.png")} == {
+    assert {path.stem for path in run.glob("figures/*.png")} == {
         "widths",
         "masks",
         "schedule",
@@ -265,15 +265,15 @@ def test_figures_inside_the_page_are_the_files_beside_it(run, page):
 
 
 def test_report_is_the_same_twice(run):
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     write_report(run, GradFlow())
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_report_of_a_oneshot_run_leaves_the_flow_out(tmp_path):
     folder = make_run(tmp_path / "oneshot", oneshot=True)
     page = Page(write_report(folder, OneShot()).read_text(encoding="utf8"))
-    assert {p.stem for p in folder.glob("*.png")} == {
+    assert {p.stem for p in folder.glob("figures/*.png")} == {
         "widths",
         "loss",
         "samples_dense",

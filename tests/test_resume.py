@@ -220,9 +220,14 @@ def test_a_run_from_the_start_forgets_the_states_of_another(two_states):
 
 
 def test_what_a_kill_in_a_write_left_is_removed(two_states):
-    (two_states / "state" / ".state.safetensors-abc").write_bytes(b"half")
+    half, mine = (
+        two_states / "state" / f".state.safetensors.{rest}"
+        for rest in ("a1_b2c3d.compress-tmp", "swp")
+    )
+    half.write_bytes(b"half")
+    mine.write_bytes(b"mine")
     leave(start(two_states, True).events(), 1)
-    assert not (two_states / "state" / ".state.safetensors-abc").exists()
+    assert not half.exists() and mine.exists()
 
 
 @pytest.mark.parametrize("fact", ["threads", "torch"])

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 
 from compress.common.files import atomic_folder, read_json, sha256, write_json, write_text
 from compress.common.foreign import ForeignFileError, foreign
-from compress.models.locate import CHECKPOINT_FACTS as FACTS
+from compress.common.output_folder import CHECKPOINT, check_replaceable
+from compress.common.output_folder import CHECKPOINT_FACTS as FACTS
 from compress.models.locate import ModelFolder
 from compress.models.weights import check_inside
 
@@ -55,7 +56,7 @@ def checkpoint_folder(
     FileExistsError : when the folder holds something that is not to be replaced.
     OSError : when the disk is full or the folder cannot be written.
     """
-    check_replaceable(folder, overwrite=overwrite)
+    check_replaceable(folder, CHECKPOINT, overwrite=overwrite)
     with atomic_folder(folder) as temporary:
         try:
             yield temporary
@@ -65,28 +66,6 @@ def checkpoint_folder(
         write_text(temporary / "README.md", card(content))
         content |= {"files": file_hashes(temporary)}
         write_json(temporary / FACTS, content | {"hash": _own_hash(content)})
-
-
-def check_replaceable(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that a checkpoint must not take the place of.
-
-    Raises
-    ------
-    FileExistsError : for a file, a folder that holds something else than a checkpoint of ours, or
-        one of ours without ``overwrite``.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not folder.is_dir() or read_facts(folder) is None:
-        raise FileExistsError(
-            f"a new or empty folder is expected for the checkpoint; {folder} holds something that "
-            "is no checkpoint of compress; choose another folder"
-        )
-    if not overwrite:
-        raise FileExistsError(
-            f"{folder} holds a checkpoint of compress already; choose another folder, or replace "
-            "it with overwrite=True"
-        )
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

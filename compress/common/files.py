@@ -19,6 +19,27 @@ if TYPE_CHECKING:
 
 # what archives, file servers and desktops leave in folders, beside what is hidden
 LITTER = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"}
+# an unfinished write is called by the name that it was to get, what tempfile draws, and whose it is
+_SUFFIX = ".compress-tmp"
+_UNFINISHED = re.compile(rf"\.(.+)\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")
+
+
+def unfinished(name: str) -> str | None:
+    """The name that an unfinished write was to get; None for what is none.
+
+    >>> unfinished(".report.html.a1b2c3d4.compress-tmp"), unfinished(".report.html.swp")
+    ('report.html', None)
+    """
+    found = _UNFINISHED.fullmatch(name)
+    return found and found[1]
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link without what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -32,7 +53,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     OSError : when the parent cannot be written or the disk is full; ``target`` is untouched then.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(_SUFFIX, f".{target.name}.", target.parent))
     try:
         # mkdtemp makes the folder private; a checkpoint has the permissions of any other folder
         temporary.chmod(0o777 & ~_umask())
@@ -41,8 +62,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(0o666 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        if os.path.lexists(target):
+            old = Path(tempfile.mkdtemp(_SUFFIX, f".{target.name}.", target.parent))
             try:
                 os.replace(target, old / target.name)
                 try:
@@ -60,7 +81,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    handle, name = tempfile.mkstemp(_SUFFIX, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

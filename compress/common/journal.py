@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from compress.common.files import json_lines, write_bytes, write_text
+from compress.common.files import json_lines, unfinished, write_bytes, write_text
 
 Tensors = dict[str, torch.Tensor]
 
@@ -155,8 +155,9 @@ class Journal:
         for path in self._states()[: self._loaded]:
             path.unlink(missing_ok=True)
         # what a kill in the middle of a write left
-        for path in self.folder.glob("state/.state*"):
-            path.unlink()
+        for path in self.folder.glob("state/.*"):
+            if unfinished(path.name) == "state.safetensors":
+                path.unlink()
 
 
 def _read(path: Path) -> Saved:

@@ -1,16 +1,35 @@
-"""The folder that a run or an evaluation writes: whose it is, and who may write into it."""
+"""The folders that compress writes: whose a folder is, and who may write into it.
+
+A run or an evaluation puts a marker into its folder before anything else; what is written at once
+(a checkpoint, pages) lists its files. Without one of these, a folder that holds anything is not
+written into; with it, nothing is removed but the names that compress writes.
+"""
 
 import contextlib
 import fcntl
-import shutil
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from glob import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-# what a folder of ours holds: the settings of the run, or of the evaluation
-SETTINGS = ("recipe.yaml", "evaluation.yaml")
+from compress.common.files import atomic_folder, read_json, remove, unfinished, write_json
+
+MARKER = ".compress"
+CHECKPOINT, CHECKPOINT_FACTS, PAGES = "checkpoint", "compress.json", "set of pages"
+LOCK, REPORT = ".lock", "report.html"
+# what runs and evaluations write; their checkpoint lists its other files
+NAMES = (
+    f"{CHECKPOINT}/{CHECKPOINT_FACTS}",
+    *(MARKER, LOCK, "recipe.yaml", "evaluation.yaml", "model.json", "calibration.json"),
+    *("log.jsonl", "trackers/*", "state/state.safetensors", "state/state-*.safetensors"),
+    *("predictions.jsonl", "predictions/*.jsonl", "samples.safetensors", "trace.safetensors"),
+    *("metrics.json", "figures/*.png", REPORT),
+)
 # what makes an unfinished one worth keeping
 PROGRESS = (
     "state/state.safetensors",
@@ -31,34 +50,95 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise FileExistsError(
             f"output folder expected at {folder}, which is a file; choose another"
         )
-    if not folder.exists() or all(_is_leftover(entry) for entry in folder.iterdir()):
+    if not folder.exists():
         return
-    if not any((folder / name).exists() for name in SETTINGS):
-        raise FileExistsError(
-            f"output folder {folder} holds files that are no run of compress; choose another "
-            "--output"
-        )
-    if overwrite:
+    names = sorted(entry.name for entry in folder.iterdir() if not _is_leftover(folder, entry))
+    if not names:
         return
-    if (folder / "report.html").exists():
+    if not _is_marked(folder):
         raise FileExistsError(
-            f"output folder {folder} holds a finished run; choose another --output, or replace "
-            "it with --overwrite"
+            f"output folder {folder} holds what is no run of compress: {_some(names)}; choose "
+            "another --output"
         )
-    if not resume:
+    others = not_ours(folder)
+    if overwrite and others:
         raise FileExistsError(
-            f"output folder {folder} holds an unfinished run; go on with --resume, or start "
-            "again with --overwrite"
+            f"--overwrite removes only what compress wrote, and output folder {folder} also holds "
+            f"{_some(others)}; move that away, or choose another --output"
         )
+    if resume and not is_finished(folder):
+        check_replaceable(folder / CHECKPOINT, CHECKPOINT, overwrite=True)
+    if overwrite or resume:
+        return
+    what = "a finished run" if is_finished(folder) else "an unfinished run"
+    ways = ["choose another --output"] if is_finished(folder) else ["go on with --resume"]
+    ways += [] if others else ["replace it with --overwrite"]
+    raise FileExistsError(f"output folder {folder} holds {what}; {', or '.join(ways)}")
 
 
-def _is_leftover(entry: Path) -> bool:
-    """Whether an entry is our lock, or a file or folder that a killed run had not yet renamed."""
-    known = (
-        *(*SETTINGS, "model.json", "calibration.json"),
-        *("log.jsonl", "checkpoint", "metrics.json", "report.html", "samples"),
-    )
-    return entry.name == ".lock" or entry.name.startswith(tuple(f".{name}" for name in known))
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run or an evaluation to whose end nothing is missing."""
+    return _is_marked(folder) and (folder / REPORT).is_file()
+
+
+def not_ours(folder: Path) -> list[str]:
+    """What lies in the folder of a run or an evaluation and was not written by compress."""
+    listed = _listed(folder / CHECKPOINT, CHECKPOINT)
+    return _not_ours(folder, [*NAMES, *(f"{CHECKPOINT}/{pattern}" for pattern in listed)])
+
+
+def _not_ours(folder: Path, patterns: Sequence[str], below: str = "") -> list[str]:
+    found = []
+    for path in sorted((folder / below).iterdir()):
+        name = path.relative_to(folder).as_posix()
+        inside = any(p.startswith(f"{name}/") or fnmatchcase(f"{name}/", p) for p in patterns)
+        if _is_folder(path):
+            if inside:
+                found += _not_ours(folder, patterns, name)
+            elif not _is_leftover(folder, path):
+                found.append(name)
+        elif not (path.is_symlink() and inside) and not _is_leftover(folder, path):
+            found += [] if any(fnmatchcase(name, pattern) for pattern in patterns) else [name]
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_marked(folder: Path) -> bool:
+    try:
+        marker = read_json(folder / MARKER)
+    except (ValueError, OSError):
+        return False
+    return isinstance(marker, dict) and "compress" in marker
+
+
+def _listed(folder: Path, kind: str) -> list[str]:
+    """Patterns of the files that a folder of a kind lists; none for any other folder."""
+    name = CHECKPOINT_FACTS if kind == CHECKPOINT else MARKER
+    try:
+        facts = read_json(folder / name)
+        ours = "format" in facts if kind == CHECKPOINT else facts["kind"] == kind
+        return [name, *map(escape, facts["files"])] if ours else []
+    except (ValueError, TypeError, KeyError, OSError):
+        return []
+
+
+def _is_leftover(folder: Path, entry: Path) -> bool:
+    """Whether what lies in a folder is our lock, or what a killed process had not yet renamed."""
+    if entry == folder / LOCK:
+        return entry.is_file() and entry.stat().st_size == 0
+    wanted = unfinished(entry.name)
+    if wanted is None:
+        return False
+    name = entry.with_name(wanted).relative_to(folder).as_posix()
+    return any(fnmatchcase(name, pattern) for pattern in (*NAMES, CHECKPOINT))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def check_same_settings(path: Path, wanted: Mapping[str, Any]) -> None:
@@ -90,11 +170,20 @@ def check_same_settings(path: Path, wanted: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the output folder for this process; a folder that failed before any state goes again."""
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
+def locked(folder: Path, lock: Path | None = None) -> Iterator[None]:
+    """Hold an output folder for this process by a lock file, which goes at the end.
+
+    Parameters
+    ----------
+    folder : that is held.
+    lock : the file; one beside the folder when None.
+
+    Raises
+    ------
+    FileExistsError : when another process holds it.
+    """
+    lock = lock or folder.with_name(f".{folder.name}{LOCK}")
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,18 +192,131 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
                 f"output folder {folder} is in use by another process; choose another --output or "
                 "wait"
             ) from error
-        for entry in folder.iterdir():
-            if entry == lock or not (_is_leftover(entry) or (overwrite and not resume)):
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
         try:
             yield
-        except Exception:
-            if not existed and not any((folder / name).exists() for name in PROGRESS):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
         finally:
-            lock.unlink(missing_ok=True)
+            if os.fstat(handle.fileno()).st_size == 0:  # what holds something is not ours
+                lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the output folder for this process; a folder that failed before any state goes again.
+
+    Parameters
+    ----------
+    folder : to write, and to mark as ours.
+    kind : of what is written, such as "run".
+    resume, overwrite : as in :func:`check_target`, which is asked again when the folder is held.
+    """
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, folder / LOCK):
+            check_target(folder, resume=resume, overwrite=overwrite)
+            _clear(folder, lambda entry: _is_leftover(folder, entry) or (overwrite and not resume))
+            write_json(folder / MARKER, _marker(kind))
+            try:
+                yield
+            except Exception:
+                if not existed and not any((folder / name).exists() for name in PROGRESS):
+                    others = {name.partition("/")[0] for name in not_ours(folder)}
+                    _clear(folder, lambda entry: entry.name not in others)
+                    remove(folder / MARKER)
+                raise
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _clear(folder: Path, choose: Callable[[Path], bool]) -> None:
+    # the report first: without it nobody takes what a kill leaves here for a finished run
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name != REPORT):
+        if entry.name not in (LOCK, MARKER) and choose(entry):
+            remove(entry)
+
+
+def remove_states(folder: Path) -> None:
+    """Remove what only resuming needs."""
+    states = folder / "state"
+    if states.is_symlink():
+        states.unlink()
+    elif states.is_dir():
+        others = not_ours(folder)
+        _clear(states, lambda entry: f"state/{entry.name}" not in others)
+        with contextlib.suppress(OSError):  # it holds something
+            states.rmdir()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a kill left of a run or an evaluation that is finished."""
+    with locked(folder, folder / LOCK):
+        remove_states(folder)
+        _clear(folder, lambda entry: _is_leftover(folder, entry))
+
+
+def _marker(kind: str) -> dict[str, Any]:
+    return {"compress": version("compress-models"), "kind": kind}
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, kind: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``folder``, which lists its files, on success.
+
+    Raises
+    ------
+    FileExistsError : see :func:`check_replaceable`.
+    OSError : when the parent cannot be written or the disk is full; ``folder`` is untouched then.
+    """
+    check_replaceable(folder, kind, overwrite=overwrite)
+    with atomic_folder(folder) as temporary:
+        yield temporary
+        files = (path for path in temporary.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(temporary).as_posix() for path in files)
+        write_json(temporary / MARKER, _marker(kind) | {"files": names})
+
+
+def check_replaceable(folder: Path, kind: str, *, overwrite: bool) -> None:
+    """Refuse a folder that must not be replaced as a whole.
+
+    Parameters
+    ----------
+    folder : that is to be written at once.
+    kind : of what is written, such as "checkpoint".
+    overwrite : whether one that compress wrote may be replaced.
+
+    Raises
+    ------
+    FileExistsError : for a file or a link, a folder that holds anything else than what compress
+        wrote as one of this kind, or such a one without ``overwrite``.
+    """
+    if not os.path.lexists(folder) or (_is_folder(folder) and not any(folder.iterdir())):
+        return
+    listed = _listed(folder, kind) if _is_folder(folder) else []
+    if not listed:
+        raise FileExistsError(
+            f"a new or empty folder is expected; {folder} holds something that is no {kind} of "
+            "compress; choose another folder"
+        )
+    if others := _not_ours(folder, listed):
+        raise FileExistsError(
+            f"{folder} holds a {kind} of compress, and also {_some(others)}; move that away, or "
+            "choose another folder"
+        )
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a {kind} of compress already; choose another folder, or replace it "
+            "with --overwrite (in Python overwrite=True)"
+        )
+
+
+def check_new_file(path: Path) -> None:
+    """Refuse to write over a file that is there.
+
+    Raises
+    ------
+    FileExistsError : naming it.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"a new file is expected; {path} exists; name another, or move it")

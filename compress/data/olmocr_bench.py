@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from compress.common.files import atomic_folder, is_litter, json_lines, read_text, walk, write_text
+from compress.common.files import is_litter, json_lines, read_text, walk, write_text
+from compress.common.output_folder import PAGES, new_folder
 
 PDFS = "pdfs"
 # (document, page number from 1)
@@ -271,18 +272,21 @@ def write_olmocr_bench(
     folder: Path,
     files: Mapping[str, Sequence[BenchTest]],
     pages: Mapping[str, Sequence[Image.Image]],
+    *,
+    overwrite: bool = False,
 ) -> Bench:
     """Write a folder that `read_olmocr_bench` and olmOCR's own script read, atomically.
 
     Parameters
     ----------
-    folder : replaced where it exists.
+    folder : new or empty, or with ``overwrite`` one that was written so.
     files : name without suffix -> tests.
     pages : document, with the suffix ``.pdf`` -> images of its pages. Beside each PDF, which holds
         them as JPEG, the pages also lie as PNG, see `Bench.image`.
 
     Raises
     ------
+    FileExistsError : when the folder holds something that is not to be replaced.
     ValueError : for a test without document, or a document without pages or suffix.
     """
     for pdf, images in pages.items():
@@ -292,7 +296,7 @@ def write_olmocr_bench(
                 f"{pdf!r} with {len(images)}; rename it or give its pages"
             )
     _check_documents(files, pages, folder)
-    with atomic_folder(folder) as temporary:
+    with new_folder(folder, PAGES, overwrite=overwrite) as temporary:
         bench = Bench(temporary, {}, ())
         for pdf, images in pages.items():
             path = temporary / PDFS / pdf

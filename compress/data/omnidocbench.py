@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from compress.common.files import atomic_folder, read_json, read_text, write_json, write_text
+from compress.common.files import read_json, read_text, write_json, write_text
+from compress.common.output_folder import PAGES, new_folder
 
 ANNOTATIONS = "OmniDocBench.json"
 
@@ -108,17 +109,24 @@ def read_omnidocbench(folder: Path) -> list[Page]:
     return pages
 
 
-def write_omnidocbench(folder: Path, pages: Sequence[Page], images: Sequence[Image.Image]) -> None:
+def write_omnidocbench(
+    folder: Path,
+    pages: Sequence[Page],
+    images: Sequence[Image.Image],
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write a folder that `read_omnidocbench` and OmniDocBench's own scorer read, atomically.
 
     Parameters
     ----------
-    folder : replaced where it exists.
+    folder : new or empty, or with ``overwrite`` one that was written so.
     pages : at least one; the suffix of ``Page.image`` decides the format of the file.
     images : one per page, of the size that the page states.
 
     Raises
     ------
+    FileExistsError : when the folder holds something that is not to be replaced.
     ValueError : for unequal numbers, or an image that has not the stated size.
     """
     if len(pages) != len(images) or not pages:
@@ -132,7 +140,7 @@ def write_omnidocbench(folder: Path, pages: Sequence[Page], images: Sequence[Ima
                 f"{page.image} should be {page.width}x{page.height} pixels as its page says; got "
                 f"{image.width}x{image.height}; correct one of them"
             )
-    with atomic_folder(folder) as temporary:
+    with new_folder(folder, PAGES, overwrite=overwrite) as temporary:
         (temporary / "images").mkdir()
         write_json(temporary / ANNOTATIONS, [_entry(page) for page in pages])
         for page, image in zip(pages, images, strict=True):

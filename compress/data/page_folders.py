@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from compress.common.output_folder import PAGES, check_replaceable, locked
 from compress.data import omnidocbench
 from compress.data.olmocr_bench import (
     BaselineTest,
@@ -24,36 +25,43 @@ CATEGORIES = {"heading": "title", "paragraph": "text_block", "table": "table"}
 
 
 def write_rendered_pages(
-    folder: Path, layout: str, difficulty: str, count: int, seed: int, split: str
+    folder: Path,
+    layout: str,
+    difficulty: str,
+    count: int,
+    seed: int,
+    split: str,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Render pages and write them as a folder that ``compress eval --data`` reads.
 
     Parameters
     ----------
-    folder : to write; it must not exist yet.
+    folder : to write; new or empty, or with ``overwrite`` rendered pages of an earlier call.
     layout, difficulty : one of :data:`LAYOUTS` and of :data:`DIFFICULTIES`.
     count, seed, split : of the pages; see :func:`compress.data.pages.page`.
 
     Raises
     ------
     ValueError : for an unknown layout, difficulty or split.
-    FileExistsError : when the folder is there.
+    FileExistsError : when the folder holds something that is not to be replaced, or is in use.
     """
     if layout not in LAYOUTS or difficulty not in DIFFICULTIES:
         raise ValueError(
             f"a layout among {', '.join(LAYOUTS)} and a difficulty among "
             f"{', '.join(DIFFICULTIES)} are expected; got {layout} and {difficulty}; choose others"
         )
-    if folder.exists():
-        raise FileExistsError(f"a new folder is expected; {folder} exists; name another")
-    made = [render(seed, number, DIFFICULTIES[difficulty], split) for number in range(count)]
-    if layout == "omnidocbench":
-        write_pages_as_omnidocbench(folder, made)
-    else:
-        write_pages_as_olmocr_bench(folder, made)
+    check_replaceable(folder, PAGES, overwrite=overwrite)
+    write = {"omnidocbench": write_pages_as_omnidocbench, "olmocr": write_pages_as_olmocr_bench}
+    with locked(folder):
+        made = [render(seed, number, DIFFICULTIES[difficulty], split) for number in range(count)]
+        write[layout](folder, made, overwrite=overwrite)
 
 
-def write_pages_as_omnidocbench(folder: Path, pages: Sequence[Page]) -> None:
+def write_pages_as_omnidocbench(
+    folder: Path, pages: Sequence[Page], *, overwrite: bool = False
+) -> None:
     """Write pages and their blocks as ``page_0000.png`` and so on, with OmniDocBench's annotations.
 
     Raises
@@ -71,10 +79,13 @@ def write_pages_as_omnidocbench(folder: Path, pages: Sequence[Page]) -> None:
         )
         for number, page in enumerate(pages)
     ]
-    omnidocbench.write_omnidocbench(folder, annotated, [page.image for page in pages])
+    images = [page.image for page in pages]
+    omnidocbench.write_omnidocbench(folder, annotated, images, overwrite=overwrite)
 
 
-def write_pages_as_olmocr_bench(folder: Path, pages: Sequence[Page]) -> Bench:
+def write_pages_as_olmocr_bench(
+    folder: Path, pages: Sequence[Page], *, overwrite: bool = False
+) -> Bench:
     """Write each page as a PDF (and PNG), with tests that its ground truth passes.
 
     A page gives, where it has them: presence of each paragraph's first line, order of neighbouring
@@ -92,7 +103,7 @@ def write_pages_as_olmocr_bench(folder: Path, pages: Sequence[Page]) -> Bench:
         for test in _tests(f"{_name(number)}.pdf", page):
             tests.setdefault(test.type, []).append(test)
     images = {f"{_name(number)}.pdf": [page.image] for number, page in enumerate(pages)}
-    return write_olmocr_bench(folder, tests, images)
+    return write_olmocr_bench(folder, tests, images, overwrite=overwrite)
 
 
 def _name(number: int) -> str:

@@ -48,7 +48,7 @@ class Figure:
 
     Attributes
     ----------
-    name : of the PNG file that is written beside the report.
+    name : of the PNG file that is written into ``figures/`` beside the report.
     image : a PNG, or an animated GIF, which stands in the report alone.
     caption : one line.
     kind : "wide" takes the whole width, "pixels" is enlarged without smoothing.

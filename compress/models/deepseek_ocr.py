@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import UnlimitedOcrForConditionalGeneration
 
-from compress.common.files import atomic_folder, write_json
+from compress.common.files import write_json
 from compress.common.foreign import foreign
+from compress.common.output_folder import new_folder
 from compress.models.deepseek_ocr_layout import (
     native_config,
     original_config,
@@ -50,7 +51,7 @@ def save_deepseek_ocr(
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     weights = original_weights(state) | unused_weights(model.config)
     shards = list(_shards(weights, largest_shard))
-    with atomic_folder(folder) as temporary:
+    with new_folder(folder, "model") as temporary:
         where = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):06d}.safetensors"

@@ -14,10 +14,10 @@ from huggingface_hub.errors import (
 )
 
 from compress.common.files import folder_hash, read_json
+from compress.common.output_folder import CHECKPOINT_FACTS
 
 BUILTIN = Path(__file__).parent / "builtin"
 PIPELINE_INDEX = "model_index.json"
-CHECKPOINT_FACTS = "compress.json"
 Kind = Literal["diffusion", "reader"]
 EXAMPLE = {"diffusion": "google/ddpm-cifar10-32", "reader": "deepseek-ai/DeepSeek-OCR"}
 # no code, nothing pickled

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.common.files import write_bytes
+from compress.common.output_folder import check_new_file
 from compress.eval.metrics import GROUPS, arrow, number_text
 from compress.reports.run_folder import grouped, metric_of, read_metrics
 
@@ -85,6 +86,7 @@ class Comparison:
 
         Raises
         ------
+        FileExistsError : when the file is there.
         ValueError : where no metric has two values.
         """
         from compress.reports.figures import comparison_panels
@@ -96,6 +98,7 @@ class Comparison:
                 "a plot compares values, two or more of one metric; no metric of "
                 f"{', '.join(self.names)} has two; name runs of one kind"
             )
+        check_new_file(path)
         write_bytes(path, comparison_panels(self.names, rows))
         return path
 

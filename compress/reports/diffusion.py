@@ -16,7 +16,7 @@ GRID = 8  # samples in a row
 
 
 def write_report(folder: Path, method: WeightMethod) -> Path:
-    """Draw a run's figures, and write ``report.html`` and the PNGs beside it.
+    """Draw a run's figures, and write ``report.html`` with the PNGs in ``figures/``.
 
     What a run does not have (masks, for a one-shot method) is left out.
 

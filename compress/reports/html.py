@@ -100,7 +100,7 @@ def write_page(
     facts_title: str = "The run",
     recipe: str = "",
 ) -> Path:
-    """Write ``report.html``, and beside it a PNG file for each figure of its sections.
+    """Write ``report.html``, and in ``figures/`` a PNG file for each figure of its sections.
 
     The page needs no other file and no network: the figures are inside it.
 
@@ -123,7 +123,8 @@ def write_page(
     for section in sections:
         for figure in section.figures:
             if not figure.image.startswith(b"GIF"):
-                write_bytes(folder / f"{figure.name}.png", figure.image)
+                (folder / "figures").mkdir(exist_ok=True)
+                write_bytes(folder / "figures" / f"{figure.name}.png", figure.image)
     path = folder / "report.html"
     text = _TEMPLATES.get_template("report.html.jinja").render(
         title=title,

@@ -19,6 +19,7 @@ from compress.checkpoints.slim import save_slim
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import write_bytes
 from compress.common.journal import Journal
+from compress.common.output_folder import remove_states
 from compress.data.columns import Columns
 from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.digits import digits
@@ -124,7 +125,7 @@ class DiffusionRun:
     def report(self, metrics: dict[str, Any]) -> None:
         """Write the report; the states go."""
         write_report(self.folder, self.recipe.method)
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        remove_states(self.folder)
 
     def _check_space(self) -> None:
         """Refuse a disk that cannot hold the states and the checkpoint."""

@@ -11,8 +11,14 @@ import yaml
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model
 from compress.common.environment import choose_device, created, versions_of
-from compress.common.files import write_json, write_text
-from compress.common.output_folder import check_same_settings, check_target, claim
+from compress.common.files import read_json, write_json, write_text
+from compress.common.output_folder import (
+    check_same_settings,
+    check_target,
+    claim,
+    is_finished,
+    tidy,
+)
 from compress.data.ocr_pages import OcrData, OcrPage, load_pages
 from compress.eval import ocr
 from compress.eval.metrics import metric
@@ -60,7 +66,7 @@ def evaluate_events(
     settings : how pages are read and scored; with the unseen font when None.
     data : pages, as in a recipe; for a built-in reader, and checkpoints made of it, those of the
         kind that it was trained on when None, and ``builtin:pages`` for other models.
-    resume : read the pages that are left.
+    resume : read the pages that are left; a finished evaluation stays as it is.
     overwrite : start again.
     device : CUDA where there is any when None.
 
@@ -93,10 +99,14 @@ def evaluate_events(
     }
     if resume:
         check_same_settings(output / SETTINGS, facts)
+    if resume and is_finished(output):
+        tidy(output)
+        yield Event("done", 1, 1, message=f"already finished; report in {output / 'report.html'}")
+        return read_json(output / "metrics.json")
     network, processor, methods = open_reader(at, settings, where)
     applied = Applied(network, methods) if methods else None
     read = page_reader(network, processor, settings, applied)
-    with claim(output, resume=resume, overwrite=overwrite):
+    with claim(output, "evaluation", resume=resume, overwrite=overwrite):
         write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
         times: ocr.Times = []
         for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS, times):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.applied import Applied
-from compress.checkpoints.facts import check_replaceable
 from compress.checkpoints.runtime import check_dense, save_runtime
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import read_json, write_json
+from compress.common.output_folder import CHECKPOINT, check_replaceable, locked
 from compress.data.ocr_pages import RENDERED, OcrPage, load_pages
 from compress.data.pages import page
 from compress.eval import ocr
@@ -314,28 +314,29 @@ def calibrated_checkpoint(
     ValueError, FileNotFoundError : for a model or data that cannot be used.
     FileExistsError : when the folder holds something.
     """
-    check_replaceable(output, overwrite=overwrite)
+    check_replaceable(output, CHECKPOINT, overwrite=overwrite)
     calibration, read = calibration or Calibration(), read or ReadSettings()
-    at = locate(model, "reader")
-    check_dense(at)
-    network, processor, _ = open_reader(at, read, choose_device(device))
-    result = calibrate_on_pages(
-        method,
-        network,
-        processor,
-        calibration_pages(data, calibration.pages),
-        OcrEvaluation(**dict(read)),
-        calibration.max_new_tokens,
-    )
-    facts = {
-        "calibration": {method.name: result.facts},
-        "calibrated_on": {"data": data, **calibration.model_dump()},
-        "versions": versions_of(PACKAGES),
-    }
-    methods = [with_calibration(method, {method.name: result})]
-    save_runtime(
-        network, processor, methods, output, facts, base=at, reference=True, overwrite=overwrite
-    )
+    with locked(output):
+        at = locate(model, "reader")
+        check_dense(at)
+        network, processor, _ = open_reader(at, read, choose_device(device))
+        result = calibrate_on_pages(
+            method,
+            network,
+            processor,
+            calibration_pages(data, calibration.pages),
+            OcrEvaluation(**dict(read)),
+            calibration.max_new_tokens,
+        )
+        facts = {
+            "calibration": {method.name: result.facts},
+            "calibrated_on": {"data": data, **calibration.model_dump()},
+            "versions": versions_of(PACKAGES),
+        }
+        methods = [with_calibration(method, {method.name: result})]
+        save_runtime(
+            network, processor, methods, output, facts, base=at, reference=True, overwrite=overwrite
+        )
     return result
 
 

@@ -10,8 +10,14 @@ import yaml
 
 from compress.common.environment import choose_device, versions_of
 from compress.common.events import drain
-from compress.common.files import write_json, write_text
-from compress.common.output_folder import check_same_settings, check_target, claim
+from compress.common.files import read_json, write_json, write_text
+from compress.common.output_folder import (
+    check_same_settings,
+    check_target,
+    claim,
+    is_finished,
+    tidy,
+)
 from compress.methods.base import Event
 from compress.parallel import distributed
 from compress.parallel.launch import launched
@@ -65,7 +71,7 @@ def run(
     recipe : path of a YAML file, the bare name of a shipped recipe, or a typed recipe.
     overrides : ``"method.keep_macs=0.4"`` each.
     output : the run's folder; the recipe's own when None.
-    resume : go on from the folder's saved state, if there is one.
+    resume : go on from the folder's saved state, if there is one; a finished run stays as it is.
     overwrite : replace a run that is there.
     device : such as "cpu" or "cuda"; CUDA where there is any when None.
 
@@ -100,6 +106,7 @@ def run_events(
     if not isinstance(recipe, Recipe | ReaderRecipe):
         recipe = load_recipe(recipe, overrides)
     folder = Path(output or recipe.output or "runs/compress")
+    checkpoint = folder / "checkpoint"
     with distributed.explained():
         where = distributed.join(choose_device(device))
         main = distributed.is_main()  # of several processes only this one touches the folder
@@ -107,9 +114,14 @@ def run_events(
             check_target(folder, resume=resume, overwrite=overwrite)
             if resume:
                 check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
+        if resume and distributed.from_main(lambda: is_finished(folder)):
+            distributed.from_main(lambda: tidy(folder))
+            metrics = distributed.from_main(lambda: read_json(folder / "metrics.json"))
+            yield Event("done", 1, 1, message=f"already finished; checkpoint in {checkpoint}")
+            return RunResult(folder, metrics, checkpoint)
         work = open_work(recipe, folder, where)
         yield from work.prepare(resume=resume)
-        claimed = claim(folder, resume=resume, overwrite=overwrite)
+        claimed = claim(folder, "run", resume=resume, overwrite=overwrite)
         with claimed if main else contextlib.nullcontext():
             if main:
                 versions = versions_of(work.packages)
@@ -117,7 +129,6 @@ def run_events(
                 write_text(folder / "recipe.yaml", dump(recipe, header))
             metrics = yield from work.work()
             yield Event("report", 0, 2)
-            checkpoint = folder / "checkpoint"
             distributed.from_main(lambda: work.save(checkpoint, metrics))
             distributed.from_main(lambda: write_json(folder / "metrics.json", metrics))
             yield Event("report", 1, 2)

@@ -120,7 +120,7 @@ class PruningRun:
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation,
             log_with=list(training.trackers) or None,
-            project_dir=journal.folder,
+            project_dir=journal.folder and journal.folder / "trackers",
             cpu=job.device == "cpu",
         )
         training.check_batch(self.accelerator.num_processes)

@@ -1,0 +1,228 @@
+"""What compress did not write is never removed, replaced or written into."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from compress.common.files import write_json
+from compress.common.output_folder import (
+    PAGES,
+    check_new_file,
+    check_replaceable,
+    check_target,
+    claim,
+    locked,
+    new_folder,
+    not_ours,
+)
+
+FRESH = {"resume": False, "overwrite": False}
+OVERWRITE = {"resume": False, "overwrite": True}
+RESUME = {"resume": True, "overwrite": False}
+WRITTEN = (
+    *("recipe.yaml", "log.jsonl", "metrics.json", "report.html", "model.json", "calibration.json"),
+    *("state/state.safetensors", "state/state-1.safetensors", "samples.safetensors"),
+    *("predictions/dense.jsonl", "predictions/fastocr keep_visual=0.2 #2.jsonl"),
+    *("trace.safetensors", "figures/kept.png", "trackers/compress/events.out.tfevents.1"),
+    *("checkpoint/unet/config.json", "checkpoint/README.md"),
+)
+# what a kill leaves
+LEFT = (
+    *(".lock", "..compress.a1b2c3d4.compress-tmp", ".report.html.abcdefg_.compress-tmp"),
+    *("state/.state.safetensors.01234567.compress-tmp", ".checkpoint.zzzzzzzz.compress-tmp/a"),
+)
+
+
+def put(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("" if name == ".lock" else name)
+
+
+def tree(folder):
+    paths = (path for path in folder.rglob("*") if path.name != ".lock")
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in paths}
+
+
+@pytest.fixture
+def used(tmp_path):
+    """The folder of a run, with everything that a run may leave."""
+    with claim(tmp_path / "run", "run", **FRESH):
+        put(tmp_path / "run", *WRITTEN)
+        facts = {"format": 1, "files": {"unet/config.json": "0", "README.md": "0"}}
+        write_json(tmp_path / "run" / "checkpoint" / "compress.json", facts)
+    put(tmp_path / "run", *LEFT)
+    return tmp_path / "run"
+
+
+def enter(folder, **options):
+    with claim(folder, "run", **options):
+        return sorted(p.name for p in folder.iterdir())
+
+
+def test_what_compress_wrote_is_replaced_and_links_are_not_followed(used, tmp_path):
+    put(tmp_path / "elsewhere", "deep/data", "report.html")
+    for name in ("figures", "checkpoint", "state"):
+        shutil.rmtree(used / name)
+        (used / name).symlink_to(tmp_path / "elsewhere")
+    (used / "report.html").unlink()
+    (used / "report.html").symlink_to(tmp_path / "elsewhere" / "report.html")
+    (used / "predictions" / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "deep")
+    assert not_ours(used) == []
+    assert enter(used, **OVERWRITE) == [".compress", ".lock"]
+    assert {*tree(tmp_path / "elsewhere")} == {"deep", "deep/data", "report.html"}
+
+
+def test_without_a_kill_or_a_link_nothing_is_foreign_either(used):
+    assert not_ours(used) == []
+    assert enter(used, **OVERWRITE) == [".compress", ".lock"]
+    assert [p.name for p in used.iterdir()] == [".compress"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("thesis.tex", ".git/config", "data/a.png", "notes/recipe.yaml", "a.png", "log.jsonl.bak"),
+        *(".recipe.yaml.swp", ".checkpoint-backup/weights", ".report.html.abcdefgh.tmp"),
+        *(".thesis.tex.abcdefgh.compress-tmp", ".checkpoint.ABCDEFGH.compress-tmp/a"),
+        *("checkpoint/thesis.tex", "checkpoint/unet/more", "checkpoint/.git/config", "state/mine"),
+        *("predictions/deep/notes.md", "figures/mine.svg", "recipe.yaml/mine"),
+    ],
+)
+def test_what_is_foreign_is_named_and_kept(used, name):
+    if name.startswith("recipe.yaml/"):
+        (used / "recipe.yaml").unlink()
+    put(used, name)
+    before = tree(used)
+    for check in (check_target, enter):
+        with pytest.raises(FileExistsError, match=r"only what compress wrote.*choose another") as e:
+            check(used, **OVERWRITE)
+        named = {name[: i + 1 or None] for i, c in enumerate(name + "/") if c == "/"}
+        assert any(part.strip("/") in str(e.value) for part in named)
+        assert tree(used) == before
+    # no advice that would be refused
+    with pytest.raises(FileExistsError, match="holds a finished run; choose another --output$"):
+        check_target(used, **FRESH)
+    # going on touches nothing of it
+    enter(used, **RESUME)
+    assert (used / name).read_text() == name
+
+
+@pytest.mark.parametrize("options", [FRESH, OVERWRITE, RESUME])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("recipe.yaml", ".git/config", "data/a.png", "thesis.tex"),
+        ("report.html", "metrics.json", "checkpoint/compress.json"),
+        (".recipe.yaml.swp",),
+        (".checkpoint-backup/weights",),
+        (".compress",),
+    ],
+)
+def test_a_folder_without_our_marker_is_left_alone(tmp_path, names, options):
+    put(tmp_path / "p", *names)
+    before = tree(tmp_path)
+    for check in (check_target, enter):
+        with pytest.raises(FileExistsError, match="is no run of compress: .*choose another") as e:
+            check(tmp_path / "p", **options)
+        assert "--overwrite" not in str(e.value) and names[0].split("/")[0] in str(e.value)
+        assert tree(tmp_path) == before
+
+
+def test_what_a_kill_at_the_first_file_leaves_is_ours(tmp_path):
+    put(tmp_path / "run", ".lock", "..compress.a1b2c3d4.compress-tmp")
+    assert enter(tmp_path / "run", **FRESH) == [".compress", ".lock"]
+
+
+def test_a_resumed_run_keeps_everything_but_what_a_kill_left(used):
+    (used / "report.html").unlink()
+    names = enter(used, **RESUME)
+    tops = {name.split("/")[0] for name in WRITTEN} - {"report.html"}
+    assert set(names) == tops | {".compress", ".lock"}
+
+
+@pytest.mark.parametrize("mine", [(), ("thesis.tex",)])
+def test_a_failure_at_the_start_takes_back_what_it_wrote_and_no_more(tmp_path, mine):
+    with pytest.raises(ValueError), claim(tmp_path / "run", "run", **FRESH):
+        put(tmp_path / "run", "recipe.yaml", "log.jsonl", *mine)
+        raise ValueError
+    assert list(tree(tmp_path)) == (["run", "run/thesis.tex"] if mine else [])
+
+
+def test_a_loser_of_a_race_removes_nothing(tmp_path, monkeypatch):
+    with claim(tmp_path / "run", "run", **FRESH):
+        put(tmp_path / "run", "recipe.yaml")
+        monkeypatch.setattr(type(tmp_path), "exists", lambda path: path.name != "run")
+        with pytest.raises(FileExistsError, match="in use by another process"):
+            enter(tmp_path / "run", **FRESH)
+        monkeypatch.undo()
+        assert (tmp_path / "run" / "recipe.yaml").is_file()
+
+
+# ---- what is written at once ---------------------------------------------------------------
+
+
+def make(folder, **options):
+    with new_folder(folder, PAGES, **options) as temporary:
+        put(temporary, "images/0.png", "OmniDocBench.json")
+
+
+def test_pages_are_replaced_by_pages_alone(tmp_path):
+    folder = tmp_path / "made"
+    make(folder)
+    with pytest.raises(FileExistsError, match="holds a set of pages of compress already.*--over"):
+        make(folder)
+    make(folder, overwrite=True)
+    with pytest.raises(FileExistsError, match="is no checkpoint of compress; choose another"):
+        check_replaceable(folder, "checkpoint", overwrite=True)
+    put(folder, "images/mine.png")
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"and also images/mine.png; move") as e:
+            make(folder, overwrite=overwrite)
+        assert "--overwrite" not in str(e.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("facts", ["[]", "{", "{}", '{"format": 1}', '{"files": {}}'])
+def test_what_is_no_list_of_ours_is_no_checkpoint(tmp_path, facts):
+    put(tmp_path / "c", "compress.json")
+    (tmp_path / "c" / "compress.json").write_text(facts)
+    with pytest.raises(FileExistsError, match="no checkpoint of compress"):
+        check_replaceable(tmp_path / "c", "checkpoint", overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_files_and_links_are_not_replaced(tmp_path, kind):
+    make(tmp_path / "real")
+    target = tmp_path / "target"
+    if kind == "file":
+        target.write_text("mine")
+    else:
+        os.symlink(tmp_path / ("real" if kind == "link" else "nowhere"), target)
+    with pytest.raises(FileExistsError, match="new or empty folder is expected"):
+        make(target, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"name another, or move it"):
+        check_new_file(target)
+
+
+def test_a_folder_to_be_is_held_by_one_process(tmp_path):
+    with locked(tmp_path / "above" / "made"):
+        with pytest.raises(FileExistsError, match="in use by another process"):
+            with locked(tmp_path / "above" / "made"):
+                pass
+        assert [p.name for p in (tmp_path / "above").iterdir()] == [".made.lock"]
+    assert list((tmp_path / "above").iterdir()) == []
+    (tmp_path / ".made.lock").write_text("mine")
+    with locked(tmp_path / "made"):
+        pass
+    assert (tmp_path / ".made.lock").read_text() == "mine"
+
+
+def test_the_marker_says_what_it_marks(used, tmp_path):
+    make(tmp_path / "made")
+    marks = [json.loads((folder / ".compress").read_text()) for folder in (used, tmp_path / "made")]
+    assert [mark["kind"] for mark in marks] == ["run", PAGES]
+    assert marks[1]["files"] == ["OmniDocBench.json", "images/0.png"]
