@@ -138,16 +138,16 @@ def read_predictions(file: Path) -> list[Prediction]:
     if len(whole) < len(content):
         with file.open("r+b") as out:
             out.truncate(len(whole))
-    found = []
+    predictions = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            found.append(Prediction(**json.loads(line)))
+            predictions.append(Prediction(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{file}, line {number}, should be a prediction; {error}; remove the line or the "
                 "file"
             ) from error
-    return found
+    return predictions
 
 
 def score(
@@ -189,17 +189,17 @@ def score(
             f"one prediction per page expected; {len(missing)} of {len(data.pages)} pages have "
             f"none, the first is {missing[0]}; read the rest first"
         )
-    found: dict[str, Value] = {}
+    metrics: dict[str, Value] = {}
     accuracy: Accuracy | None = None
     distances: dict[str, dict[str, float]] = {}
     if isinstance(data.annotations, Bench):
         outputs = {place: (by_page[page_name(place)].text,) for place in data.annotations.pages}
         tested = score_olmocr_bench(data.annotations, outputs, seed, published=published)
-        found, accuracy = dict(tested.metrics), tested.accuracy
+        metrics, accuracy = dict(tested.metrics), tested.accuracy
     elif data.annotations is not None:
         texts = {name: prediction.text for name, prediction in by_page.items()}
         matched = score_omnidocbench(data.annotations, texts, seed=seed, published=published)
-        found, accuracy = dict(matched.metrics), matched.accuracy
+        metrics, accuracy = dict(matched.metrics), matched.accuracy
         distances[""] = {page.image: page.text.rate for page in matched.pages if page.text}
     else:
         for suffix, pages in (
@@ -208,30 +208,30 @@ def score(
         ):
             if not pages:
                 continue
-            predicted, wanted = _texts(pages, by_page)
-            scores = text_scores(predicted, wanted, seed)
-            metrics = scores.metrics | _ocean(predicted, wanted, strict, seed)
-            found |= {f"{name}{suffix}": value for name, value in metrics.items()}
+            predicted, expected = _texts(pages, by_page)
+            scores = text_scores(predicted, expected, seed)
+            text_metrics = scores.metrics | _ocean(predicted, expected, strict, seed)
+            metrics |= {f"{name}{suffix}": value for name, value in text_metrics.items()}
             distances[suffix] = {
                 page.name: text.edits.rate for page, text in zip(pages, scores.pages, strict=True)
             }
             if not suffix:
                 accuracy = _text_accuracy(scores, seed)
-    given = [by_page[page.name] for page in data.pages]
-    failed = [prediction for prediction in given if prediction.error]
-    if len(failed) == len(given):
+    read = [by_page[page.name] for page in data.pages]
+    failed = [prediction for prediction in read if prediction.error]
+    if len(failed) == len(read):
         raise ValueError(f"no page of {data.source} could be read; {failed[0].error}")
     if failed:
         named = "; ".join(str(prediction.error) for prediction in failed)
         how = f"counted, and scored as empty text: {named}"
-        found["failed_pages"] = Value(len(failed), how, len(given))
-    given = [prediction for prediction in given if not prediction.error]
+        metrics["failed_pages"] = Value(len(failed), how, len(read))
+    read = [prediction for prediction in read if not prediction.error]
     how = "page mean, of the page in the prompt, before any method, counted"
-    found["visual_tokens"] = page_mean([p.visual_tokens for p in given], how, seed)
-    found["new_tokens"] = page_mean([p.new_tokens for p in given], "page mean, counted", seed)
-    ended = sum(p.ended for p in given)
-    found["ended_rate"] = share(ended, len(given), "share of pages ended by an end token")
-    return Scored(found, accuracy, distances)
+    metrics["visual_tokens"] = page_mean([p.visual_tokens for p in read], how, seed)
+    metrics["new_tokens"] = page_mean([p.new_tokens for p in read], "page mean, counted", seed)
+    ended = sum(p.ended for p in read)
+    metrics["ended_rate"] = share(ended, len(read), "share of pages ended by an end token")
+    return Scored(metrics, accuracy, distances)
 
 
 def check_accuracy(data: OcrData) -> None:
@@ -264,12 +264,12 @@ def _text_accuracy(scores: TextScores, seed: int) -> Accuracy | None:
 
 
 def _ocean(
-    predicted: Sequence[str], wanted: Sequence[str], strict: str, seed: int
+    predicted: Sequence[str], expected: Sequence[str], strict: str, seed: int
 ) -> dict[str, Value]:
     """Ocean-OCR's numbers, means over pages."""
     pages = [
         asdict(ocean_scores(*pair, published_order=strict == "published"))
-        for pair in zip(predicted, wanted, strict=True)
+        for pair in zip(predicted, expected, strict=True)
     ]
     how = f"page mean, Ocean-OCR's definition, {OCEAN_ORDERS[strict]}"
     return {f"ocean_{name}": page_mean([p[name] for p in pages], how, seed) for name in pages[0]}

@@ -125,10 +125,10 @@ def score_olmocr_bench(
         for test in tests:
             outcomes[name][test.id] = _of_repeats(test, outputs[test.pdf, test.page], published)
     ran = {
-        name: [outcome.passed for outcome in found.values() if outcome.passed is not None]
-        for name, found in outcomes.items()
+        name: [outcome.passed for outcome in results.values() if outcome.passed is not None]
+        for name, results in outcomes.items()
     }
-    skipped = {name: len(found) - len(ran[name]) for name, found in outcomes.items()}
+    skipped = {name: len(results) - len(ran[name]) for name, results in outcomes.items()}
     skipped = {name: count for name, count in skipped.items() if count}
     ran = {name: passed for name, passed in ran.items() if passed}
     if not ran:
@@ -180,12 +180,12 @@ def run_test(test: BenchTest, text: str, *, published: bool = False) -> Outcome:
     raise TypeError(f"a test of a known kind expected; got {type(test).__name__}; see KINDS")
 
 
-def near_matches(wanted: str, text: str, max_diffs: int) -> list[int]:
+def near_matches(expected: str, text: str, max_diffs: int) -> list[int]:
     """Find where a text occurs with at most ``max_diffs`` insertions, deletions and substitutions.
 
     Sellers, "The theory and computation of evolutionary distances" (1980). Of matches that overlap
     only the one with the fewest differences counts, of equals the longest. olmOCR calls fuzzysearch
-    for this, which finds a match in the same texts; where ``wanted`` is shorter than
+    for this, which finds a match in the same texts; where ``expected`` is shorter than
     ``3 (max_diffs + 1)`` characters or repeats itself, its match may begin elsewhere.
 
     Returns
@@ -193,23 +193,23 @@ def near_matches(wanted: str, text: str, max_diffs: int) -> list[int]:
     list[int] : where the matches begin, in ascending order. Exact matches may overlap.
     """
     if max_diffs == 0:
-        return [found.start() for found in re.finditer(f"(?={re.escape(wanted)})", text)]
+        return [match.start() for match in re.finditer(f"(?={re.escape(expected)})", text)]
     letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     ends = np.arange(len(text) + 1)
-    # of the best match of a beginning of `wanted` with each end in the text: its differences times
-    # `difference`, plus its start, so that the smallest has the fewest differences, then the most
-    # characters
+    # of the best match of a beginning of `expected` with each end in the text: its differences
+    # times `difference`, plus its start, so that the smallest has the fewest differences, then the
+    # most characters
     difference = len(text) + 1
     best = ends
-    for letter in wanted:
+    for letter in expected:
         without = best + difference
         without[1:] = np.minimum(without[1:], best[:-1] + difference * (letters != ord(letter)))
         best = np.minimum.accumulate(without - difference * ends) + difference * ends
     differences, starts = np.divmod(best, difference)
     groups: list[list[tuple[int, int, int]]] = []
     reach = 0
-    found = np.flatnonzero(differences <= max_diffs)
-    for start, end in sorted(zip(starts[found].tolist(), found.tolist(), strict=True)):
+    ends_there = np.flatnonzero(differences <= max_diffs)
+    for start, end in sorted(zip(starts[ends_there].tolist(), ends_there.tolist(), strict=True)):
         if start >= reach:
             groups.append([])
         groups[-1].append((int(differences[end]), start - end, start))
@@ -276,13 +276,13 @@ def _presence(test: PresenceTest, text: str, published: bool) -> Outcome:
 
 
 def _order(test: OrderTest, text: str) -> Outcome:
-    given = normalise(text)
+    text = normalise(text)
     starts = []
-    for wanted in (normalise(test.before), normalise(test.after)):
-        found = near_matches(wanted, given, test.max_diffs)
-        if not found:
-            return Outcome(False, f"{_short(wanted)} not found with {test.max_diffs} differences")
-        starts.append(found)
+    for expected in (normalise(test.before), normalise(test.after)):
+        matches = near_matches(expected, text, test.max_diffs)
+        if not matches:
+            return Outcome(False, f"{_short(expected)} not found with {test.max_diffs} differences")
+        starts.append(matches)
     if min(starts[0]) < max(starts[1]):
         return Outcome(True)
     return Outcome(False, f"{_short(test.before)} never begins before {_short(test.after)}")
@@ -330,7 +330,7 @@ def _footnote(test: FootnoteTest, text: str, published: bool) -> Outcome:
     patterns = [rf"\[\^{marker}\](?!:)", rf"(?i)<sup[^>]*>{marker}</sup>"]
     if re.fullmatch("[0-9]+", test.marker):
         patterns.append(re.escape(test.marker.translate(_SUPERSCRIPTS)))
-    spans = [found.span() for pattern in patterns for found in re.finditer(pattern, text)]
+    spans = [match.span() for pattern in patterns for match in re.finditer(pattern, text)]
     if not spans:
         return Outcome(False, f"footnote mark {test.marker!r} not found")
     before = [text[max(0, start - FOOTNOTE_REACH) : start] for start, _ in spans]
@@ -437,9 +437,9 @@ class _Grid:
     def _next_to(self, cell: tuple[int, int], direction: str) -> set[tuple[int, int]]:
         """The nearest other cell from each place that a cell covers."""
         return {
-            found
+            neighbour
             for place in self.covered[cell]
-            if (found := next(self._walk(place, direction, cell), None)) is not None
+            if (neighbour := next(self._walk(place, direction, cell), None)) is not None
         }
 
     def _walk(

@@ -288,13 +288,13 @@ def split_markdown(text: str) -> list[Predicted]:
         blocks.extend(Predicted("text", piece) for piece in pieces if piece)
 
     end = 0
-    for found in _SPECIAL.finditer(text):
-        add_text(text[end : found.start()])
-        end = found.end()
-        content = found.group()
-        if found["formula"]:
+    for match in _SPECIAL.finditer(text):
+        add_text(text[end : match.start()])
+        end = match.end()
+        content = match.group()
+        if match["formula"]:
             blocks.append(Predicted("formula", content))
-        elif found["table"]:
+        elif match["table"]:
             blocks.append(Predicted("table", content))
         else:
             blocks.extend(Predicted("table", table_html(t)) for t in markdown_tables(content))
@@ -365,7 +365,9 @@ def published_formula(latex: str) -> str:
     return latex.lower()
 
 
-def match_blocks(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+def match_blocks(
+    expected: Sequence[str], predicted: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
     """Match annotated blocks with predicted ones; every annotated block occurs exactly once.
 
     Our own simplification of OmniDocBench's ``quick_match``, which it follows in purpose: on whole
@@ -378,26 +380,26 @@ def match_blocks(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[list
 
     Parameters
     ----------
-    wanted, found : normalised texts in reading order, none empty.
+    expected, predicted : normalised texts in reading order, none empty.
 
     Returns
     -------
-    list : pairs of places in ``wanted`` and places in ``found``; the latter is empty where nothing
-        was left.
+    list : pairs of places in ``expected`` and places in ``predicted``; the latter is empty where
+        nothing was left.
     """
-    if not wanted or not found:
-        return [([place], []) for place in range(len(wanted))]
-    distances = _distances(wanted, found)
-    found_groups = _join_runs(wanted, found, distances)
-    found_joined = ["".join(found[place] for place in group) for group in found_groups]
-    distances = _distances(wanted, found_joined)
-    wanted_groups = _join_runs(found_joined, wanted, distances.T)
-    wanted_joined = ["".join(wanted[place] for place in group) for group in wanted_groups]
-    distances = _distances(wanted_joined, found_joined)
+    if not expected or not predicted:
+        return [([place], []) for place in range(len(expected))]
+    distances = _distances(expected, predicted)
+    predicted_groups = _join_runs(expected, predicted, distances)
+    predicted_joined = ["".join(predicted[place] for place in group) for group in predicted_groups]
+    distances = _distances(expected, predicted_joined)
+    expected_groups = _join_runs(predicted_joined, expected, distances.T)
+    expected_joined = ["".join(expected[place] for place in group) for group in expected_groups]
+    distances = _distances(expected_joined, predicted_joined)
     partner = dict(zip(*(side.tolist() for side in linear_sum_assignment(distances)), strict=True))
     return [
-        (group, found_groups[partner[place]] if place in partner else [])
-        for place, group in enumerate(wanted_groups)
+        (group, predicted_groups[partner[place]] if place in partner else [])
+        for place, group in enumerate(expected_groups)
     ]
 
 
@@ -464,15 +466,15 @@ def _joined_blocks(page: Page, published: bool) -> list[Block]:
     return [block for number, block in blocks.items() if number in alone] + joined
 
 
-def _table_scores(wanted: Sequence[str], found: Sequence[str]) -> list[tuple[float, float]]:
+def _table_scores(expected: Sequence[str], predicted: Sequence[str]) -> list[tuple[float, float]]:
     """TEDS and structure-only TEDS of each annotated table with the predicted one paired to it."""
     partner: dict[int, str] = {}
-    if wanted and found:
-        rows, columns = linear_sum_assignment(_distances(wanted, found))
-        partner = {row: found[column] for row, column in zip(rows, columns, strict=True)}
+    if expected and predicted:
+        rows, columns = linear_sum_assignment(_distances(expected, predicted))
+        partner = {row: predicted[column] for row, column in zip(rows, columns, strict=True)}
     return [
         (teds(partner.get(i, ""), html), teds(partner.get(i, ""), html, structure_only=True))
-        for i, html in enumerate(wanted)
+        for i, html in enumerate(expected)
     ]
 
 

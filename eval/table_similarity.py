@@ -80,17 +80,17 @@ def teds(prediction: str, reference: str, *, structure_only: bool = False) -> fl
     ------
     ValueError : when there is no table in the reference.
     """
-    wanted = html_tables(reference)
-    if not wanted:
+    expected = html_tables(reference)
+    if not expected:
         raise ValueError(
             "a reference for TEDS must hold an HTML <table> with rows; got "
             f"{reference[:60]!r}; correct the ground truth"
         )
-    found = html_tables(prediction)
-    if not found:
+    predicted = html_tables(prediction)
+    if not predicted:
         return 0.0
-    nodes = max(sum(1 + len(row) for row in table) for table in (found[0], wanted[0]))
-    trees = (_tree(table, structure_only) for table in (found[0], wanted[0]))
+    nodes = max(sum(1 + len(row) for row in table) for table in (predicted[0], expected[0]))
+    trees = (_tree(table, structure_only) for table in (predicted[0], expected[0]))
     return 1 - APTED(*trees, _Costs()).compute_edit_distance() / nodes
 
 
@@ -184,8 +184,8 @@ def _cell(element: etree._Element, rows_left: int) -> Cell:
 
 
 def _span(element: etree._Element, direction: str) -> int:
-    given = element.get(f"{direction}span", "1").strip()
-    return min(int(given), MAX_SPAN) if re.fullmatch(r"0*[1-9][0-9]{0,8}", given) else 1
+    span = element.get(f"{direction}span", "1").strip()
+    return min(int(span), MAX_SPAN) if re.fullmatch(r"0*[1-9][0-9]{0,8}", span) else 1
 
 
 def _runs_with_pipes(lines: Sequence[str]) -> Iterator[list[str]]:

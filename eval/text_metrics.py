@@ -152,9 +152,7 @@ def character_errors(prediction: str, reference: str) -> Errors:
 
     White space at the ends of both texts does not count.
     """
-    found = jiwer.process_characters(reference, prediction)
-    edits = found.substitutions + found.deletions + found.insertions
-    return Errors(edits, len(found.references[0]))
+    return _errors(jiwer.process_characters(reference, prediction))
 
 
 def word_errors(prediction: str, reference: str) -> Errors:
@@ -162,9 +160,12 @@ def word_errors(prediction: str, reference: str) -> Errors:
 
     Words lie between spaces, so the WER of Chinese says nothing.
     """
-    found = jiwer.process_words(reference, prediction)
-    edits = found.substitutions + found.deletions + found.insertions
-    return Errors(edits, len(found.references[0]))
+    return _errors(jiwer.process_words(reference, prediction))
+
+
+def _errors(result: jiwer.CharacterOutput | jiwer.WordOutput) -> Errors:
+    edits = result.substitutions + result.deletions + result.insertions
+    return Errors(edits, len(result.references[0]))
 
 
 def bleu(prediction: str, reference: str) -> float:
@@ -189,14 +190,14 @@ def meteor_exact_stem(prediction: str, reference: str) -> float:
     original Porter stems, without NLTK's extensions.
     """
     predicted = [token.lower() for token in tokens(prediction)]
-    wanted = [token.lower() for token in tokens(reference)]
-    if not predicted and not wanted:
+    expected = [token.lower() for token in tokens(reference)]
+    if not predicted and not expected:
         return 1.0
-    pairs = _pair_equal(predicted, wanted, {})
-    pairs |= _pair_equal(_STEMMER.stemWords(predicted), _STEMMER.stemWords(wanted), pairs)
+    pairs = _pair_equal(predicted, expected, {})
+    pairs |= _pair_equal(_STEMMER.stemWords(predicted), _STEMMER.stemWords(expected), pairs)
     if not pairs:
         return 0.0
-    precision, recall = len(pairs) / len(predicted), len(pairs) / len(wanted)
+    precision, recall = len(pairs) / len(predicted), len(pairs) / len(expected)
     chunks = sum(pairs.get(i - 1, -2) + 1 != j for i, j in pairs.items())
     penalty = 0.5 * (chunks / len(pairs)) ** 3
     return (1 - penalty) * precision * recall / (0.9 * precision + 0.1 * recall)
@@ -207,14 +208,14 @@ def token_set_scores(prediction: str, reference: str) -> TokenScores:
 
     Two empty texts score 1, an empty and a full one 0.
     """
-    predicted, wanted = set(tokens(prediction)), set(tokens(reference))
-    return _token_scores(len(predicted & wanted), len(predicted), len(wanted))
+    predicted, expected = set(tokens(prediction)), set(tokens(reference))
+    return _token_scores(len(predicted & expected), len(predicted), len(expected))
 
 
 def token_multiset_scores(prediction: str, reference: str) -> TokenScores:
     """Precision, recall and F1 of the multisets of `tokens`: the third copy of two is wrong."""
-    predicted, wanted = Counter(tokens(prediction)), Counter(tokens(reference))
-    return _token_scores((predicted & wanted).total(), predicted.total(), wanted.total())
+    predicted, expected = Counter(tokens(prediction)), Counter(tokens(reference))
+    return _token_scores((predicted & expected).total(), predicted.total(), expected.total())
 
 
 def reading_order_distance(predicted: Sequence[int], reference: Sequence[int]) -> float:
@@ -247,11 +248,11 @@ def is_loop(text: str) -> bool:
     Our own definition: for some period, the text ends in at least `LOOP_COPIES` exact copies of
     one piece of that length, and they cover at least `LOOP_CHARACTERS` characters. A copy cut off
     by the length limit does no harm, since the piece may begin anywhere. Copies that count
-    upwards ("1. The, 2. The, ...") are not found.
+    upwards ("1. The, 2. The, ...") do not count.
     """
-    given = normalise(text)
-    for size in range(1, len(given) // LOOP_COPIES + 1):
-        copies = tail_copies(given, size)
+    text = normalise(text)
+    for size in range(1, len(text) // LOOP_COPIES + 1):
+        copies = tail_copies(text, size)
         if copies >= LOOP_COPIES and copies * size >= LOOP_CHARACTERS:
             return True
     return False
@@ -353,10 +354,10 @@ def ocean_scores(prediction: str, reference: str, *, published_order: bool) -> O
     if published_order:
         prediction, reference = reference, prediction
     sets = token_set_scores(prediction, reference)
-    predicted, wanted = (" ".join(tokens(text)) for text in (prediction, reference))
+    predicted, expected = (" ".join(tokens(text)) for text in (prediction, reference))
     return OceanScores(
         edit_distance=edit_distance(prediction, reference).rate,
-        bleu=_OCEAN_BLEU.corpus_score([predicted], [[wanted]]).score / 100,
+        bleu=_OCEAN_BLEU.corpus_score([predicted], [[expected]]).score / 100,
         meteor_exact_stem=meteor_exact_stem(prediction, reference),
         precision=sets.precision,
         recall=sets.recall,
@@ -382,9 +383,9 @@ def _page_text(prediction: str, reference: str) -> tuple[PageText, list[int]]:
 
 
 def _page_bleu(prediction: str, reference: str) -> tuple[float, list[int]]:
-    found = _PAGE_BLEU.sentence_score(prediction, [reference])
-    value = found.score / 100 if prediction.strip() or reference.strip() else 1.0
-    return value, [*found.counts, *found.totals, found.sys_len, found.ref_len]
+    result = _PAGE_BLEU.sentence_score(prediction, [reference])
+    value = result.score / 100 if prediction.strip() or reference.strip() else 1.0
+    return value, [*result.counts, *result.totals, result.sys_len, result.ref_len]
 
 
 def _corpus_bleu(counts: np.ndarray, seed: int) -> Value:
@@ -392,8 +393,8 @@ def _corpus_bleu(counts: np.ndarray, seed: int) -> Value:
 
     def score(sums: np.ndarray) -> float:
         whole = [int(value) for value in sums]
-        found = BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
-        return found.score / 100
+        result = BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
+        return result.score / 100
 
     resampled = [score(sums) for sums in resampled_sums(counts, seed)]
     how = f"corpus, sacrebleu {_PAGE_BLEU.get_signature()}".replace("eff:yes", "eff:no")
@@ -410,12 +411,12 @@ def _corpus(errors: Sequence[Errors], tool: str, seed: int) -> Value:
 
 
 def _pair_equal(
-    predicted: Sequence[str], wanted: Sequence[str], taken: dict[int, int]
+    predicted: Sequence[str], expected: Sequence[str], taken: dict[int, int]
 ) -> dict[int, int]:
-    """Pair equal tokens that are not ``taken`` yet, from the end; predicted index -> wanted."""
+    """Pair equal tokens that are not ``taken`` yet, from the end; predicted index -> expected."""
     used = set(taken.values())
     places: dict[str, list[int]] = {}
-    for j, token in enumerate(wanted):
+    for j, token in enumerate(expected):
         if j not in used:
             places.setdefault(token, []).append(j)
     pairs = {}
@@ -425,11 +426,11 @@ def _pair_equal(
     return pairs
 
 
-def _token_scores(common: int, predicted: int, wanted: int) -> TokenScores:
-    if predicted == wanted == 0:
+def _token_scores(common: int, predicted: int, expected: int) -> TokenScores:
+    if predicted == expected == 0:
         return TokenScores(1.0, 1.0, 1.0)
     return TokenScores(
         precision=common / predicted if predicted else 0.0,
-        recall=common / wanted if wanted else 0.0,
-        f1=2 * common / (predicted + wanted),
+        recall=common / expected if expected else 0.0,
+        f1=2 * common / (predicted + expected),
     )

@@ -54,10 +54,10 @@ def resampled_sums(rows: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
     -------
     ndarray : float64 ``(RESAMPLES, columns)``.
     """
-    given = np.asarray(rows, dtype=np.float64)
-    n = len(given)
+    values = np.asarray(rows, dtype=np.float64)
+    n = len(values)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return draws @ given
+    return draws @ values
 
 
 def percentile_interval(statistics: ArrayLike, n: int) -> tuple[float, float] | None:
@@ -65,11 +65,11 @@ def percentile_interval(statistics: ArrayLike, n: int) -> tuple[float, float] | 
 
     Statistics that are not finite (a resample without any page that has the thing) are left out.
     """
-    given = np.asarray(statistics, dtype=np.float64)
-    given = given[np.isfinite(given)]
-    if n < 2 or len(given) == 0:
+    values = np.asarray(statistics, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if n < 2 or len(values) == 0:
         return None
-    low, high = np.percentile(given, [2.5, 97.5])
+    low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 

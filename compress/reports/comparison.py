@@ -142,7 +142,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 def _differences(facts: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """What the runs should have in common and have not; what no run says is no difference."""
-    found = []
+    differences = []
     for name, keys in COMMON.items():
         values = {
             run: next((str(known[key]) for key in keys if key in known), "not known")
@@ -150,8 +150,8 @@ def _differences(facts: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
         }
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{run}: {value}" for run, value in values.items())
-            found.append(f"the {name} differs ({listed})")
-    return tuple(found)
+            differences.append(f"the {name} differs ({listed})")
+    return tuple(differences)
 
 
 def _row(
