@@ -132,7 +132,9 @@ OCR = {
     ),
     "worst_page_delta": Metric("Worst page, rise over dense", "lower"),
     "loop_rate": Metric("Pages that end in a loop", "lower", heading="loops", form=".2%"),
-    "failed_pages": Metric("Pages that could not be read", "lower", "pages", form=".0f"),
+    "failed_pages": Metric(
+        "Pages that could not be read", "lower", "pages", form=".0f", group="quality"
+    ),
     "empty_page_rate": Metric("Empty pages", "lower"),
     "ocean_edit_distance": Metric("Ocean-OCR edit distance", "lower"),
     "ocean_bleu": Metric("Ocean-OCR BLEU", "higher"),
