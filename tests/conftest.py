@@ -27,10 +27,19 @@ collect_ignore = ["toy"]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests go to one process: what they share is made once."""
+    """The tests of a file go to one process: what they share is made once.
+
+    So do all that run programs, which are forks of one process: see builders/server.py.
+    """
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log)
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            runs_programs = "programs.run(" in (config.rootpath / file).read_text(encoding="utf8")
+            return "programs" if runs_programs else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -60,6 +60,12 @@ def quickly(arguments: list[str]) -> list[str]:
     return [*arguments, *(part for override in SHORT for part in ("--set", override))]
 
 
+def smaller(code: str) -> str:
+    """The code with fewer images a step: they take the time, and decide no branch."""
+    assert code.count("batch=8)") == 1
+    return code.replace("batch=8)", "batch=2)")
+
+
 def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, (arguments, result.output)
@@ -112,7 +118,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     invoke(*made[1:])
     python = blocks(README, "python")
     assert len(python) == 3
-    for block in python:
+    for block in [smaller(python[0]), *python[1:]]:
         exec(compile(block, "README.md", "exec"), {})
 
 
@@ -206,6 +212,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     notebook = json.loads((ROOT / "recipes" / "quickstart.ipynb").read_text(encoding="utf8"))
     assert notebook["nbformat"] == 4
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code[0]["source"] = smaller("".join(code[0]["source"]))
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     names: dict[str, object] = {"__name__": "__main__"}
     for number, cell in enumerate(code):
