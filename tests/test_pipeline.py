@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from builders import programs
+from builders import pipelines, programs
 from builders.events import finish
 from compress.api import apply
 from compress.checkpoints.facts import verify
@@ -34,7 +34,7 @@ from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
 from compress.models.locate import locate
 from compress.models.objective import validation_loss
-from compress.runs import diffusion as pipelines
+from compress.runs import diffusion
 from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe, load_recipe
 from compress.runs.run import run_events
@@ -45,17 +45,7 @@ SAMPLES, SEEDS = 16, 2
 
 def tiny_pipeline() -> DDPMPipeline:
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    unet = UNet2DModel(**pipelines.PIXEL_UNET)
     return DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=100))
 
 
@@ -493,7 +483,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        pipelines.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+        diffusion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6)
     )
     with pytest.raises(OSError, match="MB are needed in .*, 1 MB are free") as caught:
         begin(model, tmp_path / "above" / "run")
@@ -504,7 +494,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 def test_enough_space_is_asked_for(model, tmp_path, monkeypatch):
     asked = []
     real = shutil.disk_usage
-    monkeypatch.setattr(pipelines.shutil, "disk_usage", lambda p: asked.append(p) or real(p))
+    monkeypatch.setattr(diffusion.shutil, "disk_usage", lambda p: asked.append(p) or real(p))
     output = tmp_path / "above" / "run"
     most = 0
     events = run_events(Recipe.model_validate(settings(model)), output=output, device="cpu")
@@ -543,7 +533,7 @@ def test_a_failure_later_keeps_the_state(model, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(pipelines.DiffusionRun, "_measure", broken)
+    monkeypatch.setattr(diffusion.DiffusionRun, "_measure", broken)
     with pytest.raises(RuntimeError, match="no memory"):
         begin(model, output, "never")
     assert (output / "state" / "state.safetensors").exists()

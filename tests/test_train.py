@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 
-from builders import pruning
+from builders import models, pruning
 from builders.events import finish
 from compress.common.events import drain
 from compress.methods.gradflow import GradFlow, OneShot
@@ -23,18 +23,7 @@ STEPS, RECOVER = 5, 2
 
 def tiny_unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
-    config = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DModel(**(config | changes))
+    return UNet2DModel(**models.TWO_LEVELS | changes)
 
 
 def gradflow(**changes) -> GradFlow:
