@@ -11,6 +11,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 
@@ -95,8 +96,9 @@ def test_the_schedule_for_training_is_that_of_the_pipelines_scheduler(scheduler)
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
             "timestep_type 'continuous'",
         ),
+        (LCMScheduler(), "LCMScheduler is of models distilled"),
     ],
-    ids=["edm", "flow matching", "prediction", "continuous"],
+    ids=["edm", "flow matching", "prediction", "continuous", "consistency"],
 )
 def test_other_schedulers_are_refused_by_name(scheduler, message):
     with pytest.raises(ValueError, match=message):

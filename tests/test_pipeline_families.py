@@ -744,6 +744,10 @@ REFUSED = {
         lambda b: changed(b, "sd1", unet=unet(b, "sd1", in_channels=9, out_channels=9)),
         "latents have 4 channels.* reads 9",
     ),
+    "sides that the pipeline refuses": (
+        lambda b: changed(b, "sd1", unet=unet(b, "sd1", sample_size=[8, 6])),
+        "divisible by 8; .* makes them 16x12",
+    ),
     "another autoencoder": (
         lambda b: changed(
             b,

@@ -22,6 +22,7 @@ from compress.models.pipelines import (
     wanted,
 )
 
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # an autoencoder's activations are much larger than its images
 ENCODED_AT_ONCE = 8
@@ -96,6 +97,11 @@ def noise_schedule(scheduler: Any) -> DDPMScheduler:
         raise ValueError(
             f"compress trains on a discrete schedule with {', '.join(sorted(needed))}; {name} "
             "has another one; choose a pipeline with a DDPM-like scheduler"
+        )
+    if name in CONSISTENCY:
+        raise ValueError(
+            f"compress trains models that predict noise step by step; {name} is of models distilled "
+            "to few steps, which that training would undo; prune the model before its distillation"
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:

@@ -39,6 +39,8 @@ class Kind:
         return frozenset({*encoders, *([self.autoencoder] if self.autoencoder else [])})
 
 
+# diffusers' pipelines with prompts refuse other images
+PROMPTED_SIDES = 8
 DENOISERS = ("unet", "transformer")
 PIXELS = Kind(inputs=frozenset({"class_labels"}))
 # by the name of the class, since importing them all takes seconds
@@ -154,6 +156,12 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"compress trains UNets that predict as many channels as they read; this one reads "
             f"{unet.config.in_channels} and predicts {unet.config.out_channels}; choose a model "
             "without learned variance and without further images as input"
+        )
+    if kind.encoders and any(side % PROMPTED_SIDES for side in image_shape(pipeline)[0]):
+        raise ValueError(
+            f"a {name} draws images whose height and width are divisible by {PROMPTED_SIDES}; the "
+            f"UNet's sample_size makes them {'x'.join(map(str, image_shape(pipeline)[0]))}; choose "
+            "another model"
         )
     if kind.autoencoder:
         _check_autoencoder(getattr(pipeline, kind.autoencoder), unet)
