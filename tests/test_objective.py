@@ -96,7 +96,7 @@ def test_the_schedule_for_training_is_that_of_the_pipelines_scheduler(scheduler)
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
             "timestep_type 'continuous'",
         ),
-        (LCMScheduler(), "LCMScheduler is of models distilled"),
+        (LCMScheduler(), "LCMScheduler is of models distilled so"),
     ],
     ids=["edm", "flow matching", "prediction", "continuous", "consistency"],
 )

@@ -100,8 +100,8 @@ def noise_schedule(scheduler: Any) -> DDPMScheduler:
         )
     if name in CONSISTENCY:
         raise ValueError(
-            f"compress trains models that predict noise step by step; {name} is of models distilled "
-            "to few steps, which that training would undo; prune the model before its distillation"
+            f"compress trains by denoising, which undoes a distillation to few steps; {name} is of "
+            "models distilled so; prune the model that this one was made from"
         )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
