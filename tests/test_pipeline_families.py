@@ -335,7 +335,11 @@ NOT_IN_MEMORY = {
     "layerwise": (cast_layer_by_layer, "the unet has hooks"),
     "fused": (lambda p: p.fuse_qkv_projections(), "parameters that its config describes.*to_qkv"),
     "replaced": (replaced, "parameters that its config describes; conv_in.weight"),
-    "quantised": (quantised, "not quantised; the text_encoder is"),
+    "adapters": (
+        lambda p: setattr(p.text_encoder, "_hf_peft_config_loaded", True),
+        "the text_encoder has adapters; call unload",
+    ),
+    "quantised": (quantised, "the text_encoder is quantised"),
     "a stranger's network": (
         lambda p: setattr(p, "unet", torch.nn.Linear(1, 1)),
         "the unet should be a model of diffusers; got a Linear",

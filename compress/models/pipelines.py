@@ -183,7 +183,7 @@ def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             bare = _uncompiled(part)
-            _check_memory(name, bare)
+            _check_plain(name, bare)
             as_it_is = all(p.dtype == torch.float32 for p in bare.parameters())
             as_it_is &= name != trained or all(p.requires_grad for p in bare.parameters())
             if not as_it_is or bare._compiled_call_impl is not None:
@@ -192,28 +192,28 @@ def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return with_parts(pipeline, changed)
 
 
-def _check_memory(name: str, part: nn.Module) -> None:
-    """Refuse a part whose values cannot be read, or do not stay where they are put."""
-    if getattr(part, "is_quantized", False) or not all(
-        p.is_floating_point() for p in part.parameters()
-    ):
-        raise ValueError(
-            f"compress trains and reads weights that are not quantised; the {name} is; load the "
-            "original weights"
-        )
-    if any(
-        hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", 0)
-        for module in part.modules()
-    ):
-        raise ValueError(
-            f"the {name} has hooks of accelerate or diffusers, such as those that offload or cast "
-            "weights, and methods place parts themselves; call remove_all_hooks(), or load the "
-            "pipeline without device_map and offloading"
-        )
-    if any(p.is_meta for p in part.parameters()):
-        raise ValueError(
-            f"the {name} lies on the meta device, without values; load the pipeline with weights"
-        )
+def _check_plain(name: str, part: nn.Module) -> None:
+    """Refuse a part whose values cannot be read or saved, or do not stay where they are put."""
+    weights, modules = list(part.parameters()), list(part.modules())
+    registries = [getattr(module, "_diffusers_hook", None) for module in modules]
+    hooked = any(hasattr(module, "_hf_hook") for module in modules)
+    hooked |= any(registry is not None and registry.hooks for registry in registries)
+    found = {
+        "is quantised; load the original weights": getattr(part, "is_quantized", False)
+        or not all(p.is_floating_point() for p in weights),
+        # of which save_pretrained writes no other weights
+        "has adapters; call unload_lora_weights(), after fuse_lora() if they shall stay": getattr(
+            part, "_hf_peft_config_loaded", False
+        ),
+        "has hooks that offload or cast its weights; call remove_all_hooks(), or load the pipeline "
+        "without them": hooked,
+        "lies on the meta device, without values; load it with weights": any(
+            p.is_meta for p in weights
+        ),
+    }
+    for what, there in found.items():
+        if there:
+            raise ValueError(f"methods work on plain weights; the {name} {what}")
 
 
 def _check_described(name: str, module: Any) -> None:
