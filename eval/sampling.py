@@ -7,22 +7,20 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
-from compress.common.cost import sample_size
+from compress.models.objective import noise_schedule
 from compress.models.pipelines import (
     PIXELS,
     autoencoder_of,
+    check_pipeline,
     fresh_scheduler,
     image_shape,
     kind_of,
     placed,
-    supported,
     wanted,
     with_parts,
 )
 
 SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
-# what a UNet's config says when it needs more than noise and a label
-CONDITIONS = ("cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -126,8 +124,8 @@ def sample_batches(
     for name, value in (("count", count), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
-    pixels = kind_of(pipeline) is PIXELS
-    shape = _image_shape(pipeline.unet) if pixels else (0, 0, 0)
+    size, channels = image_shape(pipeline)
+    where = torch.device(device)
     needed = wanted(pipeline)
     if bool(conditions) != bool(needed):
         classes = pipeline.unet.config.get("num_class_embeds")
@@ -140,10 +138,12 @@ def sample_batches(
         indices = range(start, min(start + batch, first + count))
         noise = generators(seed, start, len(indices))
         given = [conditions[i % len(conditions)] for i in indices] if needed else []
-        if pixels:
-            images = _denoise(pipeline.unet, scheduler, shape, noise, given, torch.device(device))
+        if kind_of(pipeline) is PIXELS:
+            images = _denoise(
+                pipeline.unet, scheduler, (channels, *size), noise, given, torch.device(device)
+            )
         else:
-            images = _draw(pipeline, scheduler, steps, noise, given, guidance_scale, device)
+            images = _draw(pipeline, scheduler, steps, noise, given, guidance_scale, where)
         if not torch.isfinite(images).all():
             raise ValueError(
                 "samples should be finite; the model produced NaN or infinity, so its weights have "
@@ -179,7 +179,7 @@ def _draw(
     noise: list[torch.Generator],
     prompts: Sequence[str],
     guidance_scale: float | None,
-    device: str | torch.device,
+    device: torch.device,
 ) -> torch.Tensor:
     """Let the pipeline draw with our scheduler and noise; images in [-1, 1]."""
     parts = {"scheduler": scheduler}
@@ -209,29 +209,18 @@ def sampler_of(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}; got {sampler!r}; name one")
+    check_pipeline(pipeline)
+    config, length = pipeline.scheduler.config, len(noise_schedule(pipeline.scheduler))
     kind = kind_of(pipeline)
-    if kind is None:
-        raise ValueError(
-            f"sampling handles {supported()}; got {type(pipeline).__name__} with "
-            f"{sorted(getattr(pipeline, 'components', {}))}; use one of these"
-        )
-    if sampler == "ddpm" and not kind.passes_generator:
+    if sampler == "ddpm" and kind and not kind.passes_generator:
         raise ValueError(
             f"{type(pipeline).__name__} hands its scheduler no generator, so ancestral steps could "
             "not be repeated; got sampler='ddpm'; use ddim"
         )
-    config = pipeline.scheduler.config
-    needed = {"num_train_timesteps", "beta_schedule", "prediction_type"}
-    if not needed <= set(config):
+    if not 1 <= steps <= length:
         raise ValueError(
-            f"the scheduler's config must hold {sorted(needed)}; "
-            f"{type(pipeline.scheduler).__name__} lacks {sorted(needed - set(config))}; give the "
-            "pipeline a DDPM or DDIM scheduler"
-        )
-    if not 1 <= steps <= config["num_train_timesteps"]:
-        raise ValueError(
-            f"steps must lie in 1..{config['num_train_timesteps']}, the length of the pipeline's "
-            f"noise schedule; got steps={steps}; change steps"
+            f"steps must lie in 1..{length}, the length of the pipeline's noise schedule; got "
+            f"steps={steps}; change steps"
         )
     # samplers that know nothing of clipping do not clip; latents have no bounds
     defaults = {"clip_sample": False} if autoencoder_of(pipeline) is not None else {}
@@ -243,24 +232,9 @@ def sampler_of(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
             f"variance_type {variance!r}, which the UNet would have to predict; use ddim"
         )
     scheduler.set_timesteps(steps)
-    if scheduler.timesteps.max() >= config["num_train_timesteps"]:
+    if scheduler.timesteps.max() >= length:
         raise ValueError(
             f"with this pipeline's steps_offset of {config.get('steps_offset')} the first step "
-            f"lies beyond the {config['num_train_timesteps']} timesteps of its schedule; got "
-            f"steps={steps}; take fewer"
+            f"lies beyond the {length} timesteps of its schedule; got steps={steps}; take fewer"
         )
     return scheduler
-
-
-def _image_shape(unet: Any) -> tuple[int, int, int]:
-    """``(channels, height, width)`` of the images that a UNet makes."""
-    config = unet.config
-    conditions = [name for name in CONDITIONS if config.get(name)]
-    if config.get("class_embed_type") not in (None, "timestep"):
-        conditions.append("class_embed_type")
-    if conditions:
-        raise ValueError(
-            f"sampling gives a UNet noise and a label at most; {type(unet).__name__} has "
-            f"{', '.join(conditions)} in its config; use a UNet2DModel"
-        )
-    return config.in_channels, *sample_size(unet)

@@ -148,7 +148,7 @@ def test_models_that_need_more_than_noise_are_refused(tiny):
         sampling.sample(conditional, **SETTINGS)
     with pytest.raises(ValueError, match="sample_size"):
         sampling.sample(DDPMPipeline(unet(sample_size=None), tiny.scheduler), **SETTINGS)
-    with pytest.raises(ValueError, match="unconditional pipelines"):
+    with pytest.raises(ValueError, match="a pipeline with a unet or a transformer"):
         sampling.sample(tiny.unet, **SETTINGS)
 
 

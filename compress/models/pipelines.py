@@ -93,11 +93,6 @@ def denoiser(pipeline: Any) -> tuple[str, Any]:
     )
 
 
-def supported() -> str:
-    """The families, for a message."""
-    return f"unconditional pipelines made of a unet and a scheduler, {', '.join(KINDS)}"
-
-
 def wanted(pipeline: Any) -> Wanted | None:
     """What the data must say about each image for this pipeline: a caption, a label or nothing."""
     kind = kind_of(pipeline)
@@ -126,8 +121,9 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         present = {key for key, component in pipeline.components.items() if component is not None}
         others = sorted(present - {part, "scheduler"})
         raise ValueError(
-            f"compress trains and samples {supported()}; {name} also has {', '.join(others)}; "
-            "plan with --dry-run, or choose another pipeline"
+            "compress trains and samples unconditional pipelines made of a unet and a scheduler, "
+            f"{', '.join(KINDS)}; {name} also has {', '.join(others)}; plan with --dry-run, or "
+            "choose another pipeline"
         )
     if kind.autoencoder and not kind.encoders and not isinstance(unet.config.sample_size, int):
         raise ValueError(
@@ -138,7 +134,7 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
     needs = [key for key in extra if key not in kind.inputs]
     if "class_labels" in extra and extra["class_labels"].is_floating_point():
         needs = ["class_labels as vectors"]
-    if kind is PIXELS and not isinstance(unet, UNet2DModel):
+    if kind is PIXELS and not isinstance(_uncompiled(unet), UNet2DModel):
         needs = sorted({*needs, *extra}) or [type(unet).__name__]
     if needs:
         raise ValueError(
