@@ -146,6 +146,25 @@ def test_a_failure_inside_leaves_the_old_folder_and_no_litter(tmp_path, old, err
     assert names(tmp_path) == (["old", "target"] if old else [])
 
 
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        files.os, "fsync", lambda h: order.append(os.readlink(f"/proc/self/fd/{h}")) or fsync(h)
+    )
+    monkeypatch.setattr(files.os, "replace", lambda *p: order.append("renamed") or replace(*p))
+    with files.atomic_folder(tmp_path / "target") as temporary:
+        (temporary / "unet").mkdir()
+        (temporary / "unet" / "weights").write_text("new")  # as safetensors writes: without fsync
+    at = order.index("renamed")
+    expected = {str(temporary / name) for name in ("unet/weights", "unet", "")}
+    assert {path.rstrip("/") for path in order[:at]} == {path.rstrip("/") for path in expected}
+    assert order[at + 1 :] == [str(tmp_path)]
+    order.clear()
+    files.write_bytes(tmp_path / "file", b"new")
+    assert order[1:] == ["renamed", str(tmp_path)] and len(order) == 3
+
+
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failed_rename_leaves_the_old_folder_and_no_litter(tmp_path, monkeypatch, at):
     target = tmp_path / "target"

@@ -1,6 +1,7 @@
 """Atomic writes, hashes and JSON: what every part that touches the disk shares."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -42,6 +43,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # not known to every file system
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes ``target`` on success and vanishes on failure.
@@ -58,10 +71,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         # mkdtemp makes the folder private; a checkpoint has the permissions of any other folder
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        # so are the files that safetensors makes
-        for path in temporary.rglob("*"):
+        for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
+                # safetensors makes them private, too
                 path.chmod(0o666 & ~_umask())
+            sync(path)
         if os.path.lexists(target):
             old = Path(tempfile.mkdtemp(_SUFFIX, f".{target.name}.", target.parent))
             try:
@@ -75,6 +89,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, target)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,6 +104,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
+        sync(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
