@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from compress.common.extras import MissingExtraError
 from compress.common.options import options_of, taken, validated
+from compress.common.output_folder import check_apart
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings, Sampling
 from compress.methods.registry import RUNTIME_METHODS
@@ -157,6 +158,8 @@ def run(
         return
     folder = Path(output or typed.output or "")
     with _resume_hint(context, folder):
+        if Path(recipe).is_file() and not resume:
+            check_apart(folder, {"recipe": recipe})
         if several:
             launch.launch(processes, context.meta[ARGUMENTS])
             return

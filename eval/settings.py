@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compress.common.settings import Count, Settings
+from compress.common.settings import READS, Count, Settings
 
 
 class Sampling(Settings):
@@ -31,7 +31,7 @@ class Sampling(Settings):
     sampling_seeds: Count = 3
     """Independent sets of images; the confidence intervals come from their spread, so at least 2
     give one."""
-    inception_weights: str | None = Field(None, min_length=1)
+    inception_weights: str | None = Field(None, min_length=1, json_schema_extra=READS)
     """File with the FID Inception weights, for models that need it; torch-fidelity downloads them
     where it is null."""
 

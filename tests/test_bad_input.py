@@ -142,6 +142,24 @@ def test_output_that_is_not_a_run_is_never_replaced(refused, tmp_path):
     assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("output", ["--output=model/run", "--output=.", "--output=link/run"])
+def test_output_and_input_in_one_another(refused, model, tmp_path, output):
+    (tmp_path / "link").symlink_to(model)
+    said = refused("--set=model=model", output, "--overwrite")
+    assert "must not lie in one another; model is model" in said
+
+
+def test_output_that_holds_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "{model: builtin:ddpm-digits, data: builtin:digits, method: {name: oneshot}}"
+    )
+    for output in (".", tmp_path):
+        result = CliRunner().invoke(app, ["run", "r.yaml", "--overwrite", f"--output={output}"])
+        assert result.exit_code == 2 and "recipe is r.yaml, the output folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
 def test_output_below_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("--output=file/run")

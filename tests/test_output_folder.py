@@ -9,6 +9,7 @@ import pytest
 from compress.common.files import write_json
 from compress.common.output_folder import (
     PAGES,
+    check_apart,
     check_new_file,
     check_replaceable,
     check_target,
@@ -159,6 +160,36 @@ def test_a_loser_of_a_race_removes_nothing(tmp_path, monkeypatch):
             enter(tmp_path / "run", **FRESH)
         monkeypatch.undo()
         assert (tmp_path / "run" / "recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("output", "given"),
+    [
+        *(("R", "R/checkpoint"), ("R", "folder:R/imgs"), ("R", "R"), ("imgs/run", "folder:imgs")),
+        *(("R", "link"), ("link-to-R", "R/imgs"), ("R", "R/imgs/weights.pth"), ("R/..", "R/imgs")),
+    ],
+)
+def test_inputs_and_output_lie_apart(tmp_path, monkeypatch, output, given):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, "R/imgs/weights.pth", "R/checkpoint/a", "imgs/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "R" / "imgs")
+    (tmp_path / "link-to-R").symlink_to(tmp_path / "R")
+    with pytest.raises(ValueError, match=f"data is {given.removeprefix('folder:')}, the output"):
+        check_apart(tmp_path / output, {"model": "builtin:x", "data": given})
+    check_apart(tmp_path / "R2", {"model": "builtin:x", "data": given, "other": "~nobody/R2"})
+
+
+def test_every_input_of_a_recipe_is_found():
+    from compress.common.settings import inputs_of
+    from compress.runs.recipe import load_recipe
+
+    changes = ["evaluate.inception_weights=w.pth", "data=folder:imgs"]
+    assert inputs_of(load_recipe("ddpm_gradflow", changes)) == {
+        "model": "builtin:ddpm-digits",
+        "data": "folder:imgs",
+        "evaluate.inception_weights": "w.pth",
+    }
+    assert {*inputs_of(load_recipe("reader_rtprune"))} == {"model", "data"}
 
 
 # ---- what is written at once ---------------------------------------------------------------

@@ -76,6 +76,32 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
     raise FileExistsError(f"output folder {folder} holds {what}; {', or '.join(ways)}")
 
 
+def check_apart(folder: Path, inputs: Mapping[str, str | Path]) -> None:
+    """Refuse an output folder that an input lies in, or that lies in an input.
+
+    Parameters
+    ----------
+    folder : to be written.
+    inputs : what is read by what it is called: paths, ``folder:PATH``, or names of another kind,
+        which are not looked at.
+
+    Raises
+    ------
+    ValueError : naming both, wherever links lead.
+    """
+    target = Path(folder).resolve()
+    for name, given in inputs.items():
+        path = os.path.expanduser(str(given).removeprefix("folder:"))
+        if not os.path.exists(path):
+            continue
+        real = Path(path).resolve()
+        if target == real or target in real.parents or real in target.parents:
+            raise ValueError(
+                f"output and input must not lie in one another; {name} is {path}, the output "
+                f"folder {folder}; choose another --output, or move the input"
+            )
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a folder holds a run or an evaluation to whose end nothing is missing."""
     return _is_marked(folder) and (folder / REPORT).is_file()

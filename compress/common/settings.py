@@ -9,6 +9,9 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
+# marks the name of something that is read: a model, data, weights
+READS = {"reads": True}
+
 
 class Settings(BaseModel):
     """A frozen group of knobs; an unknown one is an error.
@@ -20,3 +23,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def inputs_of(settings: Settings, above: str = "") -> dict[str, str]:
+    """What settings name that is read, by dotted key."""
+    found: dict[str, str] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            found |= inputs_of(value, f"{above}{name}.")
+        elif isinstance(value, str) and field.json_schema_extra == READS:
+            found[f"{above}{name}"] = value
+    return found

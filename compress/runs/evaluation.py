@@ -13,6 +13,7 @@ from compress.checkpoints.runtime import base_model
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import read_json, write_json, write_text
 from compress.common.output_folder import (
+    check_apart,
     check_same_settings,
     check_target,
     claim,
@@ -86,6 +87,7 @@ def evaluate_events(
     check_target(output, resume=resume, overwrite=overwrite)
     at = locate(model, "reader")
     source = data or default_pages(at)
+    check_apart(output, {"model": at.folder, "data": source})
     pages = load_pages(source, settings.samples, settings.unseen_font)
     pages = replace(pages, pages=tuple(as_known(at, pages.pages)))
     if pages.annotations is not None:

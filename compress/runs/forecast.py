@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoints.exporting import other_parts, part_files
 from compress.common.environment import choose_device
-from compress.common.output_folder import check_target
+from compress.common.output_folder import check_apart, check_target
+from compress.common.settings import inputs_of
 from compress.models.objective import check_trainable
 from compress.models.pipelines import denoiser
 from compress.runs.recipe import ReaderRecipe, Recipe, load_recipe
@@ -44,6 +45,7 @@ def dry_run(
     opened = recipe
     folder = Path(recipe.output or "runs/compress")
     predicted = attempt(lambda: _predict(opened, folder, choose_device(device)))
+    attempt(lambda: check_apart(folder, inputs_of(opened)))
     attempt(lambda: check_target(folder, resume=False, overwrite=False))
     return {**predicted, "output": str(folder), "problems": problems}
 

@@ -10,7 +10,7 @@ from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import check_dense, save_runtime
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import read_json, write_json
-from compress.common.output_folder import CHECKPOINT, check_replaceable, locked
+from compress.common.output_folder import CHECKPOINT, check_apart, check_replaceable, locked
 from compress.data.ocr_pages import RENDERED, OcrPage, load_pages
 from compress.data.pages import page
 from compress.eval import ocr
@@ -316,9 +316,10 @@ def calibrated_checkpoint(
     """
     check_replaceable(output, CHECKPOINT, overwrite=overwrite)
     calibration, read = calibration or Calibration(), read or ReadSettings()
+    at = locate(model, "reader")
+    check_apart(output, {"model": at.folder, "data": data})
+    check_dense(at)
     with locked(output):
-        at = locate(model, "reader")
-        check_dense(at)
         network, processor, _ = open_reader(at, read, choose_device(device))
         result = calibrate_on_pages(
             method,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from compress.common.settings import Settings
+from compress.common.settings import READS, Settings
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, Sampling
 from compress.methods.registry import (
@@ -32,9 +32,9 @@ class RecipeError(ValueError):
 class Recipe(Settings):
     """One run of `compress` on a diffusion pipeline: a method that makes new weights."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, json_schema_extra=READS)
     """``builtin:NAME``, a hub id, or a local diffusers folder."""
-    data: str = Field(min_length=1)
+    data: str = Field(min_length=1, json_schema_extra=READS)
     """``builtin:digits``, ``folder:PATH`` or ``hub:NAME``."""
     method: AnyWeightMethod
     """The compression method and its knobs; ``name`` chooses which."""
@@ -59,9 +59,9 @@ class Recipe(Settings):
 class ReaderRecipe(Settings):
     """One run of `compress` on a reader of pages: methods that change how it runs."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, json_schema_extra=READS)
     """``builtin:NAME``, a hub id, or a local transformers folder."""
-    data: str = Field(min_length=1)
+    data: str = Field(min_length=1, json_schema_extra=READS)
     """``builtin:pages``, ``builtin:square-pages``, or a folder of pages."""
     method: list[AnyRuntimeMethod] = Field(min_length=1)
     """One method, or a list of those that work together, the first one applied first."""

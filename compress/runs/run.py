@@ -12,12 +12,14 @@ from compress.common.environment import choose_device, versions_of
 from compress.common.events import drain
 from compress.common.files import read_json, write_json, write_text
 from compress.common.output_folder import (
+    check_apart,
     check_same_settings,
     check_target,
     claim,
     is_finished,
     tidy,
 )
+from compress.common.settings import inputs_of
 from compress.methods.base import Event
 from compress.parallel import distributed
 from compress.parallel.launch import launched
@@ -103,6 +105,7 @@ def run_events(
     device: str | None = None,
 ) -> Generator[Event, None, RunResult]:
     """:func:`run` as a generator of events: the caller owns the loop."""
+    source = None if isinstance(recipe, Recipe | ReaderRecipe) else recipe
     if not isinstance(recipe, Recipe | ReaderRecipe):
         recipe = load_recipe(recipe, overrides)
     folder = Path(output or recipe.output or "runs/compress")
@@ -111,6 +114,11 @@ def run_events(
         where = distributed.join(choose_device(device))
         main = distributed.is_main()  # of several processes only this one touches the folder
         if main:
+            # the recipe that a run has written, too, may be resumed
+            file = (
+                {} if resume or source is None or not Path(source).is_file() else {"recipe": source}
+            )
+            check_apart(folder, inputs_of(recipe) | file)
             check_target(folder, resume=resume, overwrite=overwrite)
             if resume:
                 check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
