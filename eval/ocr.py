@@ -119,8 +119,8 @@ def speed(times: Times, seed: int = 0) -> dict[str, Value]:
     if not timed:
         return {}
     pages, seconds = zip(*timed, strict=True)
-    how = f"pages / seconds to open and read them, {len(timed)} batches"
-    how += " after the first" * (len(times) > 1)
+    how = "pages / seconds to open and read them"
+    how += ", without the first batch" * (len(times) > 1)
     return {"pages_per_second": replace(ratio_of_sums(pages, seconds, how, seed), n=sum(pages))}
 
 

@@ -397,7 +397,7 @@ def _corpus_bleu(counts: np.ndarray, seed: int) -> Value:
         return result.score / 100
 
     resampled = [score(sums) for sums in resampled_sums(counts, seed)]
-    how = f"corpus, sacrebleu {_PAGE_BLEU.get_signature()}".replace("eff:yes", "eff:no")
+    how = f"all pages together, sacrebleu {_PAGE_BLEU.get_signature()}".replace("eff:yes", "eff:no")
     n = len(counts)
     return Value(score(counts.sum(axis=0)), how, n, percentile_interval(resampled, n))
 
@@ -406,8 +406,8 @@ def _corpus(errors: Sequence[Errors], tool: str, seed: int) -> Value:
     edits, lengths = [e.edits for e in errors], [e.length for e in errors]
     if not any(lengths):
         # every page empty on both sides
-        return page_mean([error.rate for error in errors], f"corpus, {tool}", seed)
-    return ratio_of_sums(edits, lengths, f"corpus, {tool}", seed)
+        return page_mean([error.rate for error in errors], f"all pages together, {tool}", seed)
+    return ratio_of_sums(edits, lengths, f"all pages together, {tool}", seed)
 
 
 def _pair_equal(
