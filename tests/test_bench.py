@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from compress.bench import kernels
 from compress.bench.rows import newest, parse_shapes
-from compress.bench.timing import CLOCKS, Bench, Ceilings
+from compress.bench.timing import CLOCKS, Bench, Ceilings, costliest
 from compress.cli import app
 from compress.common.cost import unet_cost
 from compress.eval.latency import summarise
@@ -302,6 +302,11 @@ def test_noise_is_drawn_for_images_and_prompts():
     for name, shape in (("sample", (2, 4, 64, 64)), ("encoder_hidden_states", (2, 77, 768))):
         assert found[name].shape == shape and found[name].dtype == torch.bfloat16
         assert 0.9 < found[name].float().std() < 1.1
+
+
+def test_the_profiler_is_silent(capfd):
+    [first, *_] = costliest(lambda: torch.ones(3) + 1, "cpu")
+    assert first["operator"].startswith("aten::") and capfd.readouterr() == ("", "")
 
 
 def test_a_benchmark_that_does_not_exist_is_refused():

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -92,6 +93,10 @@ def test_readme_installs_what_there_is():
         if "@" in command[2]:
             requirement = Requirement(command[2])
             assert requirement.name == PROJECT["name"] and requirement.extras <= extras
+            address = requirement.url.removeprefix("git+").replace("$PWD", str(ROOT))
+            git = ["git", "ls-remote", "--exit-code", address, "HEAD"]
+            if (ROOT / ".git").exists():
+                subprocess.run(git, check=True, capture_output=True)
             continue
         path, extra = re.fullmatch(r"(.*)\[(\w+)\]", command[2]).groups()
         name, version, _, _ = parse_wheel_filename(Path(path).name)

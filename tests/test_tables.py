@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from compress.eval.tables import append_row, read_rows
 from compress.runs.recipe import load_pipeline_recipe
 from compress.tables import bench, diffusion, processes
 from compress.tables import table as tables
-from compress.tables.documents import PLACE, all_tables, fill, read_documents
+from compress.tables.documents import PLACE, _aims, all_tables, fill, read_documents
 from compress.tables.table import Job, Table, has
 
 ROOT = Path(__file__).parents[1]
@@ -341,6 +342,40 @@ def test_the_documents_say_what_the_rows_say(document, shipped):
     tables = {name: shipped[name].render() for name in places}
     assert fill(text, tables) == text
     assert not any("earlier weights" in table for table in tables.values())
+
+
+def test_documents_have_no_table_of_figures_that_is_typed_by_hand():
+    text = PLACE.sub("", (ROOT / "eval" / "RESULTS.md").read_text(encoding="utf8"))
+    assert not re.findall(r"^\|.*\d%.*$|^\|.*\d\.\d.*$", text, re.MULTILINE)
+
+
+def test_aims_count_the_rows_that_reach_them():
+    lines = [
+        {"device": device, "size": size, "of": {"torch": share}, "ours": "torch"}
+        for device, size, share in (
+            ("cpu", 1, 0.9),
+            ("cpu", 2, 0.5),
+            ("cpu", 4, 0.7),
+            ("H100", 4, 0.6),
+        )
+    ]
+    measured = SimpleNamespace(rows=lambda: lines, lines=lambda rows: rows)
+    aim = {
+        "aim": "most of it",
+        "table": "speed",
+        "rows": {"ours": "torch"},
+        "from": {"size": 2},
+        "fact": "of",
+        "format": "{:.0%}",
+    }
+    [above] = cells(_aims([aim | {"least": 0.6}], {"speed": measured}))
+    assert above == [
+        "most of it",
+        "reached in 1 of 1 rows: 60%",
+        "reached in 1 of 2 rows: 50% to 70%",
+    ]
+    [below] = cells(_aims([aim | {"most": 0.4}], {"speed": measured}))
+    assert below[2] == "reached in 0 of 2 rows: 50% to 70%"
 
 
 def test_every_claim_of_the_headline_is_a_line_of_another_table(shipped):

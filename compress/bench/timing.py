@@ -1,5 +1,6 @@
 """Times, ceilings and profiles of ways to do a thing, on a CPU or a GPU."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,6 +163,9 @@ def summarise_spans(repeats: Sequence[Mapping[str, float]]) -> dict[str, Latency
 @torch.no_grad()
 def costliest(way: Callable[[], Any], device: str) -> list[dict[str, Any]]:
     """Where a way's time goes: its costliest operators with their shares, by torch's profiler."""
+    # read by the profiler's library when it is first used, whose log (errors too, where there is no
+    # GPU) goes past Python's stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     cuda = torch.device(device).type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=kinds) as profiler:

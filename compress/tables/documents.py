@@ -14,7 +14,7 @@ from compress.eval.tables import Row, markdown
 from compress.methods.base import Method
 from compress.methods.registry import METHODS
 from compress.tables import bench, diffusion, processes, reader
-from compress.tables.table import Table
+from compress.tables.table import Table, has
 
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 
@@ -40,12 +40,17 @@ def all_tables(results: Path, runs: Path) -> dict[str, Table]:
         processes.table(results, runs),
         reader.readers(results, runs),
         *reader.recipe_tables(results, runs),
+        *(
+            reader.trainings(name, content, results)
+            for name, content in declared["trainings"].items()
+        ),
         *bench.tables(results),
     ]
     tables = {table.name: table for table in measured}
     headline = Table("headline", lambda _: _headline(declared["headline"], tables))
     return {
         "headline": headline,
+        "aims": Table("aims", lambda _: _aims(declared["aims"], tables)),
         "methods": Table("methods", lambda _: _methods(METHODS)),
         **tables,
     }
@@ -86,7 +91,7 @@ def _headline(headline: Mapping[str, Any], tables: Mapping[str, Table]) -> str:
     for claim in headline["claims"]:
         table = tables[claim["table"]]
         measured = table.lines(table.rows())
-        [line] = [line for line in measured if _says(claim["line"], line)]
+        [line] = filter(has(**claim["line"]), measured)
         others = [other for other in measured if other is not line]
         rivals = [_best(others, facts, claim["best"]) for facts in claim.get("rivals", ())] or [
             line
@@ -102,10 +107,6 @@ def _headline(headline: Mapping[str, Any], tables: Mapping[str, Table]) -> str:
     return f"{markdown(lines)}\n\n{headline['note']}"
 
 
-def _says(facts: Mapping[str, Any], line: Row) -> bool:
-    return all(line.get(name) == value for name, value in facts.items())
-
-
 def _best(lines: Sequence[Row], facts: Mapping[str, Any], by: str) -> Row:
     """The best of the lines that say this."""
 
@@ -113,7 +114,43 @@ def _best(lines: Sequence[Row], facts: Mapping[str, Any], by: str) -> Row:
         return float(functools.reduce(operator.getitem, by.split("."), line))  # type: ignore[arg-type]
 
     choose = min if metric(by.partition(".")[0]).better == "lower" else max
-    return choose((line for line in lines if _says(facts, line)), key=value)
+    return choose(filter(has(**facts), lines), key=value)
+
+
+def _aims(aims: Sequence[Mapping[str, Any]], tables: Mapping[str, Table]) -> str:
+    """The declared aims in Markdown: how many rows of a table reach each, and what they say."""
+    lines = []
+    for aim in aims:
+        table = tables[aim["table"]]
+        measured = [
+            line
+            for line in table.lines(table.rows())
+            if has(**aim["rows"])(line)
+            and all(line[size] >= least for size, least in aim.get("from", {}).items())
+        ]
+        cells = {"aim": aim["aim"]}
+        for place, on_cpu in (("on a GPU", False), ("on a CPU", True)):
+            values = [_fact(line, aim["fact"]) for line in measured if on_cpu == _is_cpu(line)]
+            cells[place] = "not measured"
+            if values:
+                reached = sum(
+                    value >= aim["least"] if "least" in aim else value <= aim["most"]
+                    for value in values
+                )
+                ends = dict.fromkeys(aim["format"].format(end(values)) for end in (min, max))
+                cells[place] = f"reached in {reached} of {len(values)} rows: {' to '.join(ends)}"
+        lines.append(cells)
+    return markdown(lines)
+
+
+def _is_cpu(line: Row) -> bool:
+    return bool(line["device"] == "cpu")
+
+
+def _fact(line: Row, name: str) -> float:
+    """What a line says; of several ways, of ours."""
+    value = line[name]
+    return float(value[line["ours"]] if isinstance(value, Mapping) else value)
 
 
 def _methods(methods: Mapping[str, type[Method]]) -> str:

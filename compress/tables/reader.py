@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.eval.metrics import metric
 from compress.eval.settings import OcrEvaluation
-from compress.eval.tables import Cell, Row, cell_table
+from compress.eval.tables import Cell, Row, cell_table, markdown, read_rows
 from compress.models.locate import builtin_models
 from compress.reports.run_folder import keep_text, methods_of, series_name, used_share
 from compress.runs.evaluation import evaluate_events
@@ -46,6 +46,23 @@ def recipe_tables(results: Path, runs: Path) -> Iterator[Table]:
                 [Job(recipe, has(recipe=recipe), run)],
                 variants,
             )
+
+
+def trainings(name: str, content: Mapping[str, Any], results: Path) -> Table:
+    """What comes of one run where the model was trained otherwise, each in a file of its own."""
+
+    def body(_: Sequence[Row]) -> str:
+        lines = []
+        for label, file in content["trainings"].items():
+            measured = variants(read_rows(results / file))
+            cells = {"training": label, "its rows": f"`{file}`"}
+            for column, facts in content["columns"].items():
+                [line] = filter(has(**facts), measured)
+                cells[column] = f"{line['accuracy_retention']['value']:.1%}"
+            lines.append(cells)
+        return f"{markdown(lines)}\n\n{content['note']}"
+
+    return Table(name, body)
 
 
 def _evaluate(model: str, runs: Path) -> Run[list[Row]]:
