@@ -14,6 +14,7 @@ from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model, load_runtime
 from compress.common.environment import choose_device
 from compress.common.files import write_text
+from compress.common.output_folder import check_replaceable
 from compress.data.page_files import OcrPage, text_files
 from compress.data.pages import DOCUMENT, LINE, PAGE, SQUARE_PAGE
 from compress.eval.settings import ReadSettings
@@ -83,9 +84,10 @@ def read_files(
         an ``error`` in its reading, and no file.
     FileExistsError : when ``output`` holds something.
     """
-    if output is not None and output.exists() and (output.is_file() or any(output.iterdir())):
-        raise FileExistsError(f"a new or empty folder is expected; {output} is none; name another")
-    names = {} if output is None else text_files(pages)
+    names: dict[str, Path] = {}
+    if output is not None:
+        check_replaceable(output, "set of texts", overwrite=False)
+        names = text_files(pages)
     settings = settings or ReadSettings()
     where = choose_device(device)
     at = locate(model, "reader")
