@@ -153,22 +153,22 @@ def test_free_widths_are_legal_and_keep_what_was_asked(name):
         different.add(tuple(layout.inner.values()))
         for free in allocator.free:
             width = layout.inner[free.name]
-            own = uniform.quota[list(free.blocks)].sum().item() * free.unit
+            own = uniform.keep_counts[list(free.blocks)].sum().item() * free.unit
             dense = (free.units.stop - free.units.start) * free.unit
             assert width % free.step == 0 and width <= dense
             assert own / REACH <= width <= own * REACH
             # every norm group keeps the same number of channels, attention whole heads
-            assert len(set(layout.quota[list(free.blocks)].tolist())) == 1
+            assert len(set(layout.keep_counts[list(free.blocks)].tolist())) == 1
         # blocks of the levels keep what they keep in the uniform allocation
         inner = {block for free in allocator.free for block in free.blocks}
-        outer = [b for b in range(len(uniform.quota)) if b not in inner]
-        assert torch.equal(layout.quota[outer], uniform.quota[outer])
+        outer = [b for b in range(len(uniform.keep_counts)) if b not in inner]
+        assert torch.equal(layout.keep_counts[outer], uniform.keep_counts[outer])
     assert len(different) == 2
 
 
 def test_prices_equal_the_difference_that_one_step_makes_to_the_model():
     unet, _, allocator = planned("scale_shift")
-    least = allocator.layout_of(allocator.least_quota())
+    least = allocator.layout_of(allocator.least_keep_counts())
 
     def cost(inner):
         with torch.device("meta"):
@@ -225,7 +225,7 @@ def test_masked_equals_slim(name, widths, granularity):
     layout = allocator.layout(scores(uniform))
     soft = SoftUNet(unet, uniform).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     assert isinstance(slim, FreeWidthUNet2DModel)
@@ -240,7 +240,7 @@ def test_masked_equals_slim(name, widths, granularity):
 def test_keeping_everything_is_bit_identical():
     unet, uniform, allocator = planned("plain", keep_macs=1.0)
     layout = allocator.layout(scores(uniform))
-    assert torch.equal(layout.quota, layout.sizes())
+    assert torch.equal(layout.keep_counts, layout.sizes())
     slim = surgery.perform(unet, layout, torch.ones(layout.units)).eval()
     assert list(slim.state_dict()) == list(unet.state_dict())
     with torch.no_grad():
@@ -310,7 +310,10 @@ def unet() -> UNet2DModel:
 
 def ended(run: PruningRun):
     """The run, what it made, and the ranges of parameters and MACs that were predicted."""
-    predicted = run.mover.allocator.params_range(), run.mover.allocator.macs_range()
+    predicted = (
+        run.mask_scheduler.allocator.params_range(),
+        run.mask_scheduler.allocator.macs_range(),
+    )
     return run, drain(run.events()), *predicted
 
 
@@ -322,30 +325,32 @@ def whole(unet):
 def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
     run = run_of(unet, flow())
     # every estimate finds another layer important
-    layers = itertools.cycle([f.units for f in run.mover.allocator.free if f.most > f.least])
+    layers = itertools.cycle(
+        [f.units for f in run.mask_scheduler.allocator.free if f.most > f.least]
+    )
 
     def estimate(soft, **options):
-        run.mover.state.shared_scores[next(layers)] *= 100
+        run.mask_scheduler.state.shared_scores[next(layers)] *= 100
         return real(soft, **options)
 
-    real, run.mover.estimate = run.mover.estimate, estimate
-    quotas, masks = [], []
+    real, run.mask_scheduler.estimate = run.mask_scheduler.estimate, estimate
+    keep_counts, masks = [], []
     events = run.events()
     for _ in range(8):
         next(events)
-        quotas.append(run.mover.state.quota.clone())
+        keep_counts.append(run.mask_scheduler.state.keep_counts.clone())
         masks.append(run._plain().mask.clone())
-    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(quotas)]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(keep_counts)]
     assert any(changed[:3]) and not any(changed[3:])
-    # continuity holds although the quotas jump
+    # continuity holds although the keep counts jump
     for before, after in itertools.pairwise([torch.ones_like(masks[0]), *masks]):
         assert (after - before).abs().max() <= 0.25 + 1e-6
     pruned = drain(events)
-    free = {f.name: f for f in run.mover.allocator.free}
+    free = {f.name: f for f in run.mask_scheduler.allocator.free}
     assert len(pruned.widths) > 2
     for name, width in pruned.model.config.inner_widths.items():
         blocks = list(free[name].blocks)
-        assert width == int(quotas[-1][blocks].sum()) * free[name].unit
+        assert width == int(keep_counts[-1][blocks].sum()) * free[name].unit
     # with its masks the slim model is what the flow had at the end
     assert run.surgery_facts["max_difference"] < 1e-5
 
@@ -365,7 +370,9 @@ def test_a_run_makes_the_model_that_was_predicted(unet, whole, kind):
     assert run.surgery_facts["max_difference"] < 1e-5
 
 
-@pytest.mark.parametrize("stop", [3, 9, 11])  # while quotas move, after binarisation, after surgery
+@pytest.mark.parametrize(
+    "stop", [3, 9, 11]
+)  # while keep counts move, after binarisation, after surgery
 def test_a_resumed_run_has_the_same_widths_and_weights(unet, whole, tmp_path, stop):
     leave(run_of(unet, flow(), tmp_path).events(), stop)
     again = drain(run_of(unet, flow(), tmp_path, resume=True).events())

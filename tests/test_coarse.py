@@ -7,8 +7,8 @@ from builders import models
 from compress.methods.gradflow import GradFlow, surgery
 from compress.methods.gradflow.coarse import COARSE_CHANNELS, COARSE_REFRESH, coarsen
 from compress.methods.gradflow.flow import binarise
+from compress.methods.gradflow.mask_scheduler import MaskScheduler
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.mover import MaskMover
 
 CASES = [
     ("built_in", (12, 16, 32, 64)),
@@ -49,16 +49,16 @@ def test_a_coarse_mask_is_a_fine_one_whose_neighbours_are_equal(name, widths):
         assert len(found) == 1 or len(found) * units[min(found)] <= COARSE_CHANNELS
     # every block keeps the same channels in number
     size = torch.tensor([len(members[u]) for u in range(coarse.units)])
-    for block, quota in enumerate(coarse.quota.tolist()):
+    for block, count in enumerate(coarse.keep_counts.tolist()):
         (together,) = set(size[coarse.block == block].tolist())
-        assert quota * together == fine.quota[block]
+        assert count * together == fine.keep_counts[block]
 
 
 def test_one_channel_changes_nothing():
     fine = models.layout("plain", (4, 8))
     same = coarsen(fine, channels=1)
     assert (same.groups, same.offsets, same.units) == (fine.groups, fine.offsets, fine.units)
-    assert torch.equal(same.block, fine.block) and torch.equal(same.quota, fine.quota)
+    assert torch.equal(same.block, fine.block) and torch.equal(same.keep_counts, fine.keep_counts)
     for table in ("inputs", "outputs", "norms"):
         for module, index in getattr(fine, table).items():
             assert torch.equal(getattr(same, table)[module], index)
@@ -69,7 +69,7 @@ def test_masked_equals_slim(name, widths):
     unet, layout = models.build(name), coarsen(models.layout(name, widths))
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     assert tuple(slim.config.block_out_channels) == widths
@@ -82,7 +82,7 @@ def test_masked_equals_slim(name, widths):
 def test_channels_under_one_mask_stay_or_go_together():
     layout = coarsen(models.layout("built_in", (12, 16, 32, 64)))
     scores = torch.rand(layout.units, generator=torch.Generator().manual_seed(0))
-    mask = binarise(torch.ones(layout.units), scores, layout.block, layout.quota)
+    mask = binarise(torch.ones(layout.units), scores, layout.block, layout.keep_counts)
     surgery.check_mask(layout, mask)
     extended = layout.extend(mask) > 0.5
     together = 0
@@ -110,13 +110,13 @@ def test_coarse_masks_are_scored_less_often(granularity, every):
         max_move=1,
     )
     layout = models.layout("plain", (4, 8))
-    mover = MaskMover(
+    scheduler = MaskScheduler(
         method, layout, None, lambda number: [], step_rate=1.0, seed=0, device=torch.device("cpu")
     )
     soft, estimates = SoftUNet(unet, layout), []
     for step in range(20):
-        before = mover.state.estimates
-        mover.move(soft, step)
-        if mover.state.estimates > before:
+        before = scheduler.state.estimates
+        scheduler.move(soft, step)
+        if scheduler.state.estimates > before:
             estimates.append(step)
     assert estimates == list(range(0, 20, every))

@@ -77,7 +77,7 @@ def test_masked_is_dense_at_ones_and_slim_when_binary(name, tmp_path):
         dense = unet(**inputs).sample
     assert (masked_output(soft, inputs) - dense).abs().max() <= TOLERANCE
     soft.mask.copy_(models.binary_mask(layout))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(unet, layout, soft.mask).eval()
     with torch.no_grad():

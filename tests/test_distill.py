@@ -111,7 +111,7 @@ def test_a_masked_student_is_worth_what_its_slim_self_is():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, soft = Teacher(unet, 0.3, 0.7, layout), SoftUNet(unet, layout)
     soft.mask.copy_(models.binary_mask(layout))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     sample, timestep = models.inputs(unet)
     losses = [

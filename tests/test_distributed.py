@@ -110,9 +110,9 @@ def test_in_float64_there_is_no_difference_but_rounding(slowly_driven):
 def test_two_processes_choose_the_widths_that_one_chooses(slowly_driven):
     same(slowly_driven, "global")
     one, two = pair(slowly_driven, "global")
-    assert torch.equal(one["quota"], two["quota"])
+    assert torch.equal(one["keep_counts"], two["keep_counts"])
     # the scores have moved them
-    assert not torch.equal(one["quota"], one["uniform"])
+    assert not torch.equal(one["keep_counts"], one["uniform"])
 
 
 def test_soft_masks_are_really_soft(driven):

@@ -91,7 +91,7 @@ def slim_unet(unet, groups, method):
     layout, _ = plan(unet, groups, method)
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     return soft, surgery.perform(unet, layout, soft.mask).eval()
 

@@ -166,7 +166,7 @@ def test_gamma_drives_masks_apart():
 @pytest.mark.parametrize("schedule", ["s_shaped", "cubic"])
 def test_the_flow_reaches_its_target_within_a_bound_that_was_accepted(schedule):
     # 2 of 16 are kept: units that are out early cannot take part in later drops
-    sizes, quota, block = torch.tensor([16.0]), torch.tensor([2.0]), torch.zeros(16).long()
+    sizes, keep_counts, block = torch.tensor([16.0]), torch.tensor([2.0]), torch.zeros(16).long()
     accepted = 0
     for updates, derived in itertools.product([*range(1, 8), *range(8, 48, 4)], (True, False)):
         max_move = 0.1 if schedule == "s_shaped" else 0.25
@@ -174,7 +174,7 @@ def test_the_flow_reaches_its_target_within_a_bound_that_was_accepted(schedule):
             knobs = {"steps": updates, "update_every": 1, "settle": 0, "budget": schedule}
             max_move = GradFlow(**knobs).max_move
         try:
-            updates_fit(updates, sizes, quota, max_move, schedule)
+            updates_fit(updates, sizes, keep_counts, max_move, schedule)
         except ValueError:
             assert not derived
             continue
@@ -189,11 +189,11 @@ def test_the_flow_reaches_its_target_within_a_bound_that_was_accepted(schedule):
                 gamma=progress,
                 rate=0.1,
                 max_move=max_move,
-                budget=sizes - removed_share(progress, schedule) * (sizes - quota),
+                budget=sizes - removed_share(progress, schedule) * (sizes - keep_counts),
                 block=block,
             )
             assert (mask - before).abs().max() <= max_move + 1e-6
-        binary = binarise(mask, scores, block, quota.long())
+        binary = binarise(mask, scores, block, keep_counts.long())
         assert binary.nonzero().flatten().tolist() == [14, 15]
         if updates > 30:  # with time to spare the budget is met
             assert mask.sum().item() == pytest.approx(2, abs=1e-3)
@@ -226,11 +226,11 @@ def test_binarise_keeps_each_blocks_quota_of_the_highest(seed):
     torch.manual_seed(seed)
     block = torch.cat([torch.arange(5), torch.randint(0, 5, (45,))])
     sizes = torch.bincount(block)
-    quota = (sizes * torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])).long()
+    keep_counts = (sizes * torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])).long()
     mask = torch.randperm(50) / 50.0  # all different
-    binary = binarise(mask, torch.randn(50), block, quota)
+    binary = binarise(mask, torch.randn(50), block, keep_counts)
     assert set(binary.tolist()) <= {0.0, 1.0} and binary.dtype == mask.dtype
-    assert torch.equal(block_sums(binary, block, 5).long(), quota)
+    assert torch.equal(block_sums(binary, block, 5).long(), keep_counts)
     for index in range(5):
         kept, gone = mask[(block == index) & (binary == 1)], mask[(block == index) & (binary == 0)]
         if len(kept) and len(gone):
@@ -238,21 +238,21 @@ def test_binarise_keeps_each_blocks_quota_of_the_highest(seed):
 
 
 def test_scores_break_ties_of_the_mask():
-    block, quota = torch.zeros(6, dtype=torch.long), torch.tensor([3])
+    block, keep_counts = torch.zeros(6, dtype=torch.long), torch.tensor([3])
     scores = torch.tensor([0.1, 5.0, 0.3, 9.0, 0.2, 0.4])
-    assert binarise(torch.ones(6), scores, block, quota).tolist() == [0, 1, 0, 1, 0, 1]
+    assert binarise(torch.ones(6), scores, block, keep_counts).tolist() == [0, 1, 0, 1, 0, 1]
     mask = torch.tensor([1.0, 0.5, 0.5, 0.5, 1.0, 0.0])  # the mask comes first
-    assert binarise(mask, scores, block, quota).tolist() == [1, 0, 0, 1, 1, 0]
+    assert binarise(mask, scores, block, keep_counts).tolist() == [1, 0, 0, 1, 1, 0]
 
 
 def test_a_bound_too_small_for_the_schedule_is_an_error():
-    sizes, quota = torch.tensor([10.0, 10.0]), torch.tensor([8.0, 4.0])
+    sizes, keep_counts = torch.tensor([10.0, 10.0]), torch.tensor([8.0, 4.0])
     # steepest s-shaped drop of 10 updates: f(0.5) - f(0.4) = 0.148, times 0.6 removed
     with pytest.raises(ValueError, match=r"0\.0888 \(over 10 updates\); got max_move=0\.08"):
-        updates_fit(10, sizes, quota, 0.08, "s_shaped")
-    updates_fit(10, sizes, quota, 0.09, "s_shaped")
+        updates_fit(10, sizes, keep_counts, 0.08, "s_shaped")
+    updates_fit(10, sizes, keep_counts, 0.09, "s_shaped")
     with pytest.raises(ValueError, match=r"0\.1626"):  # cubic: 1 - 0.9 ** 3 = 0.271, times 0.6
-        updates_fit(10, sizes, quota, 0.1, "cubic")
+        updates_fit(10, sizes, keep_counts, 0.1, "cubic")
 
 
 def test_spearman_equals_scipys():

@@ -44,7 +44,7 @@ def compared(unet, layout, *, switch: bool = True, seed: int = 0) -> tuple[float
     """Largest difference of masked and slim, and the slim output's mean size."""
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout, seed))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     if switch:
         soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
@@ -139,7 +139,7 @@ def test_a_removed_channel_cannot_come_back_through_its_producer():
     assert torch.allclose(before, after, atol=TOLERANCE)
 
 
-def reference_forward(unet, layout, mask, fade, sample, timestep):
+def reference_forward(unet, layout, mask, sinusoid_scale, sample, timestep):
     """The masked net by hooks on activations: no weight is touched, no layout table is read."""
     unet = copy.deepcopy(unet)
     modules = dict(unet.named_modules())
@@ -172,7 +172,7 @@ def reference_forward(unet, layout, mask, fade, sample, timestep):
             )
         elif name.endswith("to_q") and unet.config.attention_head_dim is None:
             module.register_forward_hook(lambda module, _, output, factor=factor: output * factor)
-    kept = torch.full((unet.config.block_out_channels[0] // 2,), fade)
+    kept = torch.full((unet.config.block_out_channels[0] // 2,), sinusoid_scale)
     count = layout.widths[0] // 2
     kept[kept_frequencies(len(kept), count, unet.config.freq_shift)[0]] = 1
     modules["time_embedding.linear_1"].register_forward_pre_hook(
@@ -206,7 +206,7 @@ def test_fractional_masks_act_once_at_every_consumers_input(name, widths):
     sample, timestep = models.inputs(unet)
     with torch.no_grad():
         soft = SoftUNet(unet, layout).double()
-        soft.fade.fill_(0.375)
+        soft.sinusoid_scale.fill_(0.375)
         actual = soft(sample.double(), timestep, mask)
         expected = reference_forward(unet, layout, mask, 0.375, sample.double(), timestep)
     assert (actual - expected).abs().max() < 1e-10

@@ -370,7 +370,7 @@ def test_a_class_conditional_unet_masked_is_the_slim_one(changes):
             unet(noisy, times, class_labels=torch.tensor([5, 1])).sample - dense
         ).abs().max() > 0
     soft.mask.copy_(models.binary_mask(layout))
-    soft.fade.zero_()
+    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(unet, layout, soft.mask).eval()
     with torch.no_grad():

@@ -105,7 +105,7 @@ def test_a_missed_quota_is_refused():
     layout = models.layout("plain", (4, 8))
     mask = models.binary_mask(layout)
     mask[(mask == 0).nonzero()[0]] = 1
-    with pytest.raises(ValueError, match=f"1 of {len(layout.quota)} blocks do not"):
+    with pytest.raises(ValueError, match=f"1 of {len(layout.keep_counts)} blocks do not"):
         surgery.perform(models.build("plain"), layout, mask)
     # the right total in the wrong block is no better
     other = (layout.block != layout.block[(mask == 0).nonzero()[0]]) & (mask == 1)

@@ -1,4 +1,4 @@
-"""Pruning runs on a tiny real UNet: quotas, bounds, counters, and what a recipe may not ask."""
+"""Pruning runs on a tiny real UNet: keep counts, bounds, counters, and refusals."""
 
 import copy
 import json
@@ -89,8 +89,8 @@ def test_every_block_keeps_its_quota(finished, name):
     run, _, pruned, *_ = finished(name)
     kept = run.kept
     assert ((kept == 0) | (kept == 1)).all()
-    for block, quota in enumerate(run.layout.quota.tolist()):
-        assert int(kept[run.layout.block == block].sum()) == quota
+    for block, count in enumerate(run.layout.keep_counts.tolist()):
+        assert int(kept[run.layout.block == block].sum()) == count
     assert [row["compressed"] for row in pruned.widths] == list(WIDTHS)
     assert tuple(pruned.model.config.block_out_channels) == WIDTHS
     assert type(pruned.model) is UNet2DModel and not pruned.model.training
@@ -156,7 +156,7 @@ def test_no_mask_ever_moves_more_than_max_move(finished, name):
     run, _, pruned, *_ = finished(name)
     bound = METHODS[name].max_move
     moves = [row["max_move"] for row in rows(run, "mask")]
-    assert len(moves) == run.mover.binarised_at and max(moves) <= bound + 1e-6
+    assert len(moves) == run.mask_scheduler.binarised_at and max(moves) <= bound + 1e-6
     # independently of what the run says: the trace holds every unit of so small a model
     masks = torch.cat([torch.ones(1, run.layout.units), pruned.trace["masks"]])
     assert run.layout.units == masks.shape[1]
@@ -168,13 +168,13 @@ def test_no_mask_ever_moves_more_than_max_move(finished, name):
 @pytest.mark.parametrize("name", ["soft", "soft cubic"])
 def test_the_mask_keeps_to_its_budget_in_every_block(finished, name):
     run, _, pruned, *_ = finished(name)
-    sizes, quota = run.layout.sizes().double(), run.layout.quota.double()
-    updates = run.mover.binarised_at
+    sizes, keep_counts = run.layout.sizes().double(), run.layout.keep_counts.double()
+    updates = run.mask_scheduler.binarised_at
     for k, mask in enumerate(pruned.trace["masks"][:updates]):
         p = (k + 1) / updates
         removed = 3 * p**2 - 2 * p**3 if name == "soft" else 1 - (1 - p) ** 3
-        wanted = sizes - removed * (sizes - quota)
-        sums = torch.zeros(len(quota), dtype=torch.double)
+        wanted = sizes - removed * (sizes - keep_counts)
+        sums = torch.zeros(len(keep_counts), dtype=torch.double)
         sums.index_add_(0, run.layout.block, mask.double())
         torch.testing.assert_close(sums, wanted, atol=1e-4, rtol=0)
         assert rows(run, "mask")[k]["budget"] == pytest.approx(float(mask.mean()), abs=1e-4)
@@ -184,10 +184,10 @@ def test_the_mask_keeps_to_its_budget_in_every_block(finished, name):
 def test_sinusoid_values_fade_as_the_budget_falls(finished, name):
     run = finished(name)[0]
     cubic = name == "soft cubic"
-    updates = run.mover.binarised_at
+    updates = run.mask_scheduler.binarised_at
     shares = [(k + 1) / updates for k in range(updates)]
     removed = [1 - (1 - p) ** 3 if cubic else 3 * p**2 - 2 * p**3 for p in shares]
-    faded = [row["fade"] for row in rows(run, "mask")]
+    faded = [row["sinusoid_scale"] for row in rows(run, "mask")]
     assert faded == pytest.approx([1 - share for share in removed], abs=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_the_soft_stage_begins_at_the_dense_model_and_ends_without_faded_values(
     events = run.events()
     for _ in range(STEPS):
         next(events)
-    assert run.mover.state.binary and soft.fade == 0
+    assert run.mask_scheduler.state.binary and soft.sinusoid_scale == 0
 
 
 def count_returns(masks: torch.Tensor) -> int:

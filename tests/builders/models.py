@@ -158,12 +158,12 @@ def inputs(unet: UNet2DModel, batch: int = 2) -> tuple[torch.Tensor, torch.Tenso
 
 
 def binary_mask(layout: Layout, seed: int = 0) -> torch.Tensor:
-    """A random mask that keeps every block's quota."""
+    """A random mask that keeps every block's number of units."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(layout.units)
-    for block, quota in enumerate(layout.quota.tolist()):
+    for block, count in enumerate(layout.keep_counts.tolist()):
         units = (layout.block == block).nonzero().squeeze(1)
-        mask[units[torch.randperm(len(units), generator=generator)[:quota]]] = 1
+        mask[units[torch.randperm(len(units), generator=generator)[:count]]] = 1
     return mask
 
 

@@ -148,9 +148,9 @@ def keep(name, run, pruned):
     if not distributed.is_main():
         return
     tensors = dict(pruned.model.state_dict()) | {f"trace/{k}": t for k, t in pruned.trace.items()}
-    tensors |= {"kept": run.kept, "quota": run.layout.quota}
+    tensors |= {"kept": run.kept, "keep_counts": run.layout.keep_counts}
     # cloned, since it is the same tensor where widths are not free
-    tensors["uniform"] = run.mover._layout.quota.clone()
+    tensors["uniform"] = run.mask_scheduler._layout.keep_counts.clone()
     save_file(tensors, Path(f"{name}.safetensors"))
     units = sum(isinstance(module, FSDPModule) for module in run.model.modules())
     facts = {"units": units, "log": run.journal.rows}

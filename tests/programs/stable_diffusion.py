@@ -69,8 +69,8 @@ def cut(folder: Path) -> None:
     groups = find_groups(unet)
     layout, _ = plan(unet, groups, GradFlow(keep_macs=0.5))
     mask = torch.zeros(layout.units)
-    for block, quota in enumerate(layout.quota.tolist()):
-        mask[(layout.block == block).nonzero().squeeze(1)[:quota]] = 1
+    for block, count in enumerate(layout.keep_counts.tolist()):
+        mask[(layout.block == block).nonzero().squeeze(1)[:count]] = 1
     pipeline.register_modules(unet=surgery.perform(unet, layout, mask))
     save_slim(pipeline, folder / "slim", {}, source=folder / "dense")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -154,18 +154,18 @@ class Allocator:
         values = scores.detach().cpu().double()
         return self._with_steps(self._spend([_gains(f, values) for f in self.free])[0])
 
-    def layout_of(self, quota: torch.Tensor) -> Layout:
-        """The layout that keeps ``quota`` ``(blocks,)``."""
-        inner = {f.name: int(quota[f.blocks[0]]) * len(f.blocks) * f.unit for f in self.free}
-        return dataclasses.replace(self.uniform, quota=quota.cpu(), inner=inner)
+    def layout_of(self, keep_counts: torch.Tensor) -> Layout:
+        """The layout with these keep counts ``(blocks,)``."""
+        inner = {f.name: int(keep_counts[f.blocks[0]]) * len(f.blocks) * f.unit for f in self.free}
+        return dataclasses.replace(self.uniform, keep_counts=keep_counts.cpu(), inner=inner)
 
-    def least_quota(self) -> torch.Tensor:
+    def least_keep_counts(self) -> torch.Tensor:
         """The smallest number of units that each block may come to keep, ``(blocks,)``."""
-        return self._with_steps([0] * len(self.free)).quota
+        return self._with_steps([0] * len(self.free)).keep_counts
 
     def most_quota(self) -> torch.Tensor:
         """The largest number of units that each block may come to keep, ``(blocks,)``."""
-        return self._with_steps([f.most - f.least for f in self.free]).quota
+        return self._with_steps([f.most - f.least for f in self.free]).keep_counts
 
     def macs_range(self) -> tuple[int, int]:
         """Bounds of the slim model's MACs, whatever the scores are."""
@@ -194,10 +194,10 @@ class Allocator:
         return spend(gains, [f.macs * f.step for f in self.free], self.budget)
 
     def _with_steps(self, counts: Sequence[int]) -> Layout:
-        quota = self.uniform.quota.clone()
+        keep_counts = self.uniform.keep_counts.clone()
         for f, count in zip(self.free, counts, strict=True):
-            quota[list(f.blocks)] = (f.least + count) * f.units_per_step
-        return self.layout_of(quota)
+            keep_counts[list(f.blocks)] = (f.least + count) * f.units_per_step
+        return self.layout_of(keep_counts)
 
 
 def plan(
@@ -222,13 +222,13 @@ def plan(
     if method.allocation == "global":
         allocator = Allocator(unet, layout, method.keep_macs)
     if steps and steps.process == "soft":
-        least = allocator.least_quota() if allocator else layout.quota
+        least = allocator.least_keep_counts() if allocator else layout.keep_counts
         flow.updates_fit(steps.updates, layout.sizes(), least, steps.max_move, steps.budget)
     return layout, allocator
 
 
 def _uniform_width(free: FreeWidth, layout: Layout) -> int:
-    return int(layout.quota[list(free.blocks)].sum()) * free.unit
+    return int(layout.keep_counts[list(free.blocks)].sum()) * free.unit
 
 
 def _gains(free: FreeWidth, scores: torch.Tensor) -> list[float]:
@@ -271,7 +271,7 @@ def _free_widths(slim: UNet2DModel, layout: Layout) -> tuple[FreeWidth, ...]:
         units = slice(offset, offset + group.units)
         blocks = tuple(layout.block[units].unique().tolist())
         step = legal_step(group.width, len(blocks) * group.unit)
-        width = int(layout.quota[list(blocks)].sum()) * group.unit
+        width = int(layout.keep_counts[list(blocks)].sum()) * group.unit
         least = max(1, math.ceil(width / REACH / step))
         most = max(least, min(group.width, math.floor(width * REACH)) // step)
         found.append(FreeWidth(name, units, blocks, group.unit, step, least, most, macs, params))

@@ -18,9 +18,9 @@ COARSE_REFRESH = 3
 def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
     """The same layout with up to ``channels`` neighbouring channels under each mask.
 
-    How many it is differs between groups: a divisor of the size and the quota of each of the
-    group's selection blocks, so that blocks keep the same channels in number as before. Heads that
-    are wider stay as they are.
+    How many it is differs between groups: a divisor of the size and the keep
+    count of each of the group's selection blocks, so that every block keeps as many channels as
+    before. Wider heads stay as they are.
 
     Parameters
     ----------
@@ -30,12 +30,12 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
     sizes = layout.sizes()
     coarse_of = torch.empty(layout.units + 2, dtype=torch.long)
     groups, offsets, units = [], [], 0
-    quota = layout.quota.clone()
+    keep_counts = layout.keep_counts.clone()
     for group, offset in zip(layout.groups, layout.offsets, strict=True):
         blocks = layout.block[offset : offset + group.units].unique()
-        together = _together(group, sizes[blocks], layout.quota[blocks], channels)
+        together = _together(group, sizes[blocks], layout.keep_counts[blocks], channels)
         coarse_of[offset : offset + group.units] = units + torch.arange(group.units) // together
-        quota[blocks] = layout.quota[blocks] // together
+        keep_counts[blocks] = layout.keep_counts[blocks] // together
         groups.append(dataclasses.replace(group, unit=group.unit * together))
         offsets.append(units)
         units += group.units // together
@@ -52,7 +52,7 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
         offsets=tuple(offsets),
         units=units,
         block=block,
-        quota=quota,
+        keep_counts=keep_counts,
         inputs=moved(layout.inputs),
         outputs=moved(layout.outputs),
         norms=moved(layout.norms),
@@ -60,9 +60,11 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
     )
 
 
-def _together(group: ChannelGroup, sizes: torch.Tensor, quota: torch.Tensor, channels: int) -> int:
-    """How many of a group's units share a mask."""
-    common = math.gcd(*sizes.tolist(), *quota.tolist())
+def _together(
+    group: ChannelGroup, sizes: torch.Tensor, keep_counts: torch.Tensor, channels: int
+) -> int:
+    """How many of a group's units share a mask: the largest common divisor within ``channels``."""
+    common = math.gcd(*sizes.tolist(), *keep_counts.tolist())
     return max(
         k for k in range(1, common + 1) if not common % k and (k == 1 or k * group.unit <= channels)
     )

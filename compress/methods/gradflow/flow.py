@@ -97,14 +97,14 @@ def flow_step(
 
 
 def binarise(
-    mask: torch.Tensor, scores: torch.Tensor, block: torch.Tensor, quota: torch.Tensor
+    mask: torch.Tensor, scores: torch.Tensor, block: torch.Tensor, keep_counts: torch.Tensor
 ) -> torch.Tensor:
     """Keep the units with the largest mask in every block; scores break ties.
 
     Parameters
     ----------
     mask, scores, block : ``(units,)``.
-    quota : ``(blocks,)`` integers.
+    keep_counts : ``(blocks,)`` integers.
 
     Returns
     -------
@@ -113,16 +113,16 @@ def binarise(
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(mask[order], descending=True, stable=True)]
     order = order[torch.argsort(block[order], stable=True)]
-    sizes = torch.bincount(block, minlength=len(quota))
+    sizes = torch.bincount(block, minlength=len(keep_counts))
     starts = sizes.cumsum(0) - sizes
     rank = torch.arange(len(mask), device=mask.device) - starts[block[order]]
     result = torch.zeros_like(mask)
-    result[order] = (rank < quota[block[order]]).to(mask.dtype)
+    result[order] = (rank < keep_counts[block[order]]).to(mask.dtype)
     return result
 
 
 def updates_fit(
-    updates: int, sizes: torch.Tensor, quota: torch.Tensor, max_move: float, schedule: str
+    updates: int, sizes: torch.Tensor, keep_counts: torch.Tensor, max_move: float, schedule: str
 ) -> None:
     """Check that the continuity bound lets the budget fall as scheduled.
 
@@ -130,7 +130,7 @@ def updates_fit(
     ------
     ValueError : naming the largest mean drop of a step and what to change.
     """
-    drop = steepest_fall(updates, schedule) * float(((sizes - quota) / sizes).max())
+    drop = steepest_fall(updates, schedule) * float(((sizes - keep_counts) / sizes).max())
     if drop > max_move:
         raise ValueError(
             f"max_move must be at least the largest mean drop of one mask update, {drop:.4f} "

@@ -15,8 +15,9 @@ from compress.methods.gradflow.groups import ChannelGroup, index_of, narrowed_qu
 class Layout:
     """All masks of a model in one vector of units, and where each entry acts.
 
-    The index tensors point into ``[mask, 1, fade]``: position ``units`` stands for a channel that
-    is never masked, ``units + 1`` for a sinusoid value that the slim model cannot have.
+    The index tensors point into ``[mask, 1, sinusoid_scale]``: position ``units``
+    stands for a channel that is never masked, ``units + 1`` for a sinusoid value that the slim
+    model lacks.
 
     Attributes
     ----------
@@ -24,7 +25,7 @@ class Layout:
     offsets : where each group's units start.
     units : length of the mask.
     block : ``(units,)`` the selection block of each unit: channels that share a norm group.
-    quota : ``(blocks,)`` how many units each block keeps in the end.
+    keep_counts : ``(blocks,)`` the number of units that each block keeps in the end.
     inputs, outputs, norms : per module ``(channels,)`` index tensors.
     queries : index tensors of ``to_q`` layers whose heads get narrower; their outputs are masked.
     unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
@@ -37,7 +38,7 @@ class Layout:
     offsets: tuple[int, ...]
     units: int
     block: torch.Tensor
-    quota: torch.Tensor
+    keep_counts: torch.Tensor
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     norms: dict[str, torch.Tensor]
@@ -47,19 +48,21 @@ class Layout:
     freq_shift: float
     inner: dict[str, int] = field(default_factory=dict)
 
-    def extend(self, mask: torch.Tensor, fade: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """``[mask, 1, fade]``, the vector that the index tensors point into.
+    def extend(
+        self, mask: torch.Tensor, sinusoid_scale: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        """``[mask, 1, sinusoid_scale]``, the vector that the index tensors point into.
 
-        ``fade`` is what remains of the sinusoid values that go: 1 in the dense model, 0 in the
-        slim one.
+        ``sinusoid_scale`` multiplies the sinusoid values that the slim model lacks: 1 in the dense
+        model, 0 in the slim one.
         """
         ends = mask.new_ones(2)
-        ends[1] = fade
+        ends[1] = sinusoid_scale
         return torch.cat([mask, ends])
 
     def sizes(self) -> torch.Tensor:
         """Units per block, ``(blocks,)``."""
-        return torch.bincount(self.block, minlength=len(self.quota))
+        return torch.bincount(self.block, minlength=len(self.keep_counts))
 
 
 def kept_frequencies(half: int, kept: int, shift: float) -> tuple[list[int], float]:
@@ -110,13 +113,13 @@ def build_layout(
         columns[removed.repeat(2)] = units + 1
         for reader in sinusoid_readers(unet):
             tables["in"][reader] = columns
-    block, quota, unaligned = _blocks(unet, groups, offsets, units, widths)
+    block, keep_counts, unaligned = _blocks(unet, groups, offsets, units, widths)
     return Layout(
         groups=tuple(groups),
         offsets=tuple(offsets),
         units=units,
         block=block,
-        quota=quota,
+        keep_counts=keep_counts,
         inputs=tables["in"],
         outputs=tables["out"],
         norms=tables["norm"],
@@ -156,9 +159,9 @@ def _blocks(
     units: int,
     widths: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
-    """Cut every group into blocks with quotas so that norm groups stay norm groups.
+    """Cut every group into blocks with keep counts, so that norm groups stay norm groups.
 
-    A norm over one group of channels demands the same number kept in each of its groups. A norm
+    A norm over one group of channels requires the same number kept in each of its groups. A norm
     over a concatenation adds borders inside both parts; they are adopted where every interval
     between borders then keeps its proportional share (rounded), otherwise the norm is reported
     as unaligned and changes its membership at binarisation.
@@ -213,13 +216,13 @@ def _blocks(
         else:
             unaligned.append(name)
     block = torch.empty(units, dtype=torch.long)
-    quota: list[int] = []
+    keep_counts: list[int] = []
     for group, offset in zip(groups, offsets, strict=True):
         marks = sorted(borders[group.name].items())
         for (start, before), (stop, after) in zip(marks, marks[1:], strict=False):
-            block[offset + start : offset + stop] = len(quota)
-            quota.append(after - before)
-    return block, torch.tensor(quota), tuple(unaligned)
+            block[offset + start : offset + stop] = len(keep_counts)
+            keep_counts.append(after - before)
+    return block, torch.tensor(keep_counts), tuple(unaligned)
 
 
 def _proportional(marks: dict[int, int], ratio: float) -> bool:

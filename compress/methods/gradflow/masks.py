@@ -112,8 +112,8 @@ class SoftUNet(nn.Module):
     """A UNet evaluated at f(theta * m): the network that the flow trains while it moves m.
 
     Works on a deep copy; parameters keep their names under ``unet.``. Its buffers are ``mask``
-    ``(units,)`` and ``fade`` ``()``, which weights the timestep sinusoid's values that the slim
-    model cannot have; both begin at 1, where the network is the dense one.
+    ``(units,)`` and ``sinusoid_scale`` ``()``, which multiplies the values of the timestep sinusoid
+    that the slim model lacks. Both start at 1, where the network is the dense one.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ class SoftUNet(nn.Module):
     """
 
     mask: torch.Tensor
-    fade: torch.Tensor
+    sinusoid_scale: torch.Tensor
 
     def __init__(self, unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class SoftUNet(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 setattr(self.unet.get_submodule(parent), attribute, MaskedLayerNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
-        self.register_buffer("fade", torch.ones(()), persistent=False)
+        self.register_buffer("sinusoid_scale", torch.ones(()), persistent=False)
         columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
         self._columns = {
             name: index for name, index in columns.items() if bool((index != layout.units).any())
@@ -143,7 +143,7 @@ class SoftUNet(nn.Module):
 
     def effective(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters and buffers that carry the mask, by name: theta * m."""
-        extended = self.layout.extend(mask, self.fade)
+        extended = self.layout.extend(mask, self.sinusoid_scale)
         parameters = dict(self.unet.named_parameters())
         changed: dict[str, torch.Tensor] = {}
         for name, index in self._columns.items():
@@ -207,7 +207,7 @@ def _checkpoint_masked(module: nn.Module, *inputs: Any) -> Any:
     """Checkpoint a block together with the masked weights that it has now.
 
     In the backward pass :meth:`SoftUNet.forward` is over and the module has its own weights again:
-    plain checkpointing would compute other activations, of the same shapes, without a word.
+    plain checkpointing would silently recompute other activations of the same shapes.
     """
     held = dict(module.named_parameters()) | dict(module.named_buffers())
 

@@ -94,11 +94,11 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     ----------
     unet : holds the weights, under their dense names and shapes.
     layout : where each unit acts.
-    mask : ``(units,)``, 0 or 1, with the layout's quota kept in every block.
+    mask : ``(units,)``, 0 or 1, which keeps the layout's number of units in every block.
 
     Raises
     ------
-    ValueError : when the mask is not binary or misses a block's quota.
+    ValueError : when the mask is not binary or a block keeps another number of units.
     """
     check_mask(layout, mask)
     weights = cut(dict(unet.named_parameters()), layout, mask)
@@ -113,17 +113,17 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
 
 
 def check_mask(layout: Layout, mask: torch.Tensor) -> None:
-    """Raise ValueError unless the mask is binary and keeps each block's quota."""
+    """Raise ValueError unless the mask is binary and keeps each block's number of units."""
     binary = (mask == 0) | (mask == 1)
     if not bool(binary.all()):
         raise ValueError(
             f"surgery needs a binary mask; {int((~binary).sum())} of {len(mask)} units lie "
             "between 0 and 1; binarise it first"
         )
-    kept = torch.zeros(len(layout.quota)).index_add_(0, layout.block, mask.detach().cpu())
-    if not torch.equal(kept.long(), layout.quota):
-        wrong = int((kept.long() != layout.quota).sum())
+    kept = torch.zeros(len(layout.keep_counts)).index_add_(0, layout.block, mask.detach().cpu())
+    if not torch.equal(kept.long(), layout.keep_counts):
+        wrong = int((kept.long() != layout.keep_counts).sum())
         raise ValueError(
-            f"every block must keep its quota; {wrong} of {len(kept)} blocks do not; "
+            f"every block must keep its number of units; {wrong} of {len(kept)} blocks do not; "
             "choose units with `binarise`"
         )

@@ -24,8 +24,8 @@ from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.distill import Teacher
 from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import Layout
+from compress.methods.gradflow.mask_scheduler import MaskScheduler, MaskState
 from compress.methods.gradflow.masks import SoftUNet
-from compress.methods.gradflow.mover import MaskMover, MaskState
 from compress.methods.gradflow.unets import find_groups
 from compress.models.objective import (
     VALIDATED_AT_ONCE,
@@ -131,7 +131,7 @@ class PruningRun:
         self.inputs.to(self.device)
         self.groups = find_groups(unet)
         layout, allocator = plan(unet, self.groups, method)
-        self.mover = MaskMover(
+        self.mask_scheduler = MaskScheduler(
             method,
             layout,
             self.scheduler,
@@ -160,8 +160,8 @@ class PruningRun:
 
     @property
     def layout(self) -> Layout:
-        """Which unit masks what, and how many units stay; quotas move where widths are free."""
-        return self.mover.layout
+        """Where each unit acts, with the current keep counts, which move where widths are free."""
+        return self.mask_scheduler.layout
 
     # ---- what happens, in order -------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class PruningRun:
         if self.training.trackers:
             self.accelerator.end_training()
         widths = surgery.width_rows(self.dense, self.layout)
-        return Pruned(self._averaged(), widths, self._report(), self.mover.trace())
+        return Pruned(self._averaged(), widths, self._report(), self.mask_scheduler.trace())
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
         batches = self._batches(self.step, stop)
@@ -249,7 +249,7 @@ class PruningRun:
     def _binarise(self, soft: SoftUNet) -> None:
         with sharding.whole(soft):
             before = self._held_out_loss(soft)
-            switched = self.mover.binarise(soft, self.step)
+            switched = self.mask_scheduler.binarise(soft, self.step)
             self.surgery_facts = {
                 "loss_before_binarise": before,
                 "loss_after_binarise": self._held_out_loss(soft),
@@ -259,24 +259,24 @@ class PruningRun:
     def _move_mask(self) -> None:
         """Before an optimiser step: move the mask when it is due, binarise at the end."""
         soft = self._plain()
-        row = self.mover.move(soft, self.step)
+        row = self.mask_scheduler.move(soft, self.step)
         if row is not None:
             self.journal.log(stage="mask", step=self.step, **row)
             self._check_same("the mask moved", {"mask": soft.mask})
-        if self.step == self.mover.binarised_at:
+        if self.step == self.mask_scheduler.binarised_at:
             self._binarise(soft)
 
     def _score_once(self) -> None:
         """Score the dense model and choose the kept units at once."""
         soft = self._plain()
-        self.mover.estimate(soft)
-        self.train_seconds += self.mover.state.seconds
+        self.mask_scheduler.estimate(soft)
+        self.train_seconds += self.mask_scheduler.state.seconds
         self._binarise(soft)
 
     def _operate(self) -> None:
         """Surgery: the masked network becomes a plain slim one; Adam's moments are cut alike."""
         soft: SoftUNet = self._plain()
-        if not self.mover.state.binary:
+        if not self.mask_scheduler.state.binary:
             self._binarise(soft)
         with sharding.whole(soft):
             slim = surgery.perform(soft.unet, self.layout, soft.mask)
@@ -316,7 +316,7 @@ class PruningRun:
     # ---- small pieces -----------------------------------------------------------------------
 
     def _check_same(self, when: str, tensors: Tensors) -> None:
-        tensors = tensors | {"scores": self.mover.state.scores}
+        tensors = tensors | {"scores": self.mask_scheduler.state.scores}
         distributed.check_same(f"masks, scores and weights after {when}", tensors, self.step)
 
     def _rate(self, step: int) -> float:
@@ -438,7 +438,7 @@ class PruningRun:
         return plain.mask if isinstance(plain, SoftUNet) else self.kept
 
     def _report(self) -> dict[str, Any]:
-        state = self.mover.state
+        state = self.mask_scheduler.state
         return {
             "train_seconds": self.train_seconds,
             "criterion_seconds": state.seconds,
@@ -465,7 +465,7 @@ class PruningRun:
         self.stage = "flow" if saved is None else saved.facts["stage"]
         if saved is not None:
             masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
-            self.mover.state = MaskState.restored(masks, saved.facts["masks"])
+            self.mask_scheduler.state = MaskState.restored(masks, saved.facts["masks"])
         if self.stage == "flow":
             model: Any = SoftUNet(self.dense, self.layout)
         else:
@@ -495,8 +495,8 @@ class PruningRun:
         if self.stage == "flow":
             soft = self._plain()
             soft.mask.copy_(masks["mask"])
-            soft.fade.copy_(masks["fade"])
-            if self.mover.state.binary:
+            soft.sinusoid_scale.copy_(masks["sinusoid_scale"])
+            if self.mask_scheduler.state.binary:
                 soft.adopt_slim_membership()
 
     def _moments(self) -> dict[str, Tensors]:
@@ -523,9 +523,9 @@ class PruningRun:
         for key, moments in self._moments().items():
             tensors |= {f"{key}/{n}": t for n, t in moments.items()}
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
-        masks = self.mover.state.tensors() | {"kept": self.kept}
+        masks = self.mask_scheduler.state.tensors() | {"kept": self.kept}
         if self.stage == "flow":
-            masks |= {"mask": self._plain().mask, "fade": self._plain().fade}
+            masks |= {"mask": self._plain().mask, "sinusoid_scale": self._plain().sinusoid_scale}
         tensors |= {f"masks/{n}": t for n, t in masks.items()}
         tensors = sharding.gathered(tensors, keep=self.accelerator.is_main_process)
         scaler = self.accelerator.scaler
@@ -536,7 +536,7 @@ class PruningRun:
                 "step": self.step,
                 "train_seconds": self.train_seconds,
                 "surgery": self.surgery_facts,
-                "masks": self.mover.state.facts(),
+                "masks": self.mask_scheduler.state.facts(),
                 "scaler": scaler and scaler.state_dict(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

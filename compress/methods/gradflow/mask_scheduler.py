@@ -1,4 +1,4 @@
-"""Moves a mask: estimates scores, takes flow steps, binarises, and keeps what must survive."""
+"""The mask scheduler: estimates scores, takes flow steps, binarises; its state is resumable."""
 
 import math
 import time
@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class MaskState:
-    """What survives between steps; saved and restored with the run.
+    """The scheduler's state between steps; saved and restored with the run.
 
     ``scores`` compare units of one layer, ``shared_scores`` those of all layers.
     """
@@ -37,7 +37,7 @@ class MaskState:
     scores: torch.Tensor
     last_scores: torch.Tensor
     low: torch.Tensor
-    quota: torch.Tensor
+    keep_counts: torch.Tensor
     shared_scores: torch.Tensor
     returned: int = 0
     binary: bool = False
@@ -48,7 +48,7 @@ class MaskState:
 
     def tensors(self) -> Tensors:
         """The state's tensors, by name."""
-        names = ("scores", "last_scores", "low", "quota", "shared_scores")
+        names = ("scores", "last_scores", "low", "keep_counts", "shared_scores")
         found = {name: getattr(self, name) for name in names}
         return found | ({"trace": torch.stack(self.trace)} if self.trace else {})
 
@@ -59,21 +59,21 @@ class MaskState:
 
     @classmethod
     def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
-        """The state that ``tensors`` and ``facts`` were taken of."""
+        """Rebuild a state from its :meth:`tensors` and :meth:`facts`."""
         trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
         return cls(
             scores=tensors["scores"],
             last_scores=tensors["last_scores"],
             low=tensors["low"],
-            quota=tensors["quota"],
+            keep_counts=tensors["keep_counts"],
             shared_scores=tensors["shared_scores"],
             trace=trace,
             **facts,
         )
 
 
-class MaskMover:
-    """Drives the mask of a soft network as :class:`GradFlow` or :class:`OneShot` says.
+class MaskScheduler:
+    """Schedules the mask of a soft network for :class:`GradFlow` or :class:`OneShot`.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class MaskMover:
         self.binarised_at = flow_knobs.binarised_at if flow_knobs else 0
         zeros = torch.zeros(layout.units, device=device)
         self.state = MaskState(
-            zeros, zeros.clone(), zeros.bool(), layout.quota.to(device), zeros.clone()
+            zeros, zeros.clone(), zeros.bool(), layout.keep_counts.to(device), zeros.clone()
         )
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(layout.units, generator=generator)[:TRACED_UNITS]
@@ -117,10 +117,10 @@ class MaskMover:
 
     @property
     def layout(self) -> Layout:
-        """The layout with the quotas as they are now."""
+        """The layout with the current keep counts."""
         if self.allocator is None:
             return self._layout
-        return self.allocator.layout_of(self.state.quota)
+        return self.allocator.layout_of(self.state.keep_counts)
 
     def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
         """Move the mask when it is due before optimiser step ``step``; returns the log row."""
@@ -134,12 +134,12 @@ class MaskMover:
             every *= COARSE_REFRESH
         rank = None
         if update % every == 0:
-            # quotas rest in the second half, so that the masks can follow them to the end
+            # keep counts are fixed in the second half, so that the masks can reach them
             rank = self.estimate(soft, reallocate=progress <= LAST_REALLOCATION or update == 0)
         removed = removed_share(progress, method.budget)
-        budget = self.sizes - removed * (self.sizes - self.state.quota)
+        budget = self.sizes - removed * (self.sizes - self.state.keep_counts)
         if self.allocator is not None:
-            # a quota that has just moved is followed as fast as the continuity bound allows
+            # masks follow changed keep counts as fast as the continuity bound allows
             low, high = (soft.mask - method.max_move), (soft.mask + method.max_move)
             blocks = len(budget)
             budget = budget.clamp(
@@ -147,7 +147,7 @@ class MaskMover:
                 flow.block_sums(high.clamp(max=1), self.block, blocks),
             )
         before, gamma = soft.mask.clone(), method.gamma * progress
-        soft.fade.fill_(1 - removed)
+        soft.sinusoid_scale.fill_(1 - removed)
         if method.process == "hard":
             kept = budget.ceil().long()
             soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
@@ -167,7 +167,7 @@ class MaskMover:
         undecided = (soft.mask > 0.05) & (soft.mask < 0.95)
         return {
             "budget": (budget.sum() / self.sizes.sum()).item(),
-            "fade": 1 - removed,
+            "sinusoid_scale": 1 - removed,
             "gamma": gamma,
             "max_move": (soft.mask - before).abs().max().item(),
             "undecided": undecided.float().mean().item(),
@@ -200,7 +200,9 @@ class MaskMover:
         else:
             state.scores, state.shared_scores = fresh, shared
         if self.allocator is not None and reallocate:
-            state.quota = self.allocator.layout(state.shared_scores).quota.to(self.block.device)
+            state.keep_counts = self.allocator.layout(state.shared_scores).keep_counts.to(
+                self.block.device
+            )
         state.last_scores = fresh
         state.estimates += 1
         state.seconds += time.perf_counter() - started
@@ -232,8 +234,10 @@ class MaskMover:
 
         Returns the number of norms that changed their membership.
         """
-        soft.mask.copy_(flow.binarise(soft.mask, self.state.scores, self.block, self.state.quota))
-        soft.fade.zero_()
+        soft.mask.copy_(
+            flow.binarise(soft.mask, self.state.scores, self.block, self.state.keep_counts)
+        )
+        soft.sinusoid_scale.zero_()
         self.state.binary = True
         self._follow(soft.mask, step)
         return soft.adopt_slim_membership()
