@@ -157,7 +157,7 @@ def test_losses_are_those_of_the_definition(family, start, name):
         }.get(name, lambda: batch.noise)()
 
     # training: before anything is masked or trained
-    (given,) = run._batches(0, 1)
+    (given,) = run._examples(run.training.seed, 0, 1)
     batch = run.inputs.batch(given, 50, 0, 0, 0, 4)
     with torch.no_grad():
         noisy = scheduler.add_noise(*batch[:3])

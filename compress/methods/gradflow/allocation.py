@@ -152,7 +152,8 @@ class Allocator:
         scores : ``(units,)``, larger = keep, comparable between layers.
         """
         values = scores.detach().cpu().double()
-        return self._with_steps(self._spend([_gains(f, values) for f in self.free])[0])
+        gains = [_gains(f, values) for f in self.free]
+        return self._with_steps(spend(gains, [f.macs * f.step for f in self.free], self.budget)[0])
 
     def layout_of(self, keep_counts: torch.Tensor) -> Layout:
         """The layout with these keep counts ``(blocks,)``."""
@@ -162,10 +163,6 @@ class Allocator:
     def least_keep_counts(self) -> torch.Tensor:
         """The smallest number of units that each block may come to keep, ``(blocks,)``."""
         return self._with_steps([0] * len(self.free)).keep_counts
-
-    def most_quota(self) -> torch.Tensor:
-        """The largest number of units that each block may come to keep, ``(blocks,)``."""
-        return self._with_steps([f.most - f.least for f in self.free]).keep_counts
 
     def macs_range(self) -> tuple[int, int]:
         """Bounds of the slim model's MACs, whatever the scores are."""
@@ -178,7 +175,7 @@ class Allocator:
 
     def params_range(self) -> tuple[int, int]:
         """Bounds of the slim model's parameters, whatever the scores are."""
-        found = []
+        bounds = []
         for sign, budget in ((-1.0, self.macs_range()[0] - self.least_macs), (1.0, self.budget)):
             # the continuous relaxation: steps in the order of parameters per MAC, the last in part
             order = sorted(self.free, key=lambda f: -sign * f.params / f.macs)
@@ -187,11 +184,8 @@ class Allocator:
                 steps = min(f.most - f.least, budget / (f.macs * f.step))
                 extra += steps * f.params * f.step
                 budget -= steps * f.macs * f.step
-            found.append(self.least_params + extra)
-        return math.floor(found[0]), math.ceil(found[1])
-
-    def _spend(self, gains: Sequence[Sequence[float]]) -> tuple[list[int], float]:
-        return spend(gains, [f.macs * f.step for f in self.free], self.budget)
+            bounds.append(self.least_params + extra)
+        return math.floor(bounds[0]), math.ceil(bounds[1])
 
     def _with_steps(self, counts: Sequence[int]) -> Layout:
         keep_counts = self.uniform.keep_counts.clone()
@@ -243,7 +237,7 @@ def _free_widths(slim: UNet2DModel, layout: Layout) -> tuple[FreeWidth, ...]:
     """The groups whose channels stay inside one resnet or attention, with what they cost."""
     layers = {layer.name: layer for layer in layer_macs(slim, unet_inputs(slim))[0]}
     modules = dict(slim.named_modules())
-    found = []
+    free = []
     for group, offset in zip(layout.groups, layout.offsets, strict=True):
         name, _, last = group.name.rpartition(".")
         if last not in ("conv1", "to_q", "to_k", "to_v") or not all(
@@ -274,5 +268,5 @@ def _free_widths(slim: UNet2DModel, layout: Layout) -> tuple[FreeWidth, ...]:
         width = int(layout.keep_counts[list(blocks)].sum()) * group.unit
         least = max(1, math.ceil(width / REACH / step))
         most = max(least, min(group.width, math.floor(width * REACH)) // step)
-        found.append(FreeWidth(name, units, blocks, group.unit, step, least, most, macs, params))
-    return tuple(found)
+        free.append(FreeWidth(name, units, blocks, group.unit, step, least, most, macs, params))
+    return tuple(free)

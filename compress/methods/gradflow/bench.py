@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -16,6 +16,7 @@ from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, time_ways
 from compress.common.cost import cost, unet_inputs
 from compress.eval.latency import peak_memory
+from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.surgery import slim_config
 from compress.methods.gradflow.unets import find_groups
@@ -41,7 +42,6 @@ CIFAR10: dict[str, Any] = {
 }
 # stable-diffusion-v1-5, unet/config.json, where it differs from diffusers' defaults: 860 million
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
-UNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 DENSE: dict[str, Callable[[], UNet]] = {
     "ddpm-cifar10": lambda: UNet2DModel(**CIFAR10),
     "ddpm-digits": lambda: build_unet(dropout=0.0),
@@ -56,7 +56,7 @@ class UNetShape:
     Parameters
     ----------
     model : architecture; "sd15" is Stable Diffusion 1.5's, with a prompt beside each image.
-    keep_macs : asked of the slim model; the legal widths of "ddpm-cifar10" have few shares.
+    keep_macs : of the slim model; the legal widths of "ddpm-cifar10" have few shares.
     batch : images.
     dtype : of weights and images.
     """
@@ -68,7 +68,7 @@ class UNetShape:
 
 
 def default_shapes(device: str) -> list[UNetShape]:
-    """What is timed where nobody asks for a shape."""
+    """The shapes that are timed by default."""
     if torch.device(device).type == "cuda":
         sizes: list[Any] = [
             *({"batch": n, "dtype": d} for n in (1, 16, 64) for d in ("float32", "bfloat16")),
@@ -79,7 +79,7 @@ def default_shapes(device: str) -> list[UNetShape]:
 
 
 def slim_builder(dense: UNet, keep_macs: float) -> Callable[[], UNet]:
-    """What builds the slim UNet that gradflow's surgery would: its configuration, new weights."""
+    """A builder of the slim UNet: the configuration that surgery gives it, with new weights."""
     groups = find_groups(dense)
     layout = build_layout(dense, groups, choose_widths(dense, groups, keep_macs))
     return lambda: type(dense).from_config(slim_config(dense, layout))
@@ -125,7 +125,7 @@ def run(shape: UNetShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
 
 
 def warning(speedup: float, macs: float) -> str | None:
-    """What to say when MACs fall and time does not follow, None where it does."""
+    """A warning where time does not fall with the MACs, otherwise None."""
     if speedup / macs >= AIM:
         return None
     verb = "did not fall" if speedup < 1.05 else "fell less"

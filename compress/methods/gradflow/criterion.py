@@ -1,4 +1,4 @@
-"""Keep-scores of units: what the loss, or its gradient's norm, says about removing them.
+"""Keep-scores of units, from the loss or its gradient's norm.
 
 The gradient-flow criterion removes what raises the gradient norm: removing group i changes
 ``||grad L||^2`` by about ``-2 sum_{j in i} theta_j (H g)_j`` (Wan et al., arXiv 2501.09464; the
@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from diffusers import SchedulerMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.data.batches import Batch
@@ -27,6 +28,18 @@ CRITERIA = ("gradient_flow", "lookahead", "taylor", "magnitude", "random")
 
 
 @contextlib.contextmanager
+def _criterion_passes(soft: SoftUNet) -> Iterator[None]:
+    """Without dropout and in full precision inside."""
+    training = soft.training
+    soft.eval()
+    try:
+        with full_precision():
+            yield
+    finally:
+        soft.train(training)
+
+
+@contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Finite differences drown in autocast's and TF32's rounding: both are off inside."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -39,7 +52,9 @@ def full_precision() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = saved
 
 
-def denoising_loss(soft: SoftUNet, scheduler, mask: torch.Tensor | None = None) -> LossOf:
+def denoising_loss(
+    soft: SoftUNet, scheduler: SchedulerMixin, mask: torch.Tensor | None = None
+) -> LossOf:
     """Mean squared error of the prediction for a batch, in float32.
 
     ``SoftUNet.forward`` is called on the class: accelerate replaces the instance's forward by one
@@ -180,7 +195,7 @@ def per_unit(
 
 def raw_scores(
     soft: SoftUNet,
-    scheduler,
+    scheduler: SchedulerMixin,
     batches: Sequence[Batch],
     *,
     criterion: str,
@@ -227,26 +242,18 @@ def raw_scores(
     if criterion == "magnitude":
         squares = {name: p.detach().square() for name, p in parameters.items()}
         return per_unit(squares, layout).sqrt()
-    training = soft.training
-    soft.eval()
-    try:
-        with full_precision():
-            loss = denoising_loss(soft, scheduler)
-            gradient, value = mean_gradient(loss, parameters, batches)
-            if criterion == "taylor":
-                direction, sign = gradient, -1.0
-            else:
-                product = (exact_hvp if hvp == "exact" else finite_hvp)(
-                    loss, parameters, batches, gradient
-                )
-                if criterion == "gradient_flow":
-                    direction, sign = product, 2.0
-                else:
-                    horizon = min(horizon, 0.5 * value / max(norm(gradient) ** 2, 1e-30))
-                    direction = {n: gradient[n] - 2 * horizon * product[n] for n in gradient}
-                    sign = -1.0
-    finally:
-        soft.train(training)
+    loss = denoising_loss(soft, scheduler)
+    with _criterion_passes(soft):
+        gradient, value = mean_gradient(loss, parameters, batches)
+        if criterion != "taylor":
+            times_hessian = exact_hvp if hvp == "exact" else finite_hvp
+            product = times_hessian(loss, parameters, batches, gradient)
+    direction, sign = gradient, -1.0
+    if criterion == "gradient_flow":
+        direction, sign = product, 2.0
+    elif criterion == "lookahead":
+        horizon = min(horizon, 0.5 * value / max(norm(gradient) ** 2, 1e-30))
+        direction = {n: gradient[n] - 2 * horizon * product[n] for n in gradient}
     contributions = {name: p.detach() * direction[name] for name, p in parameters.items()}
     if reduction == "signed":
         return sign * per_unit(contributions, layout)
@@ -255,7 +262,7 @@ def raw_scores(
 
 def diff_pruning_scores(
     soft: SoftUNet,
-    scheduler,
+    scheduler: SchedulerMixin,
     batches: Sequence[Batch],
     *,
     threshold: float,
@@ -280,22 +287,17 @@ def diff_pruning_scores(
     length = scheduler.config.num_train_timesteps
     timesteps = min(timesteps, length)
     gradients, losses = [], []
-    training = soft.training
-    soft.eval()
-    try:
-        with full_precision():
-            for k in range(timesteps):
-                t = min(length - 1, round(k * length / timesteps))
-                first = k * parts % len(batches)
-                at_once = [
-                    batch._replace(timesteps=torch.full_like(batch.timesteps, t))
-                    for batch in batches[first : first + parts]
-                ]
-                gradient, value = mean_gradient(loss, parameters, at_once)
-                losses.append(value)
-                gradients.append(gradient)
-    finally:
-        soft.train(training)
+    with _criterion_passes(soft):
+        for k in range(timesteps):
+            t = min(length - 1, round(k * length / timesteps))
+            first = k * parts % len(batches)
+            minibatch = [
+                batch._replace(timesteps=torch.full_like(batch.timesteps, t))
+                for batch in batches[first : first + parts]
+            ]
+            gradient, value = mean_gradient(loss, parameters, minibatch)
+            losses.append(value)
+            gradients.append(gradient)
     chosen = [
         g for g, value in zip(gradients, losses, strict=True) if value > threshold * max(losses)
     ]

@@ -2,14 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.nn import functional as F
 
+from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
 from compress.parallel import distributed
 
@@ -28,7 +29,7 @@ class Teacher:
 
     def __init__(
         self,
-        dense: UNet2DModel | UNet2DConditionModel,
+        dense: UNet,
         output_weight: float,
         feature_weight: float,
         layout: Layout,
@@ -42,14 +43,13 @@ class Teacher:
         """Collect block outputs ``(batch, channels, height, width)`` of a forward pass inside."""
         collected: dict[str, torch.Tensor] = {}
 
-        def keep(name: str):
-            def hook(_module, _inputs, output) -> None:
-                collected[name] = output[0] if isinstance(output, tuple) else output
+        def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            collected[name] = output[0] if isinstance(output, tuple) else output
 
-            return hook
-
-        wanted = self.blocks if self.feature_weight else {}
-        handles = [unet.get_submodule(n).register_forward_hook(keep(n)) for n in wanted]
+        handles = [
+            unet.get_submodule(name).register_forward_hook(partial(keep, name))
+            for name in (self.blocks if self.feature_weight else ())
+        ]
         try:
             yield collected
         finally:
@@ -98,18 +98,18 @@ class Teacher:
         return loss
 
 
-def _block_indices(
-    unet: UNet2DModel | UNet2DConditionModel, layout: Layout
-) -> dict[str, torch.Tensor]:
+def _block_indices(unet: UNet, layout: Layout) -> dict[str, torch.Tensor]:
     """For every block, the mask index of its output channels: those of its last convolution."""
+    blocks: dict[str, Any] = {
+        **{f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)},
+        **({} if unet.mid_block is None else {"mid_block": unet.mid_block}),
+        **{f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)},
+    }
     indices = {}
-    blocks = [(f"down_blocks.{i}", b) for i, b in enumerate(unet.down_blocks)]
-    blocks += [("mid_block", unet.mid_block)] if unet.mid_block is not None else []
-    blocks += [(f"up_blocks.{i}", b) for i, b in enumerate(unet.up_blocks)]
-    for name, block in blocks:
-        last = f"{name}.resnets.{len(block.resnets) - 1}.conv2"
+    for name, block in blocks.items():
+        last = f"resnets.{len(block.resnets) - 1}.conv2"
         for samplers in ("downsamplers", "upsamplers"):
             if getattr(block, samplers, None) is not None:
-                last = f"{name}.{samplers}.0.conv"
-        indices[name] = layout.outputs[last]
+                last = f"{samplers}.0.conv"
+        indices[name] = layout.outputs[f"{name}.{last}"]
     return indices

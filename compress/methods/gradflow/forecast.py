@@ -1,4 +1,4 @@
-"""What pruning would make of a UNet: counted on the meta device, without weights or training."""
+"""Predicts the pruned UNet on the meta device, without weights or training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def forecast(
     pipeline: DiffusionPipeline, method: "ChannelPruning", training: Training
 ) -> dict[str, Any]:
-    """Predict the UNet that a method leaves.
+    """Predict the UNet that a method would give.
 
     Returns
     -------

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -125,8 +124,3 @@ def narrowed_queries(unet: UNet) -> tuple[str, ...]:
 def dense_widths(unet: UNet) -> tuple[int, ...]:
     """``block_out_channels`` as a tuple."""
     return tuple(unet.config.block_out_channels)
-
-
-def index_of(positions: Sequence[int]) -> torch.Tensor:
-    """Positions as an index tensor."""
-    return torch.tensor(list(positions), dtype=torch.long)

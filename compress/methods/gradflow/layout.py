@@ -1,14 +1,19 @@
-"""The layout of a mask: which unit masks which channel of which module, and in which block."""
+"""The layout of a mask: the channels and the selection block of each unit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from compress.methods.gradflow.groups import ChannelGroup, index_of, narrowed_queries
+from compress.methods.gradflow.groups import (
+    ChannelGroup,
+    UNet,
+    dense_widths,
+    narrowed_queries,
+    out_width,
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,7 @@ def kept_frequencies(half: int, kept: int, shift: float) -> tuple[list[int], flo
     return [stride * i for i in range(kept)], kept - (half - shift) / stride
 
 
-def build_layout(
-    unet: UNet2DModel, groups: Sequence[ChannelGroup], widths: Sequence[int]
-) -> Layout:
+def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[int]) -> Layout:
     """Lay out the mask of a model for the given slim level widths.
 
     Parameters
@@ -102,10 +105,10 @@ def build_layout(
             table = tables[slot.side]
             if slot.module not in table:
                 table[slot.module] = torch.full((_width(modules[slot.module], slot.side),), units)
-            index = offset + index_of(slot.channels) // group.unit
-            table[slot.module][index_of(slot.positions)] = index
-    half = widths_half(unet.config.block_out_channels[0])
-    kept, freq_shift = kept_frequencies(half, widths_half(widths[0]), unet.config.freq_shift)
+            index = offset + torch.tensor(slot.channels) // group.unit
+            table[slot.module][torch.tensor(slot.positions)] = index
+    half = dense_widths(unet)[0] // 2
+    kept, freq_shift = kept_frequencies(half, widths[0] // 2, unet.config.freq_shift)
     if len(kept) < half:
         removed = torch.ones(half, dtype=torch.bool)
         removed[kept] = False
@@ -130,30 +133,23 @@ def build_layout(
     )
 
 
-def sinusoid_readers(unet: UNet2DModel | UNet2DConditionModel) -> tuple[str, ...]:
+def sinusoid_readers(unet: UNet) -> tuple[str, ...]:
     """The layers that read the sinusoid as wide as the first level."""
     if unet.config.class_embed_type == "timestep":  # a label goes through the same sinusoid
         return ("time_embedding.linear_1", "class_embedding.linear_1")
     return ("time_embedding.linear_1",)
 
 
-def widths_half(width: int) -> int:
-    """Sinusoid frequencies of an embedding of ``width`` values."""
-    return width // 2
-
-
 def _width(module: Any, side: str) -> int:
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[0]
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels if side == "in" else module.out_channels
-    return module.in_features if side == "in" else module.out_features
+    if side == "norm":
+        return len(module.weight)
+    if side == "out":
+        return out_width(module)
+    return module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
 
 
 def _blocks(
-    unet: UNet2DModel,
+    unet: UNet,
     groups: Sequence[ChannelGroup],
     offsets: Sequence[int],
     units: int,
@@ -166,7 +162,7 @@ def _blocks(
     between borders then keeps its proportional share (rounded), otherwise the norm is reported
     as unaligned and changes its membership at binarisation.
     """
-    modules = dict(unet.named_modules())
+    modules: dict[str, Any] = dict(unet.named_modules())
     slim = {g.name: g.slim_width(widths) // g.unit for g in groups}
     # f(x): how many of the first x units are kept, known at the borders
     borders = {
@@ -179,27 +175,22 @@ def _blocks(
             # a LayerNorm is one group: it asks for nothing
             if slot.side == "norm" and isinstance(modules[slot.module], nn.GroupNorm):
                 parts.setdefault(slot.module, []).append((slot.positions[0], group))
-    plain = {name: found for name, found in parts.items() if len(found) == 1}
-    joined = {
-        name: sorted(found, key=lambda p: p[0])
-        for name, found in parts.items()
-        if name not in plain
-    }
-    for name, found in plain.items():
-        group = found[0][1]
+    concatenations = {name: sorted(p, key=lambda part: part[0]) for name, p in parts.items()}
+    for name in [name for name, sources in concatenations.items() if len(sources) == 1]:
+        (_, group) = concatenations.pop(name)[0]
         norm_groups = modules[name].num_groups
         for k in range(1, norm_groups):
             borders[group.name][k * group.width // norm_groups] = (
                 k * widths[group.level] // norm_groups
             )
     unaligned = []
-    for name, found in joined.items():
+    for name, sources in concatenations.items():
         norm_groups = modules[name].num_groups
-        total = sum(group.width for _, group in found)
-        slim_total = sum(widths[group.level] for _, group in found)
-        proposal = {group.name: dict(borders[group.name]) for _, group in found}
+        total = sum(group.width for _, group in sources)
+        slim_total = sum(widths[group.level] for _, group in sources)
+        proposal = {group.name: dict(borders[group.name]) for _, group in sources}
         agrees, slim_start = True, 0
-        for start, group in found:
+        for start, group in sources:
             for k in range(1, norm_groups):
                 inside = k * total // norm_groups - start
                 if 0 < inside < group.width:
@@ -208,10 +199,10 @@ def _blocks(
             slim_start += widths[group.level]
         agrees &= all(
             _proportional(proposal[group.name], widths[group.level] / group.width)
-            for _, group in found
+            for _, group in sources
         )
         # a part that appears twice in one concatenation would need two sets of borders at once
-        if agrees and len({group.name for _, group in found}) == len(found):
+        if agrees and len({group.name for _, group in sources}) == len(sources):
             borders.update(proposal)
         else:
             unaligned.append(name)

@@ -4,9 +4,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from diffusers import SchedulerMixin
 
 from compress.data.batches import Batch
 from compress.methods.gradflow import criterion as scoring
@@ -34,6 +35,8 @@ class MaskState:
     ``scores`` compare units of one layer, ``shared_scores`` those of all layers.
     """
 
+    _TENSORS: ClassVar = ("scores", "last_scores", "low", "keep_counts", "shared_scores")
+
     scores: torch.Tensor
     last_scores: torch.Tensor
     low: torch.Tensor
@@ -48,9 +51,8 @@ class MaskState:
 
     def tensors(self) -> Tensors:
         """The state's tensors, by name."""
-        names = ("scores", "last_scores", "low", "keep_counts", "shared_scores")
-        found = {name: getattr(self, name) for name in names}
-        return found | ({"trace": torch.stack(self.trace)} if self.trace else {})
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        return tensors | ({"trace": torch.stack(self.trace)} if self.trace else {})
 
     def facts(self) -> dict[str, Any]:
         """The rest of the state, as JSON values."""
@@ -60,16 +62,9 @@ class MaskState:
     @classmethod
     def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
         """Rebuild a state from its :meth:`tensors` and :meth:`facts`."""
+        named: dict[str, Any] = {name: tensors[name] for name in cls._TENSORS}
         trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
-        return cls(
-            scores=tensors["scores"],
-            last_scores=tensors["last_scores"],
-            low=tensors["low"],
-            keep_counts=tensors["keep_counts"],
-            shared_scores=tensors["shared_scores"],
-            trace=trace,
-            **facts,
-        )
+        return cls(**named, trace=trace, **facts)
 
 
 class MaskScheduler:
@@ -91,7 +86,7 @@ class MaskScheduler:
         self,
         method: "ChannelPruning",
         layout: Layout,
-        scheduler,
+        scheduler: SchedulerMixin,
         batches: Callable[[int], list[Batch]],
         *,
         step_rate: float,
@@ -123,7 +118,7 @@ class MaskScheduler:
         return self.allocator.layout_of(self.state.keep_counts)
 
     def move(self, soft: SoftUNet, step: int) -> dict[str, Any] | None:
-        """Move the mask when it is due before optimiser step ``step``; returns the log row."""
+        """Update the mask if it is due before optimiser step ``step``; returns the log row."""
         method = self.method.flow
         if method is None or step >= method.binarised_at or step % method.update_every:
             return None
@@ -230,7 +225,7 @@ class MaskScheduler:
         )
 
     def binarise(self, soft: SoftUNet, step: int) -> int:
-        """Set every mask to 0 or 1 and let unaligned norms take the slim net's membership.
+        """Set every mask to 0 or 1 and give unaligned norms the slim network's membership.
 
         Returns the number of norms that changed their membership.
         """

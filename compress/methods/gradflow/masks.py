@@ -1,4 +1,4 @@
-"""Soft masks that mean the same as removal.
+"""Soft masks whose binary case is exactly the slim network.
 
 A unit's mask acts exactly once, at every consumer's input: it multiplies the columns of the
 convolution or linear layer that reads the channel. Norms use it as a weight in mean and variance,
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
 
 
@@ -56,34 +56,11 @@ def masked_group_norm(
         return torch.addcmul(bias.view(spread[1:]), centred, scale.view(spread))
 
 
-class MaskedGroupNorm(nn.Module):
-    """GroupNorm whose mask and membership are buffers; takes over a norm's parameters."""
+class MaskedNorm(nn.Module):
+    """GroupNorm or LayerNorm with mask-weighted statistics; it shares the norm's parameters.
 
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mask: torch.Tensor
-    member: torch.Tensor
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.num_groups, self.num_channels, self.eps = norm.num_groups, norm.num_channels, norm.eps
-        self.weight, self.bias = norm.weight, norm.bias
-        ones = torch.ones(norm.num_channels, device=norm.weight.device)
-        member = torch.arange(norm.num_channels) // (norm.num_channels // norm.num_groups)
-        self.register_buffer("mask", ones, persistent=False)
-        self.register_buffer("member", member.to(norm.weight.device), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``(batch, channels, ...)``."""
-        return masked_group_norm(
-            x, self.weight, self.bias, self.mask, self.member, self.num_groups, self.eps
-        ).to(x.dtype)
-
-
-class MaskedLayerNorm(nn.Module):
-    """LayerNorm whose mask is a buffer and weighs the statistics; takes over a norm's parameters.
-
-    Its input is ``(batch, tokens, channels)``; every token is normalised by itself.
+    Buffers are the ``mask`` and ``member``, the group of each channel. A LayerNorm is one group,
+    and normalises every token of its input ``(batch, tokens, channels)`` by itself.
     """
 
     weight: torch.Tensor
@@ -91,25 +68,27 @@ class MaskedLayerNorm(nn.Module):
     mask: torch.Tensor
     member: torch.Tensor
 
-    def __init__(self, norm: nn.LayerNorm) -> None:
+    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
         super().__init__()
-        self.eps = norm.eps
-        self.weight, self.bias = norm.weight, norm.bias
-        ones = torch.ones(norm.normalized_shape[0], device=norm.weight.device)
-        self.register_buffer("mask", ones, persistent=False)
-        self.register_buffer("member", torch.zeros_like(ones, dtype=torch.long), persistent=False)
+        self.by_token = isinstance(norm, nn.LayerNorm)
+        self.num_groups = 1 if isinstance(norm, nn.LayerNorm) else norm.num_groups
+        self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
+        channels = len(norm.weight)
+        member = torch.arange(channels, device=norm.weight.device) // (channels // self.num_groups)
+        self.register_buffer("mask", torch.ones_like(member, dtype=torch.float), persistent=False)
+        self.register_buffer("member", member, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``(batch, tokens, channels)``."""
-        flat = x.reshape(-1, x.shape[-1], 1)
+        """Normalise ``(batch, channels, ...)``, or ``(batch, tokens, channels)`` by token."""
+        channels = x.reshape(-1, x.shape[-1], 1) if self.by_token else x
         normed = masked_group_norm(
-            flat, self.weight, self.bias, self.mask, self.member, 1, self.eps
+            channels, self.weight, self.bias, self.mask, self.member, self.num_groups, self.eps
         )
         return normed.view(x.shape).to(x.dtype)
 
 
 class SoftUNet(nn.Module):
-    """A UNet evaluated at f(theta * m): the network that the flow trains while it moves m.
+    """A UNet evaluated at f(theta * m), the network that trains while the flow moves m.
 
     Works on a deep copy; parameters keep their names under ``unet.``. Its buffers are ``mask``
     ``(units,)`` and ``sinusoid_scale`` ``()``, which multiplies the values of the timestep sinusoid
@@ -124,16 +103,14 @@ class SoftUNet(nn.Module):
     mask: torch.Tensor
     sinusoid_scale: torch.Tensor
 
-    def __init__(self, unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> None:
+    def __init__(self, unet: UNet, layout: Layout) -> None:
         super().__init__()
         self.unet = copy.deepcopy(unet)
         self.layout = layout
         for name, module in list(self.unet.named_modules()):
             parent, _, attribute = name.rpartition(".")
-            if isinstance(module, nn.GroupNorm):
-                setattr(self.unet.get_submodule(parent), attribute, MaskedGroupNorm(module))
-            elif isinstance(module, nn.LayerNorm):
-                setattr(self.unet.get_submodule(parent), attribute, MaskedLayerNorm(module))
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                setattr(self.unet.get_submodule(parent), attribute, MaskedNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
         self.register_buffer("sinusoid_scale", torch.ones(()), persistent=False)
         columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
@@ -187,14 +164,14 @@ class SoftUNet(nn.Module):
         return output.sample
 
     def adopt_slim_membership(self) -> int:
-        """Let unaligned norms group their kept channels as the slim net will.
+        """Group the kept channels of unaligned norms as in the slim network.
 
         The mask must be binary. Returns the number of norms whose membership changed.
         """
         extended = self.layout.extend(self.mask)
         changed = 0
         for name in self.layout.unaligned:
-            norm = self.unet.get_submodule(name)
+            norm: Any = self.unet.get_submodule(name)
             kept = extended[self.layout.norms[name].to(extended.device)] > 0.5
             rank = kept.long().cumsum(0) - 1
             member = torch.where(kept, rank // (int(kept.sum()) // norm.num_groups), norm.member)
@@ -204,7 +181,7 @@ class SoftUNet(nn.Module):
 
 
 def _checkpoint_masked(module: nn.Module, *inputs: Any) -> Any:
-    """Checkpoint a block together with the masked weights that it has now.
+    """Checkpoint a block together with its current masked weights.
 
     In the backward pass :meth:`SoftUNet.forward` is over and the module has its own weights again:
     plain checkpointing would silently recompute other activations of the same shapes.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ChannelPruning(WeightMethod):
-    """What gradflow and one-shot pruning share: how channels are scored, and how many are kept."""
+    """Knobs that gradflow and one-shot pruning share: scoring and allocation."""
 
     serves: ClassVar[str] = "diffusion UNets (diffusers)"
     keeps: ClassVar[str] = "channels, by MACs"
@@ -74,8 +74,8 @@ class GradFlow(ChannelPruning):
     Wan et al., "Pruning for Sparse Diffusion Models based on Gradient Flow" (ICASSP 2025, arXiv
     2501.09464). A mask in [0, 1] per channel group moves along the gradient flow of
     ``E(m) = -<s, m> + gamma sum m (1 - m)`` inside the sparse space of a shrinking budget while
-    all weights train on the masked loss; then the mask is binary and surgery removes what
-    carries no signal. The formulation of energy, schedules and bounds is ours.
+    all weights train on the masked loss; then the mask is binarised and surgery removes the
+    masked channels. The formulation of energy, schedules and bounds is ours.
     """
 
     paper: ClassVar[str] = "Pruning for Sparse Diffusion Models based on Gradient Flow, 2501.09464"
@@ -101,9 +101,9 @@ class GradFlow(ChannelPruning):
     gamma: float = Field(1.0, ge=0)
     """Final weight of the term that drives masks to 0 or 1; it grows from 0."""
     budget: Literal["s_shaped", "cubic"] = "s_shaped"
-    """Shape of the budget's fall. The timestep sinusoid's values that the slim model cannot have
-    shrink by the same schedule (our choice: cut at once, they alone make the loss jump as much as
-    one-shot pruning does)."""
+    """Shape of the budget's fall. The values of the timestep sinusoid that the slim model lacks
+    are scaled down by the same schedule (our choice: removed at once, they alone raise the loss as
+    much as one-shot pruning does)."""
     settle: float = Field(0.1, ge=0, lt=1)
     """Share of the soft stage after binarisation, when weights train on the binary mask."""
     max_move: float = Field(None, gt=0, le=1, validate_default=True)

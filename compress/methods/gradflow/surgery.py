@@ -1,27 +1,21 @@
-"""Surgery: a fresh plain UNet with smaller widths, filled with the kept slices."""
+"""Surgery: a new plain UNet with smaller widths, filled with the kept slices."""
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel
 
-from compress.methods.gradflow.groups import dense_widths, heads_of_levels, whole_heads
+from compress.methods.gradflow.groups import UNet, dense_widths, heads_of_levels, whole_heads
 from compress.methods.gradflow.layout import Layout
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 
-UNet = TypeVar("UNet", UNet2DModel, UNet2DConditionModel)
 
-
-def public_config(unet: UNet2DModel | UNet2DConditionModel) -> dict:
-    """The configuration of a UNet without diffusers' notes of where it came from."""
-    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
-
-
-def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dict:
+def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
     """The configuration of the slim UNet: plain diffusers keys only."""
-    config = public_config(unet)
+    # without diffusers' notes of where it came from
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     config["block_out_channels"] = tuple(layout.widths)
     if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
         config["attention_head_dim"] = [
@@ -30,7 +24,7 @@ def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dic
                 unet.config.attention_head_dim,
                 heads_of_levels(unet),
                 layout.widths,
-                unet.config.block_out_channels,
+                dense_widths(unet),
                 strict=True,
             )
         ]
@@ -41,7 +35,7 @@ def slim_config(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> dic
     return config
 
 
-def width_rows(unet: UNet2DModel | UNet2DConditionModel, layout: Layout) -> list[dict[str, Any]]:
+def width_rows(unet: UNet, layout: Layout) -> list[dict[str, Any]]:
     """Rows ``{level, dense, compressed}`` of the levels' widths and of free inner widths."""
     levels = enumerate(zip(dense_widths(unet), layout.widths, strict=True))
     rows = [(f"block_out_channels[{i}]", dense, slim) for i, (dense, slim) in levels]

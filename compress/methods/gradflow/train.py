@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,7 @@ from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.distill import Teacher
-from compress.methods.gradflow.groups import dense_widths
+from compress.methods.gradflow.groups import UNet, dense_widths
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.mask_scheduler import MaskScheduler, MaskState
 from compress.methods.gradflow.masks import SoftUNet
@@ -47,7 +47,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pruned]:
-    """Prune the denoiser of a pipeline, which is back in its place at the end, as it was.
+    """Prune the denoiser of a pipeline, which is unchanged and on its device again at the end.
 
     Yields
     ------
@@ -74,18 +74,18 @@ def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pru
 
 def _predicted(
     call: Callable[..., Any],
-    model: torch.nn.Module,
+    model: nn.Module,
     noisy: torch.Tensor,
     timesteps: torch.Tensor,
     condition: Mapping[str, Any],
 ) -> torch.Tensor:
-    """What a UNet or a soft UNet predicts; ``call`` runs it, ``model`` says which of them it is."""
+    """The prediction of a UNet or a soft UNet: ``call`` is the forward pass of ``model``."""
     if isinstance(model, SoftUNet):
         return call(noisy, timesteps, condition=condition)
     return call(noisy, timesteps, **condition).sample
 
 
-def _unet_of(model: torch.nn.Module) -> Any:
+def _unet_of(model: nn.Module) -> Any:
     """The UNet inside a soft one, or the model itself."""
     return model.unet if isinstance(model, SoftUNet) else model
 
@@ -187,7 +187,7 @@ class PruningRun:
         return Pruned(self._averaged(), widths, self._report(), self.mask_scheduler.trace())
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
-        batches = self._batches(self.step, stop)
+        batches = self._examples(self.training.seed, self.step, stop)
         first = 0 if stage == "flow" else self.flow_steps
         while self.step < stop:
             started = time.perf_counter()
@@ -219,11 +219,10 @@ class PruningRun:
         torch.manual_seed((self.training.seed * 1_000_003 + self.step + process * 2**40) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        images = examples.images.to(self.device)
         if self.training.flip:
-            first = process * len(images)
-            images = flipped(images, self.training.seed, self.step, first)
-        examples = examples._replace(images=images)
+            first = process * len(examples.images)
+            images = flipped(examples.images, self.training.seed, self.step, first)
+            examples = examples._replace(images=images)
         total = 0.0
         for batch in self._micro_batches(examples, self.training.seed, self.step):
             with self.accelerator.accumulate(self.model):
@@ -300,13 +299,12 @@ class PruningRun:
         self._load_moments(moments)
         self.ema = {name: p.detach().clone() for name, p in self._unet().named_parameters()}
 
-    def _max_difference(self, soft: SoftUNet, slim: UNet2DModel) -> float:
+    def _max_difference(self, soft: SoftUNet, slim: UNet) -> float:
         """How far the masked and the slim network are apart on held-out samples."""
-        batch = self._compared()
+        length = self.scheduler.config.num_train_timesteps
+        batch = self.inputs.batch(self._held_out(COMPARED), length, self.training.seed, 0)
         images, condition = batch.images, batch.condition
-        times = torch.linspace(
-            0, self.scheduler.config.num_train_timesteps - 1, len(images), device=self.device
-        ).long()
+        times = torch.linspace(0, length - 1, len(images), device=self.device).long()
         soft.eval()
         slim.eval()
         with torch.no_grad(), scoring.full_precision():
@@ -340,21 +338,19 @@ class PruningRun:
             )
             first += len(part.images)
 
-    def _batches(self, start: int, stop: int) -> Iterator[Examples]:
+    def _examples(self, seed: int, start: int, stop: int) -> Iterator[Examples]:
+        """Our share of the batches of steps ``start`` to ``stop``, functions of (seed, step)."""
         sampler = StepSampler(
             len(self.data.train),
             self.training.batch,
-            self.training.seed,
+            seed,
             start,
             stop,
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
-        return iter(self._loader(sampler))
-
-    def _loader(self, sampler: StepSampler) -> DataLoader:
         workers = self.training.workers
-        return DataLoader(
+        loader = DataLoader(
             Pairs(self.data.train, self.data.train_conditions),
             batch_sampler=sampler,
             num_workers=workers,
@@ -362,40 +358,29 @@ class PruningRun:
             prefetch_factor=self.training.prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
         )
+        for examples in loader:
+            yield examples._replace(images=examples.images.to(self.device))
 
     def _criterion_batches(self, number: int) -> list[Batch]:
         """Our share of the minibatches of estimate ``number``, a function of (seed, number).
 
         In the parts of gradient accumulation: what fits into memory there fits here.
         """
-        seed = self.training.seed + 7919
-        count = self.method.criterion_batches
-        sampler = StepSampler(
-            len(self.data.train),
-            self.training.batch,
-            seed,
-            number * count,
-            (number + 1) * count,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        batches: list[Batch] = []
-        for step, examples in enumerate(self._loader(sampler), start=number * count):
-            examples = examples._replace(images=examples.images.to(self.device))
-            batches += self._micro_batches(examples, seed, step)
-        return batches
+        seed, count = self.training.seed + 7919, self.method.criterion_batches
+        first = number * count
+        examples = self._examples(seed, first, first + count)
+        return [
+            batch
+            for step, part in enumerate(examples, start=first)
+            for batch in self._micro_batches(part, seed, step)
+        ]
 
     def _held_out(self, count: int) -> Examples:
         pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
         examples = stacked(pairs[i] for i in range(min(count, len(pairs))))
         return examples._replace(images=examples.images.to(self.device))
 
-    def _compared(self) -> Batch:
-        """Held-out samples on which the masked and the slim network must agree."""
-        length = self.scheduler.config.num_train_timesteps
-        return self.inputs.batch(self._held_out(COMPARED), length, self.training.seed, 0)
-
-    def _held_out_loss(self, model) -> float:
+    def _held_out_loss(self, model: nn.Module) -> float:
         """Validation loss on at most 256 held-out images with one noise draw: cheap."""
         training = model.training
         model.eval()
@@ -420,15 +405,15 @@ class PruningRun:
             for name, p in self._plain().named_parameters():
                 self.ema[name].lerp_(p, 1 - decay)
 
-    def _averaged(self) -> UNet2DModel:
+    def _averaged(self) -> UNet:
         slim = surgery.slim_unet(self.dense, self.layout)
         slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
         return slim.eval()
 
-    def _plain(self):
+    def _plain(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _unet(self) -> UNet2DModel:
+    def _unet(self) -> UNet:
         """The UNet that holds the trained parameters."""
         return _unet_of(self._plain())
 
@@ -450,7 +435,7 @@ class PruningRun:
 
     # ---- state ------------------------------------------------------------------------------
 
-    def _prepare(self, model) -> None:
+    def _prepare(self, model: Any) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
         model.train()
         if self.training.gradient_checkpointing:
