@@ -15,7 +15,7 @@ class Sampling(Settings):
     seeds are compared on the same noise and share the dense model's cached images.
     """
 
-    samples: int = Field(512, ge=4)
+    samples: int = Field(512, ge=4, le=1_000_000)
     """Images per sampling seed; the distances need many, and are biased upwards by few. Precision
     and recall look at 3 neighbours, so there are at least 4."""
     sampler: Literal["ddim", "ddpm"] = "ddim"

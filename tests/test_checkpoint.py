@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -120,6 +121,25 @@ def test_model_card_says_base_licence_widths_and_metrics(made):
     ):
         assert words in card
     assert 'DDPMPipeline.from_pretrained("path/to/this/folder")' in card
+
+
+def test_text_from_outside_is_no_markup_of_a_card(pipeline, tmp_path):
+    evil = "x\n\n# Heading\n<script>alert(1)</script>\u2028[a](http://b) `c` | d"
+    facts = FACTS | {"base_model": evil, "base_licence": evil, "recipe": {"data": f"hub:{evil}"}}
+    card = (save_slim(pipeline, tmp_path / "c", facts) / "README.md").read_text()
+    body = card.split("---\n", 2)[2]
+    assert [line for line in body.splitlines() if line.startswith("#")] == [
+        body.strip().splitlines()[0]
+    ]
+    outside = re.sub(r"`[^`\n]*`", "", body.replace("\\`", ""))
+    assert "<script>" not in outside and "\u2028" not in body
+    assert not re.search(r"(?<!\\)\[a", outside) and r"c \| d, pruned" in outside
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "~nosuchuser"])
+def test_the_home_of_nobody_is_one_message(path):
+    with pytest.raises(ValueError, match="nosuchuser"):
+        load(path)
 
 
 def test_a_model_card_without_facts_does_not_invent_a_licence(pipeline, tmp_path):

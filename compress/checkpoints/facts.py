@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import html
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
-from compress.common.files import atomic_folder, read_json, sha256, write_json, write_text
+from compress.common.files import atomic_folder, expand, read_json, sha256, write_json, write_text
 from compress.common.foreign import ForeignFileError, foreign
 from compress.common.output_folder import CHECKPOINT, check_replaceable
 from compress.common.output_folder import CHECKPOINT_FACTS as FACTS
@@ -125,7 +127,7 @@ def warn_unverified(at: ModelFolder) -> None:
     Nothing is said of models that ship with compress, and of those of the hub, which names files
     by their hash.
     """
-    if Path(at.name).expanduser() == at.folder:
+    if expand(at.name) == at.folder:
         logger.warning(
             "warning: %s is not a checkpoint of compress, as it has no file %s: whether its files "
             "are what was saved is not verified",
@@ -209,10 +211,11 @@ def model_card(
         datasets=[data.removeprefix("hub:")] if data.startswith("hub:") else None,
     )
     body = [
-        f"# {title}",
+        f"# {plain(title)}",
         "",
-        f"Base model: `{base}` (SHA-256 `{facts.get('base_hash', 'unknown')}`).",
-        f"Licence of the base model: {facts.get('base_licence', 'unknown: see the base model')}",
+        f"Base model: {code(base)} (SHA-256 {code(facts.get('base_hash', 'unknown'))}).",
+        "Licence of the base model: "
+        + plain(facts.get("base_licence", "unknown: see the base model")),
         "",
         usage,
         "",
@@ -223,6 +226,25 @@ def model_card(
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(body)))
 
 
+def plain(text: object) -> str:
+    r"""Text from outside as one line of Markdown, in which nothing of it is markup.
+
+    >>> plain("a_b\n# <script>")
+    'a\\_b # &lt;script&gt;'
+    """
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line)
+
+
+def code(text: object) -> str:
+    r"""Text from outside as a code span, which ends where the text does.
+
+    >>> code("a` <b>\n")
+    "`a' <b>`"
+    """
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
+
+
 def _metrics_table(metrics: Mapping[str, Any]) -> list[str]:
     """What a run measured of both models; none for no metrics."""
     if not metrics:
@@ -231,7 +253,7 @@ def _metrics_table(metrics: Mapping[str, Any]) -> list[str]:
         "| metric | dense | compressed | n |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {_value(entry['dense'])} | {_value(entry['compressed'])} "
+            f"| {plain(name)} | {_value(entry['dense'])} | {_value(entry['compressed'])} "
             f"| {entry['compressed'].get('n', '')} |"
             for name, entry in metrics.items()
         ),

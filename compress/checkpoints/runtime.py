@@ -9,6 +9,7 @@ from typing import Any
 from compress.checkpoints.facts import (
     FACTS,
     checkpoint_folder,
+    code,
     model_card,
     read_facts,
     verify,
@@ -172,13 +173,13 @@ def _card(facts: Mapping[str, Any]) -> str:
     base = facts.get("base_model", "a vision-language model")
     names = " and ".join(method["name"] for method in facts["methods"])
     plain = (
-        f"This folder has no weights: it refers to `{facts['weights']['model']}`, and plain "
+        f"This folder has no weights: it refers to {code(facts['weights']['model'])}, and plain "
         "transformers cannot load it."
         if "weights" in facts
         else "Plain transformers loads this folder as the dense model; `compress.load` applies the "
         f"methods that `{FACTS}` lists."
     )
-    code = [
+    lines = [
         plain,
         "",
         "```python",
@@ -193,5 +194,5 @@ def _card(facts: Mapping[str, Any]) -> str:
         library="transformers",
         task="image-text-to-text",
         tags=["ocr"],
-        usage="\n".join(code),
+        usage="\n".join(lines),
     )

@@ -120,6 +120,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def expand(path: str | Path) -> Path:
+    """A path with ``~`` written out.
+
+    Raises
+    ------
+    ValueError : for the home of a user who does not exist.
+    """
+    with foreign(path, "a path", "name the folder in full"):
+        return Path(path).expanduser()
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 

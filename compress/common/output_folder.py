@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from compress.common.files import atomic_folder, read_json, remove, unfinished, write_json
+from compress.common.foreign import foreign
 
 MARKER = ".compress"
 CHECKPOINT, CHECKPOINT_FACTS, PAGES = "checkpoint", "compress.json", "set of pages"
@@ -181,7 +182,8 @@ def check_same_settings(path: Path, wanted: Mapping[str, Any]) -> None:
     """
     if not path.is_file():
         return
-    found = yaml.safe_load(path.read_text(encoding="utf8"))
+    with foreign(path, "the settings of a run", "restore it, or start again with --overwrite"):
+        found = yaml.safe_load(path.read_text(encoding="utf8"))
     if not isinstance(found, dict):
         return
     changed = sorted(

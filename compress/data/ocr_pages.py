@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from compress.common.files import read_text, walk
+from compress.common.files import expand, read_text, walk
 from compress.data import olmocr_bench, omnidocbench
 from compress.data.fonts import UNSEEN_FONT
 from compress.data.page_files import OcrPage, import_pypdfium2, is_page_file, pages_of, pdf_page
@@ -67,7 +67,7 @@ def load_pages(
             raise ValueError(f"built-in pages are {known}; got {source!r}; name one of them")
         pages = _rendered(RENDERED[name], samples)
         return OcrData(source, tuple(p for p in pages if unseen_font or not p.unseen_font))
-    folder = Path(source.removeprefix("folder:")).expanduser()
+    folder = expand(source.removeprefix("folder:"))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"pages expected in the folder {folder}, which does not exist; give builtin:pages or a "

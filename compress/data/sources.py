@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from compress.common.extras import extra
-from compress.common.files import json_lines, walk
+from compress.common.files import expand, json_lines, walk
 from compress.data.batches import Examples
 from compress.data.digits import HALVES, digits
 from compress.data.pixels import FRAMED, Mode, frame_count, is_image, open_image, upright
@@ -247,7 +247,7 @@ def load_images(
             "choose another model, or hand in tensors from Python"
         )
     if kind == "folder" and name:
-        return _folder(source, Path(name), size, channels, wanted, column)
+        return _folder(source, expand(name), size, channels, wanted, column)
     if kind == "hub" and name:
         return _hub(source, name, size, channels, wanted, column)
     raise ValueError(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from compress.common.files import expand
 from compress.models.locate import BUILTIN
 
 OURS = "Apache-2.0, that of compress, whose scripts trained it on rendered pages"
@@ -25,7 +26,7 @@ def licence_of(folder: Path, model: str) -> str:
     named = [str(card[key]) for key in KEYS if key in card]
     found = [*named, *(f"see {path.name}" for path in licence_files(folder))]
     where = f"where {model} came from"
-    if not Path(model).expanduser().is_dir():
+    if not expand(model).is_dir():
         where = f"at https://huggingface.co/{model}"
     return "; ".join(found) or f"stated neither in its README.md nor in a LICENSE; look {where}"
 

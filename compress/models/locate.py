@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from compress.common.files import folder_hash, read_json
+from compress.common.files import expand, folder_hash, read_json
 from compress.common.output_folder import CHECKPOINT_FACTS
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -75,7 +75,7 @@ def locate(model: "str | Path | ModelFolder", kind: Kind | None = None) -> Model
     prefix, _, builtin = name.partition(":")
     if prefix == "builtin":
         return ModelFolder(name, BUILTIN / builtin, _builtin_kind(name, builtin, kind))
-    folder = Path(model).expanduser()
+    folder = expand(model)
     if folder.exists():
         return ModelFolder(name, folder, kind or _folder_kind(folder))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from compress.common.foreign import reason
 from compress.common.settings import READS, Settings
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, Sampling
@@ -22,6 +23,8 @@ from compress.methods.registry import (
 )
 from compress.methods.training import Recover, Train, Training
 
+# a recipe has some fifty values on four levels
+MOST_VALUES, DEEPEST = 10_000, 20
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -216,22 +219,44 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], Lines, list[str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        content = {} if node is None else loader.construct_document(node)
-        # a JSON round trip separates mappings that YAML aliases share, and refuses endless ones
-        data = json.loads(json.dumps(content, default=str))
+        if node is not None:
+            _check_size(node, {})
+        data = _plain({} if node is None else loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        reason = "; ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"{where} is not valid YAML: {at}{reason}") from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}") from error
+        why = "; ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"{where} is not valid YAML: {at}{why}") from error
+    except Exception as error:  # PyYAML lets what its constructors meet pass
+        raise RecipeError(f"{where} is not valid YAML: {reason(error)}") from error
     if not isinstance(data, dict):
         keys = ", ".join(Recipe.model_fields)
         raise RecipeError(f"{where} must be a mapping with the keys {keys}; got {_show(data)}")
     if node is not None:
         _walk(node, (), lines, problems)
     return data, lines, problems
+
+
+def _plain(content: Any) -> Any:
+    """Values of JSON alone, none of them shared; refuses what is no text and what has no end."""
+    data = json.loads(json.dumps(content))
+    json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+    return data
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, int], depth: int = 1) -> int:
+    """Number of values below a node with all aliases written out, which is bounded."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MOST_VALUES  # of an alias to what it is a part of
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [p for item in inner for p in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_check_size(part, sizes, depth + 1) for part in parts)
+    if sizes[id(node)] > MOST_VALUES or depth > DEEPEST:
+        raise ValueError(
+            f"at most {MOST_VALUES} values, aliases written out, and {DEEPEST} levels are "
+            "expected; got more"
+        )
+    return sizes[id(node)]
 
 
 def _walk(node: yaml.Node, path: Path_, lines: Lines, problems: list[str]) -> None:
@@ -259,11 +284,14 @@ def _override(data: dict[str, Any], override: str, lines: Lines) -> str | None:
     if not equals or not all(keys):
         return f"--set {override}: expected path.to.key=value, for example method.keep_macs=0.4"
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
-        json.dumps(value, default=str)
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        return f"--set {override}: expected a YAML value after the =; {reason}"
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _check_size(node, {})
+        value = _plain(yaml.load(text, Loader=_Loader))  # noqa: S506 - derived from SafeLoader
+        override.encode()
+    except Exception as error:
+        why = " ".join(str(getattr(error, "problem", None) or reason(error)).split())
+        return f"--set {override}: expected a YAML value after the =; {why}"
     section: Any = data
     for depth, key in enumerate(keys[:-1]):
         section = section.setdefault(key, {})
