@@ -41,21 +41,7 @@ def sparse_decode(
     dense_mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of one query to some rows of the cache.
-
-    Parameters
-    ----------
-    query, key, value : see the module.
-    rows : which rows of the cache are read, in any order, ``(batch, picked)``.
-    rows_mask : of these rows, ``(batch, picked)``; None attends to all of them.
-    dense : first row of a range that all sequences read as well, and the one after its last.
-    dense_mask : of the range, ``(batch, stop - start)``; None attends to all of it.
-    scaling : of the dot products.
-
-    Returns
-    -------
-    ``(batch, heads, 1, dim)``, equal to attention over the whole cache with -inf elsewhere.
-    """
+    """:func:`compress.kernels.sparse_decode.sparse_decode`, on any device and with any mask."""
     fast = _use_kernel("sparse_decode", query, key, value, rows_mask, dense_mask)
     decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
     return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
@@ -78,8 +64,7 @@ def peripheral_decode(
     Parameters
     ----------
     query, key, value : see the module.
-    rows, rows_mask, dense, dense_mask, scaling : as :func:`sparse_decode`; the fixation's rows come
-        first.
+    rows, rows_mask, dense, dense_mask, scaling : as in the kernel; the fixation's rows come first.
     periphery : of the layer.
     fixation : the visual tokens that ``rows`` begin with.
 
@@ -142,19 +127,7 @@ def focal_decode(
     mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one query to the whole cache, and its weights, in one pass over the keys.
-
-    Parameters
-    ----------
-    query, key, value : see the module.
-    mask : ``(batch, 1, 1, length)``; None attends to all.
-    scaling : of the dot products.
-
-    Returns
-    -------
-    The output ``(batch, heads, 1, dim)``, and the mean of the weights over the heads ``(batch,
-    length)`` in float32.
-    """
+    """:func:`compress.kernels.sparse_decode.focal_decode`, on any device and with any mask."""
     fast = _use_kernel("focal_decode", query, key, value, mask)
     decode = kernels.focal_decode if fast else kernels.focal_decode_reference
     return decode(query, key, value, mask, scaling)
