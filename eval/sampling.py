@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
+from compress.common.foreign import foreign
 from compress.models.objective import noise_schedule
 from compress.models.pipelines import (
     PIXELS,
@@ -231,7 +232,8 @@ def sampler_of(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
             f"the sampler ddpm takes its variance from the schedule; this pipeline's scheduler has "
             f"variance_type {variance!r}, which the UNet would have to predict; use ddim"
         )
-    scheduler.set_timesteps(steps)
+    with foreign(f"the config of the {type(pipeline.scheduler).__name__}", "a noise schedule"):
+        scheduler.set_timesteps(steps)
     if scheduler.timesteps.max() >= length:
         raise ValueError(
             f"with this pipeline's steps_offset of {config.get('steps_offset')} the first step "

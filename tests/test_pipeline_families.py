@@ -511,6 +511,9 @@ def test_schedules_that_a_sampler_lacks_are_refused_before_training(family):
     assert draw(learned, sampler="ddim", count=1).shape == (1, 1, 16, 16)
     with pytest.raises(ValueError, match="learned_range.*use ddim"):
         draw(learned, sampler="ddpm")
+    odd = family("sd1").scheduler.from_config(family("sd1").scheduler.config, steps_offset="x")
+    with pytest.raises(ValueError, match="config of the PNDMScheduler should hold a noise sched"):
+        draw(changed(family, "sd1", scheduler=odd), conditions=CAPTIONS)
     # one timestep too many, where steps are counted from 1
     with pytest.raises(ValueError, match="steps_offset of 1.*steps=50; take fewer"):
         draw(family("sd1"), conditions=CAPTIONS, steps=50)
@@ -526,6 +529,11 @@ def test_texts_of_another_model_are_refused(family):
         other = CLIPTextModel(CLIPTextConfig(**config.to_dict() | changes))
         with pytest.raises(ValueError, match=message):
             runs.check_trainable(changed(family, "sd1", text_encoder=other))
+    for length in (10**30, -1, 2.5, "long"):
+        tokenizer = copy.deepcopy(family("sd1").tokenizer)
+        tokenizer.model_max_length = length
+        with pytest.raises(ValueError, match=f"pads them to {length}"):
+            runs.check_trainable(changed(family, "sd1", tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize("old", ["text_encoder", "vae"])

@@ -59,10 +59,11 @@ def _check_texts(pipeline: DiffusionPipeline) -> None:
                 "load both from one pipeline"
             )
         most = getattr(encoder.config, "max_position_embeddings", longest)
-        if parts[1] != "bert" and longest > most:  # which is padded to LDM_TOKENS
+        # prompts of "bert" are padded to LDM_TOKENS
+        if parts[1] != "bert" and not (type(longest) is int and 0 < longest <= most):
             raise ValueError(
                 f"the {parts[1]} reads prompts of {most} tokens, and its {parts[0]} pads them to "
-                f"{longest:.4g}; set model_max_length in the tokenizer_config.json to {most}"
+                f"{longest}; set model_max_length in the tokenizer_config.json to {most}"
             )
     condition = inputs_of(pipeline).condition
     if condition.modules:
