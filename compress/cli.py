@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from compress.common.extras import MissingExtraError
 from compress.common.options import options_of, taken, validated
-from compress.common.output_folder import check_apart
+from compress.common.output_folder import PROGRESS, check_apart
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings, Sampling
 from compress.methods.registry import RUNTIME_METHODS
@@ -185,8 +185,7 @@ def _resume_hint(context: typer.Context, folder: Path) -> Iterator[None]:
     def explain(what: str) -> None:
         if not launch.speaks():
             return
-        # of a run, or of an evaluation
-        if (folder / "state").exists() or (folder / "predictions.jsonl").exists():
+        if any((folder / name).exists() for name in PROGRESS):
             arguments = [a for a in context.meta[ARGUMENTS] if a not in ("--overwrite", "--resume")]
             what += f"; continue with: compress {shlex.join([*arguments, '--resume'])}"
         _say(what)
@@ -553,6 +552,7 @@ def _fail(error: Exception, code: int) -> None:
     if isinstance(error, OSError) and error.strerror:
         # without the number that OSError puts first
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = "; ".join([text, *getattr(error, "__notes__", ())])
     _say(f"error: process {launch.rank()}: {text}" if launch.rank() else f"error: {text}")
     raise typer.Exit(code) from None
 

@@ -76,6 +76,7 @@ def library(monkeypatch):
                 yield Event("flow", step, 100, {"loss": 1 / step})
             if self.failure:
                 (output / "state").mkdir()
+                (output / "state" / "state.safetensors").touch()
                 raise self.failure
             write_json(output / "metrics.json", METRICS)
             yield Event("done", 0, 0)

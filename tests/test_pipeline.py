@@ -533,11 +533,26 @@ def test_a_failure_later_keeps_the_state(model, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(diffusion.DiffusionRun, "_measure", broken)
-    with pytest.raises(RuntimeError, match="no memory"):
+    monkeypatch.setattr(diffusion.DiffusionRun, "measure", broken)
+    with pytest.raises(RuntimeError, match="no memory") as caught:
         begin(model, output, "never")
-    assert (output / "state" / "state.safetensors").exists()
-    assert not (output / "checkpoint").exists() and not (output / ".lock").exists()
+    [note] = caught.value.__notes__
+    assert f"compress eval {output / 'checkpoint'} --data builtin:digits" in note
+    assert (output / "state" / "state.safetensors").exists() and not (output / ".lock").exists()
+    assert verify(output / "checkpoint")["metrics"] == {}
+    assert tuple(load(output / "checkpoint").unet.config.block_out_channels) == (4, 8)
+    monkeypatch.undo()
+    # what was not used yet may change; what was may not
+    with pytest.raises(ValueError, match=r"method changed; go on with: compress run .* --resume"):
+        begin(model, output, recipe=settings(model, method={"steps": 6}), resume=True)
+    changes = {"evaluate": {"samples": 4}, "train": {"save_every": 3, "keep_states": 1}}
+    recipe = Recipe.model_validate(settings(model, **changes))
+    events, result = finish(run_events(recipe, output=output, resume=True, device="cpu"))
+    assert [e.stage for e in events if e.stage in ("flow", "recover")] == []
+    assert result.metrics["metrics"]["ssim_to_dense"]["compressed"]["n"] == 4 * SEEDS
+    assert verify(output / "checkpoint")["metrics"]["ssim_to_dense"]
+    with pytest.raises(ValueError, match="evaluate changed"):
+        begin(model, output, recipe=settings(model), resume=True)
 
 
 def test_killed_in_evaluation_and_in_the_export_it_ends_with_the_same_weights(driven, finished):
@@ -606,11 +621,19 @@ def test_a_disk_that_fills_at_the_end_keeps_the_state_and_nothing_half_written(d
         "ballast",
         "run",
         "run/.compress",
+        "run/checkpoint",
+        *(f"run/checkpoint/{name}" for name in ("README.md", "compress.json", "model_index.json")),
+        "run/checkpoint/scheduler",
+        "run/checkpoint/scheduler/scheduler_config.json",
+        "run/checkpoint/unet",
+        "run/checkpoint/unet/config.json",
+        "run/checkpoint/unet/diffusion_pytorch_model.safetensors",
         "run/log.jsonl",
         "run/recipe.yaml",
         "run/state",
         "run/state/state-1.safetensors",
         "run/state/state.safetensors",
+        "run/trace.safetensors",
     ]
 
 

@@ -8,7 +8,7 @@ written into; with it, nothing is removed but the names that compress writes.
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from importlib.metadata import version
@@ -33,6 +33,7 @@ NAMES = (
 )
 # what makes an unfinished one worth keeping
 PROGRESS = (
+    f"{CHECKPOINT}/{CHECKPOINT_FACTS}",
     "state/state.safetensors",
     "state/state-1.safetensors",
     "predictions.jsonl",
@@ -168,13 +169,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def check_same_settings(path: Path, wanted: Mapping[str, Any]) -> None:
+def check_same_settings(
+    path: Path, wanted: Mapping[str, Any], unused: Collection[str] = ("output",)
+) -> None:
     """Half a run with each of two settings is a run with neither: refuse to resume other ones.
 
     Parameters
     ----------
     path : YAML file of the settings that the folder was begun with; nothing is checked without it.
-    wanted : those of now. ``output`` may differ: a folder may be moved.
+    wanted : those of now.
+    unused : dotted keys that may differ, since what is there does not depend on them.
 
     Raises
     ------
@@ -186,15 +190,27 @@ def check_same_settings(path: Path, wanted: Mapping[str, Any]) -> None:
         found = yaml.safe_load(path.read_text(encoding="utf8"))
     if not isinstance(found, dict):
         return
-    changed = sorted(
-        key for key in {*found, *wanted} - {"output"} if found.get(key) != wanted.get(key)
-    )
+    before, now = (_without(settings, unused) for settings in (found, wanted))
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
-        what = "recipe" if path.name == "recipe.yaml" else "settings"
+        what, way = "settings", "resume it with its own settings"
+        if path.name == "recipe.yaml":
+            what = "recipe"
+            way = f"go on with: compress run {path} --output {path.parent} --resume"
         raise ValueError(
             f"what was begun in {path.parent} has another {what}: {', '.join(changed)} changed; "
-            f"resume it with its own {what}, or start again with --overwrite"
+            f"{way}, or start again with --overwrite"
         )
+
+
+def _without(
+    settings: Mapping[str, Any], unused: Collection[str], above: str = ""
+) -> dict[str, Any]:
+    return {
+        key: _without(value, unused, f"{above}{key}.") if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if f"{above}{key}" not in unused
+    }
 
 
 @contextlib.contextmanager

@@ -107,16 +107,15 @@ class DiffusionRun:
         plan = f"{self.recipe.model}: {event.message}, output {self.folder}"
         yield Event(event.stage, event.step, event.total, event.values, plan)
 
-    def work(self) -> Generator[Event, None, dict[str, Any]]:
-        """Prune, and measure the pipeline before and after."""
+    def compress(self) -> Iterator[Event]:
+        """Prune."""
         self.pruned = yield from self._events
         part, _ = denoiser(self.pipeline)
         self.compressed = with_parts(self.pipeline, {part: self.pruned.model})
-        return (yield from self._measure())
 
-    def save(self, checkpoint: Path, metrics: dict[str, Any]) -> None:
+    def save(self, checkpoint: Path, metrics: Mapping[str, Any] | None = None) -> None:
         """Write the slim pipeline, and the trace of the method's work."""
-        facts = self._provenance(metrics["metrics"])
+        facts = self._provenance({} if metrics is None else metrics["metrics"])
         # a run's own folder: what is there was written by the run that is resumed
         save_slim(self.compressed, checkpoint, facts, source=self.at.folder, overwrite=True)
         if self.pruned.trace:
@@ -133,9 +132,9 @@ class DiffusionRun:
         params = parameters(denoiser(self.pipeline)[1])
         # one state more than are kept, since the oldest goes when the newest is complete
         needed = ((self.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
-        # the checkpoint holds the frozen parts as they are
+        # the checkpoint holds the frozen parts as they are, and is written again with its metrics
         frozen = (p for module in self.inputs.modules for p in module.parameters())
-        needed += sum(p.numel() * p.element_size() for p in frozen)
+        needed += 4 * params + 2 * sum(p.numel() * p.element_size() for p in frozen)
         free = shutil.disk_usage(existing).free
         if free < needed:
             raise OSError(
@@ -145,7 +144,8 @@ class DiffusionRun:
                 "--output",
             )
 
-    def _measure(self) -> Generator[Event, None, dict[str, Any]]:
+    def measure(self) -> Generator[Event, None, dict[str, Any]]:
+        """Measure the pipeline before and after."""
         settings, pipelines = self.settings, {"dense": self.pipeline, "compressed": self.compressed}
         key = diffusion.samples_key(self.at.hash, settings, self.device)
         cache = diffusion.samples_cache_path(key)
@@ -207,7 +207,7 @@ class DiffusionRun:
             **self.pruned.report,
         }
 
-    def _provenance(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def _provenance(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         builtin = self.recipe.model.startswith("builtin:")
         return {
             "base_model": self.recipe.model,

@@ -88,15 +88,19 @@ class ReaderRun:
             Applied(self.model, variant.methods).remove()
         yield Event("prepare", 1, 1, message=f"{self.recipe.model}: {len(self.data.pages)} pages")
 
-    def work(self) -> Generator[Event, None, dict[str, Any]]:
-        """Calibrate, read the pages with every variant, and compare what was read."""
-        settings = self.recipe.evaluate
+    def compress(self) -> Iterator[Event]:
+        """Calibrate."""
         write_json(self.folder / MODEL, {"model": self.recipe.model, "model_hash": self.at.hash})
         calibrated = yield from self._calibrations()
         self.variants = [
             replace(v, methods=tuple(with_calibration(m, calibrated) for m in v.methods))
             for v in self.variants
         ]
+        self.calibration = {name: one.facts for name, one in calibrated.items()} or None
+
+    def measure(self) -> Generator[Event, None, dict[str, Any]]:
+        """Read the pages with every variant, and compare what was read."""
+        settings = self.recipe.evaluate
         (self.folder / "predictions").mkdir(exist_ok=True)
         for variant in self.variants:
             applied = Applied(self.model, variant.methods) if variant.methods else None
@@ -112,16 +116,16 @@ class ReaderRun:
                     applied.remove()
         return {
             **self._measured(),
-            "calibration": {name: one.facts for name, one in calibrated.items()} or None,
+            "calibration": self.calibration,
             "run": self._facts(),
         }
 
-    def save(self, checkpoint: Path, metrics: dict[str, Any]) -> None:
+    def save(self, checkpoint: Path, metrics: Mapping[str, Any] | None = None) -> None:
         """Write the runtime checkpoint of the recipe's methods."""
         facts = {
             "recipe": self.recipe.model_dump(mode="json"),
-            "calibration": metrics["calibration"],
-            "metrics": metrics["metrics"],
+            "calibration": self.calibration,
+            "metrics": {} if metrics is None else metrics["metrics"],
         }
         save_runtime(
             self.model,

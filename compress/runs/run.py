@@ -1,7 +1,8 @@
 """What every run does: check, claim the folder, work, checkpoint, metrics, report."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+import shlex
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,12 @@ from compress.parallel import distributed
 from compress.parallel.launch import launched
 from compress.runs.recipe import ReaderRecipe, Recipe, dump, load_recipe
 
+# what decides how a run is executed, not what comes out
+EXECUTION = (
+    "output",
+    *(f"train.{key}" for key in ("workers", "prefetch", "save_every", "keep_states", "trackers")),
+)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -44,12 +51,16 @@ class Work(Protocol):
         """Refuse whatever can be known before the folder is touched."""
         ...
 
-    def work(self) -> Generator[Event, None, dict[str, Any]]:
-        """Compress and measure; returns what metrics.json holds."""
+    def compress(self) -> Iterator[Event]:
+        """Make what the checkpoint holds."""
         ...
 
-    def save(self, checkpoint: Path, metrics: dict[str, Any]) -> None:
-        """Write the checkpoint."""
+    def save(self, checkpoint: Path, metrics: Mapping[str, Any] | None = None) -> None:
+        """Write the checkpoint, in place of the one without metrics once they are known."""
+        ...
+
+    def measure(self) -> Generator[Event, None, dict[str, Any]]:
+        """Measure the model before and after; returns what metrics.json holds."""
         ...
 
     def report(self, metrics: dict[str, Any]) -> None:
@@ -121,7 +132,8 @@ def run_events(
             check_apart(folder, inputs_of(recipe) | file)
             check_target(folder, resume=resume, overwrite=overwrite)
             if resume:
-                check_same_settings(folder / "recipe.yaml", yaml.safe_load(dump(recipe)))
+                settings = yaml.safe_load(dump(recipe))
+                check_same_settings(folder / "recipe.yaml", settings, _not_used_yet(folder))
         if resume and distributed.from_main(lambda: is_finished(folder)):
             distributed.from_main(lambda: tidy(folder))
             metrics = distributed.from_main(lambda: read_json(folder / "metrics.json"))
@@ -135,7 +147,17 @@ def run_events(
                 versions = versions_of(work.packages)
                 header = [f"{name} {version}" for name, version in versions.items()]
                 write_text(folder / "recipe.yaml", dump(recipe, header))
-            metrics = yield from work.work()
+            yield from work.compress()
+            distributed.from_main(lambda: work.save(checkpoint))
+            try:
+                metrics = yield from work.measure()
+            except Exception as error:
+                error.add_note(
+                    f"the checkpoint in {checkpoint} is complete; go on with --resume, which takes "
+                    "changes of evaluate, or measure it by itself with: compress eval "
+                    f"{shlex.quote(str(checkpoint))} --data {shlex.quote(recipe.data)}"
+                )
+                raise
             yield Event("report", 0, 2)
             distributed.from_main(lambda: work.save(checkpoint, metrics))
             distributed.from_main(lambda: write_json(folder / "metrics.json", metrics))
@@ -143,6 +165,14 @@ def run_events(
             distributed.from_main(lambda: work.report(metrics))
     yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
     return RunResult(folder, metrics, checkpoint)
+
+
+def _not_used_yet(folder: Path) -> set[str]:
+    """The keys of a recipe that decide nothing of what a folder holds."""
+    measured = (folder / name for name in ("calibration.json", "predictions/dense.jsonl"))
+    if is_finished(folder) or any(path.exists() for path in measured):
+        return {*EXECUTION}
+    return {*EXECUTION, "evaluate"}
 
 
 def open_work(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> Work:

@@ -60,7 +60,7 @@ def left(folder):
 
 
 def kill_in_checkpoint(recipe):
-    DiffusionRun._measure = unmeasured
+    DiffusionRun.measure = unmeasured
     checkpoint.model_card = kill
     go(recipe, "evaluated", resume=True)
 
@@ -113,7 +113,7 @@ def small_disk(recipe, full_at):
             yield from unmeasured()
             return NOTHING
 
-        DiffusionRun._measure = full
+        DiffusionRun.measure = full
     return go(recipe, f"{full_at}/run")
 
 

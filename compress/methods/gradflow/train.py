@@ -197,7 +197,7 @@ class PruningRun:
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss should be finite; it became {loss} at optimiser step {self.step}: "
-                    "training diverged; lower recover.lr"
+                    "training diverged; start again with a lower recover.lr and --overwrite"
                 )
             self.step += 1
             if stage == "recover":
