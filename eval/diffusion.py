@@ -24,7 +24,7 @@ from compress.common.environment import device_name
 from compress.common.files import write_bytes
 from compress.data.sources import Images
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
-from compress.eval.fidelity import DIGITS, INCEPTION, fidelity
+from compress.eval.fidelity import DIGITS, INCEPTION, fidelity, metric_names
 from compress.eval.latency import latency, peak_memory
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
@@ -234,10 +234,11 @@ def evaluate(
         "params": Value(cost.params, "counted"),
         "macs": Value(cost.macs, "counted at batch 1, functional attention included"),
     }
-    found |= distances(samples, reference, settings, extractor, weights, device)
+    if settings.wants(*metric_names(extractor)):
+        found |= distances(samples, reference, settings, extractor, weights, device)
     found |= distributed.from_main(lambda: _looks(samples, dense, extractor, settings))
     found |= extra or {}
-    return {name: found[name] for name in DIFFUSION if name in found}
+    return {name: found[name] for name in DIFFUSION if name in found and settings.wants(name)}
 
 
 def _looks(

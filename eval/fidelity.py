@@ -27,6 +27,7 @@ INCEPTION = "inception-v3-compat"
 SUFFIXES = {DIGITS: "_digits", INCEPTION: ""}
 NEIGHBOURS = 3
 METRICS = ("isc", "fid", "kid", "prc")
+NAMES = ("fid", "kid", "is", "precision", "recall")
 # the convention for Inception; a set of digits is small enough to be used whole
 KID_SUBSETS = {DIGITS: 10, INCEPTION: 100}
 KID_SUBSET_SIZE = 1000
@@ -116,7 +117,7 @@ def fidelity(
     if extractor == DIGITS:
         register_digits_features()
     else:
-        _check_inception(weights)
+        check_inception(weights)
     smaller = min(len(samples), len(reference))
     options = {
         "feature_extractor": extractor,
@@ -242,8 +243,18 @@ def _check(name: str, images: torch.Tensor, extractor: str) -> None:
         )
 
 
-def _check_inception(weights: str | None) -> None:
-    """See that Inception's weights are at hand or can be fetched, before torch-fidelity tries."""
+def metric_names(extractor: str) -> list[str]:
+    """What `fidelity` measures with an extractor."""
+    return [name + SUFFIXES[extractor] for name in NAMES]
+
+
+def check_inception(weights: str | None) -> None:
+    """See that Inception's weights are at hand or can be fetched, before torch-fidelity tries.
+
+    Raises
+    ------
+    ValueError : saying what is missing, and where to get it.
+    """
     if weights is not None:
         try:
             # torch-fidelity unpickles the file without restraint: refuse all but plain tensors here
@@ -277,5 +288,6 @@ def _explained(kept: Path) -> Iterator[None]:
         raise ValueError(
             f"the extractor {INCEPTION} needs its weights: no path was given, {kept} does not "
             f"exist, and {URL_INCEPTION_V3} could not be reached ({error}); download that file on "
-            "another machine and set evaluate.inception_weights to its path"
+            "another machine and set evaluate.inception_weights to its path, or name other metrics "
+            "in evaluate.metrics"
         ) from error

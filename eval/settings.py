@@ -3,9 +3,10 @@
 import math
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from compress.common.settings import READS, Count, Settings
+from compress.eval.metrics import DIFFUSION
 
 
 class Sampling(Settings):
@@ -31,9 +32,25 @@ class Sampling(Settings):
     sampling_seeds: Count = 3
     """Independent sets of images; the confidence intervals come from their spread, so at least 2
     give one."""
+    metrics: tuple[str, ...] | None = None
+    """Names of the metrics to measure, as in metrics.json; all of them when null."""
     inception_weights: str | None = Field(None, min_length=1, json_schema_extra=READS)
     """File with the FID Inception weights, for models that need it; torch-fidelity downloads them
     where it is null."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := sorted({*(names or ())} - {*DIFFUSION}):
+            raise ValueError(
+                f"expected metrics among {', '.join(DIFFUSION)}; got {', '.join(unknown)}; choose "
+                "among them"
+            )
+        return names
+
+    def wants(self, *names: str) -> bool:
+        """Whether any of these metrics is to be measured."""
+        return self.metrics is None or any(name in self.metrics for name in names)
 
 
 class SamplingSettings(Sampling):

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from builders import programs
@@ -79,6 +80,54 @@ def test_a_pickled_checkpoint_is_not_opened(refused, model):
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     assert "safetensors" in refused(f"--set=model={model}")
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_what_could_not_be_measured(tmp_path, monkeypatch, dry):
+    """Refused before the first step, with a way out that works."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    for name, count in (("few", 30), ("some", 31)):
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            Image.new("L", (16, 16), k).save(tmp_path / name / f"{k}.png")
+
+    def run(*changes):
+        sets = [f"--set={change}" for change in changes]
+        result = CliRunner().invoke(app, ["run", "ddpm_gradflow", *SHORT, *sets, *dry])
+        assert result.exit_code == 2, result.output
+        assert "Traceback" not in result.output and not (tmp_path / "runs").exists()
+        return result.output
+
+    told = "folder:few has 30 images, 3 of them held out; give 31 or more, or name other metrics"
+    assert told in run("data=folder:few")
+    told = "no network"
+    assert told in run("data=folder:some")
+    assert "could not be reached" not in run("data=folder:few")
+    told = "expected as a PyTorch state dict in nowhere.pth"
+    assert told in run("data=folder:some", "evaluate.inception_weights=nowhere.pth")
+    assert "the distances are fid_digits" in run("evaluate.metrics=[fid]")
+    assert "expected metrics among params, macs" in run("evaluate.metrics=[fidd]")
+    with monkeypatch.context() as small:
+        small.setattr("compress.runs.diffusion.os.sysconf", lambda name: 100)
+        assert "lower evaluate.samples" in run("evaluate.samples=64")
+
+
+def test_metrics_that_are_left_out_need_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few").mkdir()
+    for k in range(12):
+        Image.new("L", (16, 16), 20 * k).save(tmp_path / "few" / f"{k}.png")
+    metrics = "--set=evaluate.metrics=[macs, mse_to_dense, latency_ms]"
+    arguments = ["run", "ddpm_gradflow", *SHORT, "--set=data=folder:few", metrics, "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert {*json.loads(result.stdout)["metrics"]} == {"macs", "mse_to_dense", "latency_ms"}
 
 
 def test_unsupported_unet_class(refused, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -54,6 +55,7 @@ REFERENCE_LIMIT = 10_000
 VALIDATION_LIMIT = 2_048
 SHOWN_SAMPLES = 64
 TIMED_BATCH = 64
+SPEED = ("latency_ms", "images_per_second", "peak_memory_mb")
 BUILTIN_DATA = "builtin:digits"
 PACKAGES = (
     "compress-models",
@@ -93,8 +95,9 @@ class DiffusionRun:
         )
 
     def check_sampling(self) -> None:
-        """Refuse a pipeline that cannot be sampled as the recipe says."""
+        """Refuse a pipeline that cannot be sampled and measured as the recipe says."""
         sampler_of(self.pipeline, self.settings.sampler, self.settings.steps)
+        check_measurable(self.data, self.settings, self.recipe.data)
 
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Check pipeline, method and disk; the method's own events begin here."""
@@ -181,9 +184,11 @@ class DiffusionRun:
                 extra={"validation_loss": validation},
             )
         models = {name: denoiser(pipeline)[1] for name, pipeline in pipelines.items()}
-        for name, found in _speed(models, settings, self.device).items():
-            values[name] |= found
+        if settings.wants(*SPEED):
+            for name, found in _speed(models, settings, self.device).items():
+                values[name] |= found
         table = diffusion.side_by_side(values["dense"], values["compressed"])
+        table = {name: entry for name, entry in table.items() if settings.wants(name)}
         if distributed.is_main():
             shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
             write_bytes(self.folder / "samples.safetensors", save(shown))
@@ -257,6 +262,48 @@ def with_conditions(
     return SamplingSettings(
         **dict(sampling) | {"guidance_scale": scale}, conditions=tuple(conditions)
     )
+
+
+def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -> None:
+    """Refuse, before anything is trained or drawn, what could not be measured at the end.
+
+    Parameters
+    ----------
+    data : the images.
+    settings : how many are drawn, and which metrics are measured.
+    source : the data as a recipe names it, which decides the features of the distances.
+
+    Raises
+    ------
+    ValueError : for metrics that these data do not give, too few images, more than memory holds, or
+        Inception weights that can neither be read nor fetched.
+    """
+    extractor = _extractor(source)
+    other = {fidelity.INCEPTION: fidelity.DIGITS, fidelity.DIGITS: fidelity.INCEPTION}[extractor]
+    distances = fidelity.metric_names(extractor)
+    if wrong := sorted({*(settings.metrics or ())} & {*fidelity.metric_names(other)}):
+        raise ValueError(
+            f"of {source} the distances are {', '.join(distances)}; got {', '.join(wrong)} in "
+            "evaluate.metrics; name those"
+        )
+    count, least = len(data.held_out), fidelity.NEIGHBOURS + 1
+    if count < least and settings.wants(*distances):
+        raise ValueError(
+            f"{', '.join(distances)} need {least} held-out images or more, one in ten of all; "
+            f"{source} has {len(data.train) + count} images, {count} of them held out; give "
+            f"{10 * least - 9} or more, or name other metrics in evaluate.metrics"
+        )
+    pixels = data.held_out[0].numel()
+    images = min(count, REFERENCE_LIMIT) + 2 * settings.sampling_seeds * settings.samples
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if images * pixels > memory:
+        raise ValueError(
+            f"{images:,} images of {pixels:,} bytes are held while they are measured: "
+            f"{images * pixels / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB; "
+            "lower evaluate.samples"
+        )
+    if extractor == fidelity.INCEPTION and settings.wants(*distances):
+        distributed.from_main(lambda: fidelity.check_inception(settings.inception_weights))
 
 
 def _extractor(data: str) -> str:
@@ -339,6 +386,7 @@ def evaluate_pipeline(
     settings = with_conditions(sampling or Sampling(), pipeline, images)
     inputs = inputs_of(pipeline)
     inputs.check(images)
+    check_measurable(images, settings, data)
     validation = distributed.from_main(lambda: _validation(pipeline, images, inputs, where))
     values = diffusion.evaluate(
         pipeline,
@@ -349,9 +397,10 @@ def evaluate_pipeline(
         device=where,
         extra={"validation_loss": validation},
     )
-    values |= _speed({"model": network}, settings, where)["model"]
+    if settings.wants(*SPEED):
+        values |= _speed({"model": network}, settings, where)["model"]
     return {
         name: asdict(values[name]) | {"better": metric.better, "unit": metric.unit}
         for name, metric in DIFFUSION.items()
-        if name in values and not name.endswith("_to_dense")
+        if name in values and settings.wants(name) and not name.endswith("_to_dense")
     }
