@@ -285,7 +285,7 @@ def test_tables_prints_what_the_rows_say_and_fills_documents(invoke, tmp_path):
     for wrong in (["mine"], ["--shard", "2/2"], ["readers", *documents]):
         refused = invoke("tables", *wrong, *arguments)
         assert refused.exit_code == 2 and re.search("got |add the marks", refused.stderr)
-    assert "tables are headline, methods, main" in invoke("tables", "x", *arguments).stderr
+    assert "tables are headline, aims, methods, main" in invoke("tables", "x", *arguments).stderr
 
 
 def test_a_reader_where_a_pipeline_is_wanted_is_told_the_right_call():
