@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 # far beyond any use; a plan of so many steps is still made in seconds
@@ -12,7 +13,7 @@ NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[float, Field(gt=0)]
 
 # marks the name of something that is read: a model, data, weights
-READS = {"reads": True}
+READS: JsonDict = {"reads": True}
 
 
 class Settings(BaseModel):
