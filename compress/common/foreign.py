@@ -8,11 +8,30 @@ from pydantic import ValidationError
 
 from compress.common.extras import MissingExtraError
 
-LONGEST_REASON = 300
+LONGEST_REASON, LONGEST = 300, 2000
 
 
 class ForeignFileError(ValueError):
-    """A file that somebody else wrote and that cannot be used; the message is one line."""
+    """A file that somebody else wrote and that cannot be used.
+
+    Parameters
+    ----------
+    message : may quote the file as it is; it becomes one line.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    r"""What does not print is escaped; the middle of what is too long to be read is left out.
+
+    >>> print(one_line("a\nb"))
+    a\nb
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
 @contextlib.contextmanager

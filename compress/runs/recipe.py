@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from compress.common.foreign import reason
+from compress.common.foreign import one_line, reason
 from compress.common.settings import READS, Settings
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, Sampling
@@ -116,7 +116,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | R
         problems += [_describe(e, list(_known_paths(kind, data)), lines) for e in errors]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        in_order = sorted(problems, key=_line_number)
+        in_order = map(one_line, sorted(problems, key=_line_number))
         raise RecipeError("\n  ".join([f"recipe {source} has {count}:", *in_order]))
     if recipe.output is None:
         recipe = recipe.model_copy(update={"output": str(Path("runs") / Path(source).stem)})
