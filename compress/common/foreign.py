@@ -66,7 +66,9 @@ def reason(error: BaseException) -> str:
     """What an error says, as a part of a line."""
     if isinstance(error, ValidationError):
         problems = error.errors(include_url=False)
-        text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems)
+        text = "; ".join(
+            f"{'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r:.60}" for p in problems
+        )
     else:
         text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
