@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+
 from compress.checkpoints.applied import Applied, Compressed
 from compress.common.environment import choose_device
 from compress.common.events import drain
@@ -87,13 +89,23 @@ def apply(
         _refuse_unused(
             "methods that change how a model runs", data=data, training=training, device=device
         )
+        if processor is not None and not hasattr(processor, "save_pretrained"):
+            raise ValueError(
+                f"a processor of transformers is expected; got {_kind(processor)}; give the "
+                ".processor of what compress.load_reader returns, or leave it out"
+            )
         return Applied(model, runtime, processor)
     _refuse_unused("methods that make new weights", processor=processor)
     if data is None:
         raise ValueError(
             f'{names} trains and measures on data; got none; give such as data="builtin:digits"'
         )
-    return _prune(model, weights[0], data, training or Training(), device)
+    if training is not None and not isinstance(training, Training):
+        raise ValueError(
+            f"training is expected as compress.Training(...); got {_kind(training)}; make one, or "
+            "leave it out for its defaults"
+        )
+    return _prune(model, weights[0], data, training or Training(), choose_device(device))
 
 
 def _instance(method: Any) -> Method:
@@ -101,11 +113,14 @@ def _instance(method: Any) -> Method:
         return named(method)()  # type: ignore[call-arg]
     if isinstance(method, Method):
         return method
-    got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
     raise ValueError(
-        f"a method is expected, or the name of one; got {got}; make an instance by "
+        f"a method is expected, or the name of one; got {_kind(method)}; make an instance by "
         "calling its class"
     )
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _check_kind(model: Any, names: str, *, pipeline: bool, reader: bool) -> None:
@@ -113,7 +128,7 @@ def _check_kind(model: Any, names: str, *, pipeline: bool, reader: bool) -> None
     from diffusers import DiffusionPipeline
     from transformers import PreTrainedModel
 
-    got = type(model).__name__
+    got = _kind(model)
     if pipeline and not isinstance(model, DiffusionPipeline):
         raise ValueError(
             f"{names} compresses a diffusers pipeline; got {got}; load one with compress.load"
@@ -131,12 +146,33 @@ def _refuse_unused(kind: str, **values: Any) -> None:
         raise ValueError(f"{kind} have no use for {', '.join(unused)}; leave them out")
 
 
+def _check_image(images: Images, shape: tuple[int, ...], name: str) -> None:
+    """Refuse what is no data set of images of this shape, by its first one."""
+    try:
+        first: Any = images[0]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"a data set yields its images by number; {name}[0] failed with "
+            f"{type(error).__name__}; give a list or a data set of tensors"
+        ) from error
+    if not isinstance(first, torch.Tensor):
+        raise ValueError(
+            f"images are expected as tensors {shape} in [-1, 1]; {name} yields {_kind(first)}; "
+            "convert them, and give conditions in an ImageData"
+        )
+    if tuple(first.shape) != shape:
+        raise ValueError(
+            f"the model takes images {shape}, channels, height and width; {name} has "
+            f"{tuple(first.shape)}; resize or convert them"
+        )
+
+
 def _prune(
     pipeline: "DiffusionPipeline",
     method: WeightMethod,
     data: ImageData | Images | str,
     training: Training,
-    device: str | None,
+    device: str,
 ) -> Compressed:
     part, dense = denoiser(pipeline)
     trained = plain(pipeline)
@@ -144,14 +180,15 @@ def _prune(
     if isinstance(data, str):
         data = load_images(data, size, channels, wanted(trained))
     elif not isinstance(data, ImageData):
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise ValueError(
+                "data is expected as a source such as builtin:digits, a data set of images or an "
+                f"ImageData; got {_kind(data)}; give one of them"
+            )
         data = ImageData.split("data", data)
     for images in (data.train, data.held_out):
-        if tuple(images[0].shape) != (channels, *size):
-            raise ValueError(
-                f"the model takes images {(channels, *size)}, channels, height and width; "
-                f"{data.name} has {tuple(images[0].shape)}; resize or convert them"
-            )
-    where = distributed.join(choose_device(device))
+        _check_image(images, (channels, *size), data.name)
+    where = distributed.join(device)
     pruned = drain(method.prune(PruneJob(trained, data, training, where, Journal())))
     slim = cast(pruned.model, dense.dtype).to(dense.device)
     report = {

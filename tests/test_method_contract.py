@@ -20,6 +20,7 @@ from compress.common.events import drain
 from compress.data.pages import PAGE, SQUARE_PAGE, page
 from compress.data.sources import ImageData
 from compress.methods.registry import METHODS, RUNTIME_METHODS, WEIGHT_METHODS, runtime_method
+from compress.methods.training import Training
 from compress.models.locate import builtin_models
 from compress.reports.comparison import compare
 from compress.runs.recipe import Recipe, dump, load_recipe
@@ -193,6 +194,30 @@ def test_wrong_combinations_are_refused_in_three_parts(pipeline, reader_of):
         (reader.model, runtime, {"device": "cpu"}),
         (pipeline, [weight, weight], {"data": DIGITS}),
         (reader.model, [], {}),
+        (pipeline, [], {"data": DIGITS}),
+        (pipeline, None, {"data": DIGITS}),
+        (pipeline, {"name": weight}, {"data": DIGITS}),
+        (pipeline, [weight, runtime], {"data": DIGITS}),
+        (None, weight, {"data": DIGITS}),
+        (type(pipeline), weight, {"data": DIGITS}),
+        (type(reader.model), runtime, {}),
+        (reader.model, runtime, {"data": DIGITS}),
+        (reader.model, runtime, {"processor": 5}),
+        (pipeline, weight, {"data": DIGITS, "training": {}}),
+        (pipeline, weight, {"data": DIGITS, "training": "x"}),
+        (pipeline, weight, {"data": DIGITS, "training": Training}),
+        (pipeline, weight, {"data": DIGITS, "device": "nowhere"}),
+        (pipeline, weight, {"data": DIGITS, "device": "meta"}),
+        (pipeline, weight, {"data": DIGITS, "device": "cuda:99"}),
+        (pipeline, weight, {"data": DIGITS, "device": []}),
+        (pipeline, weight, {"data": 5}),
+        (pipeline, weight, {"data": ""}),
+        (pipeline, weight, {"data": []}),
+        (pipeline, weight, {"data": Path("digits")}),
+        (pipeline, weight, {"data": [1, 2, 3]}),
+        (pipeline, weight, {"data": {"a": 1, "b": 2}}),
+        (pipeline, weight, {"data": [torch.zeros(1, 16, 16), 1] * 20}),
+        (pipeline, weight, {"data": torch.zeros(20, 16, 16)}),
     ):
         with pytest.raises(ValueError) as refused:
             compress.apply(model, method, **options)
