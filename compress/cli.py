@@ -4,6 +4,7 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ USER_ERRORS = (
     MissingExtraError,
     NotADirectoryError,
 )
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # how often a stage reports where no progress bar can be drawn
 PLAIN_LINES = 10
 # how long the main process has to report an error before another one does
@@ -177,18 +179,20 @@ def _check_resume(resume: bool, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _resume_hint(context: typer.Context, folder: Path) -> Iterator[None]:
-    """Say how to continue after Ctrl-C, SIGTERM, or the end of one of several processes."""
+    """Say how to continue after Ctrl-C, SIGTERM, a full disk, or the end of another process."""
 
     def stop(number: int, _frame: Any) -> None:
         raise launch.Stopped(f"stopped by {signal.Signals(number).name}", launch.TERMINATED)
 
+    def way() -> list[str]:
+        if not any((folder / name).exists() for name in PROGRESS):
+            return []
+        arguments = [a for a in context.meta[ARGUMENTS] if a not in ("--overwrite", "--resume")]
+        return [f"continue with: compress {shlex.join([*arguments, '--resume'])}"]
+
     def explain(what: str) -> None:
-        if not launch.speaks():
-            return
-        if any((folder / name).exists() for name in PROGRESS):
-            arguments = [a for a in context.meta[ARGUMENTS] if a not in ("--overwrite", "--resume")]
-            what += f"; continue with: compress {shlex.join([*arguments, '--resume'])}"
-        _say(what)
+        if launch.speaks():
+            _say("; ".join([what, *way()]))
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -199,6 +203,11 @@ def _resume_hint(context: typer.Context, folder: Path) -> Iterator[None]:
     except launch.Stopped as error:
         explain(f"error: {error}")
         raise typer.Exit(error.code) from None
+    except OSError as error:
+        if error.errno in FULL and not hasattr(error, "__notes__"):  # of a run that says more
+            for note in way():
+                error.add_note(note)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,7 +1,10 @@
 """Bad input to real runs: one clear message, a non-zero exit, nothing half-written."""
 
+import errno
 import fcntl
 import json
+import os
+import shlex
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -243,3 +246,20 @@ def test_full_disk(place, tmp_path):
     (tmp_path / "disk").mkdir()
     code, message, left = hostile(place, tmp_path / "disk", *SHORT)
     assert code == 1 and "space" in message.splitlines()[-1] and left == []
+
+
+def test_a_disk_that_fills_up_during_a_run_can_be_resumed(tmp_path, monkeypatch):
+    run, fsync = tmp_path / "run", os.fsync
+
+    def full(handle):
+        if (run / "state" / "state.safetensors").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    command = ["run", "ddpm_gradflow", *SHORT, f"--output={run}"]
+    result = CliRunner().invoke(app, command)
+    said = result.stderr.splitlines()[-1]
+    assert result.exit_code == 1 and said.startswith(f"error: No space left on device: {run}/")
+    assert said.endswith(f"continue with: compress {shlex.join([*command, '--resume'])}")
+    assert "compress-tmp" not in said

@@ -1,12 +1,14 @@
 """Files and folders appear complete or not at all, and a failure leaves what was there before."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from compress.common import files
 
@@ -88,11 +90,31 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path, monkeypat
         monkeypatch.setattr(files.os, "fdopen", Full)
     else:
         monkeypatch.setattr(files.os, broken, failing(getattr(os, broken), 1))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         files.write_bytes(path, b"new content")
+    assert caught.value.filename == str(path)
     assert names(tmp_path) == ([] if old is None else ["file"])
     if old is not None:
         assert path.read_bytes() == old
+
+
+def test_a_full_disk_names_the_file_that_a_library_wrote(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "folder"
+
+    def message(error):
+        with pytest.raises(OSError) as caught, files.atomic_folder(folder) as temporary:
+            error.filename = error.filename and error.filename.format(temporary)
+            raise error
+        return str(caught.value)
+
+    full = (errno.ENOSPC, "No space left on device")
+    assert message(OSError(*full)).endswith(f"'{folder}'")
+    assert message(OSError(*full, "{}/unet")).endswith(f"'{folder / 'unet'}'")
+    assert message(OSError(*full, str(source), None, str(folder))).endswith(f"device: '{folder}'")
+    for said in ("I/O error: No space left on device (os error 28)", "no number"):
+        with pytest.raises(OSError, match=str(folder)), files.atomic_folder(folder):
+            raise SafetensorError(said)
+    assert names(tmp_path) == []
 
 
 def test_an_interrupt_leaves_the_old_content_too(tmp_path, monkeypatch):

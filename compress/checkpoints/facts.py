@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
 
 from compress.common.files import atomic_folder, expand, read_json, sha256, write_json, write_text
 from compress.common.foreign import ForeignFileError, foreign
@@ -60,10 +59,7 @@ def checkpoint_folder(
     """
     check_replaceable(folder, CHECKPOINT, overwrite=overwrite)
     with atomic_folder(folder) as temporary:
-        try:
-            yield temporary
-        except SafetensorError as error:  # how safetensors says that a disk is full
-            raise OSError(f"the checkpoint cannot be written to {folder}: {error}") from error
+        yield temporary
         content = {"format": FORMAT, "kind": kind, **facts}
         write_text(temporary / "README.md", card(content))
         content |= {"files": file_hashes(temporary)}

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from compress.common.foreign import foreign
 
 if TYPE_CHECKING:
@@ -56,6 +58,36 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Let what the disk says within the context name what is written.
+
+    Parameters
+    ----------
+    target : the file or folder; of a failed write, the system does not say which it was.
+    temporary : what it is called while it is incomplete.
+
+    Raises
+    ------
+    OSError : naming the file at its final place.
+    """
+    try:
+        yield
+    except SafetensorError as error:  # how safetensors says that a disk is full
+        found = re.search(r"os error (\d+)", str(error))
+        if not found:
+            raise OSError(f"{target} cannot be written: {error}") from error
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        # of two files, as of a copy, the second is the one that is written
+        name = str(error.filename2 or error.filename or target)
+        if temporary is not None:
+            name = name.replace(str(temporary), str(target))
+        raise OSError(error.errno, error.strerror, name) from error
+
+
+@contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes ``target`` on success and vanishes on failure.
 
@@ -70,12 +102,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         # mkdtemp makes the folder private; a checkpoint has the permissions of any other folder
         temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            if path.is_file():
-                # safetensors makes them private, too
-                path.chmod(0o666 & ~_umask())
-            sync(path)
+        with writing(target, temporary):
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                if path.is_file():
+                    # safetensors makes them private, too
+                    path.chmod(0o666 & ~_umask())
+                sync(path)
         if os.path.lexists(target):
             old = Path(tempfile.mkdtemp(_SUFFIX, f".{target.name}.", target.parent))
             try:
@@ -95,16 +128,22 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
+    """Write a file so that readers see the old content or the new, never a part.
+
+    Raises
+    ------
+    OSError : naming the file; a full disk, too. The old content is untouched then.
+    """
     handle, name = tempfile.mkstemp(_SUFFIX, f".{path.name}.", path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        sync(path.parent)
+        with writing(path, Path(name)):
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+            sync(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from compress.common.files import json_lines, unfinished, write_bytes, write_text
+from compress.common.files import json_lines, unfinished, write_bytes, write_text, writing
 
 Tensors = dict[str, torch.Tensor]
 
@@ -82,7 +82,7 @@ class Journal:
         """Append one row."""
         self.rows.append(row)
         if self._log is not None and self.writes:
-            with self._log.open("a", encoding="utf8") as file:
+            with writing(self._log), self._log.open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def save(self, tensors: Tensors, facts: dict[str, Any]) -> None:
