@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from compress.common.settings import READS, Count, Settings
+from compress.common.settings import READS, Count, Pages, Settings
 from compress.eval.metrics import DIFFUSION
 
 
@@ -99,7 +99,7 @@ class ReadSettings(Settings):
 class OcrEvaluation(ReadSettings):
     """What a reader is measured on, dense and compressed alike."""
 
-    samples: Count = 64
+    samples: Pages = 64
     """Rendered pages of each kind; a folder is read as a whole."""
     unseen_font: bool = False
     """Whether rendered pages come in the font that no training page has, too."""
@@ -113,7 +113,7 @@ class OcrEvaluation(ReadSettings):
 class Calibration(Settings):
     """Pages on which a method measures the settings that are left open."""
 
-    pages: Count = 16
+    pages: Pages = 16
     """Number of calibration pages: rendered validation pages, or the first of a folder."""
     max_new_tokens: int = Field(128, ge=2)
     """Longest text of a calibration page, in tokens."""

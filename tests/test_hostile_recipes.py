@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from compress.runs.reader import forecast
 from compress.runs.recipe import RecipeError, load_recipe
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -74,3 +75,18 @@ def test_aliases_within_bounds_are_read(tmp_path):
 def test_numbers_beyond_any_use_are_refused(override):
     with pytest.raises(RecipeError, match="less than or equal to"):
         load_recipe("ddpm_gradflow", [override])
+
+
+@pytest.mark.parametrize("key", ["evaluate.samples", "calibrate.pages"])
+def test_more_pages_than_memory_holds_are_refused(key):
+    with pytest.raises(RecipeError, match="less than or equal to 100000"):
+        load_recipe("reader_fastocr", [f"{key}=100001"])
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_dry_run_renders_no_pages_to_count_them(unseen):
+    recipe = load_recipe(
+        "reader_fastocr", ["evaluate.samples=100000", f"evaluate.unseen_font={unseen}".lower()]
+    )
+    predicted = forecast(recipe, "cpu")
+    assert predicted["pages"] == 100_000 * (1 + unseen)

@@ -9,6 +9,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 # far beyond any use; a plan of so many steps is still made in seconds
 MOST = 10_000_000
 Count = Annotated[int, Field(ge=1, le=MOST)]
+# rendered pages are held while they are read
+Pages = Annotated[int, Field(ge=1, le=100_000)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[float, Field(gt=0)]
 

@@ -65,8 +65,7 @@ def load_pages(
         if name not in RENDERED:
             known = ", ".join(f"builtin:{n}" for n in RENDERED)
             raise ValueError(f"built-in pages are {known}; got {source!r}; name one of them")
-        pages = _rendered(RENDERED[name], samples)
-        return OcrData(source, tuple(p for p in pages if unseen_font or not p.unseen_font))
+        return OcrData(source, tuple(_rendered(RENDERED[name], samples, unseen_font)))
     folder = expand(source.removeprefix("folder:"))
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -95,9 +94,9 @@ def page_name(place: olmocr_bench.PageId) -> str:
     return f"{place[0]} page {place[1]}"
 
 
-def _rendered(difficulty: Difficulty, samples: int) -> Iterator[OcrPage]:
+def _rendered(difficulty: Difficulty, samples: int, unseen_font: bool) -> Iterator[OcrPage]:
     unseen = replace(difficulty, fonts=(UNSEEN_FONT,))
-    for form, other in ((difficulty, False), (unseen, True)):
+    for form, other in ((difficulty, False), (unseen, True))[: 1 + unseen_font]:
         for index in range(samples):
             made = page(0, index, form, "test")
             name = f"{'unseen font ' if other else ''}{index:04}"

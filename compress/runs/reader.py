@@ -413,10 +413,13 @@ def forecast(recipe: ReaderRecipe, device: str) -> dict[str, Any]:
     ``model``, the ``parameters`` that run, the ``stored_values`` of its files (of DeepSeek-OCR's
     layout they include tensors that nothing reads), ``pages`` and ``variants``.
     """
-    run = ReaderRun(recipe, Path(recipe.output or ""), device)
+    # of rendered pages, one of each kind stands for all
+    one = recipe.evaluate.model_copy(update={"samples": 1})
+    run = ReaderRun(recipe.model_copy(update={"evaluate": one}), Path(recipe.output or ""), device)
     for _ in run.prepare(resume=False):
         pass
-    count = len(run.data.pages)
+    rendered = recipe.data.startswith("builtin:")
+    count = len(run.data.pages) * (recipe.evaluate.samples if rendered else 1)
     return {
         "model": recipe.model,
         "data": recipe.data,
