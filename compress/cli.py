@@ -726,7 +726,7 @@ def _variants_table(metrics: Mapping[str, Any]) -> str:
 def _interval(entry: Mapping[str, Any] | None) -> str:
     """A value with its 95% confidence interval."""
     if entry is None or entry["value"] is None:
-        return "-"
+        return (entry or {}).get("why", "-")
     value, interval = entry["value"], entry["ci95"]
     text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return f"{text} [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else text

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Better = Literal["lower", "higher", ""]
 Group = Literal["size", "quality", "speed", "more"]
@@ -193,3 +193,8 @@ def number_text(value: float | None, unit: str = "") -> str:
         if abs(value) >= least:
             return f"{value / size:.4g} {letter}"
     return f"{value:.4g}"
+
+
+def side_text(side: Mapping[str, Any], unit: str = "") -> str:
+    """A value of metrics.json by `number_text`, or why it was not measured."""
+    return side.get("why") or number_text(side["value"], unit)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,13 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel
+from typer.testing import CliRunner
 
 import compress
 from builders import models, pipelines, programs
 from builders.events import leave
 from builders.forks import free_port
+from compress.cli import app
 from compress.common.cost import unet_cost
 from compress.common.events import drain
 from compress.common.journal import Journal
@@ -42,6 +45,7 @@ from compress.methods.training import Training
 from compress.models.loading import load_pipeline
 from compress.models.objective import validation_loss
 from compress.models.pipelines import cast, check_pipeline, image_shape, placed, wanted, with_parts
+from compress.reports.comparison import compare
 from compress.runs import diffusion as runs
 from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
@@ -49,6 +53,7 @@ from compress.runs.recipe import Recipe
 NAMES = ("ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text")
 PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
 FLOW, RECOVER = 4, 2
+SIDES = ("dense", "compressed")
 METHOD = {
     "steps": FLOW,
     "update_every": 1,
@@ -427,6 +432,62 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
         )
         for name in ("validation_loss", "fid_digits", "params"):
             assert found[name]["value"] == pytest.approx(table[name][side]["value"], rel=1e-3)
+
+
+def test_without_inceptions_weights_everything_else_is_measured_and_the_rows_say_why(
+    family, pictures, tmp_path, monkeypatch
+):
+    def unreachable(weights):
+        raise ValueError("its weights could not be reached; set evaluate.inception_weights")
+
+    monkeypatch.setattr(fidelity, "check_inception", unreachable)
+    family("ddpm").save_pretrained(tmp_path / "model")
+    method = {"name": "oneshot", "criterion": "magnitude", "keep_macs": 0.5, "steps": 0}
+    settings = {"samples": 4, "steps": 1, "sampling_seeds": 1, "batch": 4}
+
+    def asked(**evaluate) -> Recipe:
+        known = {"model": str(tmp_path / "model"), "data": f"folder:{pictures}", "method": method}
+        training = {"recover": {"steps": 1, "batch": 2, "distill": 0}}
+        return Recipe.model_validate(known | training | {"evaluate": settings | evaluate})
+
+    # a refusal is for those who name what cannot be had, or the file
+    for named in ({"metrics": ["fid", "params"]}, {"inception_weights": "nowhere.pth"}):
+        assert "could not be reached" in dry_run(asked(**named), device="cpu")["problems"][0]
+    said = dry_run(asked(), device="cpu")
+    assert said["problems"] == []
+    assert said["not_measured"][0].startswith("fid, kid, is, precision, recall not measured: no w")
+
+    result = compress.run(asked(), output=tmp_path / "run", device="cpu")
+    why, table = "not measured: no weights", result.metrics["metrics"]
+    assert {name for name, row in table.items() if row["how"] == why} == {
+        "fid", "kid", "is", "precision", "recall",
+    }  # fmt: skip
+    assert table["fid"]["dense"] == table["fid"]["compressed"] == {
+        "value": None, "ci95": None, "n": 0, "why": why,
+    }  # fmt: skip
+    assert table["validation_loss"]["compressed"]["value"] > 0
+    assert any(why in warning for warning in result.metrics["warnings"])
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")]).stdout
+    row = next(line for line in shown.splitlines() if line.startswith("fid "))
+    assert row.count(why) == 2
+    for page in ("report.html", "checkpoint/README.md"):
+        assert (tmp_path / "run" / page).read_text(encoding="utf8").count(why) >= 10
+    # beside a run that has the number, no value wins and none is drawn
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "run", other)
+    metrics = json.loads((other / "metrics.json").read_text(encoding="utf8"))
+    metrics["metrics"]["fid"] |= {side: {"value": 2, "ci95": None, "n": 4} for side in SIDES}
+    (other / "metrics.json").write_text(json.dumps(metrics), encoding="utf8")
+    compared = compare([tmp_path / "run", other])
+    fid = next(row for row in compared.rows if row["metric"] == "fid")
+    assert fid["best"] is None and fid["runs"]["dense"]["value"] == 2
+    assert why in compared.to_text(200)
+    compared.plot(tmp_path / "plot.png")
+
+    measured = runs.evaluate_pipeline(
+        str(tmp_path / "model"), Sampling(**settings), data=f"folder:{pictures}", device="cpu"
+    )
+    assert measured["fid"]["why"] == why and measured["params"]["value"] > 0
 
 
 @pytest.mark.parametrize(("name", "keep"), [("ddpm", 0.5), ("sd1", 0.55), ("sdxl", 0.6)])

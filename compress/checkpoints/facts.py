@@ -260,6 +260,8 @@ def _metrics_table(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _value(side: Mapping[str, Any]) -> str:
+    if why := side.get("why"):
+        return plain(why)
     interval = side.get("ci95")
     inside = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
     return f"{side['value']:.5g}{inside}"

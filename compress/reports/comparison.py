@@ -15,7 +15,7 @@ from rich.text import Text
 
 from compress.common.files import write_bytes
 from compress.common.output_folder import check_new_file
-from compress.eval.metrics import GROUPS, arrow, number_text
+from compress.eval.metrics import GROUPS, arrow, number_text, side_text
 from compress.reports.run_folder import grouped, metric_of, read_metrics
 
 # what runs must have in common to be compared -> the facts of a run that say it
@@ -72,7 +72,7 @@ class Comparison:
         if side is None:
             return "-"
         star = " *" if row["best"] == name else ""
-        text = number_text(side["value"], row["unit"]) + star
+        text = side_text(side, row["unit"]) + star
         if side.get("ci95"):
             low, high = (number_text(bound, row["unit"]) for bound in side["ci95"])
             text += f"\n[{low}, {high}]"
@@ -91,7 +91,11 @@ class Comparison:
         """
         from compress.reports.figures import comparison_panels
 
-        rows = [row for row in self.rows if len(row["runs"]) > 1]
+        rows = [
+            {**row, "runs": {n: side for n, side in row["runs"].items() if "why" not in side}}
+            for row in self.rows
+        ]
+        rows = [row for row in rows if len(row["runs"]) > 1]
         rows = [row for row in rows if row["group"] != "more"] or rows
         if not rows:
             raise ValueError(
@@ -164,17 +168,16 @@ def _row(
     # an evaluation measures one model: its entry has no sides
     entries = {name: run[metric] for name, run in runs.items() if metric in run}
     sides = {name: one.get("compressed", one) for name, one in entries.items()}
-    values = {name: side["value"] for name, side in sides.items()}
+    values = {name: side["value"] for name, side in sides.items() if "why" not in side}
     # none is best alone, or of values that were measured on unlike numbers of things
-    comparable = (
-        starred and len(values) > 1 and len({side.get("n") for side in sides.values()}) == 1
-    )
+    comparable = starred and len(values) > 1 and len({sides[name].get("n") for name in values}) == 1
     choose = {"lower": min, "higher": max}.get(entry.get("better", "")) if comparable else None
     best = choose(values, key=lambda name: values[name]) if choose else None
     # nor where another one has the same value
     if best is not None and list(values.values()).count(values[best]) > 1:
         best = None
     dense = [one["dense"] for one in entries.values() if "dense" in one]
+    dense = [side for side in dense if not side or "why" not in side]
     same = bool(dense) and all(
         side and np.isclose(side["value"], dense[0]["value"], rtol=1e-7, atol=0) for side in dense
     )

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 
 from compress.common.extras import MissingExtraError
 from compress.common.files import write_bytes, write_text
-from compress.eval.metrics import GROUPS, arrow, number_text
+from compress.eval.metrics import GROUPS, arrow, number_text, side_text
 from compress.methods.base import Figure, Section
 from compress.reports.run_folder import grouped, metric_of
 
@@ -54,7 +54,11 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, list[Card]]:
     metrics : name -> entry of metrics.json.
     """
     return {
-        GROUPS[group]: [_card(name, metrics[name], group) for name in names]
+        GROUPS[group]: [
+            _card(name, metrics[name], group)
+            for name in names
+            if metrics[name].get("compressed", metrics[name])["value"] is not None
+        ]
         for group, names in grouped(metrics).items()
         if group != "more"
     }
@@ -179,6 +183,7 @@ _TEMPLATES.filters |= {
     "fact": _fact,
     "label": lambda name: metric_of(name).label,
     "number": number_text,
+    "side": side_text,
     "ratio": _ratio,
     "unit": _unit,
 }

@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,8 @@ from compress.parallel import distributed
 from compress.reports.diffusion import write_report
 from compress.runs.recipe import Recipe
 
+logger = logging.getLogger(__name__)
+
 # more real images than this change a distance's third digit, and cost time and memory
 REFERENCE_LIMIT = 10_000
 VALIDATION_LIMIT = 2_048
@@ -57,6 +60,7 @@ SHOWN_SAMPLES = 64
 TIMED_BATCH = 64
 SPEED = ("latency_ms", "images_per_second", "peak_memory_mb")
 BUILTIN_DATA = "builtin:digits"
+NO_WEIGHTS = "not measured: no weights"
 PACKAGES = (
     "compress-models",
     "torch",
@@ -82,6 +86,7 @@ class DiffusionRun:
         self.training = recipe.training()
         self.inputs = inputs_of(self.pipeline)
         self.settings = with_conditions(recipe.evaluate, self.pipeline, self.data)
+        self.lacking = ""  # why some metrics cannot be measured
 
     def job(self, *, resume: bool) -> PruneJob:
         """What the method works on."""
@@ -97,7 +102,9 @@ class DiffusionRun:
     def check_sampling(self) -> None:
         """Refuse a pipeline that cannot be sampled and measured as the recipe says."""
         sampler_of(self.pipeline, self.settings.sampler, self.settings.steps)
-        check_measurable(self.data, self.settings, self.recipe.data)
+        self.lacking = check_measurable(self.data, self.settings, self.recipe.data)
+        if self.lacking:
+            self.settings = _without_distances(self.settings)
 
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Check pipeline, method and disk; the method's own events begin here."""
@@ -108,6 +115,7 @@ class DiffusionRun:
         self._events = self.recipe.method.prune(self.job(resume=resume))
         event = next(self._events)
         plan = f"{self.recipe.model}: {event.message}, output {self.folder}"
+        plan += f"; {self.lacking}" if self.lacking else ""
         yield Event(event.stage, event.step, event.total, event.values, plan)
 
     def compress(self) -> Iterator[Event]:
@@ -189,6 +197,10 @@ class DiffusionRun:
                 values[name] |= found
         table = diffusion.side_by_side(values["dense"], values["compressed"])
         table = {name: entry for name, entry in table.items() if settings.wants(name)}
+        if self.lacking:
+            table = _with_distances(
+                table, lambda side: {"dense": side, "compressed": side, "ratio": None}
+            )
         if distributed.is_main():
             shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
             write_bytes(self.folder / "samples.safetensors", save(shown))
@@ -197,7 +209,7 @@ class DiffusionRun:
             "widths": self.pruned.widths,
             "metrics": table,
             "floor": floor(self.recipe.data, settings.samples),
-            "warnings": diffusion.warnings_of(table),
+            "warnings": diffusion.warnings_of(table) + ([self.lacking] if self.lacking else []),
         }
 
     def _facts(self) -> dict[str, Any]:
@@ -264,7 +276,7 @@ def with_conditions(
     )
 
 
-def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -> None:
+def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -> str:
     """Refuse, before anything is trained or drawn, what could not be measured at the end.
 
     Parameters
@@ -273,10 +285,16 @@ def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -
     settings : how many are drawn, and which metrics are measured.
     source : the data as a recipe names it, which decides the features of the distances.
 
+    Returns
+    -------
+    Why the distances cannot be measured, where nobody asked for them by name and Inception's
+    weights can neither be found nor fetched; else empty.
+
     Raises
     ------
     ValueError : for metrics that these data do not give, too few images, more than memory holds, or
-        Inception weights that can neither be read nor fetched.
+        a file of Inception weights that cannot be read; for weights that cannot be had where
+        ``settings.metrics`` names what needs them.
     """
     extractor = _extractor(source)
     other = {fidelity.INCEPTION: fidelity.DIGITS, fidelity.DIGITS: fidelity.INCEPTION}[extractor]
@@ -303,7 +321,38 @@ def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -
             "lower evaluate.samples"
         )
     if extractor == fidelity.INCEPTION and settings.wants(*distances):
-        distributed.from_main(lambda: fidelity.check_inception(settings.inception_weights))
+        return distributed.from_main(lambda: _lacking(settings))
+    return ""
+
+
+def _lacking(settings: SamplingSettings) -> str:
+    """What is to be said about Inception weights that are not at hand; raises if they must be."""
+    try:
+        fidelity.check_inception(settings.inception_weights)
+    except ValueError as error:
+        if settings.metrics is not None or settings.inception_weights is not None:
+            raise
+        return f"{', '.join(fidelity.metric_names(fidelity.INCEPTION))} {NO_WEIGHTS}: {error}"
+    return ""
+
+
+def _without_distances(settings: SamplingSettings) -> SamplingSettings:
+    others = [name for name in DIFFUSION if name not in fidelity.metric_names(fidelity.INCEPTION)]
+    return settings.model_copy(update={"metrics": tuple(others)})
+
+
+def _with_distances(
+    table: Mapping[str, dict[str, Any]], entry: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Metrics and, in the order of all, a row that says so for each that was not measured."""
+    side = {"value": None, "ci95": None, "n": 0, "why": NO_WEIGHTS}
+    rows = {
+        name: entry(side)
+        | {"better": DIFFUSION[name].better, "unit": DIFFUSION[name].unit, "how": NO_WEIGHTS}
+        for name in fidelity.metric_names(fidelity.INCEPTION)
+    }
+    found = {**table, **rows}
+    return {name: found[name] for name in DIFFUSION if name in found}
 
 
 def _extractor(data: str) -> str:
@@ -386,7 +435,10 @@ def evaluate_pipeline(
     settings = with_conditions(sampling or Sampling(), pipeline, images)
     inputs = inputs_of(pipeline)
     inputs.check(images)
-    check_measurable(images, settings, data)
+    lacking = check_measurable(images, settings, data)
+    if lacking:
+        logger.warning("%s", lacking)
+        settings = _without_distances(settings)
     validation = distributed.from_main(lambda: _validation(pipeline, images, inputs, where))
     values = diffusion.evaluate(
         pipeline,
@@ -399,8 +451,9 @@ def evaluate_pipeline(
     )
     if settings.wants(*SPEED):
         values |= _speed({"model": network}, settings, where)["model"]
-    return {
+    table = {
         name: asdict(values[name]) | {"better": metric.better, "unit": metric.unit}
         for name, metric in DIFFUSION.items()
         if name in values and settings.wants(name) and not name.endswith("_to_dense")
     }
+    return _with_distances(table, dict) if lacking else table

@@ -24,9 +24,10 @@ def dry_run(
     Returns
     -------
     Of a pipeline what its method predicts, ``optimiser_steps``, ``memory_mb`` (weights, gradients
-    and Adam's moments; activations come on top) and ``not_trainable`` (why a pipeline that can be
-    cut cannot be trained here, if so); of a reader what :func:`compress.runs.reader.forecast`
-    predicts. Always ``output`` and ``problems``, the texts of errors that a run would end with.
+    and Adam's moments; activations come on top), ``not_trainable`` (why a pipeline that can be
+    cut cannot be trained here, if so) and ``not_measured`` (metrics, and why, if so); of a reader
+    what :func:`compress.runs.reader.forecast` predicts. Always ``output`` and ``problems``, the
+    texts of errors that a run would end with.
     """
     problems: list[str] = []
 
@@ -74,6 +75,7 @@ def _predict(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> dict[s
         "optimiser_steps": recipe.method.steps + run.training.steps,
         "memory_mb": round(memory, 1),
         "not_trainable": refused,
+        "not_measured": [run.lacking] if run.lacking else [],
     }
 
 
