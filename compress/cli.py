@@ -270,7 +270,7 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Readers: folder of predictions and report.")
+        Path | None, typer.Option(help="Readers only: folder of predictions and report.")
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -288,6 +288,12 @@ def evaluate(
     from compress.models.locate import locate
 
     at = locate(model, kinds[suite])  # type: ignore[arg-type]
+    given = {"--output": output, "--resume": resume, "--overwrite": overwrite}
+    if at.kind != "reader" and (unused := [name for name, value in given.items() if value]):
+        raise ValueError(
+            f"{', '.join(unused)} are for readers, whose texts are kept; got the pipeline {model}; "
+            "leave them out, and write the metrics with --json > metrics.json"
+        )
     several = launch.wanted(processes)
     if several and at.kind == "reader":
         raise ValueError(f"readers run on one process; got --processes {processes}")
