@@ -110,7 +110,7 @@ def test_what_could_not_be_measured(tmp_path, monkeypatch, dry):
     told = "folder:few has 30 images, 3 of them held out; give 31 or more, or name other metrics"
     assert told in run("data=folder:few")
     told = "no network"
-    assert told in run("data=folder:some")
+    assert told in run("data=folder:some", "evaluate.metrics=[fid]")
     assert "could not be reached" not in run("data=folder:few")
     told = "expected as a PyTorch state dict in nowhere.pth"
     assert told in run("data=folder:some", "evaluate.inception_weights=nowhere.pth")
