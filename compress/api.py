@@ -13,7 +13,7 @@ from compress.data.sources import ImageData, Images, load_images
 from compress.methods.base import Method, PruneJob, RuntimeMethod, WeightMethod
 from compress.methods.registry import named
 from compress.methods.training import Training
-from compress.models.pipelines import cast, denoiser, image_shape, plain, wanted, with_parts
+from compress.models.pipelines import cast, condition_of, denoiser, image_shape, plain, with_parts
 from compress.parallel import distributed
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _prune(
     trained = plain(pipeline)
     size, channels = image_shape(trained)
     if isinstance(data, str):
-        data = load_images(data, size, channels, wanted(trained))
+        data = load_images(data, size, channels, condition_of(trained))
     elif not isinstance(data, ImageData):
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ValueError(

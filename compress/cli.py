@@ -145,7 +145,7 @@ def run(
     from compress.runs.recipe import ReaderRecipe, load_recipe
 
     typed = load_recipe(recipe, overrides or ())
-    several = launch.wanted(processes)
+    several = launch.needed(processes)
     if several and isinstance(typed, ReaderRecipe):
         raise ValueError(f"readers run on one process; got --processes {processes}")
     _check_versions()
@@ -288,13 +288,13 @@ def evaluate(
     from compress.models.locate import locate
 
     at = locate(model, kinds[suite])  # type: ignore[arg-type]
-    given = {"--output": output, "--resume": resume, "--overwrite": overwrite}
-    if at.kind != "reader" and (unused := [name for name, value in given.items() if value]):
+    of_readers = {"--output": output, "--resume": resume, "--overwrite": overwrite}
+    if at.kind != "reader" and (unused := [name for name, value in of_readers.items() if value]):
         raise ValueError(
             f"{', '.join(unused)} are for readers, whose texts are kept; got the pipeline {model}; "
             "leave them out, and write the metrics with --json > metrics.json"
         )
-    several = launch.wanted(processes)
+    several = launch.needed(processes)
     if several and at.kind == "reader":
         raise ValueError(f"readers run on one process; got --processes {processes}")
     if several:

@@ -58,16 +58,16 @@ def versions() -> Iterator[Check]:
     yield Check("python", ".".join(map(str, sys.version_info[:3])))
     for requirement in _requirements(""):
         bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
-        wanted = bounds or "any version"
+        supported = bounds or "any version"
         hint = f"run: pip install '{requirement.name}{bounds}'"
         try:
             installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            yield Check(requirement.name, f"missing (supported: {wanted})", False, True, hint)
+            yield Check(requirement.name, f"missing (supported: {supported})", False, True, hint)
             continue
         ok = requirement.specifier.contains(installed, prereleases=True)
-        found = f"{installed} (supported: {wanted})"
-        yield Check(requirement.name, found, ok, True, "" if ok else hint)
+        state = f"{installed} (supported: {supported})"
+        yield Check(requirement.name, state, ok, True, "" if ok else hint)
 
 
 def _requirements(extra: str) -> list[Requirement]:
@@ -158,11 +158,11 @@ def _builtin_models() -> Iterator[Check]:
         count = sum(tensor.numel() for tensor in tensors.values())
         finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
         # of DeepSeek-OCR's layout some are read by nothing: more than the parameters that run
-        found = f"{count:,} values stored, sha256 {sha256(path)[:12]}"
+        state = f"{count:,} values stored, sha256 {sha256(path)[:12]}"
         if finite:
-            yield Check(name, found)
+            yield Check(name, state)
         else:
-            yield Check(name, f"{found}, not all finite", False, True, hint)
+            yield Check(name, f"{state}, not all finite", False, True, hint)
 
 
 def _cache_folder() -> Path:

@@ -13,11 +13,11 @@ from compress.models.pipelines import (
     PIXELS,
     autoencoder_of,
     check_pipeline,
+    condition_of,
     fresh_scheduler,
     image_shape,
     kind_of,
     placed,
-    wanted,
     with_parts,
 )
 
@@ -127,7 +127,7 @@ def sample_batches(
             raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
     size, channels = image_shape(pipeline)
     where = torch.device(device)
-    needed = wanted(pipeline)
+    needed = condition_of(pipeline)
     if bool(conditions) != bool(needed):
         classes = pipeline.unet.config.get("num_class_embeds")
         what = f"a {needed}" if needed else "nothing"
@@ -138,13 +138,20 @@ def sample_batches(
     for start in range(first, first + count, batch):
         indices = range(start, min(start + batch, first + count))
         noise = generators(seed, start, len(indices))
-        given = [conditions[i % len(conditions)] for i in indices] if needed else []
+        batch_conditions = [conditions[i % len(conditions)] for i in indices] if needed else []
         if kind_of(pipeline) is PIXELS:
             images = _denoise(
-                pipeline.unet, scheduler, (channels, *size), noise, given, torch.device(device)
+                pipeline.unet,
+                scheduler,
+                (channels, *size),
+                noise,
+                batch_conditions,
+                torch.device(device),
             )
         else:
-            images = _draw(pipeline, scheduler, steps, noise, given, guidance_scale, where)
+            images = _draw(
+                pipeline, scheduler, steps, noise, batch_conditions, guidance_scale, where
+            )
         if not torch.isfinite(images).all():
             raise ValueError(
                 "samples should be finite; the model produced NaN or infinity, so its weights have "

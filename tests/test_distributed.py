@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from builders import models, programs
 from compress.common.journal import fingerprint
 from compress.parallel import distributed, sharding
-from compress.parallel.launch import _stopped, adopt_slurm, launched, rank, speaks, wanted
+from compress.parallel.launch import _stopped, adopt_slurm, launched, needed, rank, speaks
 from programs.processes import STOP
 
 
@@ -152,13 +152,13 @@ def test_only_the_main_process_writes(driven):
 
 def test_samples_and_metrics_are_those_of_one_process(driven):
     one = load_file(driven / "measured x1 0.safetensors")["samples"]
-    wanted = json.loads((driven / "measured x1 0.json").read_text())
-    assert one.shape == (2, 37, 1, 16, 16) and "fid_digits" in wanted
+    expected = json.loads((driven / "measured x1 0.json").read_text())
+    assert one.shape == (2, 37, 1, 16, 16) and "fid_digits" in expected
     for process in (0, 1):
         two = load_file(driven / f"measured x2 {process}.safetensors")
         assert int(two["per process"]) == process
         assert torch.equal(one, two["samples"])
-        assert json.loads((driven / f"measured x2 {process}.json").read_text()) == wanted
+        assert json.loads((driven / f"measured x2 {process}.json").read_text()) == expected
 
 
 def test_a_process_that_differs_is_named_on_all(driven):
@@ -292,12 +292,12 @@ def test_a_task_of_srun_uses_the_cores_that_it_was_given():
 
 
 def test_who_starts_and_who_speaks(monkeypatch):
-    assert wanted(2) and not wanted(1) and not launched() and rank() == 0 and speaks()
+    assert needed(2) and not needed(1) and not launched() and rank() == 0 and speaks()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert launched() and speaks() and not wanted(2) and not wanted(1)
+    assert launched() and speaks() and not needed(2) and not needed(1)
     with pytest.raises(ValueError, match="started 2 processes, but --processes is 4"):
-        wanted(4)
+        needed(4)
     monkeypatch.setenv("COMPRESS_LAUNCHED", "1")
     assert not speaks()
     monkeypatch.delenv("COMPRESS_LAUNCHED")

@@ -44,7 +44,14 @@ from compress.methods.gradflow.unets import find_groups
 from compress.methods.training import Training
 from compress.models.loading import load_pipeline
 from compress.models.objective import validation_loss
-from compress.models.pipelines import cast, check_pipeline, image_shape, placed, wanted, with_parts
+from compress.models.pipelines import (
+    cast,
+    check_pipeline,
+    condition_of,
+    image_shape,
+    placed,
+    with_parts,
+)
 from compress.reports.comparison import compare
 from compress.runs import diffusion as runs
 from compress.runs.forecast import dry_run
@@ -80,7 +87,7 @@ def start(family, pictures):
         settings = {"steps": RECOVER, "batch": 4, "save_every": 1} | changes
         job = PruneJob(
             pipeline,
-            load_images(source, *size, wanted(pipeline)),
+            load_images(source, *size, condition_of(pipeline)),
             Training(**{"condition_dropout": 0.5, "distill_features": 0.1} | settings),
             "cpu",
             Journal(folder),
@@ -143,7 +150,7 @@ def test_every_family_goes_through_flow_surgery_and_recovery(family, finished, n
     assert len(losses(run)) == FLOW + RECOVER and all(0 < loss < 10 for loss in losses(run))
     assert same(frozen(family(name)), before)
     slim_pipeline = with_parts(family(name), {"unet": slim})
-    conditions = {"caption": ["red"], "label": [1], None: ()}[wanted(slim_pipeline)]
+    conditions = {"caption": ["red"], "label": [1], None: ()}[condition_of(slim_pipeline)]
     images = sampling.sample(
         slim_pipeline, count=2, steps=2, sampler="ddim", seed=0, conditions=conditions
     )
@@ -735,13 +742,15 @@ def test_conditions_and_samplers_that_do_not_fit_are_refused(family, name, chang
 
 def test_labels_as_vectors_are_not_sampled(family):
     pipeline = changed(family, "ddpm", unet=unet(family, "ddpm", class_embed_type="identity"))
-    assert wanted(pipeline) is None
+    assert condition_of(pipeline) is None
     with pytest.raises(ValueError, match="class_labels as vectors"):
         draw(pipeline)
 
 
 def test_no_labels_are_asked_for_where_no_pipeline_hands_them_on(family):
-    assert wanted(changed(family, "ldm", unet=unet(family, "ldm", num_class_embeds=3))) is None
+    assert (
+        condition_of(changed(family, "ldm", unet=unet(family, "ldm", num_class_embeds=3))) is None
+    )
 
 
 def test_options_of_a_pipeline_survive_another_unet(family, tmp_path):

@@ -32,18 +32,18 @@ def parse_shapes(texts: Sequence[str], kind: type[S]) -> list[S]:
 
 
 def _parsed(text: str, kind: type[S]) -> S:
-    given: dict[str, str] = {}
+    values: dict[str, str] = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value) or key in given:
+        if not (key and equals and value) or key in values:
             raise ValueError(
                 f"--shape should be such as visual=4096,batch=8, each key once; got {text!r}"
             )
-        given[key] = value
+        values[key] = value
     adapter = TypeAdapter(kind)
     known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
     try:
-        return adapter.validate_python(given)
+        return adapter.validate_python(values)
     except ValidationError as error:
         wrong = []
         for problem in error.errors():
@@ -51,9 +51,9 @@ def _parsed(text: str, kind: type[S]) -> S:
             if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 wrong.append(f"{key} is none of {', '.join(known)}")
             else:
-                said = problem["msg"].removeprefix("Value error, ")
+                message = problem["msg"].removeprefix("Value error, ")
                 got = f"; got {problem['input']!r}" if key else ""
-                wrong.append(f"{key + ': ' if key else ''}{said}{got}")
+                wrong.append(f"{key + ': ' if key else ''}{message}{got}")
         raise ValueError(f"--shape {text}: {'; '.join(wrong)}; correct it") from error
 
 
@@ -95,12 +95,12 @@ def newest(rows: Sequence[Row]) -> list[Row]:
 
     Earlier ones stay in their file; no table speaks of them any more.
     """
-    found: dict[tuple[Any, ...], Row] = {}
+    latest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         shape = {key: size for key, size in row["shape"].items() if size is not None}
         cell = (row[fact] for fact in ("part", "device", "threads", "clock"))
-        found[*cell, json.dumps(shape, sort_keys=True)] = row
-    return list(found.values())
+        latest[*cell, json.dumps(shape, sort_keys=True)] = row
+    return list(latest.values())
 
 
 def against(ratio: float, bound: float) -> dict[str, float]:

@@ -131,11 +131,11 @@ class Marks:
         """The sum of each name's spans; waits for the GPU."""
         if self.bench.cuda:
             torch.cuda.synchronize()
-        found: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for name, begin, end in self.spans:
             span = begin.elapsed_time(end) if self.bench.cuda else (end - begin) * 1e3
-            found[name] = found.get(name, 0.0) + span
-        return found
+            totals[name] = totals.get(name, 0.0) + span
+        return totals
 
 
 @torch.no_grad()
@@ -143,15 +143,15 @@ def time_spans(
     ways: Mapping[str, Callable[[Marks], Any]], bench: Bench
 ) -> dict[str, list[dict[str, float]]]:
     """Milliseconds of the spans that each way marks, one mapping a repeat, taking turns."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     warmup = min(2, 1 + bench.repeats // 4)
     for repeat in range(warmup + bench.repeats):
         for name, way in ways.items():
             marks = Marks(bench)
             way(marks)
             if repeat >= warmup:
-                found[name].append(marks.milliseconds())
-    return found
+                times[name].append(marks.milliseconds())
+    return times
 
 
 def summarise_spans(repeats: Sequence[Mapping[str, float]]) -> dict[str, Latency]:

@@ -106,10 +106,10 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     facts = read_json(path)
-    found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
-    if found not in (FORMAT, UNSEALED):
+    version = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
+    if version not in (FORMAT, UNSEALED):
         raise ForeignFileError(
-            f"{path} should have format {FORMAT}; got {found!r:.60}; this version of compress "
+            f"{path} should have format {FORMAT}; got {version!r:.60}; this version of compress "
             "cannot read it: make the checkpoint again"
         )
     with foreign(path, "the facts of a checkpoint"):

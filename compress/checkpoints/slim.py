@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from compress.checkpoints.exporting import export, load_options
 from compress.checkpoints.facts import checkpoint_folder, model_card
 from compress.models.free_width import FreeWidthUNet2DModel
-from compress.models.pipelines import denoiser, wanted
+from compress.models.pipelines import condition_of, denoiser
 
 PLAIN = "A plain diffusers pipeline with smaller widths; it needs no extra package:"
 FREE_WIDTHS = f"""\
@@ -56,7 +56,7 @@ def save_slim(
 
     def card(facts: Mapping[str, Any]) -> str:
         widths = [f"- {w['level']}: {w['dense']} -> {w['compressed']}" for w in facts["widths"]]
-        given = "".join(f", {name}={value}" for name, value in options.items())
+        arguments = "".join(f", {name}={value}" for name, value in options.items())
         lines = [
             FREE_WIDTHS if free else PLAIN,
             "",
@@ -64,7 +64,7 @@ def save_slim(
             *(["import torch"] if "torch_dtype" in options else []),
             f"from diffusers import {kind}",
             "",
-            f'pipeline = {kind}.from_pretrained("path/to/this/folder"{given})',
+            f'pipeline = {kind}.from_pretrained("path/to/this/folder"{arguments})',
             "```",
             "",
             *widths,
@@ -73,7 +73,7 @@ def save_slim(
             facts,
             title=f"{facts.get('base_model', 'A diffusion model')}, pruned",
             library="diffusers",
-            task=TASKS[wanted(pipeline)],
+            task=TASKS[condition_of(pipeline)],
             tags=["pruned"],
             usage="\n".join(lines),
         )

@@ -51,8 +51,8 @@ def created(device: str) -> dict[str, Any]:
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """Installed versions by package; those that are not installed are left out."""
-    found = {}
+    versions = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions

@@ -43,7 +43,7 @@ def options_of(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name != "options"]
-        made = [_parameter(name, found) for name, found in fields.items()]
+        made = [_parameter(name, info) for name, info in fields.items()]
 
         @functools.wraps(command)
         def _wrapped(**values: Any) -> None:

@@ -32,11 +32,11 @@ class Settings(BaseModel):
 
 def inputs_of(settings: Settings, above: str = "") -> dict[str, str]:
     """What settings name that is read, by dotted key."""
-    found: dict[str, str] = {}
+    inputs: dict[str, str] = {}
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if isinstance(value, Settings):
-            found |= inputs_of(value, f"{above}{name}.")
+            inputs |= inputs_of(value, f"{above}{name}.")
         elif isinstance(value, str) and field.json_schema_extra == READS:
-            found[f"{above}{name}"] = value
-    return found
+            inputs[f"{above}{name}"] = value
+    return inputs

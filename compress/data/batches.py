@@ -22,8 +22,8 @@ class Examples(NamedTuple):
         parts, start = [], 0
         for images in self.images.chunk(count):
             stop = start + len(images)
-            given = None if self.conditions is None else self.conditions[start:stop]
-            parts.append(Examples(images, given))
+            of_batch = None if self.conditions is None else self.conditions[start:stop]
+            parts.append(Examples(images, of_batch))
             start = stop
         return parts
 

@@ -126,8 +126,8 @@ def _pairs(folder: Path) -> Iterator[OcrPage]:
             f"*.jsonl with {olmocr_bench.PDFS}/ (olmOCR-bench), or images and PDFs with a .txt or "
             ".md beside each; it holds none of these; check the path"
         )
-    told = {text.with_suffix("") for text in texts}
-    others = [p for p in files if p not in texts | set(pages) and p.with_suffix("") in told]
+    described = {text.with_suffix("") for text in texts}
+    others = [p for p in files if p not in texts | set(pages) and p.with_suffix("") in described]
     if others:
         logger.warning(
             "left out, as no image or PDF: %d files with a text beside them, such as %s",
@@ -147,14 +147,14 @@ def _pairs(folder: Path) -> Iterator[OcrPage]:
                 f"{beside[0]} should be the text of one file; {other} and {path} lie beside it; "
                 "move one of them away"
             )
-        found = pages_of(path, path.relative_to(folder).as_posix())
+        inside = pages_of(path, path.relative_to(folder).as_posix())
         # a form feed ends a page, as pdftotext and tesseract write it
         whole = read_text(beside[0]).removesuffix("\f")
-        parts = whole.split("\f") if len(found) > 1 else [whole]
-        if len(parts) != len(found):
+        parts = whole.split("\f") if len(inside) > 1 else [whole]
+        if len(parts) != len(inside):
             raise ValueError(
-                f"{beside[0]} should have the texts of the {len(found)} pages of {path}, with a "
+                f"{beside[0]} should have the texts of the {len(inside)} pages of {path}, with a "
                 f"form feed (U+000C) between two; it has {len(parts)}; split the one or the other"
             )
-        for one, text in zip(found, parts, strict=True):
+        for one, text in zip(inside, parts, strict=True):
             yield replace(one, text=text)

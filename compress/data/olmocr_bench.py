@@ -318,21 +318,21 @@ def read_candidate(bench: Bench, name: str) -> dict[PageId, tuple[str, ...]]:
     ValueError : when a page of ``bench.pages`` is missing, or a file is not UTF-8.
     """
     folder = bench.folder / name
-    found: dict[PageId, dict[int, str]] = {}
+    by_page: dict[PageId, dict[int, str]] = {}
     for path in walk(folder):
         match = re.fullmatch(r"(.+)_pg(\d+)_repeat(\d+)\.md", path.relative_to(folder).as_posix())
         if not match:
             continue
         text = read_text(path)
-        found.setdefault((f"{match[1]}.pdf", int(match[2])), {})[int(match[3])] = text
-    missing = [page for page in bench.pages if page not in found]
+        by_page.setdefault((f"{match[1]}.pdf", int(match[2])), {})[int(match[3])] = text
+    missing = [page for page in bench.pages if page not in by_page]
     if missing:
         raise ValueError(
             f"{folder} should hold a text for each of {len(bench.pages)} pages; {len(missing)} are "
             f"missing, the first is {_file_name(missing[0], 1)}; predict them, or write an empty "
             "file for a page that gave nothing"
         )
-    return {page: tuple(texts[n] for n in sorted(texts)) for page, texts in found.items()}
+    return {page: tuple(texts[n] for n in sorted(texts)) for page, texts in by_page.items()}
 
 
 def write_candidate(bench: Bench, name: str, outputs: Mapping[PageId, Sequence[str]]) -> None:

@@ -57,12 +57,12 @@ def find_pages(
     files: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            found = [file for file in walk(path) if is_page_file(file)]
-            if not found:
+            inside = [file for file in walk(path) if is_page_file(file)]
+            if not inside:
                 raise ValueError(
                     f"{path} should hold page images or PDFs; it holds none; check the path"
                 )
-            files.update(dict.fromkeys(found))
+            files.update(dict.fromkeys(inside))
         elif path.exists():
             files[path] = None
         else:
@@ -128,9 +128,9 @@ def pages_of(
 def _ranges(numbers: str) -> list[tuple[int, int | None]]:
     ranges: list[tuple[int, int | None]] = []
     for part in numbers.split(","):
-        found = re.fullmatch(r"\s*([0-9]+)(?:\s*(-)\s*([0-9]*))?\s*", part)
-        first = int(found[1]) if found else 0
-        last = (int(found[3]) if found[3] else None) if found and found[2] else first
+        match = re.fullmatch(r"\s*([0-9]+)(?:\s*(-)\s*([0-9]*))?\s*", part)
+        first = int(match[1]) if match else 0
+        last = (int(match[3]) if match[3] else None) if match and match[2] else first
         if not first or (last is not None and last < first):
             raise ValueError(
                 f"pages are numbers from 1 and ranges, such as 1-3,7 or 5-; got {numbers!r}"
@@ -147,11 +147,11 @@ def text_files(pages: Sequence[OcrPage]) -> dict[str, Path]:
     ValueError : when two pages would go to one file.
     """
     split = [re.fullmatch(r"(.*?)(?:, page ([0-9]+))?", page.name, re.DOTALL) for page in pages]
-    files = [Path(os.path.abspath(found[1])) for found in split if found]
+    files = [Path(os.path.abspath(match[1])) for match in split if match]
     common = os.path.commonpath([file.parent for file in files]) if files else ""
     named: dict[Path, str] = {}
-    for page, file, found in zip(pages, files, split, strict=True):
-        number = f"_page_{found[2]}" if found and found[2] else ""
+    for page, file, match in zip(pages, files, split, strict=True):
+        number = f"_page_{match[2]}" if match and match[2] else ""
         target = file.relative_to(common).with_name(f"{file.stem}{number}.md")
         if (other := named.setdefault(target, page.name)) != page.name:
             raise ValueError(

@@ -165,8 +165,8 @@ def _from_print(image: Image.Image) -> Image.Image:
     if image.mode == "CMYK" and not profile:
         return image.convert("RGB")
     try:
-        given = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
-        profiles = ImageCms.ImageCmsProfile(given), ImageCms.createProfile("sRGB")
+        source = ImageCms.createProfile("LAB") if image.mode == "LAB" else io.BytesIO(profile)
+        profiles = ImageCms.ImageCmsProfile(source), ImageCms.createProfile("sRGB")
         made = cast(Image.Image, ImageCms.profileToProfile(image, *profiles, outputMode="RGB"))
     except (ImageCms.PyCMSError, OSError):
         made = image.convert("RGB")  # a profile that is damaged, or of other colours

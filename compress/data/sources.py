@@ -20,7 +20,7 @@ from compress.data.pixels import FRAMED, Mode, frame_count, is_image, open_image
 
 logger = logging.getLogger(__name__)
 
-Wanted = Literal["caption", "label"]
+Condition = Literal["caption", "label"]
 Size = int | tuple[int, int]  # the side of a square, or height and width
 
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}  # by the number of channels
@@ -138,11 +138,11 @@ class ImageData:
 
     def __post_init__(self) -> None:
         for part in ("train", "held_out"):
-            images, given = getattr(self, part), getattr(self, f"{part}_conditions")
-            if given is not None and len(given) != len(images):
+            images, described = getattr(self, part), getattr(self, f"{part}_conditions")
+            if described is not None and len(described) != len(images):
                 raise ValueError(
                     f"one condition is expected for each image; {self.name} has {len(images)} "
-                    f"images in {part} and {len(given)} conditions; give as many"
+                    f"images in {part} and {len(described)} conditions; give as many"
                 )
 
     @classmethod
@@ -173,14 +173,14 @@ class Pairs(Dataset[tuple[torch.Tensor, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        given = None if self.conditions is None else self.conditions[index]
-        return self.images[index], given
+        described = None if self.conditions is None else self.conditions[index]
+        return self.images[index], described
 
 
 def stacked(pairs: Iterable[tuple[torch.Tensor, Any]]) -> Examples:
     """Put images of :class:`Pairs` together."""
-    images, given = zip(*pairs, strict=True)
-    return Examples(torch.stack(images), None if given[0] is None else list(given))
+    images, described = zip(*pairs, strict=True)
+    return Examples(torch.stack(images), None if described[0] is None else list(described))
 
 
 def to_tensor(image: Image.Image, size: Size) -> torch.Tensor:
@@ -208,7 +208,7 @@ def load_images(
     source: str,
     size: Size,
     channels: int,
-    wanted: Wanted | None = None,
+    condition: Condition | None = None,
     column: str | None = None,
 ) -> ImageData:
     """Open a data source of a recipe.
@@ -220,7 +220,7 @@ def load_images(
         validation split is held out, of a folder by the name of a subfolder beside ``train``;
         without one, every tenth image is.
     size, channels : what the model takes: the side of a square, or height and width.
-    wanted : what must be known about each image. Captions of a folder are in ``metadata.jsonl``
+    condition : what must be known about each image. Captions of a folder are in ``metadata.jsonl``
         (``file_name`` and the column), its labels are the names of the innermost subfolders, in
         alphabetical order, folders of splits left out.
     column : of the captions or labels; "text" or "label" when None.
@@ -232,7 +232,7 @@ def load_images(
     MissingExtraError : for the hub without `datasets`.
     """
     kind, _, name = source.partition(":")
-    column = column or {"caption": "text", "label": "label", None: ""}[wanted]
+    column = column or {"caption": "text", "label": "label", None: ""}[condition]
     if source == "builtin:digits":
         height, width = _pair(size)
         if (height, width, channels) != (16, 16, 1):
@@ -240,36 +240,36 @@ def load_images(
                 "builtin:digits has 16x16 images with 1 channel; the model takes "
                 f"{height}x{width} with {channels}; choose data that fits the model"
             )
-        return _digits(source, wanted)
+        return _digits(source, condition)
     if channels not in MODES:
         raise ValueError(
             f"images of a folder or of the hub have 1 or 3 channels; the model takes {channels}; "
             "choose another model, or hand in tensors from Python"
         )
     if kind == "folder" and name:
-        return _folder(source, expand(name), size, channels, wanted, column)
+        return _folder(source, expand(name), size, channels, condition, column)
     if kind == "hub" and name:
-        return _hub(source, name, size, channels, wanted, column)
+        return _hub(source, name, size, channels, condition, column)
     raise ValueError(
         f"data must be builtin:digits, folder:PATH or hub:NAME; got {source!r}; name one of these"
     )
 
 
-def _digits(source: str, wanted: Wanted | None) -> ImageData:
-    if wanted == "caption":
+def _digits(source: str, condition: Condition | None) -> ImageData:
+    if condition == "caption":
         raise ValueError(
             f"the model takes captions, and {source} has only labels; choose a folder with "
             f"{METADATA}, or a data set of the hub with a column of texts"
         )
     train, held_out = (digits(half) for half in HALVES)
     images = TensorImages(train[0]), TensorImages(held_out[0])
-    if wanted is None:
+    if condition is None:
         return ImageData(source, images[0], images[1])
     return ImageData(source, images[0], images[1], train[1].tolist(), held_out[1].tolist())
 
 
 def _folder(
-    source: str, folder: Path, size: Size, channels: int, wanted: Wanted | None, column: str
+    source: str, folder: Path, size: Size, channels: int, condition: Condition | None, column: str
 ) -> ImageData:
     if not folder.is_dir():
         raise ValueError(f"data folder expected at {folder}, which does not exist; check the path")
@@ -288,9 +288,9 @@ def _folder(
         )
     parts = _folder_splits(folder, files)
     conditions: Sequence[Any] | None = None
-    if wanted == "caption":
+    if condition == "caption":
         conditions = _folder_captions(folder, files, column)
-    elif wanted == "label":
+    elif condition == "label":
         conditions = _folder_labels(folder, files, parts is not None)
     if parts is None:
         return ImageData.split(source, FileImages(files, size, channels), conditions)
@@ -368,7 +368,7 @@ def _folder_labels(folder: Path, files: Sequence[Path], split: bool) -> list[int
 
 
 def _hub(
-    source: str, name: str, size: Size, channels: int, wanted: Wanted | None, column: str
+    source: str, name: str, size: Size, channels: int, condition: Condition | None, column: str
 ) -> ImageData:
     datasets = _import_datasets()
     try:
@@ -395,7 +395,7 @@ def _hub(
         return HubImages(rows, columns[0], size, channels)
 
     def conditions_of(rows: Any) -> Sequence[Any] | None:
-        return None if wanted is None else _hub_conditions(source, rows, wanted, column)
+        return None if condition is None else _hub_conditions(source, rows, condition, column)
 
     conditions = conditions_of(rows)
     for split in HELD_OUT_SPLITS:
@@ -413,17 +413,17 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _hub_conditions(source: str, rows: Any, wanted: Wanted, column: str) -> Sequence[Any]:
+def _hub_conditions(source: str, rows: Any, condition: Condition, column: str) -> Sequence[Any]:
     datasets = _import_datasets()
     feature = rows.features.get(column)
     kind = getattr(feature, "dtype", None)
-    if wanted == "caption" and kind in ("string", "large_string"):
+    if condition == "caption" and kind in ("string", "large_string"):
         return HubColumn(rows, column)
-    if wanted == "label" and isinstance(feature, datasets.ClassLabel | datasets.Value):
+    if condition == "label" and isinstance(feature, datasets.ClassLabel | datasets.Value):
         if "int" in str(kind):
             return [int(label) for label in rows[column]]
     what = {"caption": "captions, a column of texts", "label": "labels, a column of integers"}
     raise ValueError(
-        f"the model takes {what[wanted]}; {source} has {column!r} = {feature} among "
-        f"{list(rows.features)}; name the column with columns.{wanted}, or choose another data set"
+        f"the model takes {what[condition]}; {source} has {column!r} = {feature} among "
+        f"{list(rows.features)}; name the column with columns.{condition}, or choose other data"
     )

@@ -19,8 +19,8 @@ _KINDS: tuple[type[Method], ...] = (GradFlow, OneShot, RTPrune, FastOCR)
 
 
 def _named(base: type[M]) -> dict[str, type[M]]:
-    found = {kind.model_fields["name"].default: kind for kind in _KINDS if issubclass(kind, base)}
-    return dict(found)
+    kinds = {kind.model_fields["name"].default: kind for kind in _KINDS if issubclass(kind, base)}
+    return dict(kinds)
 
 
 METHODS = _named(Method)

@@ -85,8 +85,8 @@ def load_deepseek_ocr(
         config = native_config(check_config(config_file))
         with torch.device("meta"):
             unused = unused_weights(config)
-        wanted = weight_shapes(config)
-    compare(folder, {name: t for name, t in stored.items() if name not in unused}, wanted)
+        expected = weight_shapes(config)
+    compare(folder, {name: t for name, t in stored.items() if name not in unused}, expected)
     processor = load_processor(folder)
     config.image_token_id = processor.image_token_id
     config.text_config.pad_token_id = processor.tokenizer.pad_token_id

@@ -285,8 +285,8 @@ def original_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     for native, tensor in state.items():
         name = native
         for pattern, replacement in RENAMED:
-            name, found = re.subn(pattern, replacement, name)
-            if found:
+            name, replaced = re.subn(pattern, replacement, name)
+            if replaced:
                 break
         if name.endswith("mlp.experts.gate_up_proj"):
             for i, expert in enumerate(tensor):

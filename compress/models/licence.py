@@ -24,11 +24,12 @@ def licence_of(folder: Path, model: str) -> str:
         return OURS
     card = _metadata(folder / "README.md")
     named = [str(card[key]) for key in KEYS if key in card]
-    found = [*named, *(f"see {path.name}" for path in licence_files(folder))]
+    statements = [*named, *(f"see {path.name}" for path in licence_files(folder))]
     where = f"where {model} came from"
     if not expand(model).is_dir():
         where = f"at https://huggingface.co/{model}"
-    return "; ".join(found) or f"stated neither in its README.md nor in a LICENSE; look {where}"
+    unknown = f"stated neither in its README.md nor in a LICENSE; look {where}"
+    return "; ".join(statements) or unknown
 
 
 def licence_id(folder: Path) -> str | None:
@@ -50,7 +51,7 @@ def _metadata(card: Path) -> dict[str, object]:
         return {}
     before, *parts = card.read_text(encoding="utf8", errors="replace").split("---\n", 2)
     try:
-        found = yaml.safe_load(parts[0]) if len(parts) == 2 and not before.strip() else None
+        metadata = yaml.safe_load(parts[0]) if len(parts) == 2 and not before.strip() else None
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}

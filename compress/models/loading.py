@@ -93,8 +93,8 @@ def load_pipeline(model: str | ModelFolder) -> DiffusionPipeline:
     index = _read_index(folder)
     kind = _pipeline_class(folder, index)
     required, options = kind._get_signature_keys(kind)
-    given: dict[str, Any] = {name: index[name] for name in options if name in index}
-    names = [*required, *(name for name, value in given.items() if isinstance(value, list))]
+    arguments: dict[str, Any] = {name: index[name] for name in options if name in index}
+    names = [*required, *(name for name, value in arguments.items() if isinstance(value, list))]
     parts = {name: _part(folder, kind, name, index.get(name)) for name in names}
     networks = [part.folder for part in parts.values() if part and part.is_network]
     variants = {variant for variant in map(variant_of, networks) if variant}
@@ -103,9 +103,9 @@ def load_pipeline(model: str | ModelFolder) -> DiffusionPipeline:
             f"{folder} should have weights of one variant; its parts have "
             f"{', '.join(sorted(variants))}; take all parts from one"
         )
-    given |= {name: part and part.load() for name, part in parts.items()}
+    arguments |= {name: part and part.load() for name, part in parts.items()}
     with foreign(folder, f"a {kind.__name__}", RESTORE):
-        pipeline = kind(**given)
+        pipeline = kind(**arguments)
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
 
@@ -174,20 +174,20 @@ def _part(folder: Path, kind: type[DiffusionPipeline], name: str, value: Any) ->
 
 
 def _part_class(index: Path, name: str, value: list[str]) -> type:
-    library, found = value
+    library, class_name = value
     if value == OUR_UNET:
         return FreeWidthUNet2DModel
     module = _attribute(diffusers.pipelines, library)
     if library in LIBRARIES:
         module = importlib.import_module(library)
-    kind = _attribute(module, found)
+    kind = _attribute(module, class_name)
     if isinstance(kind, type) and issubclass(kind, LOADED):
         return kind
     raise ForeignFileError(
         f"{index} should say of the {name} which model, scheduler, tokenizer or image processor of "
-        f"{' or '.join(LIBRARIES)} it is; got {found} of {library}, which is none of diffusers "
-        f"{diffusers.__version__} and transformers {transformers.__version__}, and code that comes "
-        "with a model is not run; choose another model"
+        f"{' or '.join(LIBRARIES)} it is; got {class_name} of {library}, which is none of "
+        f"diffusers {diffusers.__version__} and transformers {transformers.__version__}, and code "
+        "that comes with a model is not run; choose another model"
     )
 
 

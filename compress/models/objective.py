@@ -12,14 +12,14 @@ from torch import nn
 
 from compress.common.cost import unet_inputs
 from compress.data.batches import Batch, Examples, by_chance, noise_and_timesteps, noise_of
-from compress.data.sources import ImageData, Images, Pairs, Wanted, stacked
+from compress.data.sources import Condition, ImageData, Images, Pairs, stacked
 from compress.models.pipelines import (
     autoencoder_of,
     check_pipeline,
+    condition_of,
     fresh_scheduler,
     image_shape,
     kind_of,
-    wanted,
 )
 
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
@@ -68,8 +68,8 @@ def _check_texts(pipeline: DiffusionPipeline) -> None:
     condition = inputs_of(pipeline).condition
     if condition.modules:
         with torch.no_grad():
-            given = condition([""], [False], next(condition.modules[0].parameters()).device)
-        takes, gets = _widths(unet_inputs(pipeline.unet)), _widths(given)
+            inputs = condition([""], [False], next(condition.modules[0].parameters()).device)
+        takes, gets = _widths(unet_inputs(pipeline.unet)), _widths(inputs)
         for name, width in gets.items():
             if takes[name] != width:
                 raise ValueError(
@@ -148,7 +148,7 @@ class Conditioner(Protocol):
     modules: Sequence[nn.Module]
 
     def __call__(
-        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
         """``dropped`` says of each sample whether the UNet shall not know its condition."""
         ...
@@ -192,7 +192,7 @@ class Unconditional:
     modules: Sequence[nn.Module] = ()
 
     def __call__(
-        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
         """Nothing."""
         return {}
@@ -207,10 +207,10 @@ class Labels:
         self.classes = classes
 
     def __call__(
-        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
         """``class_labels`` ``(batch,)``."""
-        return {"class_labels": torch.tensor(given, dtype=torch.long, device=device)}
+        return {"class_labels": torch.tensor(conditions, dtype=torch.long, device=device)}
 
 
 class Prompts:
@@ -228,10 +228,10 @@ class Prompts:
         self.modules: Sequence[nn.Module] = (encoder,)
 
     def __call__(
-        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
         """``encoder_hidden_states`` ``(batch, tokens, width)``."""
-        texts = _without(given, dropped)
+        texts = _without(conditions, dropped)
         tokens = _tokens(self.tokenizer, texts, self.length, device)
         mask = None
         if getattr(self.encoder.config, "use_attention_mask", False):
@@ -260,10 +260,10 @@ class XLPrompts:
         self.modules: Sequence[nn.Module] = tuple(encoder for _, encoder in pairs)
 
     def __call__(
-        self, given: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
         """``encoder_hidden_states`` ``(batch, tokens, width)`` and ``added_cond_kwargs``."""
-        texts = _without(given, dropped)
+        texts = _without(conditions, dropped)
         hidden, pooled = [], torch.empty(0)
         for tokenizer, encoder in self.pairs:
             tokens = _tokens(tokenizer, texts, tokenizer.model_max_length, device)
@@ -281,14 +281,14 @@ class XLPrompts:
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 
-def _without(given: Sequence[Any] | None, dropped: Sequence[bool]) -> list[str]:
-    for text in given or ():
+def _without(conditions: Sequence[Any] | None, dropped: Sequence[bool]) -> list[str]:
+    for text in conditions or ():
         if not isinstance(text, str):
             raise ValueError(
                 f"captions should be texts; got {text!r}; mend the data, or name another column "
                 "with columns.caption"
             )
-    return ["" if gone else text for text, gone in zip(given or (), dropped, strict=True)]
+    return ["" if gone else text for text, gone in zip(conditions or (), dropped, strict=True)]
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> Any:
@@ -309,7 +309,7 @@ class Inputs:
 
     def __init__(
         self,
-        wants: Wanted | None = None,
+        wants: Condition | None = None,
         encode: Encoder | None = None,
         condition: Conditioner | None = None,
     ) -> None:
@@ -334,15 +334,15 @@ class Inputs:
         if data.train_conditions is None or data.held_out_conditions is None:
             raise ValueError(
                 f"the model takes a {self.wants} with each image; {data.name} gives images alone; "
-                f"load it with load_images(..., wanted={self.wants!r}), or give an ImageData with "
-                "conditions"
+                f"load it with load_images(..., condition={self.wants!r}), or give an ImageData "
+                "with conditions"
             )
         if isinstance(self.condition, Labels) and self.condition.classes is not None:
-            found = {*data.train_conditions, *data.held_out_conditions}
-            if not found <= set(range(self.condition.classes)):
+            labels = {*data.train_conditions, *data.held_out_conditions}
+            if not labels <= set(range(self.condition.classes)):
                 raise ValueError(
                     f"the model knows labels from 0 to {self.condition.classes - 1}; {data.name} "
-                    f"has labels from {min(found)} to {max(found)}; choose data that fits the model"
+                    f"has labels from {min(labels)} to {max(labels)}; choose data that fits it"
                 )
 
     def to(self, device: torch.device | str) -> "Inputs":
@@ -385,7 +385,7 @@ def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
 
     Of a pipeline that ``check_pipeline`` refuses, nothing but pixels: enough to plan with.
     """
-    kind, wants = kind_of(pipeline), wanted(pipeline)
+    kind, wants = kind_of(pipeline), condition_of(pipeline)
     parts = [part for pair in kind.encoders for part in pair] if kind else []
     if kind is None or any(getattr(pipeline, part, None) is None for part in parts):
         return Inputs()

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import nn
 
 from compress.common.cost import sample_size, unet_inputs
-from compress.data.sources import Wanted
+from compress.data.sources import Condition
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def denoiser(pipeline: Any) -> tuple[str, Any]:
     )
 
 
-def wanted(pipeline: Any) -> Wanted | None:
+def condition_of(pipeline: Any) -> Condition | None:
     """What the data must say about each image for this pipeline: a caption, a label or nothing."""
     kind = kind_of(pipeline)
     if kind is None:
@@ -194,7 +194,7 @@ def _check_plain(name: str, part: nn.Module) -> None:
     registries = [getattr(module, "_diffusers_hook", None) for module in modules]
     hooked = any(hasattr(module, "_hf_hook") for module in modules)
     hooked |= any(registry is not None and registry.hooks for registry in registries)
-    found = {
+    unusable = {
         "is quantised; load the original weights": getattr(part, "is_quantized", False)
         or not all(p.is_floating_point() for p in weights),
         # of which save_pretrained writes no other weights
@@ -207,7 +207,7 @@ def _check_plain(name: str, part: nn.Module) -> None:
             p.is_meta for p in weights
         ),
     }
-    for what, there in found.items():
+    for what, there in unusable.items():
         if there:
             raise ValueError(f"methods work on plain weights; the {name} {what}")
 
@@ -342,14 +342,14 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 @contextlib.contextmanager
 def placed(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Let modules be in evaluation mode on a device; training flags and places return on exit."""
-    found = [(module, _device(module)) for module in modules]
-    training = {part: part.training for module, _ in found for part in module.modules()}
+    places = [(module, _device(module)) for module in modules]
+    training = {part: part.training for module, _ in places for part in module.modules()}
     try:
-        for module, _ in found:
+        for module, _ in places:
             module.eval().to(device)
         yield
     finally:
-        for module, home in found:
+        for module, home in places:
             module.to(home)
         for part, flag in training.items():
             part.training = flag

@@ -74,11 +74,11 @@ def try_pages(
     pages : each opened here, and named by its error.
     """
     places, inputs, errors = open_prompts(model, processor, pages, prompt)
-    found = {place: Reading("", 0, 0, False, error) for place, error in errors.items()}
+    readings_of = {place: Reading("", 0, 0, False, error) for place, error in errors.items()}
     if places:
         readings = _generate(model, processor, inputs, max_new_tokens)
-        found.update(zip(places, readings, strict=True))
-    return [found[place] for place in range(len(pages))]
+        readings_of.update(zip(places, readings, strict=True))
+    return [readings_of[place] for place in range(len(pages))]
 
 
 def open_prompts(

@@ -26,7 +26,7 @@ def read_model(model_class: Any, folder: Path, dtype: torch.dtype, config: Any =
         configuration says.
     """
     check_weights(folder, model_class, config)
-    given = {} if config is None else {"config": config}
+    arguments = {} if config is None else {"config": config}
     with foreign(folder, f"a {model_class.__name__}"), silent_transformers():
         model = model_class.from_pretrained(
             folder,
@@ -34,6 +34,6 @@ def read_model(model_class: Any, folder: Path, dtype: torch.dtype, config: Any =
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            **given,
+            **arguments,
         )
     return model.eval()

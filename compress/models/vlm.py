@@ -108,8 +108,10 @@ def load_processor_of(model: str | Path | ModelFolder) -> Any:
         # by the model's kind, where transformers knows: the automatic class would ask on the
         # terminal whether to run the code of a folder that names none of transformers' classes
         known = "unlimited_ocr" if kind == UNLIMITED_OCR else kind
-        found = getattr(transformers, PROCESSOR_MAPPING_NAMES.get(known, AutoProcessor.__name__))
-        processor = found.from_pretrained(folder, **safe)
+        processor_class = getattr(
+            transformers, PROCESSOR_MAPPING_NAMES.get(known, AutoProcessor.__name__)
+        )
+        processor = processor_class.from_pretrained(folder, **safe)
         if not hasattr(processor, "image_processor"):
             raise ForeignFileError(f"{folder} has no settings of an image processor; restore them")
         if kind in ADAPTERS:

@@ -77,9 +77,9 @@ def variant_of(folder: Path) -> str | None:
     ------
     ValueError : where there are no plain weights, and those of several variants.
     """
-    found = set(variants(folder).values())
-    named = sorted(variant for variant in found if variant)
-    if None in found or not named:
+    present = set(variants(folder).values())
+    named = sorted(variant for variant in present if variant)
+    if None in present or not named:
         return None
     if len(named) > 1:
         raise ForeignFileError(
@@ -110,20 +110,20 @@ def stored_tensors(folder: Path, variant: str | None = None) -> dict[str, Stored
     for path, names in _weight_files(folder, variant).items():
         with foreign(path, "safetensors"), safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            found = {
+            shard = {
                 name: Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
                 for name, tensor in slices.items()
             }
-        for name in sorted(names - found.keys()):
+        for name in sorted(names - shard.keys()):
             raise ForeignFileError(
                 f"{path} should hold {name}, as the index beside it says; it does not; restore both"
             )
-        for name in sorted(tensors.keys() & found.keys()):
+        for name in sorted(tensors.keys() & shard.keys()):
             raise ForeignFileError(
                 f"{name} should be stored once; {tensors[name].file} and {path} both hold it; "
                 "restore the weights"
             )
-        tensors |= found
+        tensors |= shard
     return tensors
 
 
@@ -192,7 +192,7 @@ def check_inside(folder: Path, path: Path) -> None:
     """
     home, target = folder.resolve(), path.resolve()
     snapshots = [above for above in home.parents if above.name == "snapshots"]
-    cached = [above / "blobs" for found in snapshots for above in list(found.parents)[:2]]
+    cached = [above / "blobs" for snapshot in snapshots for above in list(snapshot.parents)[:2]]
     if not any(target.is_relative_to(allowed) for allowed in (home, *cached)):
         raise ForeignFileError(
             f"{path} should lie in {folder}; it leads to {target}; put the file itself there"
@@ -306,7 +306,7 @@ def check_weights(
 
 
 def compare(
-    folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]
+    folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Refuse weights that lack a tensor, or hold one of another shape.
 
@@ -314,18 +314,20 @@ def compare(
     ----------
     folder : as messages call it.
     stored : of :func:`stored_tensors`.
-    wanted : the shapes that the model has by its ``config.json``, by the names that are stored.
+    expected : the shapes that the model has by its ``config.json``, by the names that are stored.
 
     Raises
     ------
     ValueError : naming the file and the first such tensor.
     """
     differ = {
-        name: (stored[name].shape, wanted[name])
-        for name in wanted.keys() & stored.keys()
-        if stored[name].shape != wanted[name]
+        name: (stored[name].shape, expected[name])
+        for name in expected.keys() & stored.keys()
+        if stored[name].shape != expected[name]
     }
-    _report(folder, stored, wanted.keys() - stored.keys(), stored.keys() - wanted.keys(), differ)
+    _report(
+        folder, stored, expected.keys() - stored.keys(), stored.keys() - expected.keys(), differ
+    )
 
 
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -363,11 +365,11 @@ def _report(
             f"missing, among them {min(missing)}; restore the weights"
         )
     for name in sorted(shapes):
-        found, wanted = shapes[name]
+        shape, expected = shapes[name]
         raise ForeignFileError(
-            f"{stored[name].file if name in stored else whole}: {name} should have shape {wanted} "
-            f"by {folder / 'config.json'} and has {found}; {len(shapes)} tensors do not fit; "
-            "restore both files"
+            f"{stored[name].file if name in stored else whole}: {name} should have shape "
+            f"{expected} by {folder / 'config.json'} and has {shape}; {len(shapes)} tensors do not "
+            "fit; restore both files"
         )
     if extra:
         logger.warning(

@@ -153,7 +153,7 @@ def check_same(what: str, tensors: Mapping[str, torch.Tensor], *facts: object) -
     common, votes = Counter(sums).most_common(1)[0]
     if 2 * votes <= len(sums):
         common = sums[0]
-    odd = [str(index) for index, found in enumerate(sums) if found != common]
+    odd = [str(index) for index, total in enumerate(sums) if total != common]
     if odd:
         raise ProcessesDifferError(
             f"{what} should be the same on all {len(sums)} processes; process {', '.join(odd)} "

@@ -42,7 +42,7 @@ def speaks() -> bool:
     return not launched() or (rank() == 0 and OURS not in os.environ)
 
 
-def wanted(processes: int) -> bool:
+def needed(processes: int) -> bool:
     """Whether this process must start that many others.
 
     Raises

@@ -67,9 +67,11 @@ def check_blocks(accelerator: Accelerator, unet: torch.nn.Module) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
         return
-    asked = plugin.transformer_cls_names_to_wrap or getattr(unet, "_no_split_modules", None) or []
+    requested = (
+        plugin.transformer_cls_names_to_wrap or getattr(unet, "_no_split_modules", None) or []
+    )
     there = {type(module).__name__ for module in unet.modules()}
-    absent = sorted(set(asked) - there)
+    absent = sorted(set(requested) - there)
     if absent:
         blocks = sorted(name for name in there if "Block" in name)
         raise ValueError(
@@ -113,14 +115,14 @@ def gathered(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[
     tensors : by name, the same on every process.
     keep : whether this process wants them; all must take part.
     """
-    found = {}
+    wholes = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor().detach()
             tensor = tensor.cpu() if keep else tensor
         if keep:
-            found[name] = tensor
-    return found
+            wholes[name] = tensor
+    return wholes
 
 
 def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

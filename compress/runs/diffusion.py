@@ -40,11 +40,11 @@ from compress.models.objective import (
     validation_loss,
 )
 from compress.models.pipelines import (
+    condition_of,
     default_guidance,
     denoiser,
     image_shape,
     placed,
-    wanted,
     with_parts,
 )
 from compress.parallel import distributed
@@ -244,7 +244,7 @@ def parameters(model: torch.nn.Module) -> int:
 
 def load_data(source: str, pipeline: DiffusionPipeline, columns: Columns) -> ImageData:
     """Images as a pipeline draws them, with what its denoiser must know about each."""
-    condition = wanted(pipeline)
+    condition = condition_of(pipeline)
     column = None if condition is None else getattr(columns, condition)
     return load_images(source, *image_shape(pipeline), condition, column)
 
@@ -265,10 +265,10 @@ def with_conditions(
             f"none; got {guidance:g}; leave it out"
         )
     conditions: Sequence[Any] = ()
-    if wanted(pipeline) == "caption":
+    if condition_of(pipeline) == "caption":
         held_out = data.held_out_conditions or ()
         conditions = [held_out[i] for i in range(min(len(held_out), REFERENCE_LIMIT))]
-    elif wanted(pipeline) == "label":
+    elif condition_of(pipeline) == "label":
         conditions = sorted({*(data.train_conditions or ())})
     scale = default if guidance is None else guidance
     return SamplingSettings(

@@ -78,8 +78,8 @@ class _Walk:
                 stream = self._resample(f"up_blocks.{i}.upsamplers.{j}.conv", stream)
         stream.add("conv_norm_out", "norm")
         stream.add("conv_out", "in")
-        for found in self._streams:
-            self._group(found.slots, found.width)
+        for each in self._streams:
+            self._group(each.slots, each.width)
         return in_forward_order(self.groups, self.unet)
 
     def _stream(self, producer: str) -> _Stream:
