@@ -291,8 +291,8 @@ def evaluate(
     of_readers = {"--output": output, "--resume": resume, "--overwrite": overwrite}
     if at.kind != "reader" and (unused := [name for name, value in of_readers.items() if value]):
         raise ValueError(
-            f"{', '.join(unused)} are for readers, whose texts are kept; got the pipeline {model}; "
-            "leave them out, and write the metrics with --json > metrics.json"
+            f"only readers take {', '.join(unused)}, for the texts that they read; {model} is a "
+            "pipeline; leave it out, and write the metrics with --json > metrics.json"
         )
     several = launch.needed(processes)
     if several and at.kind == "reader":

@@ -266,8 +266,8 @@ def test_eval_hands_its_settings_on(invoke, library):
     for options, parts in (
         (("--samples", "1"), ["--samples: Input should be greater than or equal to 4; got 1"]),
         (("--mode", "large"), ["--mode is not for diffusion pipelines"]),
-        (("--output", "here", "--resume"), ["--output, --resume are for readers", "some/model"]),
-        (("--overwrite",), ["--overwrite are for readers"]),
+        (("--output", "here", "--resume"), ["only readers take --output, --resume", "some/model"]),
+        (("--overwrite",), ["only readers take --overwrite"]),
     ):
         refused = invoke("eval", "some/model", *options)
         assert refused.exit_code == 2 and all(part in refused.stderr for part in parts)
