@@ -89,7 +89,7 @@ def apply(
         _refuse_unused(
             "methods that change how a model runs", data=data, training=training, device=device
         )
-        if processor is not None and not hasattr(processor, "save_pretrained"):
+        if processor is not None and not hasattr(processor, "tokenizer"):
             raise ValueError(
                 f"a processor of transformers is expected; got {_kind(processor)}; give the "
                 ".processor of what compress.load_reader returns, or leave it out"

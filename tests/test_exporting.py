@@ -181,7 +181,7 @@ def test_every_part_but_the_unet_is_the_sources_file_for_file(made, name):
 def test_a_dry_run_predicts_groups_widths_macs_and_the_size(made, tmp_path, name):
     folder, found, _ = made
     source, dense, slim, _, _, method, groups = found[name]
-    data = pipelines.pictures(tmp_path / "pictures")
+    data = pipelines.pictures(tmp_path / "pictures", 40)
     recipe = {
         "model": str(source),
         "data": f"folder:{data}",

@@ -425,7 +425,7 @@ def test_max_move_may_be_exactly_the_largest_drop():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     run = start(oneshot(criterion="magnitude"), training(steps=20, lr=1e30))
-    with pytest.raises(ValueError, match=r"training diverged; lower recover\.lr"):
+    with pytest.raises(ValueError, match=r"diverged; start again with a lower recover\.lr"):
         drain(run.events())
 
 

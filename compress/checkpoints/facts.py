@@ -249,7 +249,7 @@ def _metrics_table(metrics: Mapping[str, Any]) -> list[str]:
         "| metric | dense | compressed | n |",
         "|---|---|---|---|",
         *(
-            f"| {plain(name)} | {_value(entry['dense'])} | {_value(entry['compressed'])} "
+            f"| {name} | {_value(entry['dense'])} | {_value(entry['compressed'])} "
             f"| {entry['compressed'].get('n', '')} |"
             for name, entry in metrics.items()
         ),
