@@ -288,7 +288,7 @@ def test_a_file_that_was_added_and_might_be_loaded_is_named(folder, name):
 def test_files_that_nothing_loads_may_be_added(folder):
     for name in (".gitattributes", "notes.md", "samples.png", "train.jsonl"):
         (folder / name).write_text("")
-    load(folder)
+    assert "unet" in load(folder).components
 
 
 def test_a_folder_that_was_linked_in_is_named(folder, tmp_path):
