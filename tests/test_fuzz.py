@@ -19,7 +19,7 @@ SECONDS = 5  # after which a case counts as one that never ends
 ODD = [None, True, -1, 0, 7, 0.5, 1e308, "", "x", "a\nb", "x" * 100_000, [], {}, [[]], [{"a": {}}]]
 ODD += [{"a": None}, [None], -(10**30), "../x", "torch.float64"]
 KEYS = ["", "a\nb", "\x1b[2J", "\ud800", "x" * 10_000, "auto_map", "../x"]
-RECIPES = Path(compress.__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 TIERS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 CASES = {"recipe": 8, "json": 6, "safetensors": 12}  # for each file and seed
 
