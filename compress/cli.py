@@ -458,7 +458,7 @@ def bench(
     results: Annotated[Path | None, typer.Option(help="File to append the rows to.")] = None,
     crossover: Annotated[
         Path | None,
-        typer.Option(help="File to write to from which size on the method is faster."),
+        typer.Option(help="New file for the sizes from which on the method is faster."),
     ] = None,
     as_json: Json = False,
     device: Device = None,
@@ -529,7 +529,7 @@ def tables(
             _say(line)
     rendered = {table.name: table.render() for table in chosen}
     for path, text in documents.items():
-        write_text(path, fill(text, rendered))
+        write_text(path.resolve(), fill(text, rendered))
     typer.echo("\n\n".join(f"## {name}\n\n{text}" for name, text in rendered.items()))
 
 

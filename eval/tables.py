@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.common.files import json_lines
+from compress.common.foreign import foreign
 
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
@@ -22,13 +23,8 @@ def read_rows(path: Path) -> list[Row]:
         return []
     rows = []
     for number, line in json_lines(path):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} should be a JSON object but does not parse: {error}; "
-                "remove the line"
-            ) from error
+        with foreign(f"{path}, line {number}", "a JSON object", "remove the line"):
+            rows.append(dict(json.loads(line)))
     return rows
 
 

@@ -237,6 +237,12 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
         asked += ["--shape", shape]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
+    table = tmp_path / "crossover.json"
+    table.write_text("mine")
+    for wrong in ("--results", "--crossover"):
+        refused = CliRunner().invoke(app, [*asked, wrong, str(table)])
+        assert refused.exit_code == 2 and table.read_text() == "mine"
+        assert str(table) in refused.output or name != "fastocr"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["part"] for row in rows[:2]] == ["copy", "matrix"]
     assert all(set(row) >= COMMON and row["bench"] == name for row in rows)

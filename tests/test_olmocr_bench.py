@@ -386,6 +386,10 @@ def test_documents_in_subfolders_and_candidates(tmp_path):
     assert bench.pages == (("sub/b.pdf", 1), ("sub/b.pdf", 2))
     outputs = {("sub/b.pdf", 1): ("one",), ("sub/b.pdf", 2): ("x", "\u00e9", "x")}
     write_candidate(bench, "ours", outputs)
+    with pytest.raises(FileExistsError, match="a set of texts of compress already"):
+        write_candidate(bench, "ours", outputs)
+    with pytest.raises(FileExistsError, match="pdfs holds something"):
+        write_candidate(bench, "pdfs", outputs, overwrite=True)
     assert (tmp_path / "bench" / "ours" / "sub" / "b_pg2_repeat3.md").is_file()
     assert read_candidate(bench, "ours") == outputs
     assert score_olmocr_bench(bench, outputs).metrics["score"].value == 1

@@ -361,6 +361,11 @@ def test_folder_round_trip(tmp_path):
     predictions = {"one.png": "a\r\n\u00e9", "two.jpg": ""}
     write_predictions(tmp_path / "out", predictions)
     assert (tmp_path / "out" / "two.md").is_file()
+    write_predictions(tmp_path / "out", predictions, overwrite=True)
+    (tmp_path / "out" / "mine.md").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="also mine.md"):
+            write_predictions(tmp_path / "out", predictions, overwrite=overwrite)
     assert read_predictions(tmp_path / "out", pages)["two.jpg"] == ""
     assert score_omnidocbench(pages, predictions).metrics["teds"].value == 0
 

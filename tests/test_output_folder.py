@@ -116,10 +116,10 @@ def test_what_is_foreign_is_named_and_kept(used, name):
     "names",
     [
         ("recipe.yaml", ".git/config", "data/a.png", "thesis.tex"),
-        ("report.html", "metrics.json", "checkpoint/compress.json"),
+        ("a.html", "report.html", "metrics.json", "checkpoint/compress.json"),
         (".recipe.yaml.swp",),
         (".checkpoint-backup/weights",),
-        (".compress",),
+        (".compress", "mine"),
     ],
 )
 def test_a_folder_without_our_marker_is_left_alone(tmp_path, names, options):
@@ -130,6 +130,15 @@ def test_a_folder_without_our_marker_is_left_alone(tmp_path, names, options):
             check(tmp_path / "p", **options)
         assert "--overwrite" not in str(e.value) and names[0].split("/")[0] in str(e.value)
         assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [FRESH, OVERWRITE, RESUME])
+def test_a_run_that_lacks_its_marker_is_told_how_to_get_it_back(used, tmp_path, options):
+    shutil.copytree(used, tmp_path / "copy", ignore=lambda *_: [".compress"])
+    with pytest.raises(FileExistsError, match=r"lacks the marker \.compress .*copy \.compress too"):
+        check_target(tmp_path / "copy", **options)
+    shutil.copy(used / ".compress", tmp_path / "copy")
+    check_target(tmp_path / "copy", **RESUME)
 
 
 def test_what_a_kill_at_the_first_file_leaves_is_ours(tmp_path):
@@ -177,6 +186,27 @@ def test_inputs_and_output_lie_apart(tmp_path, monkeypatch, output, given):
     with pytest.raises(ValueError, match=f"data is {given.removeprefix('folder:')}, the output"):
         check_apart(tmp_path / output, {"model": "builtin:x", "data": given})
     check_apart(tmp_path / "R2", {"model": "builtin:x", "data": given, "other": "~nobody/R2"})
+
+
+def test_what_an_input_leads_to_lies_apart_from_the_output_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(
+        tmp_path, "R/checkpoint/weights", "R/imgs/a.png", "D/b.png", "deep/c.png", "M/compress.json"
+    )
+    (tmp_path / "D" / "loop").symlink_to(tmp_path / "D")
+    (tmp_path / "D" / "self").symlink_to(tmp_path / "D" / "self")
+    (tmp_path / "M2").symlink_to(tmp_path / "M")
+    write_json(tmp_path / "M" / "compress.json", {"weights": {"model": "R/checkpoint"}})
+    for model in ("M", "M2"):
+        with pytest.raises(ValueError, match=f"is {model}, which reads .*R/checkpoint, the output"):
+            check_apart(tmp_path / "R", {"model": model})
+        check_apart(tmp_path / "R2", {"model": model})
+    # through two links, the second of which is a file
+    (tmp_path / "D" / "more").symlink_to(tmp_path / "deep")
+    check_apart(tmp_path / "R", {"data": "folder:D"})
+    (tmp_path / "deep" / "a.png").symlink_to(tmp_path / "R" / "imgs" / "a.png")
+    with pytest.raises(ValueError, match="data is D, which reads .*R/imgs/a.png"):
+        check_apart(tmp_path / "R", {"data": "folder:D"})
 
 
 def test_every_input_of_a_recipe_is_found():

@@ -344,12 +344,12 @@ def test_the_learning_rate_warms_up_and_falls_on_the_last_level_only():
 
 
 def test_the_script_leaves_a_model_with_its_log(tmp_path, monkeypatch):
-    run, output = tmp_path / "run", tmp_path / "reader"
+    run, output = tmp_path / "run", tmp_path / "run" / "model"
     monkeypatch.setattr(train_reader_qwen, "build_model", tiny_model)
-    arguments = ["train.py", "--run", str(run), "--output", str(output), "--final", "2"]
+    arguments = ["train.py", "--run", str(run), "--final", "2"]
     monkeypatch.setattr("sys.argv", arguments)
     monkeypatch.setattr(Trainer, "evaluate", lambda self, model: 0.5)
-    reader_training.train("", train_reader_qwen.build, TINY[:1], output)
+    reader_training.train("", train_reader_qwen.build, TINY[:1])
     log = (output / "train.jsonl").read_text()
     assert log == (run / "log.jsonl").read_text() and '"cer": 0.5' in log
     assert (output / "model.safetensors").is_file()
@@ -357,18 +357,18 @@ def test_the_script_leaves_a_model_with_its_log(tmp_path, monkeypatch):
 
 def test_a_stored_reader_is_polished_on_the_last_level(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", lambda self, model: 0.5)
-    first, second = tmp_path / "first", tmp_path / "second"
+    first, second = tmp_path / "a" / "model", tmp_path / "b" / "model"
     monkeypatch.setattr(train_reader_qwen, "build_model", tiny_model)
     command = ["train.py", "--final", "2", "--lr", "0", "--run"]
     monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "a")])
-    reader_training.train("", train_reader_qwen.build, TINY[:1], first)
+    reader_training.train("", train_reader_qwen.build, TINY[:1])
     begun = (first / "train.jsonl").read_text()
     assert begun.splitlines()[-1].startswith('{"event": "evaluation", "step": 2')
     # it reads better now, or nothing would be published
     monkeypatch.setattr(Trainer, "evaluate", lambda self, model: 0.25)
     monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "b"), "--polish", str(first)])
     torch.manual_seed(5)
-    reader_training.train("", train_reader_qwen.build, TINY, second)
+    reader_training.train("", train_reader_qwen.build, TINY)
     rows = [json.loads(line) for line in (second / "train.jsonl").read_text().splitlines()]
     assert (second / "train.jsonl").read_text().startswith(begun)
     assert [(r["event"], r["step"], r["level"]) for r in rows[-2:]] == [
@@ -382,5 +382,10 @@ def test_a_stored_reader_is_polished_on_the_last_level(tmp_path, monkeypatch):
 def test_the_script_refuses_to_write_into_an_old_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train_reader_qwen.py", "--run", str(tmp_path)])
     with pytest.raises(SystemExit):
-        reader_training.train("", train_reader_qwen.build, TINY, tmp_path / "reader")
+        reader_training.train("", train_reader_qwen.build, TINY)
     assert "exists; give --resume" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["train_reader_qwen.py", "--run", str(tmp_path), "--resume"])
+    with pytest.raises(FileExistsError, match="lacks the marker"):
+        reader_training.train("", train_reader_qwen.build, TINY)
+    assert (tmp_path / "log.jsonl").read_text() == "mine"

@@ -8,7 +8,8 @@ from typing import Any
 from compress.bench.rows import Row, ceiling_rows, parse_shapes
 from compress.bench.timing import Bench, measure_ceilings
 from compress.common.environment import choose_device
-from compress.common.files import read_json, write_json
+from compress.common.files import write_json
+from compress.common.output_folder import check_new_file
 from compress.eval.tables import append_row, read_rows
 
 
@@ -55,8 +56,8 @@ def bench(
     repeats, clock : see :class:`compress.bench.timing.Bench`.
     device : CUDA where there is any when None.
     results : file of JSON lines to which rows are appended as they are made.
-    crossover : table into which the crossover of this device is written, from these rows and the
-        earlier ones of the results file.
+    crossover : new file for the table of crossovers by device, from these rows and the earlier ones
+        of the results file.
 
     Yields
     ------
@@ -64,25 +65,32 @@ def bench(
 
     Raises
     ------
-    ValueError : for a shape that is none, a device that is not there, or a benchmark without
-        crossovers where one is to be written.
+    ValueError : for a shape that is none, a device that is not there, a results file that holds
+        anything but rows, or a benchmark without crossovers where one is to be written.
+    FileExistsError : when the table of crossovers is there.
     """
     if crossover is not None and benchmark.crossovers is None:
         raise ValueError(
             f"a crossover needs a benchmark that measures one; got {benchmark.name}; leave "
             "--crossover out"
         )
+    if crossover is not None:
+        check_new_file(crossover)
     where = Bench(choose_device(device), repeats, clock)
     sizes = parse_shapes(shapes, benchmark.shape) or benchmark.default_shapes(where.device)
     rows = read_rows(results) if results is not None else []
+    if any("bench" not in row for row in rows):
+        raise ValueError(
+            f"rows of compress bench are expected in {results}, which holds something else; name "
+            "another --results"
+        )
     for row in _rows(benchmark, sizes, where):
         rows.append(row)
         if results is not None:
             append_row(results, row)
         yield row
     if crossover is not None and benchmark.crossovers is not None:
-        table = read_json(crossover) if crossover.exists() else {}
-        write_json(crossover, table | benchmark.crossovers(rows))
+        write_json(crossover, benchmark.crossovers(rows))
 
 
 def _rows(benchmark: Benchmark, sizes: Sequence[Any], where: Bench) -> Iterator[Row]:

@@ -17,11 +17,12 @@ from typing import Any
 
 import yaml
 
-from compress.common.files import atomic_folder, read_json, remove, unfinished, write_json
+from compress.common.files import atomic_folder, expand, read_json, remove, unfinished, write_json
 from compress.common.foreign import foreign
 
 MARKER = ".compress"
-CHECKPOINT, CHECKPOINT_FACTS, PAGES = "checkpoint", "compress.json", "set of pages"
+CHECKPOINT, CHECKPOINT_FACTS = "checkpoint", "compress.json"
+PAGES, TEXTS = "set of pages", "set of texts"
 LOCK, REPORT = ".lock", "report.html"
 # what runs and evaluations write; their checkpoint lists its other files
 NAMES = (
@@ -57,12 +58,18 @@ def check_target(folder: Path, *, resume: bool, overwrite: bool) -> None:
     names = sorted(entry.name for entry in folder.iterdir() if not _is_leftover(folder, entry))
     if not names:
         return
+    others = not_ours(folder)
+    if not _is_marked(folder) and not others:
+        raise FileExistsError(
+            f"output folder {folder} looks like a run, but lacks the marker {MARKER} by which "
+            "compress knows its own, as of an early version or of a copy without hidden files; "
+            f"copy {MARKER} too, move the folder away, or choose another --output"
+        )
     if not _is_marked(folder):
         raise FileExistsError(
             f"output folder {folder} holds what is no run of compress: {_some(names)}; choose "
             "another --output"
         )
-    others = not_ours(folder)
     if overwrite and others:
         raise FileExistsError(
             f"--overwrite removes only what compress wrote, and output folder {folder} also holds "
@@ -85,23 +92,41 @@ def check_apart(folder: Path, inputs: Mapping[str, str | Path]) -> None:
     ----------
     folder : to be written.
     inputs : what is read by what it is called: paths, ``folder:PATH``, or names of another kind,
-        which are not looked at.
+        which are not looked at. What links below a folder lead to is read, too, and so is the
+        model that a runtime checkpoint refers to.
 
     Raises
     ------
     ValueError : naming both, wherever links lead.
     """
-    target = Path(folder).resolve()
+    target = Path(os.path.realpath(folder))
     for name, given in inputs.items():
         path = os.path.expanduser(str(given).removeprefix("folder:"))
-        if not os.path.exists(path):
+        for real in _read_with(Path(path)):
+            if target == real or target in real.parents or real in target.parents:
+                what = (
+                    path if str(real) == os.path.realpath(path) else f"{path}, which reads {real}"
+                )
+                raise ValueError(
+                    f"output and input must not lie in one another; {name} is {what}, the output "
+                    f"folder {folder}; choose another --output, or move the input"
+                )
+
+
+def _read_with(path: Path) -> Iterator[Path]:
+    """Where what is read of a path really lies: itself, and what it leads to from there."""
+    left, seen = [path], set[Path]()
+    while left:
+        at = left.pop()
+        real = Path(os.path.realpath(at))  # which takes loops of links, too
+        if real in seen or not real.exists():
             continue
-        real = Path(path).resolve()
-        if target == real or target in real.parents or real in target.parents:
-            raise ValueError(
-                f"output and input must not lie in one another; {name} is {path}, the output "
-                f"folder {folder}; choose another --output, or move the input"
-            )
+        seen.add(real)
+        yield real
+        for folder, folders, files in os.walk(real):
+            left += [p for p in (Path(folder, n) for n in (*folders, *files)) if p.is_symlink()]
+        with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+            left.append(expand(read_json(real / CHECKPOINT_FACTS)["weights"]["model"]))
 
 
 def is_finished(folder: Path) -> bool:

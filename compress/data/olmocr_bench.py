@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from compress.common.files import is_litter, json_lines, read_text, walk, write_text
-from compress.common.output_folder import PAGES, new_folder
+from compress.common.output_folder import PAGES, TEXTS, new_folder
 
 PDFS = "pdfs"
 # (document, page number from 1)
@@ -335,13 +335,32 @@ def read_candidate(bench: Bench, name: str) -> dict[PageId, tuple[str, ...]]:
     return {page: tuple(texts[n] for n in sorted(texts)) for page, texts in by_page.items()}
 
 
-def write_candidate(bench: Bench, name: str, outputs: Mapping[PageId, Sequence[str]]) -> None:
-    """Write a candidate's texts, each page's repeats numbered from 1, for `read_candidate`."""
-    for page, texts in outputs.items():
-        for repeat, text in enumerate(texts, start=1):
-            path = bench.folder / name / _file_name(page, repeat)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
+def write_candidate(
+    bench: Bench,
+    name: str,
+    outputs: Mapping[PageId, Sequence[str]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a candidate's texts, each page's repeats numbered from 1, for `read_candidate`.
+
+    Parameters
+    ----------
+    bench : the benchmark, in whose folder the candidate's is.
+    name : of the candidate; its folder is new or empty, or with ``overwrite`` was written so.
+    outputs : by page, one text or more.
+    overwrite : replace what is there.
+
+    Raises
+    ------
+    FileExistsError : when the folder holds something that is not to be replaced.
+    """
+    with new_folder(bench.folder / name, TEXTS, overwrite=overwrite) as temporary:
+        for page, texts in outputs.items():
+            for repeat, text in enumerate(texts, start=1):
+                path = temporary / _file_name(page, repeat)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, text)
 
 
 def _file_name(page: PageId, repeat: int) -> str:

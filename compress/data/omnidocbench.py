@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from compress.common.files import read_json, read_text, write_json, write_text
-from compress.common.output_folder import PAGES, new_folder
+from compress.common.output_folder import PAGES, TEXTS, new_folder
 
 ANNOTATIONS = "OmniDocBench.json"
 
@@ -170,11 +170,24 @@ def read_predictions(folder: Path, pages: Sequence[Page]) -> dict[str, str]:
     return predictions
 
 
-def write_predictions(folder: Path, predictions: Mapping[str, str]) -> None:
-    """Write image name -> Markdown as files that `read_predictions` finds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for image, text in predictions.items():
-        write_text(folder / f"{Path(image).stem}.md", text)
+def write_predictions(
+    folder: Path, predictions: Mapping[str, str], *, overwrite: bool = False
+) -> None:
+    """Write image name -> Markdown as files that `read_predictions` finds.
+
+    Parameters
+    ----------
+    folder : new or empty, or with ``overwrite`` one that was written so.
+    predictions : by image.
+    overwrite : replace what is there.
+
+    Raises
+    ------
+    FileExistsError : when the folder holds something that is not to be replaced.
+    """
+    with new_folder(folder, TEXTS, overwrite=overwrite) as temporary:
+        for image, text in predictions.items():
+            write_text(temporary / f"{Path(image).stem}.md", text)
 
 
 def _page(entry: Any, where: str) -> Page:

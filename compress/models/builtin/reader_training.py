@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import os
 import random
 import re
 import time
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.common.files import json_lines, write_text
 from compress.common.journal import Journal
+from compress.common.output_folder import claim
 from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
 from compress.models.vlm import load_vlm
@@ -326,9 +328,7 @@ class Reader:
     loss: Loss = cross_entropy
 
 
-def train(
-    description: str, build: Callable[[], Reader], levels: tuple[Level, ...], output: Path
-) -> None:
+def train(description: str, build: Callable[[], Reader], levels: tuple[Level, ...]) -> None:
     """The command line of a reader's training script.
 
     Parameters
@@ -336,10 +336,11 @@ def train(
     description : of the script.
     build : the untrained reader, from torch's random state.
     levels : of its curriculum.
-    output : where the model folder goes by default.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--run", type=Path, required=True, help="folder of log and state")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="new folder of log, state and model"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state in --run")
     parser.add_argument(
         "--polish", type=Path, help="model folder from whose weights the last level begins anew"
@@ -349,14 +350,19 @@ def train(
     parser.add_argument("--lr", type=float, default=Plan.lr)
     parser.add_argument("--final", type=int, default=Plan.final, help="steps on the last level")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=output, help="model folder to write")
     args = parser.parse_args()
-    if not args.resume and args.run.exists():
+    if not args.resume and os.path.lexists(args.run):
         parser.error(f"{args.run} exists; give --resume to go on, or another folder")
+    with claim(args.run, "training", resume=args.resume, overwrite=False):
+        _train(args, build, levels)
 
+
+def _train(
+    args: argparse.Namespace, build: Callable[[], Reader], levels: tuple[Level, ...]
+) -> None:
+    output = args.run / "model"
     torch.manual_seed(args.seed)
     reader = build()
-    args.run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         reader.model.to(args.device),
         encode=reader.encode,
@@ -371,13 +377,13 @@ def train(
         trainer.polish(args.polish)
 
     def publish(model: torch.nn.Module) -> None:
-        reader.save(model, args.output)
+        reader.save(model, output)
         keep_log()
 
     def keep_log() -> None:
         rows = [json.dumps(row) + "\n" for row in trainer.journal.rows]
-        write_text(args.output / "train.jsonl", "".join(rows))
+        write_text(output / "train.jsonl", "".join(rows))
 
     trainer.run(300, publish)
-    if args.output.is_dir():  # its last rows, where the last weights were not the best
+    if output.is_dir():  # its last rows, where the last weights were not the best
         keep_log()

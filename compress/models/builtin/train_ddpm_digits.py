@@ -1,4 +1,4 @@
-"""Train the built-in `ddpm-digits` pipeline: python compress/models/builtin/train_ddpm_digits.py.
+"""Train the built-in `ddpm-digits` pipeline: python train_ddpm_digits.py --output DIR.
 
 A UNet2DModel DDPM on half a of scikit-learn's digits at 16x16. Seeded; writes the pipeline folder
 and `train.jsonl` (training loss and the validation loss of the averaged weights on half b).
@@ -14,10 +14,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.nn import functional as F
 
+from compress.common.output_folder import check_replaceable
 from compress.data.batches import StepSampler, noise_and_timesteps
 from compress.data.digits import digits
-
-HERE = Path(__file__).parent
 
 
 def build_unet(dropout: float) -> UNet2DModel:
@@ -57,8 +56,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=HERE / "ddpm-digits")
+    parser.add_argument("--output", type=Path, required=True, help="new folder of the pipeline")
     args = parser.parse_args()
+    check_replaceable(args.output, "pipeline", overwrite=False)
 
     torch.manual_seed(args.seed)
     unet = build_unet(dropout=0.1)

@@ -1,25 +1,28 @@
-"""Train the two digit classifiers: python compress/models/builtin/train_digits_features.py.
+"""Train the two digit classifiers: python compress/models/builtin/train_digits_features.py DIR.
 
 `digits-features` (the extractor of `fid_digits`) learns half a, `digits-judge` half b; each is
-tested on the other half. Seeded; writes weights, config and `train.jsonl` beside this script.
+tested on the other half. Seeded; writes weights, config and `train.jsonl` into new folders below DIR.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from compress.common.output_folder import check_replaceable
 from compress.data.batches import StepSampler
 from compress.data.digits import digits
 from compress.models.digits_features import DigitsFeatures
 
-HERE = Path(__file__).parent
 
-
-def train(name: str, half: str, width: int, seed: int, steps: int = 1500, batch: int = 64) -> None:
+def train(
+    folder: Path, half: str, width: int, seed: int, steps: int = 1500, batch: int = 64
+) -> None:
     """Train one classifier with random shifts of at most one pixel and a little pixel noise."""
+    check_replaceable(folder, "classifier", overwrite=False)
     torch.manual_seed(seed)
     model = DigitsFeatures(width)
     images, labels = digits(half)
@@ -42,9 +45,8 @@ def train(name: str, half: str, width: int, seed: int, steps: int = 1500, batch:
             rows.append(
                 {"step": step + 1, "loss": round(loss.item(), 5), "accuracy": round(accuracy, 5)}
             )
-            print(name, rows[-1], flush=True)
-    folder = HERE / name
-    folder.mkdir(exist_ok=True)
+            print(folder.name, rows[-1], flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     config = {"width": width, "trained_on_half": half, "seed": seed, "steps": steps}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -52,5 +54,6 @@ def train(name: str, half: str, width: int, seed: int, steps: int = 1500, batch:
 
 
 if __name__ == "__main__":
-    train("digits-features", half="a", width=32, seed=0)
-    train("digits-judge", half="b", width=24, seed=1)
+    parent = Path(sys.argv[1])
+    train(parent / "digits-features", half="a", width=32, seed=0)
+    train(parent / "digits-judge", half="b", width=24, seed=1)

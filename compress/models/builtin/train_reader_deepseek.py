@@ -2,7 +2,7 @@
 
 A small DeepSeek-OCR (SAM and CLIP encoders, newline and separator tokens, shared and routed
 experts) that transcribes rendered pages, character by character. Needs --run DIR. Seeded; DIR gets
-the log and a state from which --resume goes on after a kill; the model folder, in the layout of
+the log and a state from which --resume goes on after a kill; DIR/model, in the layout of
 `deepseek-ai/DeepSeek-OCR`, is written whenever the character error rate on validation pages of the
 last level falls, measured on the weights as stored.
 """
@@ -19,6 +19,7 @@ from transformers import (
     UnlimitedOcrForConditionalGeneration,
 )
 
+from compress.common.files import atomic_folder
 from compress.data.pages import SQUARE_PAGE, Difficulty, Page
 from compress.models.builtin.reader_training import (
     Level,
@@ -31,7 +32,6 @@ from compress.models.deepseek_ocr import save_deepseek_ocr
 from compress.models.deepseek_ocr_processor import IMAGE_TOKEN, DeepseekOcrProcessor
 from compress.models.deepseek_ocr_views import Mode
 
-HERE = Path(__file__).parent
 PATCH = 4  # a visual token covers 16x16 pixels: about two characters of one line
 SIDE = SQUARE_PAGE.size[0]  # 14x14 visual tokens, 14 newlines and a separator
 MOST_NEW_TOKENS = 400
@@ -247,7 +247,8 @@ def save(
     processor: DeepseekOcrProcessor, model: UnlimitedOcrForConditionalGeneration, folder: Path
 ) -> None:
     """Write the model folder in float16, atomically."""
-    save_deepseek_ocr(as_stored(model).half(), processor, folder)
+    with atomic_folder(folder) as temporary:
+        save_deepseek_ocr(as_stored(model).half(), processor, temporary)
 
 
 def build() -> Reader:
@@ -263,4 +264,4 @@ def build() -> Reader:
 
 
 if __name__ == "__main__":
-    train(__doc__, build, LEVELS, HERE / "reader-deepseek")
+    train(__doc__, build, LEVELS)

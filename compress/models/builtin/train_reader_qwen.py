@@ -1,8 +1,8 @@
 """Train the built-in `reader-qwen`: python compress/models/builtin/train_reader_qwen.py --run DIR.
 
 A small Qwen2.5-VL that transcribes rendered pages, character by character. Seeded; DIR gets the log
-and a state from which --resume goes on after a kill; the model folder is written whenever the
-character error rate on validation pages of the last level falls, measured on the weights as stored.
+and a state from which --resume goes on after a kill; DIR/model is written whenever the character
+error rate on validation pages of the last level falls, measured on the weights as stored.
 """
 
 from functools import partial
@@ -28,7 +28,6 @@ from compress.models.builtin.reader_training import (
     train,
 )
 
-HERE = Path(__file__).parent
 PATCH, MERGE = 8, 2  # a visual token covers 16x16 pixels: about two characters of one line
 MOST_NEW_TOKENS = 640
 SPECIALS = [
@@ -182,4 +181,4 @@ def build() -> Reader:
 
 
 if __name__ == "__main__":
-    train(__doc__, build, LEVELS, HERE / "reader-qwen")
+    train(__doc__, build, LEVELS)
