@@ -1,7 +1,7 @@
 """Train the two digit classifiers: python compress/models/builtin/train_digits_features.py DIR.
 
 `digits-features` (the extractor of `fid_digits`) learns half a, `digits-judge` half b; each is
-tested on the other half. Seeded; writes weights, config and `train.jsonl` into new folders below DIR.
+tested on the other half. Seeded; writes weights, config and `train.jsonl` below DIR.
 """
 
 import json
