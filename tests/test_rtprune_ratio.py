@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.signal import correlate2d
 
+from compress.methods.rtprune import RTPrune
 from compress.methods.rtprune.ratio import distinctness, keep_fraction, textual_density
 
 
@@ -96,3 +97,17 @@ def test_features_without_tokens_are_refused():
         distinctness(torch.ones(8))
     with pytest.raises(ValueError, match="at least one row and one column is expected; got 0x4"):
         textual_density(torch.ones(1, 3, 8, 8), (0, 4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "modes"), [((400, 256, 64, 256), ["Tiny", "Base"]), ((400, 196), [])]
+)
+def test_pages_of_a_mode_below_large_bring_the_published_figures(sizes, modes):
+    pages = [{"prunable": size} for size in sizes]
+    facts = {"pages": pages, "total": {"visual_tokens": 100, "visual_kept": 80}}
+    counts = RTPrune().count([facts])
+
+    assert counts["tokens_kept"] == 0.8
+    said = " ".join(RTPrune().warnings(counts))
+    assert [mode for mode in ("Tiny", "Small", "Base") if mode in said] == modes
+    assert ("from 84.83 to 81.48 in Base (256 tokens)" in said) == ("Base" in modes)
