@@ -51,6 +51,13 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
+def dense(family):
+    """What the family writes without the method."""
+    _, model, _, inputs = family
+    return write(model, inputs)
+
+
+@pytest.fixture(scope="module")
 def intern():
     """With plain position ids, for loops of one's own: Qwen's are generate's business."""
     model, processor = fastocr.model("internvl", layers=4)
@@ -182,9 +189,9 @@ def _spied(monkeypatch):
 # ---- every family ----------------------------------------------------------------------------
 
 
-def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, monkeypatch):
+def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, dense, monkeypatch):
     name, model, _, inputs = family
-    tokens, logits = write(model, inputs)
+    tokens, logits = dense
     gathered = _spied(monkeypatch)
     with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
         found_tokens, found_logits = write(model, inputs)
@@ -446,9 +453,9 @@ def test_inputs_that_generate_takes_without_what_processors_add(family, extras):
 # ---- the periphery -------------------------------------------------------------------------------
 
 
-def test_with_all_tokens_in_the_fixation_the_periphery_is_empty(family):
+def test_with_all_tokens_in_the_fixation_the_periphery_is_empty(family, dense):
     name, model, processor, inputs = family
-    tokens, logits = write(model, inputs)
+    tokens, logits = dense
     method = FastOCR(keep_visual=1.0, focal_layers=[1], periphery=4)
     with method.attach(model) as handle:
         found_tokens, found_logits = write(model, inputs)

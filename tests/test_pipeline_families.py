@@ -57,6 +57,8 @@ from compress.runs import diffusion as runs
 from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 NAMES = ("ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text")
 PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
 FLOW, RECOVER = 4, 2
@@ -508,7 +510,7 @@ def test_rectangles_are_cut_trained_and_drawn_in_their_shape(family, pictures, n
     assert unet_cost(pipeline.unet).macs < 0.6 * unet_cost(square.unet).macs
     found = compress.apply(
         pipeline,
-        OneShot(keep_macs=keep, steps=0, criterion_batches=1),
+        OneShot(keep_macs=keep, steps=0, criterion="taylor"),
         data=f"folder:{pictures}",
         training=Training(steps=1, batch=2),
         device="cpu",
@@ -522,7 +524,8 @@ def test_sizes_and_images_that_no_unet_of_the_kind_takes_are_refused_at_the_star
     family, pictures, tmp_path
 ):
     odd = changed(family, "ddpm", unet=unet(family, "ddpm", sample_size=15))
-    method, images = OneShot(steps=0), TensorImages(torch.zeros(20, 1, 16, 16))
+    method = OneShot(steps=0, criterion="taylor")
+    images = TensorImages(torch.zeros(20, 1, 16, 16))
     with pytest.raises(ValueError, match="divisible by 2.* got 15x15"):
         compress.apply(odd, method, data=images, device="cpu")
     # of other data than pictures it may have as many channels as it likes

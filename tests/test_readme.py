@@ -14,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from compress.cli import app
+from compress.methods.fastocr import figures
 from compress.runs.recipe import list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -52,19 +53,31 @@ def ran(block: str) -> list[list[str]]:
     return [] if block.startswith(NOT_RUN) else commands(block)
 
 
+def trains(arguments: list[str]) -> bool:
+    return arguments[0] == "run" and "--dry-run" not in arguments
+
+
 def quickly(arguments: list[str]) -> list[str]:
-    """The arguments of a command, with further overrides where it trains."""
-    if arguments[0] != "run" or "--dry-run" in arguments:
-        return arguments
-    return [*arguments, *(part for override in SHORT for part in ("--set", override))]
+    """The arguments of a command, with further ones where it trains or reads pages."""
+    if trains(arguments):
+        return [*arguments, *(part for override in SHORT for part in ("--set", override))]
+    if arguments[0] in ("read", "eval", "calibrate"):
+        return [*arguments, "--max-new-tokens", "16"]
+    return arguments
 
 
 def smaller(code: str) -> str:
-    """The code with fewer images a step and shorter texts, which decide nothing but its time."""
-    texts = '"evaluate.samples=2"'
-    assert code.count("batch=8)") + code.count(texts) == 1
-    shorter = f'{texts}, "evaluate.max_new_tokens=64"'
-    return code.replace("batch=8)", "batch=2)").replace(texts, shorter)
+    """The code with fewer steps, images and words, which decide nothing but its time."""
+    code = re.sub(r"(steps|batch)=\d+", r"\1=2", code)
+    code = re.sub(r"(\.read\(\[\w+\])", r"\1, max_new_tokens=16", code)
+    return re.sub(r'("evaluate.)(samples=\d+")', r'\1\2, \1max_new_tokens=16"', code)
+
+
+@pytest.fixture
+def short_runs(tmp_path, monkeypatch, quick_runs):
+    """An empty folder, and short films of pages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "NEW_TOKENS", 16)
 
 
 def invoke(*arguments: str) -> str:
@@ -101,25 +114,23 @@ def test_readme_installs_what_there_is():
 
 
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_readme_commands_run(training, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_readme_commands_run(training, short_runs):
     lines = [line for block in blocks(README, "bash") for line in ran(block)]
     lines = [line[1:] for line in lines if line[0] == "compress"]
     # those that need what a trained run leaves come right behind it
-    first = next(n for n, line in enumerate(lines) if line != quickly(line))
+    first = next(n for n, line in enumerate(lines) if trains(line))
     last = next(n for n, line in enumerate(lines) if n > first and line[0] not in ("run", "show"))
     chosen = lines[first:last] if training else lines[:first] + lines[last:]
     assert len(chosen) > 1 and all(invoke(*quickly(arguments)) for arguments in chosen)
 
 
-def test_readme_python_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_readme_python_runs(short_runs):
     made = next(line for b in blocks(README, "bash") for line in commands(b) if "pages" in line)
     invoke(*made[1:])
     python = blocks(README, "python")
     assert len(python) == 3
-    for block in [smaller(python[0]), python[1], smaller(python[2])]:
-        exec(compile(block, "README.md", "exec"), {})
+    for block in python:
+        exec(compile(smaller(block), "README.md", "exec"), {})
 
 
 def test_readme_recipe_is_that_of_the_main_job(tmp_path):
@@ -207,16 +218,13 @@ def test_recipes_of_documents_are_valid(document, tmp_path):
 # ---- the notebook --------------------------------------------------------------------------------
 
 
-def test_the_notebook_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_notebook_runs(short_runs):
     notebook = json.loads((ROOT / "recipes" / "quickstart.ipynb").read_text(encoding="utf8"))
     assert notebook["nbformat"] == 4
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    code[0]["source"] = smaller("".join(code[0]["source"]))
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     names: dict[str, object] = {"__name__": "__main__"}
     for number, cell in enumerate(code):
-        source = "".join(cell["source"])
-        tree = ast.parse(source)
-        exec(compile(tree, f"cell {number}", "exec"), names)
+        source = smaller("".join(cell["source"]))
+        exec(compile(source, f"cell {number}", "exec"), names)
     assert "quickstart" not in {name for name, _ in list_recipes()}
