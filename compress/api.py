@@ -1,6 +1,7 @@
 """``compress.apply``: one call for every method."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -9,6 +10,7 @@ from compress.checkpoints.applied import Applied, Compressed
 from compress.common.environment import choose_device
 from compress.common.events import drain
 from compress.common.journal import Journal
+from compress.common.settings import did_you_mean
 from compress.data.sources import ImageData, Images, load_images
 from compress.methods.base import Method, PruneJob, RuntimeMethod, WeightMethod
 from compress.methods.registry import named
@@ -48,6 +50,7 @@ def apply(
     training: Training | None = None,
     device: str | None = None,
     processor: Any = None,
+    **unknown: Any,
 ) -> Compressed | Applied:
     """Compress a model in memory.
 
@@ -72,8 +75,11 @@ def apply(
 
     Raises
     ------
-    ValueError : for a method that does not suit the model, or arguments that it has no use for.
+    ValueError : for a method that does not suit the model, arguments that it has no use for, and
+        unknown ones.
     """
+    if unknown:
+        _refuse_unknown(method, unknown)
     several = isinstance(method, Sequence) and not isinstance(method, str)
     methods = [_instance(one) for one in (method if several else [method])]
     weights = [one for one in methods if isinstance(one, WeightMethod)]
@@ -117,6 +123,20 @@ def _instance(method: Any) -> Method:
         f"a method is expected, or the name of one; got {_kind(method)}; make an instance by "
         "calling its class"
     )
+
+
+def _refuse_unknown(method: Any, unknown: Mapping[str, Any]) -> None:
+    """Refuse what is no argument of apply; the settings of a method are given to the method."""
+    parameters = inspect.signature(apply).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    kind = named(method) if isinstance(method, str) else type(method)
+    settings = [*kind.model_fields] if issubclass(kind, Method) else []
+    told = f"compress.apply takes {', '.join(known)}"
+    if settings:
+        told += f", and {kind.__name__} is made with {', '.join(settings)}"
+    got = "; ".join(f"{name}{did_you_mean(name, [*known, *settings])}" for name in unknown)
+    example = kind.__name__ if settings else "FastOCR"
+    raise ValueError(f"{told}; got {got}; give settings as in apply(model, {example}(...))")
 
 
 def _kind(value: Any) -> str:

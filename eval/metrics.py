@@ -15,6 +15,8 @@ GROUPS: Mapping[Group, str] = MappingProxyType(
 
 # ends the name of a metric over the pages in a font that no training page has
 UNSEEN_FONT = "_unseen_font"
+# begins the name of a benchmark's rate of one of its files
+PASS_RATE = "pass_rate_"
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def metric(name: str, others: Mapping[str, Metric] = MappingProxyType({})) -> Me
     if known is None:
         # a benchmark has a rate for each of its files
         label = (stem[:1].upper() + stem[1:]).replace("_", " ")
-        known = Metric(label, "higher" if stem.startswith("pass_rate_") else "")
+        known = Metric(label, "higher" if stem.startswith(PASS_RATE) else "")
     if not unseen:
         return known
     label, heading = (f"{text}, unseen font" for text in (known.label, known.column()))

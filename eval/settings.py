@@ -1,21 +1,51 @@
 """What an evaluation depends on: the settings that recipes, Python and the command line share."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
 from compress.common.settings import READS, Count, Pages, Settings
-from compress.eval.metrics import DIFFUSION
+from compress.eval.metrics import DIFFUSION, OCR, PASS_RATE, UNSEEN_FONT, Metric
+
+T = TypeVar("T")
 
 
-class Sampling(Settings):
+class _Choice(Settings):
+    """Which metrics are wanted."""
+
+    known: ClassVar[Mapping[str, Metric]]
+    metrics: tuple[str, ...] | None = None
+    """Names of the metrics to measure, as in metrics.json; all of them when null."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := sorted(name for name in names or () if not cls._is_known(name)):
+            raise ValueError(
+                f"expected metrics among {', '.join(cls.known)}; got {', '.join(unknown)}; choose "
+                "among them"
+            )
+        return names
+
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        return name in cls.known
+
+    def wants(self, *names: str) -> bool:
+        """Whether any of these metrics is to be measured."""
+        return self.metrics is None or any(name in self.metrics for name in names)
+
+
+class Sampling(_Choice):
     """How the images of the diffusion suite are drawn, of the dense and the compressed model alike.
 
     The sampling seeds belong to the evaluation, not to the training: runs with different training
     seeds are compared on the same noise and share the dense model's cached images.
     """
 
+    known = DIFFUSION
     samples: int = Field(512, ge=4, le=1_000_000)
     """Images per sampling seed; the distances need many, and are biased upwards by few. Precision
     and recall look at 3 neighbours, so there are at least 4."""
@@ -32,25 +62,9 @@ class Sampling(Settings):
     sampling_seeds: Count = 3
     """Independent sets of images; the confidence intervals come from their spread, so at least 2
     give one."""
-    metrics: tuple[str, ...] | None = None
-    """Names of the metrics to measure, as in metrics.json; all of them when null."""
     inception_weights: str | None = Field(None, min_length=1, json_schema_extra=READS)
     """File with the FID Inception weights, for models that need it; torch-fidelity downloads them
     where it is null."""
-
-    @field_validator("metrics")
-    @classmethod
-    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if unknown := sorted({*(names or ())} - {*DIFFUSION}):
-            raise ValueError(
-                f"expected metrics among {', '.join(DIFFUSION)}; got {', '.join(unknown)}; choose "
-                "among them"
-            )
-        return names
-
-    def wants(self, *names: str) -> bool:
-        """Whether any of these metrics is to be measured."""
-        return self.metrics is None or any(name in self.metrics for name in names)
 
 
 class SamplingSettings(Sampling):
@@ -96,9 +110,10 @@ class ReadSettings(Settings):
     """Resolution of DeepSeek-OCR; the checkpoint's own when null."""
 
 
-class OcrEvaluation(ReadSettings):
+class OcrEvaluation(ReadSettings, _Choice):
     """What a reader is measured on, dense and compressed alike."""
 
+    known = OCR
     samples: Pages = 64
     """Rendered pages of each kind; a folder is read as a whole."""
     unseen_font: bool = False
@@ -108,6 +123,15 @@ class OcrEvaluation(ReadSettings):
     strict: Literal["corrected", "published"] = "corrected"
     """Rules of the scores of OmniDocBench, olmOCR-bench and Ocean-OCR: with the slips of their
     scripts corrected, or as published as far as eval/README.md says."""
+
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        # a benchmark has a rate for each of its files
+        return name.removesuffix(UNSEEN_FONT) in cls.known or name.startswith(PASS_RATE)
+
+    def chosen(self, metrics: Mapping[str, T]) -> dict[str, T]:
+        """The wanted ones of some metrics, with those of methods, which are not among the known."""
+        return {n: v for n, v in metrics.items() if self.wants(n) or not self._is_known(n)}
 
 
 class Calibration(Settings):

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
@@ -283,6 +282,5 @@ def test_max_move_follows_the_steps_unless_it_is_set():
     assert GradFlow(steps=1).max_move == 1
     assert GradFlow(steps=20, budget="cubic", max_move=None).max_move == 0.578125
     assert GradFlow(steps=20, max_move=0.2).max_move == 0.2
-    with pytest.raises(ValidationError) as refused:
+    with pytest.raises(ValueError, match="^GradFlow: steps: Input .*; got 'many'; correct it$"):
         GradFlow(steps="many")
-    assert refused.value.error_count() == 1

@@ -78,6 +78,28 @@ def test_each_class_says_what_it_is():
         assert readme.is_file()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wrong_setting_is_one_line_that_names_those_that_there_are(name):
+    kind = METHODS[name]
+    settings = [field for field in kind.model_fields if field != "name"]
+    for wrong in ({"nonsense": 1}, {settings[0] + "s": 0.5}, {settings[0]: "x"}):
+        with pytest.raises(ValueError) as refused:
+            kind(**wrong)
+        told = str(refused.value)
+        assert told.startswith(f"{kind.__name__}: ") and "\n" not in told and "http" not in told
+        assert ("got 'x'" if settings[0] in wrong else ", ".join(settings)) in told
+        for method in (name, kind()):
+            with pytest.raises(ValueError) as refused:
+                compress.apply(None, method, **wrong)
+            assert f"; give settings as in apply(model, {kind.__name__}(...))" in str(refused.value)
+            assert ", ".join(settings) in str(refused.value)
+    assert told.endswith("correct it") and f"did you mean {settings[0]}?" not in told
+    with pytest.raises(ValueError, match=f"did you mean {settings[0]}\\?"):
+        kind(**{settings[0] + "s": 0.5})
+    with pytest.raises(ValueError, match=r"got procesor; did you mean processor\?"):
+        compress.apply(None, name, procesor=1)
+
+
 @weight_methods
 def test_applied_to_a_pipeline_it_leaves_the_given_one_alone_and_facts_are_json(
     name, pipeline, tmp_path

@@ -482,11 +482,24 @@ def test_an_evaluation_resumes_only_with_its_own_settings(reader, lines, tmp_pat
         evaluate(reader, lines, output)
     with pytest.raises(ValueError, match="prompt changed"):
         evaluate(reader, lines, output, prompt="Read.", resume=True)
-    evaluate(reader, lines, output, resume=True)
+    chosen = evaluate(reader, lines, output, resume=True, metrics=("cer", "loop_rate"))
+    assert {*chosen["metrics"]} == {"cer", "loop_rate"}
     assert (output / "predictions.jsonl").read_text() == kept
+    with pytest.raises(ValueError, match="metrics changed"):
+        evaluate(reader, lines, output, resume=True)
     again = evaluate(reader, lines, output, prompt="Read.", overwrite=True)
     assert again["run"]["prompt"] == "Read."
     assert yaml.safe_load((output / "evaluation.yaml").read_text())["prompt"] == "Read."
+
+
+def test_metrics_are_chosen_by_names_that_there_are():
+    settings = OcrEvaluation(metrics=("cer_unseen_font", "pass_rate_tables", "teds"))
+    found = dict.fromkeys(["cer", "cer_unseen_font", "teds", "pass_rate_tables", "attended"])
+    assert [*settings.chosen(found)] == ["cer_unseen_font", "teds", "pass_rate_tables", "attended"]
+    assert OcrEvaluation().chosen(found) == found
+    for wrong in ("fid", "pass_rates"):
+        with pytest.raises(ValueError, match=f"metrics among accuracy_retention, .*got {wrong}"):
+            OcrEvaluation(metrics=(wrong,))
 
 
 def test_each_built_in_reader_has_pages_of_its_own(tmp_path):

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from compress.bench.timing import Bench, Ceilings
 from compress.common.environment import device_name, versions_of
+from compress.common.settings import explained
 from compress.eval.latency import Latency
 
 Row = dict[str, Any]
@@ -45,16 +46,7 @@ def _parsed(text: str, kind: type[S]) -> S:
     try:
         return adapter.validate_python(values)
     except ValidationError as error:
-        wrong = []
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"]))
-            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                wrong.append(f"{key} is none of {', '.join(known)}")
-            else:
-                message = problem["msg"].removeprefix("Value error, ")
-                got = f"; got {problem['input']!r}" if key else ""
-                wrong.append(f"{key + ': ' if key else ''}{message}{got}")
-        raise ValueError(f"--shape {text}: {'; '.join(wrong)}; correct it") from error
+        raise ValueError(f"--shape {text}: {explained(error, known)}; correct it") from error
 
 
 def make_row(

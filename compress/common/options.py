@@ -84,7 +84,7 @@ def validated(kind: type[S], options: Mapping[str, Any], subject: str = "") -> S
     ValueError : listing each option that does not fit, as the command line calls it.
     """
     try:
-        return kind(**options)
+        return kind.model_validate(dict(options))
     except ValidationError as error:
         problems = []
         for problem in error.errors(include_url=False):

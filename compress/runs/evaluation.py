@@ -100,7 +100,9 @@ def evaluate_events(
         "model_hash": at.hash,
     }
     if resume:
-        check_same_settings(output / SETTINGS, facts)
+        # what was read does not depend on how it is scored
+        scoring = () if is_finished(output) else ("metrics", "strict")
+        check_same_settings(output / SETTINGS, facts, scoring)
     if resume and is_finished(output):
         tidy(output)
         yield Event("done", 1, 1, message=f"already finished; report in {output / 'report.html'}")
@@ -170,7 +172,8 @@ def _score(
     metrics |= counted_metrics(methods, counts, len(data.pages)) | ocr.speed(times)
     return {
         "metrics": {
-            name: asdict(value) | {"better": metric(name).better} for name, value in metrics.items()
+            name: asdict(value) | {"better": metric(name).better}
+            for name, value in settings.chosen(metrics).items()
         },
         "methods": [method.model_dump(mode="json") for method in methods],
         "counted": counts,

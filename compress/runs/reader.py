@@ -225,12 +225,15 @@ class ReaderRun:
         for method in self.variants[1].methods:
             warnings += method.warnings(rows[1])
         read_dense, compressed = self._with_speed(rows[:2])
+        chosen = recipe.evaluate.chosen
         return {
-            "metrics": _side_by_side(
-                read_dense, compressed, self.variants[1].methods, len(self.data.pages)
+            "metrics": chosen(
+                _side_by_side(
+                    read_dense, compressed, self.variants[1].methods, len(self.data.pages)
+                )
             ),
             "accuracy": dense.accuracy.name,
-            "comparison": rows,
+            "comparison": [row | {"metrics": chosen(row["metrics"])} for row in rows],
             "warnings": warnings,
         }
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from compress.common.foreign import one_line, reason
-from compress.common.settings import READS, Settings
+from compress.common.settings import READS, Settings, did_you_mean
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, Sampling
 from compress.methods.registry import (
@@ -205,10 +205,9 @@ def _read(source: str | Path) -> str:
     name = path.name.removesuffix(".yaml")
     if str(path) == path.name and name in shipped:
         return shipped[name]
-    nearest = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise FileNotFoundError(
-        f"no recipe {source}: expected a YAML file, or one of {', '.join(shipped)}{hint}"
+        f"no recipe {source}: expected a YAML file, or one of {', '.join(shipped)}"
+        + did_you_mean(name, shipped)
     )
 
 

@@ -169,9 +169,10 @@ def run_events(
 
 def _not_used_yet(folder: Path) -> set[str]:
     """The keys of a recipe that decide nothing of what a folder holds."""
-    measured = (folder / name for name in ("calibration.json", "predictions/dense.jsonl"))
-    if is_finished(folder) or any(path.exists() for path in measured):
+    if is_finished(folder):
         return {*EXECUTION}
+    if any((folder / name).exists() for name in ("calibration.json", "predictions/dense.jsonl")):
+        return {*EXECUTION, "evaluate.metrics", "evaluate.strict"}
     return {*EXECUTION, "evaluate"}
 
 
