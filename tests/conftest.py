@@ -105,20 +105,9 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quick_runs() -> Iterator[None]:
-    """Runs look at few held-out images, time few passes and draw small figures.
+    from builders import quick
 
-    For runs of tiny models, which would spend most of their time there.
-    """
-    from compress.common import plots
-    from compress.eval import diffusion as measuring
-    from compress.methods.gradflow import train
-    from compress.runs import diffusion as runs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VALIDATED_AT_ONCE", 8)
-        patch.setattr(runs, "VALIDATION_LIMIT", 8)
-        patch.setitem(measuring.speed.__kwdefaults__, "repeats", 2)
-        patch.setattr(plots, "DPI", 20)
+    with quick.quick_runs():
         yield
 
 

@@ -23,6 +23,8 @@ from compress.methods.gradflow.widths import AS_LARGE
 from compress.methods.training import Training
 from compress.models.free_width import FreeWidthUNet2DModel
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 # half the widths, with a little room: 27% of the MACs and a few points between the widths' steps
 KEEP = 0.27
 MODELS = {

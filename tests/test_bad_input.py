@@ -17,6 +17,8 @@ from builders import programs
 from compress.cli import app
 from compress.common.output_folder import claim
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 BUILTIN = Path(str(resources.files("compress.models.builtin"))) / "ddpm-digits"
 # the shortest run there is, for the mistakes that show late
 SHORT = [

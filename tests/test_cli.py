@@ -20,6 +20,8 @@ from compress.eval.settings import Sampling
 from compress.methods.base import Event
 from compress.models.locate import ModelFolder
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 METRICS = {
     "run": {"method": "gradflow", "seed": 0},
     "widths": [{"level": "block_out_channels[0]", "dense": 24, "compressed": 16}],

@@ -37,7 +37,10 @@ from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
 
 # diffusers' Euler scheduler converts tensors in a way that NumPy 2 has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("quick_runs"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 TOLERANCE = 1e-5
 UPSCALE = "upscale"  # a class-conditional UNet2DConditionModel: the label is a noise level
 NAMES = ["ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text", UPSCALE]

@@ -19,6 +19,8 @@ from compress.common.output_folder import (
     not_ours,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 FRESH = {"resume": False, "overwrite": False}
 OVERWRITE = {"resume": False, "overwrite": True}
 RESUME = {"resume": True, "overwrite": False}

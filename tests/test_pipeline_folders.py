@@ -25,6 +25,8 @@ from compress.runs import diffusion as runs
 from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 @pytest.fixture(scope="module")
 def saved(family, tmp_path_factory) -> Path:

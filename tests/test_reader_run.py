@@ -38,6 +38,8 @@ from compress.runs.reading import read_files
 from compress.runs.recipe import load_recipe
 from compress.runs.run import run_events
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SMALL = LEVELS[1].difficulty
 SQUARE = train_reader_deepseek.LEVELS[2].difficulty
 
@@ -53,13 +55,6 @@ def folder_of(module, path):
     reader.model.generation_config.max_new_tokens = 6
     reader.save(reader.model, path)
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _short_films():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.methods.fastocr.figures.NEW_TOKENS", 12)
-        yield
 
 
 @pytest.fixture(scope="module")

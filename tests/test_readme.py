@@ -14,7 +14,6 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from compress.cli import app
-from compress.methods.fastocr import figures
 from compress.runs.recipe import list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -75,9 +74,7 @@ def smaller(code: str) -> str:
 
 @pytest.fixture
 def short_runs(tmp_path, monkeypatch, quick_runs):
-    """An empty folder, and short films of pages."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "NEW_TOKENS", 16)
 
 
 def invoke(*arguments: str) -> str:

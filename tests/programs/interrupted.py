@@ -17,6 +17,7 @@ import torch
 
 import compress.checkpoints.slim as checkpoint
 from builders.forks import exit_code, fork
+from builders.quick import quick_runs
 from compress.runs.diffusion import DiffusionRun
 from compress.runs.recipe import Recipe
 from compress.runs.run import run_events
@@ -135,7 +136,8 @@ def mounted(recipe) -> dict[str, object]:
 
 def main(recipe: Recipe) -> None:
     torch.set_num_threads(1)
-    done = {"codes": killed(recipe), "mounts": mounted(recipe)}
+    with quick_runs():
+        done = {"codes": killed(recipe), "mounts": mounted(recipe)}
     Path("done.json").write_text(json.dumps(done))
 
 
