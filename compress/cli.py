@@ -362,7 +362,10 @@ def read(
     for page, reading in read_files(
         model, found, settings, batch=batch, output=output, device=device
     ):
-        rows.append({"page": page.name, "text": reading.text, "error": reading.error})
+        facts = {"text": reading.text, "error": reading.error, "loop": reading.loop}
+        rows.append({"page": page.name, **facts})
+        if reading.loop:
+            _say(f"warning: {page.name} was stopped: its text ends in a loop")
         if reading.error:
             _say(f"error: {reading.error}")
         elif not as_json and output is None:

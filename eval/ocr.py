@@ -38,6 +38,7 @@ class Prediction:
     facts : what run-time methods counted while the page's batch was read, by method; on the first
         page of a batch only.
     error : why the page could not be read; its text is empty then, and scored as such.
+    loop : whether generation was stopped since it repeated itself.
     """
 
     page: str
@@ -47,6 +48,7 @@ class Prediction:
     ended: bool
     facts: dict[str, Any] | None = None
     error: str | None = None
+    loop: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from compress.common.settings import READS, Count, Pages, Settings
+from compress.common.settings import MOST, READS, Count, Pages, Settings
 from compress.eval.metrics import DIFFUSION, OCR, PASS_RATE, UNSEEN_FONT, Metric
 
 T = TypeVar("T")
@@ -104,10 +104,23 @@ class ReadSettings(Settings):
     """Instruction to the model; the family's own for plain text when null."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest text of a page, in tokens; what the checkpoint says when null."""
+    loop_tokens: int | None = Field(512, ge=16, le=MOST)
+    """Tokens that exact copies at the end of a text cover when it is stopped as a loop; null never
+    stops."""
+    no_repeat_ngram: int | None = Field(None, ge=2, le=MOST)
+    """Length in tokens of pieces that no text may contain twice; DeepSeek-OCR was evaluated with
+    35."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
     mode: Literal["tiny", "small", "base", "large", "gundam"] | None = None
     """Resolution of DeepSeek-OCR; the checkpoint's own when null."""
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What :func:`compress.models.reading.read_pages` takes, by name."""
+        return self.model_dump(
+            include={"prompt", "max_new_tokens", "loop_tokens", "no_repeat_ngram"}
+        )
 
 
 class OcrEvaluation(ReadSettings, _Choice):

@@ -539,7 +539,7 @@ def reader():
         ("builtin:reader-qwen", "builtin:pages", qwen),
         ("builtin:reader-deepseek", "builtin:square-pages", deepseek),
     ):
-        pages = load_pages(data, None, count, False).pages
+        pages = load_pages(data, count, unseen_font=False).pages
         images = [page.open() for page in pages]
         texts = {}
         for place, dtype in places:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import StoppingCriteriaList
 
 from compress.common.foreign import reason
 from compress.data.page_files import OcrPage
+from compress.models.loops import LoopStopper
 from compress.models.visual import adapter_for, build_prompt, to_device, visual_layouts
 
 MOST_NEW_TOKENS = 4096  # where neither the caller nor the checkpoint says
@@ -25,6 +27,7 @@ class Reading:
     visual_tokens : of the page in the prompt, newlines and separators counted.
     ended : whether the model ended by itself, rather than at the length limit.
     error : why the page could not be read; its text is empty then.
+    loop : whether it was stopped since it repeated itself, see :mod:`compress.models.loops`.
     """
 
     text: str
@@ -32,6 +35,7 @@ class Reading:
     visual_tokens: int
     ended: bool
     error: str | None = None
+    loop: bool = False
 
 
 def read_pages(
@@ -40,6 +44,8 @@ def read_pages(
     images: Sequence[Image.Image],
     prompt: str | None = None,
     max_new_tokens: int | None = None,
+    loop_tokens: int | None = None,
+    no_repeat_ngram: int | None = None,
 ) -> list[Reading]:
     """Transcribe pages greedily, as one batch.
 
@@ -50,13 +56,15 @@ def read_pages(
     prompt : what to do with them; the family's prompt for plain text when None.
     max_new_tokens : of a page; what the checkpoint's generation settings say when None, and where
         they say nothing what its positions leave, but at most ``MOST_NEW_TOKENS``.
+    loop_tokens : that exact copies at the end of a text cover when it is stopped; None never stops.
+    no_repeat_ngram : length in tokens of pieces that no text may contain twice.
 
     Raises
     ------
     TypeError, ValueError : for images that cannot be used.
     """
     inputs = page_prompts(model, processor, images, prompt)
-    return _generate(model, processor, inputs, max_new_tokens)
+    return _generate(model, processor, inputs, max_new_tokens, loop_tokens, no_repeat_ngram)
 
 
 def try_pages(
@@ -65,18 +73,22 @@ def try_pages(
     pages: Sequence[OcrPage],
     prompt: str | None = None,
     max_new_tokens: int | None = None,
+    loop_tokens: int | None = None,
+    no_repeat_ngram: int | None = None,
 ) -> list[Reading]:
     """Open pages and read them as one batch; of one that cannot be read, its ``error`` is given.
 
     Parameters
     ----------
-    model, processor, prompt, max_new_tokens : as in :func:`read_pages`.
+    model, processor, prompt, max_new_tokens, loop_tokens, no_repeat_ngram : as in
+        :func:`read_pages`.
     pages : each opened here, and named by its error.
     """
     places, inputs, errors = open_prompts(model, processor, pages, prompt)
     readings_of = {place: Reading("", 0, 0, False, error) for place, error in errors.items()}
     if places:
-        readings = _generate(model, processor, inputs, max_new_tokens)
+        limits = max_new_tokens, loop_tokens, no_repeat_ngram
+        readings = _generate(model, processor, inputs, *limits)
         readings_of.update(zip(places, readings, strict=True))
     return [readings_of[place] for place in range(len(pages))]
 
@@ -144,22 +156,37 @@ def _positions(model: Any) -> int:
 
 @torch.no_grad()
 def _generate(
-    model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int | None
+    model: Any,
+    processor: Any,
+    inputs: dict[str, Any],
+    max_new_tokens: int | None,
+    loop_tokens: int | None,
+    no_repeat_ngram: int | None,
 ) -> list[Reading]:
     layouts = visual_layouts(model, inputs)
     length = inputs["input_ids"].shape[1]
     left = _positions(model) - length
     limit = max_new_tokens or model.generation_config.max_new_tokens or min(left, MOST_NEW_TOKENS)
-    whole = model.generate(**inputs, do_sample=False, max_new_tokens=limit)
-    new = whole[:, length:].cpu()
-    texts = processor.batch_decode(new, skip_special_tokens=True)
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
+    if no_repeat_ngram:
+        settings["no_repeat_ngram_size"] = no_repeat_ngram
+    loops = LoopStopper(len(layouts), length, loop_tokens) if loop_tokens else None
+    if loops:
+        settings["stopping_criteria"] = StoppingCriteriaList([loops])
+    new = model.generate(**inputs, **settings)[:, length:].cpu()
+    stopped = [-1] * len(new) if loops is None else loops.stopped.tolist()
+    answers = [row if end < 0 else row[:end] for row, end in zip(new, stopped, strict=True)]
+    texts = processor.batch_decode(
+        [answer.tolist() for answer in answers], skip_special_tokens=True
+    )
     ends = torch.tensor(_ends(model))
     readings = []
-    for row, answer, layout in zip(new, texts, layouts, strict=True):
-        stops = torch.isin(row, ends).nonzero()[:, 0]
-        ended = len(stops) > 0
-        count = int(stops[0]) + 1 if ended else len(row)
-        readings.append(Reading(answer, count, len(layout.positions), ended))
+    for answer, text, layout, end in zip(answers, texts, layouts, stopped, strict=True):
+        stops = torch.isin(answer, ends).nonzero()[:, 0]
+        ended = len(stops) > 0  # what a sequence is padded with after its end may look like a loop
+        count = int(stops[0]) + 1 if ended else len(answer)
+        loop = end >= 0 and not ended
+        readings.append(Reading(text, count, len(layout.positions), ended, loop=loop))
     return readings
 
 

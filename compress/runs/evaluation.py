@@ -139,12 +139,11 @@ def page_reader(
     settings : prompt and longest text.
     applied : the methods on the model, whose counts each batch's first prediction carries.
     """
-    limits = settings.prompt, settings.max_new_tokens
 
     def read(pages: Sequence[OcrPage]) -> list[ocr.Prediction]:
         if applied is not None:
             applied.reset()
-        readings = try_pages(model, processor, pages, *limits)
+        readings = try_pages(model, processor, pages, **settings.generation)
         none = all(reading.error for reading in readings)
         facts = None if applied is None or none else applied.facts()
         for reading in readings:

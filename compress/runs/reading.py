@@ -95,10 +95,9 @@ def read_files(
     pages = as_known(at, pages)
     if methods:
         Applied(network, methods)  # the network holds it
-    limits = settings.prompt, settings.max_new_tokens
     for first in range(0, len(pages), batch):
         chosen = pages[first : first + batch]
-        readings = try_pages(network, processor, chosen, *limits)
+        readings = try_pages(network, processor, chosen, **settings.generation)
         for page, reading in zip(chosen, readings, strict=True):
             if output is not None and not reading.error:
                 path = output / names[page.name]
