@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,20 +32,9 @@ from compress.eval.values import Value, share_interval
 from compress.models.digits_features import load_digits_features
 from compress.parallel import distributed
 
-JUDGE = "digits-judge"
-JUDGE_CONFIDENCE = 0.9
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Drawn images, uint8 ``(seeds, samples, channels, height, width)``."""
-
-    images: torch.Tensor
-
-    @property
-    def flat(self) -> torch.Tensor:
-        """All images, ``(seeds * samples, channels, height, width)``."""
-        return self.images.flatten(0, 1)
+# not the extractor: trained on the other half of the digits
+CLASSIFIER = "digits-judge"
+CLASSIFIER_CONFIDENCE = 0.9
 
 
 def draw_batches(
@@ -81,31 +69,23 @@ def draw_batches(
     yield from distributed.shared_out(parts, draw_one)
 
 
-def gather(batches: Iterable[torch.Tensor], settings: SamplingSettings) -> Samples:
-    """Put the batches of `draw_batches` together."""
-    images = torch.cat(list(batches))
-    return Samples(images.unflatten(0, (settings.sampling_seeds, settings.samples)))
-
-
-def draw(
-    pipeline: DiffusionPipeline, settings: SamplingSettings, device: str | torch.device = "cpu"
-) -> Samples:
-    """All images of a pipeline in one call."""
-    return gather(draw_batches(pipeline, settings, device), settings)
+def gather(batches: Iterable[torch.Tensor], settings: SamplingSettings) -> torch.Tensor:
+    """Put the batches of `draw_batches` together: ``(seeds, samples, channels, height, width)``."""
+    return torch.cat(list(batches)).unflatten(0, (settings.sampling_seeds, settings.samples))
 
 
 def samples_key(
     model_hash: str, settings: SamplingSettings, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
     """Everything that decides the pixels of a model's samples; the batch size does not."""
-    told: dict[str, Any] = {}
+    conditions: dict[str, Any] = {}
     if settings.conditions:
         text = json.dumps(settings.conditions)
-        told = {
+        conditions = {
             "conditions": hashlib.sha256(text.encode()).hexdigest(),
             "guidance_scale": settings.guidance_scale,
         }
-    return told | {
+    return conditions | {
         "model": model_hash,
         "samples": settings.samples,
         "sampler": settings.sampler,
@@ -118,38 +98,26 @@ def samples_key(
 
 
 def samples_cache_path(key: Mapping[str, Any]) -> Path:
-    """Where samples with this key are kept: $COMPRESS_CACHE or ~/.cache/compress.
-
-    Parameters
-    ----------
-    key : JSON values; its order does not matter. See `samples_key`.
-    """
+    """Where samples with a `samples_key` are kept: in $COMPRESS_CACHE or ~/.cache/compress."""
     home = os.environ.get("COMPRESS_CACHE")
     root = Path(home) if home else Path.home() / ".cache" / "compress"
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return root / "samples" / f"{digest[:32]}.safetensors"
 
 
-def save_samples(path: Path, samples: Samples) -> None:
-    """Write samples atomically.
-
-    Raises
-    ------
-    OSError : when the folder cannot be made or written; nothing half-written is left.
-    """
+def save_samples(path: Path, samples: torch.Tensor) -> None:
+    """Write samples atomically; OSError when the folder cannot be made or written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, safetensors.torch.save({"images": samples.images.contiguous()}))
+    write_bytes(path, safetensors.torch.save({"images": samples.contiguous()}))
 
 
-def load_samples(path: Path) -> Samples | None:
+def load_samples(path: Path) -> torch.Tensor | None:
     """Read samples back; None where there are none or the file is damaged, so draw them again."""
     try:
         images = safetensors.torch.load(path.read_bytes())["images"]
     except (FileNotFoundError, KeyError, safetensors.SafetensorError):
         return None
-    if images.dtype != torch.uint8 or images.dim() != 5:
-        return None
-    return Samples(images)
+    return images if images.dtype == torch.uint8 and images.dim() == 5 else None
 
 
 def reference_images(images: Images | torch.Tensor, limit: int | None = None) -> torch.Tensor:
@@ -172,11 +140,12 @@ def reference_images(images: Images | torch.Tensor, limit: int | None = None) ->
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float] | None:
     """95% t interval of a mean of few independent values; None for a single one."""
-    given = torch.tensor(list(values), dtype=torch.float64)
-    if len(given) < 2:
+    numbers = torch.tensor(list(values), dtype=torch.float64)
+    n = len(numbers)
+    if n < 2:
         return None
-    spread = float(given.std()) / math.sqrt(len(given)) * float(stats.t.ppf(0.975, len(given) - 1))
-    return float(given.mean()) - spread, float(given.mean()) + spread
+    spread = float(numbers.std()) / math.sqrt(n) * float(stats.t.ppf(0.975, n - 1))
+    return float(numbers.mean()) - spread, float(numbers.mean()) + spread
 
 
 def evaluate(
@@ -184,8 +153,8 @@ def evaluate(
     *,
     reference: torch.Tensor,
     settings: SamplingSettings,
-    samples: Samples | None = None,
-    dense: Samples | None = None,
+    samples: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
     extractor: str = DIGITS,
     weights: str | None = None,
     device: str | torch.device = "cpu",
@@ -200,7 +169,8 @@ def evaluate(
     pipeline : diffusers pipeline, ours or a stranger's.
     reference : real images, uint8 ``(n, channels, height, width)``.
     settings : how images are drawn.
-    samples : the pipeline's images where they are at hand, drawn with the same settings.
+    samples : the pipeline's images where they were drawn already with these settings, uint8
+        ``(seeds, samples, channels, height, width)``.
     dense : the dense model's images from the same noise; None when this pipeline is the dense one.
     extractor, weights : as in `fidelity.fidelity`.
     device : where sampling and the extractor run.
@@ -221,45 +191,40 @@ def evaluate(
             f"extra metrics must be among {list(DIFFUSION)}; got {unknown}; rename them"
         )
     if samples is None:
-        samples = draw(pipeline, settings, device)
-    for name, given in (("samples", samples), ("dense", dense)):
-        wanted = (settings.sampling_seeds, settings.samples)
-        if given is not None and given.images.shape[:2] != wanted:
+        samples = gather(draw_batches(pipeline, settings, device), settings)
+    for name, images in (("samples", samples), ("dense", dense)):
+        expected = (settings.sampling_seeds, settings.samples)
+        if images is not None and images.shape[:2] != expected:
             raise ValueError(
-                f"{name} must hold {settings}; got {tuple(given.images.shape[:2])} seeds and "
-                "images; draw them with these settings"
+                f"{name} must hold {settings}; got {tuple(images.shape[:2])} seeds and images; "
+                "draw them with these settings"
             )
     cost = unet_cost(pipeline.unet)
-    found = {
+    values = {
         "params": Value(cost.params, "counted"),
         "macs": Value(cost.macs, "counted at batch 1, functional attention included"),
     }
     if settings.wants(*metric_names(extractor)):
-        found |= distances(samples, reference, settings, extractor, weights, device)
-    found |= distributed.from_main(lambda: _looks(samples, dense, extractor, settings))
-    found |= extra or {}
-    return {name: found[name] for name in DIFFUSION if name in found and settings.wants(name)}
-
-
-def _looks(
-    samples: Samples, dense: Samples | None, extractor: str, settings: SamplingSettings
-) -> dict[str, Value]:
-    checks = digit_checks(samples, settings) if extractor == DIGITS else {}
-    return likeness(samples, dense, settings) | checks
+        values |= distances(samples, reference, settings, extractor, weights, device)
+    values |= distributed.from_main(lambda: likeness(samples, dense, settings))
+    if extractor == DIGITS:
+        values |= distributed.from_main(lambda: digit_checks(samples, settings))
+    values |= extra or {}
+    return {name: values[name] for name in DIFFUSION if name in values and settings.wants(name)}
 
 
 def distances(
-    samples: Samples,
+    samples: torch.Tensor,
     reference: torch.Tensor,
     settings: SamplingSettings,
-    extractor: str = DIGITS,
-    weights: str | None = None,
-    device: str | torch.device = "cpu",
+    extractor: str,
+    weights: str | None,
+    device: str | torch.device,
 ) -> dict[str, Value]:
     """FID, KID, IS, precision and recall: mean over sampling seeds, t interval over them."""
     per_seed = [
         fidelity(images, reference, extractor=extractor, weights=weights, device=device)
-        for images in samples.images
+        for images in samples
     ]
     layer = {DIGITS: "64-d", INCEPTION: "2048-d"}[extractor]
     how = (
@@ -267,34 +232,33 @@ def distances(
         f"{len(reference)} reference images, {torch.device(device).type}; mean over seeds, "
         "t interval"
     )
-    result = {}
+    n, result = samples[:, :, 0, 0, 0].numel(), {}
     for name in per_seed[0]:
         values = [metrics[name] for metrics in per_seed]
-        mean = sum(values) / len(values)
-        result[name] = Value(mean, how, len(samples.flat), mean_interval(values))
+        result[name] = Value(sum(values) / len(values), how, n, mean_interval(values))
     return result
 
 
 def likeness(
-    samples: Samples, dense: Samples | None, settings: SamplingSettings
+    samples: torch.Tensor, dense: torch.Tensor | None, settings: SamplingSettings
 ) -> dict[str, Value]:
     """SSIM and MSE to the dense model's images, mean over all pairs; SSIM only where it fits."""
-    n = len(samples.flat)
+    images = samples.flatten(0, 1)
+    n = len(images)
     if dense is None:
         same = "the dense model's images compared with themselves"
         return {"ssim_to_dense": Value(1.0, same, n), "mse_to_dense": Value(0.0, same, n)}
-    if samples.images.shape != dense.images.shape:
+    if samples.shape != dense.shape:
         raise ValueError(
-            f"samples are paired with the dense model's; got {tuple(samples.images.shape)} and "
-            f"{tuple(dense.images.shape)}; draw both with the same settings"
+            f"samples are paired with the dense model's; got {tuple(samples.shape)} and "
+            f"{tuple(dense.shape)}; draw both with the same settings"
         )
+    originals = dense.flatten(0, 1)
     pairs = f"{settings}, same noise; mean over pairs, normal interval"
-    measured = {
-        "mse_to_dense": (mse_to(samples.flat, dense.flat), f"grey levels in [0, 1], {pairs}")
-    }
-    if min(samples.images.shape[-2:]) >= WINDOW:
+    measured = {"mse_to_dense": (mse_to(images, originals), f"grey levels in [0, 1], {pairs}")}
+    if min(images.shape[-2:]) >= WINDOW:
         how = f"Gaussian window {WINDOW}, sigma {SIGMA}, {pairs}"
-        measured["ssim_to_dense"] = (ssim_to(samples.flat, dense.flat), how)
+        measured["ssim_to_dense"] = (ssim_to(images, originals), how)
     result = {}
     for name, (values, how) in measured.items():
         mean, interval = float(values.mean()), None
@@ -305,27 +269,27 @@ def likeness(
     return result
 
 
-def digit_checks(samples: Samples, settings: SamplingSettings) -> dict[str, Value]:
-    """Ask a second classifier how many samples look like digits, and whether classes are missing.
+def digit_checks(samples: torch.Tensor, settings: SamplingSettings) -> dict[str, Value]:
+    """How many samples a second classifier takes for digits, and whether classes are missing.
 
-    ``looks_like_digits`` is the share of images to which the judge gives p >= 0.9 for some class;
+    ``looks_like_digits`` is the share of images to which it gives p >= 0.9 for some class;
     ``class_share_min`` and ``class_share_max`` are the shares of the rarest and the most frequent
     class, with the Wilson interval of that one class.
     """
-    images = samples.flat.float().mean(dim=1, keepdim=True) / 127.5 - 1
-    judge = load_digits_features(JUDGE)
+    images = samples.flatten(0, 1).float().mean(dim=1, keepdim=True) / 127.5 - 1
+    classifier = load_digits_features(CLASSIFIER)
     with torch.no_grad():
-        chances = torch.cat([judge(part) for part in images.split(512)]).softmax(dim=1)
+        chances = torch.cat([classifier(part) for part in images.split(512)]).softmax(dim=1)
     n = len(images)
-    confident = int((chances.amax(dim=1) >= JUDGE_CONFIDENCE).sum())
     counts = chances.argmax(dim=1).bincount(minlength=10)
-    found = {
-        "looks_like_digits": confident,
+    hits = {
+        "looks_like_digits": int((chances.amax(dim=1) >= CLASSIFIER_CONFIDENCE).sum()),
         "class_share_min": int(counts.min()),
         "class_share_max": int(counts.max()),
     }
-    how = f"{JUDGE} (p >= {JUDGE_CONFIDENCE} counts as a digit), {settings}; Wilson interval"
-    return {name: Value(hits / n, how, n, share_interval(hits, n)) for name, hits in found.items()}
+    rule = f"{CLASSIFIER} (p >= {CLASSIFIER_CONFIDENCE} counts as a digit)"
+    how = f"{rule}, {settings}; Wilson interval"
+    return {name: Value(k / n, how, n, share_interval(k, n)) for name, k in hits.items()}
 
 
 def speed(
@@ -402,19 +366,16 @@ def side_by_side(
             continue
         before, after = dense[name], compressed[name]
         table[name] = {
-            "dense": _cell(before),
-            "compressed": _cell(after),
+            **{
+                side: {"value": value.value, "ci95": value.ci95 and [*value.ci95], "n": value.n}
+                for side, value in (("dense", before), ("compressed", after))
+            },
             "ratio": after.value / before.value if before.value > 0 else None,
             "better": metric.better,
             "unit": metric.unit,
             "how": after.how,
         }
     return table
-
-
-def _cell(value: Value) -> dict[str, Any]:
-    interval = None if value.ci95 is None else list(value.ci95)
-    return {"value": value.value, "ci95": interval, "n": value.n}
 
 
 def warnings_of(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -428,24 +389,24 @@ def warnings_of(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     def ratio(name: str) -> float | None:
         return metrics.get(name, {}).get("ratio")
 
-    found = []
+    warnings = []
     macs, step, rate = ratio("macs"), ratio("latency_ms"), ratio("images_per_second")
     if macs is not None and macs < 0.95:
         if step is not None and step > 0.95:
-            found.append(
+            warnings.append(
                 f"MACs fell to {macs:.0%} of the dense model's, but the latency of a step at batch "
                 f"1 only to {step:.0%}: a step this small is not limited by arithmetic on this "
                 "device"
             )
         if rate is not None and rate < 1.05:
-            found.append(
+            warnings.append(
                 f"MACs fell to {macs:.0%} of the dense model's, but images per second only rose to "
                 f"{rate:.0%}: these widths do not suit the device"
             )
     looks = metrics.get("looks_like_digits", {}).get("compressed", {}).get("value")
     if looks is not None and looks < 0.9:
-        found.append(
-            f"only {looks:.0%} of the compressed model's samples look like digits to the judge; "
-            "below 90% the distances compare poor images"
+        warnings.append(
+            f"only {looks:.0%} of the compressed model's samples are digits to a second "
+            "classifier; below 90% the distances compare poor images"
         )
-    return found
+    return warnings

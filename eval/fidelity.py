@@ -1,14 +1,11 @@
 """FID, KID, Inception score, precision and recall, all by torch-fidelity's own code."""
 
 import contextlib
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
-import torch_fidelity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import fid_featuresdict_to_statistics, fid_statistics_to_metric
@@ -27,7 +24,14 @@ INCEPTION = "inception-v3-compat"
 SUFFIXES = {DIGITS: "_digits", INCEPTION: ""}
 NEIGHBOURS = 3
 METRICS = ("isc", "fid", "kid", "prc")
-NAMES = ("fid", "kid", "is", "precision", "recall")
+# of metrics -> what torch-fidelity calls them
+NAMES = {
+    "fid": "frechet_inception_distance",
+    "kid": "kernel_inception_distance_mean",
+    "is": "inception_score_mean",
+    "precision": "precision",
+    "recall": "recall",
+}
 # the convention for Inception; a set of digits is small enough to be used whole
 KID_SUBSETS = {DIGITS: 10, INCEPTION: 100}
 KID_SUBSET_SIZE = 1000
@@ -41,11 +45,6 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
     torch-fidelity computes means and kernels in the dtype of the features, and KID values of 1e-4
     drown in the rounding of float32 sums.
 
-    Parameters
-    ----------
-    name : what it is registered as.
-    features_list : which of the two to give.
-    kwargs : every option of the torch-fidelity call, by its interface; none is used.
     """
 
     def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
@@ -71,8 +70,8 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         """Features of uint8 images ``(n, 3, 16, 16)``: float64 ``(n, 64)`` and ``(n, 10)``."""
         grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
         features = self.classifier.features(grey)
-        given = {"features": features, "logits": self.classifier.classes(features)}
-        return tuple(given[name].double() for name in self.features_list)
+        layers = {"features": features, "logits": self.classifier.classes(features)}
+        return tuple(layers[name].double() for name in self.features_list)
 
 
 def fidelity(
@@ -115,7 +114,7 @@ def fidelity(
         _check(name, images, extractor)
     device = torch.device(device)
     if extractor == DIGITS:
-        register_digits_features()
+        FEATURE_EXTRACTORS_REGISTRY.setdefault(DIGITS, DigitsFeatureExtractor)
     else:
         check_inception(weights)
     smaller = min(len(samples), len(reference))
@@ -134,26 +133,19 @@ def fidelity(
     layers = {m: resolve_feature_layer_for_metric(m, **options) for m in METRICS}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
-        given, real = (_features(network, i, batch, device) for i in (samples, reference))
+        ours, real = (_features(network, i, batch, device) for i in (samples, reference))
 
     def measure() -> dict[str, float]:
-        statistics = [fid_featuresdict_to_statistics(f, layers["fid"]) for f in (given, real)]
+        statistics = [fid_featuresdict_to_statistics(f, layers["fid"]) for f in (ours, real)]
         return {
-            **isc_featuresdict_to_metric(given, layers["isc"], **options),
+            **isc_featuresdict_to_metric(ours, layers["isc"], **options),
             **fid_statistics_to_metric(*statistics, False),
-            **kid_featuresdict_to_metric(given, real, layers["kid"], **options),
-            **prc_featuresdict_to_metric(given, real, layers["prc"], **options),
+            **kid_featuresdict_to_metric(ours, real, layers["kid"], **options),
+            **prc_featuresdict_to_metric(ours, real, layers["prc"], **options),
         }
 
-    found = distributed.from_main(measure)
-    keys = {
-        "fid": "frechet_inception_distance",
-        "kid": "kernel_inception_distance_mean",
-        "is": "inception_score_mean",
-        "precision": "precision",
-        "recall": "recall",
-    }
-    return {name + SUFFIXES[extractor]: float(found[key]) for name, key in keys.items()}
+    values = distributed.from_main(measure)
+    return {name + SUFFIXES[extractor]: float(values[key]) for name, key in NAMES.items()}
 
 
 def _features(
@@ -219,12 +211,6 @@ def digits_kid_gamma() -> float:
     return 1 / float(features.square().sum(dim=1).mean())
 
 
-def register_digits_features() -> None:
-    """Make ``digits-features`` known to torch-fidelity; a second call changes nothing."""
-    if DIGITS not in FEATURE_EXTRACTORS_REGISTRY:
-        torch_fidelity.register_feature_extractor(DIGITS, DigitsFeatureExtractor)
-
-
 def _check(name: str, images: torch.Tensor, extractor: str) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
@@ -275,16 +261,10 @@ def check_inception(weights: str | None) -> None:
     kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if kept.is_file():
         return
-    with _explained(kept):
+    try:
         request = urllib.request.Request(URL_INCEPTION_V3, method="HEAD")  # noqa: S310 - https
         urllib.request.urlopen(request, timeout=DOWNLOAD_WAIT_SECONDS).close()  # noqa: S310
-
-
-@contextlib.contextmanager
-def _explained(kept: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, urllib.error.URLError) as error:
+    except OSError as error:
         raise ValueError(
             f"the extractor {INCEPTION} needs its weights: no path was given, {kept} does not "
             f"exist, and {URL_INCEPTION_V3} could not be reached ({error}); download that file on "

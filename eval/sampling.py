@@ -1,6 +1,6 @@
 """Images from a diffusers pipeline, with noise and condition that depend on the sample alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,41 +55,7 @@ def sample(
     conditions: Sequence[Any] = (),
     guidance_scale: float | None = None,
 ) -> torch.Tensor:
-    """Draw images; see `sample_batches`, which this concatenates.
-
-    Returns
-    -------
-    torch.Tensor : uint8 ``(count, channels, height, width)`` on the CPU.
-    """
-    batches = sample_batches(
-        pipeline,
-        count=count,
-        steps=steps,
-        sampler=sampler,
-        seed=seed,
-        batch=batch,
-        device=device,
-        first=first,
-        conditions=conditions,
-        guidance_scale=guidance_scale,
-    )
-    return torch.cat(list(batches))
-
-
-def sample_batches(
-    pipeline: DiffusionPipeline,
-    *,
-    count: int,
-    steps: int,
-    sampler: str,
-    seed: int,
-    batch: int = 128,
-    device: str | torch.device = "cpu",
-    first: int = 0,
-    conditions: Sequence[Any] = (),
-    guidance_scale: float | None = None,
-) -> Iterator[torch.Tensor]:
-    """Draw images batch by batch, so that the caller can show progress.
+    """Draw images.
 
     Sample ``i`` of a seed starts from the same noise in every pipeline of the same image shape:
     images of a dense and of a compressed model can be compared one to one. The pipeline is left as
@@ -112,9 +78,9 @@ def sample_batches(
     conditions : prompts, or class labels; sample ``i`` has the ``i``-th of them, in turn.
     guidance_scale : for prompts; the pipeline's own default when None.
 
-    Yields
-    ------
-    torch.Tensor : uint8 ``(at most batch, channels, height, width)`` on the CPU.
+    Returns
+    -------
+    torch.Tensor : uint8 ``(count, channels, height, width)`` on the CPU.
 
     Raises
     ------
@@ -126,7 +92,7 @@ def sample_batches(
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
     size, channels = image_shape(pipeline)
-    where = torch.device(device)
+    where, drawn = torch.device(device), []
     needed = condition_of(pipeline)
     if bool(conditions) != bool(needed):
         classes = pipeline.unet.config.get("num_class_embeds")
@@ -140,14 +106,8 @@ def sample_batches(
         noise = generators(seed, start, len(indices))
         batch_conditions = [conditions[i % len(conditions)] for i in indices] if needed else []
         if kind_of(pipeline) is PIXELS:
-            images = _denoise(
-                pipeline.unet,
-                scheduler,
-                (channels, *size),
-                noise,
-                batch_conditions,
-                torch.device(device),
-            )
+            shape = (channels, *size)
+            images = _denoise(pipeline.unet, scheduler, shape, noise, batch_conditions, where)
         else:
             images = _draw(
                 pipeline, scheduler, steps, noise, batch_conditions, guidance_scale, where
@@ -157,7 +117,8 @@ def sample_batches(
                 "samples should be finite; the model produced NaN or infinity, so its weights have "
                 "diverged: train again with a lower learning rate"
             )
-        yield to_uint8(images).cpu()
+        drawn.append(to_uint8(images).cpu())
+    return torch.cat(drawn)
 
 
 @torch.no_grad()

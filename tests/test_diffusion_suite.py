@@ -15,7 +15,7 @@ from compress.common.cost import unet_cost
 from compress.data.digits import digits
 from compress.eval import diffusion, latency
 from compress.eval.consistency import mse_to, ssim_to
-from compress.eval.diffusion import Samples, SamplingSettings, Value
+from compress.eval.diffusion import SamplingSettings, Value
 from compress.eval.fidelity import fidelity
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
@@ -49,9 +49,13 @@ def dense():
     return pipeline((8, 24))
 
 
+def draw(pipeline):
+    return diffusion.gather(diffusion.draw_batches(pipeline, SETTINGS), SETTINGS)
+
+
 @pytest.fixture(scope="module")
 def dense_samples(dense):
-    return diffusion.draw(dense, SETTINGS)
+    return draw(dense)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +78,12 @@ def found(slim, dense_samples, reference):
 
 
 def test_samples_are_those_of_each_seed(dense, dense_samples):
-    assert dense_samples.images.shape == (2, 8, 1, 16, 16)
-    for seed, images in zip(SETTINGS.seeds, dense_samples.images, strict=True):
+    assert dense_samples.shape == (2, 8, 1, 16, 16)
+    for seed, images in zip(SETTINGS.seeds, dense_samples, strict=True):
         assert torch.equal(
             images, sample(dense, count=8, steps=2, sampler="ddim", seed=seed, batch=5)
         )
-    assert not torch.equal(*dense_samples.images)
+    assert not torch.equal(*dense_samples)
 
 
 def test_the_caller_can_count_batches(dense):
@@ -136,7 +140,7 @@ def test_samples_come_back_from_the_cache(tmp_path, dense_samples):
     path = tmp_path / "new" / "folder" / "x.safetensors"
     assert diffusion.load_samples(path) is None
     diffusion.save_samples(path, dense_samples)
-    assert torch.equal(diffusion.load_samples(path).images, dense_samples.images)
+    assert torch.equal(diffusion.load_samples(path), dense_samples)
     assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
 
 
@@ -213,8 +217,8 @@ def test_suite_measures_everything_with_n_and_provenance(found, slim):
 
 
 def test_distances_are_means_over_seeds(found, slim, reference):
-    drawn = diffusion.draw(slim, SETTINGS)
-    per_seed = [fidelity(images, reference) for images in drawn.images]
+    drawn = draw(slim)
+    per_seed = [fidelity(images, reference) for images in drawn]
     for name in per_seed[0]:
         values = [metrics[name] for metrics in per_seed]
         assert found[name].value == pytest.approx(np.mean(values), rel=1e-6)
@@ -222,9 +226,9 @@ def test_distances_are_means_over_seeds(found, slim, reference):
 
 
 def test_likeness_is_paired_with_the_dense_images(found, slim, dense_samples):
-    drawn = diffusion.draw(slim, SETTINGS)
+    drawn = draw(slim)
     for name, metric in (("ssim_to_dense", ssim_to), ("mse_to_dense", mse_to)):
-        values = metric(drawn.flat, dense_samples.flat)
+        values = metric(drawn.flatten(0, 1), dense_samples.flatten(0, 1))
         assert found[name].value == pytest.approx(values.mean().item())
         half = 1.959964 * values.std().item() / 4
         assert found[name].ci95 == pytest.approx(
@@ -233,13 +237,13 @@ def test_likeness_is_paired_with_the_dense_images(found, slim, dense_samples):
 
 
 def test_given_samples_are_not_drawn_again(dense, dense_samples, reference, monkeypatch):
-    monkeypatch.setattr(diffusion, "draw", None)
+    monkeypatch.setattr(diffusion, "draw_batches", None)
     found = diffusion.evaluate(dense, reference=reference, settings=SETTINGS, samples=dense_samples)
     assert found["ssim_to_dense"].value == 1 and found["mse_to_dense"].value == 0
 
 
 def test_unpaired_samples_and_unknown_metrics_are_refused(slim, dense_samples, reference):
-    fewer = Samples(dense_samples.images[:, :5])
+    fewer = dense_samples[:, :5]
     for name in ("samples", "dense"):
         with pytest.raises(ValueError, match=rf"{name} must hold 2 seeds x 8.*\(2, 5\)"):
             diffusion.evaluate(
@@ -256,11 +260,11 @@ def test_unpaired_samples_and_unknown_metrics_are_refused(slim, dense_samples, r
 
 def test_real_digits_look_like_digits_and_noise_does_not():
     images, _ = digits("a")
-    real = diffusion.digit_checks(Samples(to_uint8(images)[None]), SETTINGS)
+    real = diffusion.digit_checks(to_uint8(images)[None], SETTINGS)
     assert real["looks_like_digits"].value > 0.9
     assert 0.08 < real["class_share_min"].value < real["class_share_max"].value < 0.12
     grey = torch.full((1, 50, 1, 16, 16), 128, dtype=torch.uint8)
-    flat = diffusion.digit_checks(Samples(grey), SETTINGS)
+    flat = diffusion.digit_checks(grey, SETTINGS)
     assert flat["looks_like_digits"].value in (0, 1)
     assert (flat["class_share_min"].value, flat["class_share_max"].value) == (0, 1)
 

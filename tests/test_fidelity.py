@@ -9,7 +9,6 @@ import pytest
 import scipy.linalg
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from compress.data.digits import digits
 from compress.eval import fidelity as module
@@ -138,12 +137,6 @@ def test_floor_is_the_distance_of_the_two_halves(halves):
     some = floor(*halves, count=150)
     assert some == fidelity(halves[0][torch.linspace(0, 299, 150).round().long()], halves[1])
     assert some["fid_digits"] > 1.2 * whole["fid_digits"]
-
-
-def test_registering_twice_is_harmless(halves):
-    module.register_digits_features()
-    module.register_digits_features()
-    assert FEATURE_EXTRACTORS_REGISTRY[module.DIGITS] is module.DigitsFeatureExtractor
 
 
 def test_nothing_is_cached(halves, tmp_path, monkeypatch):

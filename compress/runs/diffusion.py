@@ -202,7 +202,7 @@ class DiffusionRun:
                 table, lambda side: {"dense": side, "compressed": side, "ratio": None}
             )
         if distributed.is_main():
-            shown = {n: s.flat[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
+            shown = {n: s.flatten(0, 1)[:SHOWN_SAMPLES].contiguous() for n, s in images.items()}
             write_bytes(self.folder / "samples.safetensors", save(shown))
         return {
             "run": self._facts(),

@@ -164,8 +164,8 @@ def measure(name):
     settings = diffusion.SamplingSettings(samples=37, steps=2, sampling_seeds=2, batch=16)
     reference = diffusion.reference_images(digits("b")[0], 100)
     found = diffusion.evaluate(pipeline, reference=reference, settings=settings)
-    samples = diffusion.draw(pipeline, settings)
-    kept = {"samples": samples.images, "per process": torch.tensor(distributed.process())}
+    samples = diffusion.gather(diffusion.draw_batches(pipeline, settings), settings)
+    kept = {"samples": samples, "per process": torch.tensor(distributed.process())}
     save_file(kept, Path(f"{name} {distributed.process()}.safetensors"))
     values = {key: value.value for key, value in found.items()}
     (Path(f"{name} {distributed.process()}.json")).write_text(json.dumps(values))
