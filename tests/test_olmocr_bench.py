@@ -4,13 +4,14 @@ import json
 import random
 import string
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
 from compress.data.olmocr_bench import (
-    KINDS,
+    AnyTest,
     BaselineTest,
     FootnoteTest,
     FormatTest,
@@ -19,9 +20,7 @@ from compress.data.olmocr_bench import (
     PresenceTest,
     TableTest,
     normalise,
-    read_candidate,
     read_olmocr_bench,
-    write_candidate,
     write_olmocr_bench,
 )
 from compress.eval.olmocr_bench import near_matches, run_test, score_olmocr_bench
@@ -371,7 +370,7 @@ def bench(tmp_path):
 
 
 def test_folder_round_trip(bench, tmp_path):
-    assert {test.type for test in ALL_KINDS} == set(KINDS)
+    assert {type(test) for test in ALL_KINDS} == set(get_args(AnyTest))
     assert bench.files == {"all_kinds": ALL_KINDS} and bench.pdfs == ("a.pdf",)
     assert read_olmocr_bench(tmp_path / "bench") == bench
     assert (tmp_path / "bench" / "pdfs" / "a.pdf").read_bytes().startswith(b"%PDF")
@@ -379,23 +378,13 @@ def test_folder_round_trip(bench, tmp_path):
         assert image.size == (40, 60)
 
 
-def test_documents_in_subfolders_and_candidates(tmp_path):
+def test_documents_in_subfolders(tmp_path):
     tests = {"one": [replace(present("x"), pdf="sub/b.pdf", page=2)]}
     images = [Image.new("RGB", (20, 20))] * 2
     bench = write_olmocr_bench(tmp_path / "bench", tests, {"sub/b.pdf": images})
     assert bench.pages == (("sub/b.pdf", 1), ("sub/b.pdf", 2))
     outputs = {("sub/b.pdf", 1): ("one",), ("sub/b.pdf", 2): ("x", "\u00e9", "x")}
-    write_candidate(bench, "ours", outputs)
-    with pytest.raises(FileExistsError, match="a set of texts of compress already"):
-        write_candidate(bench, "ours", outputs)
-    with pytest.raises(FileExistsError, match="pdfs holds something"):
-        write_candidate(bench, "pdfs", outputs, overwrite=True)
-    assert (tmp_path / "bench" / "ours" / "sub" / "b_pg2_repeat3.md").is_file()
-    assert read_candidate(bench, "ours") == outputs
     assert score_olmocr_bench(bench, outputs).metrics["score"].value == 1
-    (tmp_path / "bench" / "ours" / "sub" / "b_pg1_repeat1.md").unlink()
-    with pytest.raises(ValueError, match="each of 2 pages; 1 are missing.*sub/b_pg1_repeat1.md"):
-        read_candidate(bench, "ours")
     with pytest.raises(ValueError, match="1 have none, the first is page 1 of sub/b.pdf"):
         score_olmocr_bench(bench, {("sub/b.pdf", 2): ["x"]})
 
@@ -403,14 +392,14 @@ def test_documents_in_subfolders_and_candidates(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "presence"}, "type is one of.*got 'presence'"),
-        ({"threshold": 0.9}, r"unknown: \['threshold'\]"),
-        ({"text": None}, "text should be of type str; got None"),
-        ({"max_diffs": "1"}, "max_diffs should be of type int; got '1'"),
-        ({"max_diffs": True}, "max_diffs should be of type int; got True"),
-        ({"max_diffs": -1}, "max_diffs must be at least 0"),
-        ({"text": " "}, "text must not be empty"),
-        ({"id": ""}, "pdf and id must not be empty"),
+        ({"type": "presence"}, "tag 'presence' found .*does not match any of the expected tags"),
+        ({"threshold": 0.9}, "present.threshold: Unexpected keyword argument"),
+        ({"text": None}, "present.text: .*valid string, got None"),
+        ({"max_diffs": "1"}, "max_diffs: .*valid integer, got '1'"),
+        ({"max_diffs": True}, "max_diffs: .*valid integer, got True"),
+        ({"max_diffs": -1}, "max_diffs: .*greater than or equal to 0, got -1"),
+        ({"text": " "}, "text: .*must not be empty"),
+        ({"id": ""}, "present.id: .*at least 1 character"),
         ({"pdf": "z.pdf"}, "z.pdf of test 1 in all_kinds.jsonl is not there"),
     ],
 )
@@ -432,7 +421,7 @@ def test_damaged_folders(bench, tmp_path):
     entry = json.loads(line)
     del entry["text"]
     path.write_text(json.dumps(entry))
-    with pytest.raises(ValueError, match=r"line 1: .*missing: \['text'\]"):
+    with pytest.raises(ValueError, match="line 1 .*present.text: Field required"):
         read_olmocr_bench(bench.folder)
     path.write_bytes(b"{\xff")
     with pytest.raises(ValueError, match="all_kinds.jsonl should be UTF-8 .* at byte 1"):
@@ -448,17 +437,17 @@ def test_impossible_tests_and_folders(tmp_path):
     with pytest.raises(ValueError, match="at most half of either text"):
         order("abcd", "abcdef", max_diffs=3)
     # valid as it is written, and empty for the script, which normalises first
-    with pytest.raises(ValueError, match="text must not be empty"):
+    with pytest.raises(ValueError, match="(?s)text.*must not be empty"):
         present("__")
-    with pytest.raises(ValueError, match="before must not be empty"):
+    with pytest.raises(ValueError, match="(?s)before.*must not be empty"):
         order("<b></b>", "abc")
     with pytest.raises(ValueError, match="at most half of either text"):
         order("**abcd**", "abcdef", max_diffs=3)
-    with pytest.raises(ValueError, match="appears_after_marker must not be empty"):
+    with pytest.raises(ValueError, match="(?s)appears_after_marker.*must not be empty"):
         footnote("1", appears_after_marker="**")
-    with pytest.raises(ValueError, match="format must be one of"):
+    with pytest.raises(ValueError, match="(?s)format.*'heading', 'bold' or 'italic'"):
         form("a", "underlined")
-    with pytest.raises(ValueError, match="neither empty nor hold spaces"):
+    with pytest.raises(ValueError, match="(?s)marker.*match pattern"):
         footnote("a b")
     for pages in ({"a.pdf": []}, {"a.png": [Image.new("L", (2, 2))]}):
         with pytest.raises(ValueError, match=r"called \*.pdf and have at least one page"):

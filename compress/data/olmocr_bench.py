@@ -1,22 +1,24 @@
-"""Folders in the layout of olmOCR-bench: tests in JSON lines, single-page PDFs, candidates' texts.
+"""Folders in the layout of olmOCR-bench: tests in JSON lines, and PDFs.
 
 ``*.jsonl`` hold one test a line and give the categories their names; ``pdfs/`` the documents, in
-subfolders if wanted; every other folder is a candidate and holds, for the document ``a/b.pdf``,
-``a/b_pg1_repeat1.md`` and so on. Source: olmocr/bench of allenai/olmocr.
+subfolders if wanted. Source: olmocr/bench of allenai/olmocr.
 """
 
 import json
 import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Literal, Self
 
 from PIL import Image
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
 
-from compress.common.files import is_litter, json_lines, read_text, walk, write_text
-from compress.common.output_folder import PAGES, TEXTS, new_folder
+from compress.common.files import is_litter, json_lines, walk, write_text
+from compress.common.foreign import foreign
+from compress.common.output_folder import PAGES, new_folder
 
 PDFS = "pdfs"
 # (document, page number from 1)
@@ -55,7 +57,18 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text).translate(_PLAIN)
 
 
-@dataclass(frozen=True, kw_only=True)
+def _not_blank(text: str) -> str:
+    if not normalise(text).strip():
+        raise ValueError("must not be empty, marks apart")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Name = Annotated[str, Field(min_length=1)]
+bench_test = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+
+
+@bench_test
 class BenchTest:
     """What all tests have.
 
@@ -64,28 +77,19 @@ class BenchTest:
     pdf : document, relative to ``pdfs/``.
     page : number of the page, from 1.
     id : unique in its file.
-    type : kind of test, one of `KINDS`.
-    max_diffs : characters that may differ in a fuzzy match, >= 0.
+    max_diffs : characters that may differ in a fuzzy match.
     checked, url : notes of the annotators.
     """
 
-    types: ClassVar[tuple[str, ...]] = ()
-
-    pdf: str
+    pdf: Name
     page: int
-    id: str
-    type: str
-    max_diffs: int = 0
+    id: Name
+    max_diffs: Annotated[int, Field(ge=0)] = 0
     checked: str | None = None
     url: str | None = None
 
-    def __post_init__(self) -> None:
-        _check(bool(self.pdf and self.id), "pdf and id must not be empty", self)
-        _check(self.type in self.types, f"type must be one of {list(self.types)}", self)
-        _check(self.max_diffs >= 0, "max_diffs must be at least 0", self)
 
-
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class PresenceTest(BenchTest):
     """A text must (``present``) or must not (``absent``) occur on the page.
 
@@ -96,43 +100,34 @@ class PresenceTest(BenchTest):
     first_n, last_n : look only at so many characters at the beginning and the end.
     """
 
-    types = ("present", "absent")
-
-    text: str
+    type: Literal["present", "absent"]
+    text: Text
     case_sensitive: bool = True
     first_n: int | None = None
     last_n: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_text(self.text, "text", self)
 
-
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class OrderTest(BenchTest):
     """One text must begin before another."""
 
-    types = ("order",)
+    type: Literal["order"] = "order"
+    before: Text
+    after: Text
 
-    before: str
-    after: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_text(self.before, "before", self)
-        _check_text(self.after, "after", self)
+    @model_validator(mode="after")
+    def _few_differences(self) -> Self:
         shorter = min(len(normalise(self.before)), len(normalise(self.after)))
-        _check(
-            self.max_diffs <= shorter // 2, "max_diffs must be at most half of either text", self
-        )
+        if self.max_diffs > shorter // 2:
+            raise ValueError("max_diffs must be at most half of either text")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class TableTest(BenchTest):
     """A table must hold a cell whose neighbours or headings are as given; '' asks for nothing."""
 
-    types = ("table",)
-
+    type: Literal["table"] = "table"
     cell: str
     up: str = ""
     down: str = ""
@@ -143,7 +138,7 @@ class TableTest(BenchTest):
     ignore_markdown_tables: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class BaselineTest(BenchTest):
     """The page must hold text, must not end in repetition nor hold Chinese, Japanese or emoji.
 
@@ -155,70 +150,44 @@ class BaselineTest(BenchTest):
     check_disallowed_characters : whether Chinese, Japanese and emoji are errors.
     """
 
-    types = ("baseline",)
-
+    type: Literal["baseline"] = "baseline"
     max_length: int | None = None
     max_length_skips_image_alt_tags: bool = False
     max_repeats: int = 30
     check_disallowed_characters: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class FormatTest(BenchTest):
     """A text must occur as ``heading``, ``bold`` or ``italic``."""
 
-    types = ("format",)
-
-    text: str
-    format: str
+    type: Literal["format"] = "format"
+    text: Text
+    format: Literal["heading", "bold", "italic"]
     case_sensitive: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_text(self.text, "text", self)
-        formats = ("heading", "bold", "italic")
-        _check(self.format in formats, f"format must be one of {list(formats)}", self)
 
-
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class FootnoteTest(BenchTest):
     """A footnote mark must occur, behind and before the texts that are given."""
 
-    types = ("footnote",)
-
-    marker: str
-    appears_before_marker: str | None = None
-    appears_after_marker: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        valid = bool(self.marker) and " " not in self.marker
-        _check(valid, "marker must be neither empty nor hold spaces", self)
-        for name in ("appears_before_marker", "appears_after_marker"):
-            if getattr(self, name):
-                _check_text(getattr(self, name), name, self)
+    type: Literal["footnote"] = "footnote"
+    marker: Annotated[str, Field(pattern="^[^ ]+$")]
+    appears_before_marker: Text | Literal[""] | None = None
+    appears_after_marker: Text | Literal[""] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@bench_test
 class MathTest(BenchTest):
     """A formula must occur, compared as KaTeX renders it."""
 
-    types = ("math",)
-
+    type: Literal["math"] = "math"
     math: str
     ignore_dollar_delimited: bool = False
 
 
-_CLASSES = (
-    PresenceTest,
-    OrderTest,
-    TableTest,
-    BaselineTest,
-    FormatTest,
-    FootnoteTest,
-    MathTest,
-)
-KINDS: dict[str, type[BenchTest]] = {kind: cls for cls in _CLASSES for kind in cls.types}
+AnyTest = PresenceTest | OrderTest | TableTest | BaselineTest | FormatTest | FootnoteTest | MathTest
+_TEST: TypeAdapter[AnyTest] = TypeAdapter(Annotated[AnyTest, Field(discriminator="type")])
 
 
 @dataclass(frozen=True)
@@ -233,7 +202,7 @@ class Bench:
     """
 
     folder: Path
-    files: dict[str, tuple[BenchTest, ...]]
+    files: dict[str, tuple[AnyTest, ...]]
     pdfs: tuple[str, ...]
 
     @property
@@ -270,7 +239,7 @@ def read_olmocr_bench(folder: Path) -> Bench:
 
 def write_olmocr_bench(
     folder: Path,
-    files: Mapping[str, Sequence[BenchTest]],
+    files: Mapping[str, Sequence[AnyTest]],
     pages: Mapping[str, Sequence[Image.Image]],
     *,
     overwrite: bool = False,
@@ -310,66 +279,8 @@ def write_olmocr_bench(
     return read_olmocr_bench(folder)
 
 
-def read_candidate(bench: Bench, name: str) -> dict[PageId, tuple[str, ...]]:
-    """Read what a candidate made of each page; a page may have been read several times.
-
-    Raises
-    ------
-    ValueError : when a page of ``bench.pages`` is missing, or a file is not UTF-8.
-    """
-    folder = bench.folder / name
-    by_page: dict[PageId, dict[int, str]] = {}
-    for path in walk(folder):
-        match = re.fullmatch(r"(.+)_pg(\d+)_repeat(\d+)\.md", path.relative_to(folder).as_posix())
-        if not match:
-            continue
-        text = read_text(path)
-        by_page.setdefault((f"{match[1]}.pdf", int(match[2])), {})[int(match[3])] = text
-    missing = [page for page in bench.pages if page not in by_page]
-    if missing:
-        raise ValueError(
-            f"{folder} should hold a text for each of {len(bench.pages)} pages; {len(missing)} are "
-            f"missing, the first is {_file_name(missing[0], 1)}; predict them, or write an empty "
-            "file for a page that gave nothing"
-        )
-    return {page: tuple(texts[n] for n in sorted(texts)) for page, texts in by_page.items()}
-
-
-def write_candidate(
-    bench: Bench,
-    name: str,
-    outputs: Mapping[PageId, Sequence[str]],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write a candidate's texts, each page's repeats numbered from 1, for `read_candidate`.
-
-    Parameters
-    ----------
-    bench : the benchmark, in whose folder the candidate's is.
-    name : of the candidate; its folder is new or empty, or with ``overwrite`` was written so.
-    outputs : by page, one text or more.
-    overwrite : replace what is there.
-
-    Raises
-    ------
-    FileExistsError : when the folder holds something that is not to be replaced.
-    """
-    with new_folder(bench.folder / name, TEXTS, overwrite=overwrite) as temporary:
-        for page, texts in outputs.items():
-            for repeat, text in enumerate(texts, start=1):
-                path = temporary / _file_name(page, repeat)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, text)
-
-
-def _file_name(page: PageId, repeat: int) -> str:
-    pdf, number = page
-    return f"{Path(pdf).with_suffix('').as_posix()}_pg{number}_repeat{repeat}.md"
-
-
 def _check_documents(
-    files: Mapping[str, Sequence[BenchTest]], pdfs: Collection[str], folder: Path
+    files: Mapping[str, Sequence[AnyTest]], pdfs: Collection[str], folder: Path
 ) -> None:
     """See that every test belongs to a document."""
     known = set(pdfs)
@@ -383,20 +294,12 @@ def _check_documents(
         )
 
 
-def _read_tests(path: Path) -> tuple[BenchTest, ...]:
-    tests: dict[str, BenchTest] = {}
+def _read_tests(path: Path) -> tuple[AnyTest, ...]:
+    tests: dict[str, AnyTest] = {}
     for number, line in json_lines(path):
         where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where} should hold a test as JSON but does not parse: {error}; restore the file"
-            ) from error
-        try:
-            test = _test(entry)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        with foreign(where, "a test of olmOCR-bench", "correct the line"):
+            test = _TEST.validate_json(line)
         if test.id in tests:
             raise ValueError(
                 f"{where}: ids should be unique in a file; {test.id!r} stands there twice; rename "
@@ -404,47 +307,3 @@ def _read_tests(path: Path) -> tuple[BenchTest, ...]:
             )
         tests[test.id] = test
     return tuple(tests.values())
-
-
-def _test(entry: Any) -> BenchTest:
-    kind = entry.get("type") if isinstance(entry, dict) else None
-    if kind not in KINDS:
-        raise ValueError(
-            f"a test should be an object whose type is one of {list(KINDS)}; got {kind!r}; correct "
-            "the line"
-        )
-    cls = KINDS[kind]
-    known = {field.name: field for field in fields(cls)}
-    unknown = sorted(entry.keys() - known.keys())
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in entry]
-    if unknown or missing:
-        raise ValueError(
-            f"a test of type {kind} has the keys {list(known)}; missing: {missing or 'none'}, "
-            f"unknown: {unknown or 'none'}; correct the line"
-        )
-    for name, value in entry.items():
-        # the annotations are kept as text: "str", "int", "bool", "str | None", "int | None"
-        allowed = _ALLOWED[str(getattr(known[name].type, "__name__", known[name].type))]
-        if type(value) not in allowed:
-            raise ValueError(
-                f"{name} should be of type {allowed[0].__name__}; got {value!r}; correct the line"
-            )
-    return cls(**entry)
-
-
-_ALLOWED: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "bool": (bool,),
-    "str | None": (str, type(None)),
-    "int | None": (int, type(None)),
-}
-
-
-def _check(holds: bool, rule: str, test: BenchTest) -> None:
-    if not holds:
-        raise ValueError(f"{rule}; got {test}; correct the test")
-
-
-def _check_text(text: str, name: str, test: BenchTest) -> None:
-    _check(bool(normalise(text).strip()), f"{name} must not be empty, marks apart", test)

@@ -1,14 +1,16 @@
 """Rendered pages as folders in the layouts of OmniDocBench and olmOCR-bench."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from compress.common.output_folder import PAGES, check_replaceable, locked
 from compress.data import omnidocbench
 from compress.data.olmocr_bench import (
+    AnyTest,
     BaselineTest,
     Bench,
-    BenchTest,
     FormatTest,
     OrderTest,
     PresenceTest,
@@ -98,7 +100,7 @@ def write_pages_as_olmocr_bench(
     """
     if not pages:
         raise ValueError("at least one page expected to write a folder of; got none; render some")
-    tests: dict[str, list[BenchTest]] = {}
+    tests: dict[str, list[AnyTest]] = {}
     for number, page in enumerate(pages):
         for test in _tests(f"{_name(number)}.pdf", page):
             tests.setdefault(test.type, []).append(test)
@@ -122,45 +124,24 @@ def _annotated(block: Block) -> omnidocbench.Block:
     )
 
 
-def _tests(pdf: str, page: Page) -> list[BenchTest]:
+def _tests(pdf: str, page: Page) -> list[AnyTest]:
     flat = " ".join(page.text.split())
     once = [b for b in page.blocks if b.kind != "table" and flat.count(_first(b)) == 1]
-    tests: list[BenchTest] = [BaselineTest(pdf=pdf, page=1, id=f"{pdf}_baseline", type="baseline")]
+    place: Any = {"pdf": pdf, "page": 1}
+    tests: list[AnyTest] = [BaselineTest(**place, id=f"{pdf}_baseline")]
     for block in once:
-        name = f"{pdf}_{block.order}"
-        text = _first(block)
+        name, text = f"{pdf}_{block.order}", _first(block)
         if block.kind == "heading":
-            tests.append(
-                FormatTest(
-                    pdf=pdf, page=1, id=f"{name}_f", type="format", text=text, format="heading"
-                )
-            )
-        tests.append(PresenceTest(pdf=pdf, page=1, id=f"{name}_p", type="present", text=text))
-    for one, two in zip(once, once[1:], strict=False):
-        tests.append(
-            OrderTest(
-                pdf=pdf,
-                page=1,
-                id=f"{pdf}_{one.order}_o",
-                type="order",
-                before=_first(one),
-                after=_first(two),
-            )
-        )
+            tests.append(FormatTest(**place, id=f"{name}_f", text=text, format="heading"))
+        tests.append(PresenceTest(**place, id=f"{name}_p", type="present", text=text))
+    for one, two in itertools.pairwise(once):
+        texts = {"before": _first(one), "after": _first(two)}
+        tests.append(OrderTest(**place, id=f"{pdf}_{one.order}_o", **texts))
     for block in page.blocks:
         if block.kind == "table":
             first, second = (row.split(" ") for row in block.text.split("\n")[:2])
-            tests.append(
-                TableTest(
-                    pdf=pdf,
-                    page=1,
-                    id=f"{pdf}_{block.order}_t",
-                    type="table",
-                    cell=first[0],
-                    right=first[1],
-                    down=second[0],
-                )
-            )
+            cells = {"cell": first[0], "right": first[1], "down": second[0]}
+            tests.append(TableTest(**place, id=f"{pdf}_{block.order}_t", **cells))
     return tests
 
 
