@@ -125,7 +125,6 @@ OCR = {
     "reading_order_edit": Metric("Reading order edit distance", "lower", group="quality"),
     "teds": Metric("Table similarity (TEDS)", "higher", heading="TEDS", group="quality"),
     "teds_structure": Metric("TEDS, structure only", "higher"),
-    "overall": Metric("Overall", "higher", group="quality"),
     "overall_proxy": Metric("Overall, without CDM", "higher", group="quality"),
     "score": Metric("Score", "higher", group="quality"),
     "score_without_math": Metric("Score, without math", "higher", group="quality"),

@@ -130,23 +130,20 @@ def score_omnidocbench(
     pages: Sequence[Page],
     predictions: Mapping[str, str],
     *,
-    formula_cdm: float | None = None,
     seed: int = 0,
     published: bool = False,
 ) -> OmniDocBenchScores:
     """Score predicted Markdown against annotated pages.
 
     ``overall`` of v1.5 is ((1 - text_edit) * 100 + TEDS * 100 + CDM * 100) / 3. CDM renders
-    formulas with TeX and is not computed here; without it the sum is called ``overall_proxy``, with
-    1 - formula_edit in its place, and terms that no page has are left out of the mean. Its ``how``
-    says which terms it has.
+    formulas with TeX and is not computed here, so the mean is called ``overall_proxy``, with
+    1 - formula_edit in its place, and terms that no page has are left out of it. Its ``how`` says
+    which terms it has.
 
     Parameters
     ----------
     pages : from `compress.data.omnidocbench`.
     predictions : ``Page.image`` -> Markdown, one for each page; '' for a page that gave nothing.
-    formula_cdm : CDM in [0, 1], mean per page and then over pages, where the official tool measured
-        it on the same predictions.
     seed : of the bootstrap over pages.
     published : whether to normalise and sort blocks by the rules of the published script, where
         they are at odds with what a page says.
@@ -155,19 +152,14 @@ def score_omnidocbench(
     -------
     OmniDocBenchScores : ``text_edit``, ``formula_edit`` and ``reading_order_edit`` (mean over
         pages, called ALL_page_avg by OmniDocBench), ``text_edit_whole`` (all edits over all
-        lengths, its edit_whole), ``teds`` and ``teds_structure`` in [.., 1], and ``overall`` or
+        lengths, its edit_whole), ``teds`` and ``teds_structure`` in [.., 1], and
         ``overall_proxy`` in [.., 100]. Edit distances are in [0, 1], lower is better.
 
     Raises
     ------
-    ValueError : for no pages, a page without prediction, pages without any text, table or formula,
-        or a CDM outside [0, 1].
+    ValueError : for no pages, a page without prediction, or pages without any text, table or
+        formula.
     """
-    if formula_cdm is not None and not 0 <= formula_cdm <= 1:
-        raise ValueError(
-            f"formula_cdm is a mean of F1 scores in [0, 1]; got {formula_cdm:g}; divide percent by "
-            "100"
-        )
     absent = [page.image for page in pages if page.image not in predictions]
     if absent or not pages:
         raise ValueError(
@@ -192,7 +184,7 @@ def score_omnidocbench(
             f"all edits / all lengths{rules}",
             seed,
         )
-    overall, how = _overall(results, formula_cdm, seed)
+    overall, how = _overall(results, seed)
     interval = percentile_interval(overall.resampled, overall.n)
     metrics[overall.name] = Value(overall.value, how + rules, overall.n, interval)
     return OmniDocBenchScores(results, metrics, overall)
@@ -494,49 +486,34 @@ def _page_values(results: Sequence[PageResult]) -> dict[str, list[float | None]]
     }
 
 
-def _overall(
-    results: Sequence[PageResult], formula_cdm: float | None, seed: int
-) -> tuple[Accuracy, str]:
+def _overall(results: Sequence[PageResult], seed: int) -> tuple[Accuracy, str]:
     """The overall score, and of what it is made."""
     values = _page_values(results)
     terms = {
         "1 - text_edit": [None if v is None else 1 - v for v in values["text_edit"]],
         "TEDS": values["teds"],
-    }
-    if formula_cdm is None:
-        terms["1 - formula_edit (in place of CDM)"] = [
+        "1 - formula_edit (in place of CDM)": [
             None if v is None else 1 - v for v in values["formula_edit"]
-        ]
+        ],
+    }
     terms = {name: term for name, term in terms.items() if any(v is not None for v in term)}
-    missing = {"1 - text_edit", "TEDS"} - terms.keys()
-    if formula_cdm is not None and missing or not terms:
+    if not terms:
         raise ValueError(
-            "an overall score is a mean over text, tables and formulas; no page has what is needed "
-            f"for {', '.join(sorted(missing))}; score pages that do"
-            + (", or leave formula_cdm out" if terms else "")
+            "an overall score is a mean over text, tables and formulas; no page has any of them; "
+            "score pages that do"
         )
-    n = len(results)
     # a sum and a count for each term, so that a resample of pages is a mean of means again
     columns = np.array(
         [
-            [number for term in terms.values() for number in _sum_and_count(term[place])]
-            for place in range(n)
+            [number for v in page for number in ((0.0, 0.0) if v is None else (v, 1.0))]
+            for page in zip(*terms.values(), strict=True)
         ]
     )
 
     def combine(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         with np.errstate(divide="ignore", invalid="ignore"):
-            means = sums[:, 0::2] / sums[:, 1::2]
-        if formula_cdm is not None:
-            means = np.concatenate([means, np.full((len(means), 1), formula_cdm)], axis=1)
-        return 100 * means.mean(axis=1)
+            return 100 * (sums[:, 0::2] / sums[:, 1::2]).mean(axis=1)
 
-    how = "mean of " + ", ".join(terms)
-    how += ", CDM (given; not resampled)" if formula_cdm is not None else ""
     value = float(combine(columns.sum(axis=0, keepdims=True))[0])
-    name = "overall" if formula_cdm is not None else "overall_proxy"
-    return Accuracy(name, value, combine(resampled_sums(columns, seed)), n), how
-
-
-def _sum_and_count(value: float | None) -> tuple[float, float]:
-    return (0.0, 0.0) if value is None else (value, 1.0)
+    resampled = combine(resampled_sums(columns, seed))
+    return Accuracy("overall_proxy", value, resampled, len(results)), f"mean of {', '.join(terms)}"

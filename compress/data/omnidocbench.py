@@ -1,23 +1,66 @@
-"""Folders in the layout of OmniDocBench v1.5: pages, their blocks, and one prediction per page.
+"""Folders in the layout of OmniDocBench v1.5: pages and their blocks.
 
-``OmniDocBench.json`` is a list of pages; ``images/`` holds the files that they name. Predictions
-lie in a folder of their own, one ``.md`` per page, named like its image.
+``OmniDocBench.json`` is a list of pages; ``images/`` holds the files that they name.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 from PIL import Image
+from pydantic import (
+    AfterValidator,
+    AliasGenerator,
+    AliasPath,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
-from compress.common.files import read_json, read_text, write_json, write_text
-from compress.common.output_folder import PAGES, TEXTS, new_folder
+from compress.common.files import write_json
+from compress.common.foreign import foreign
+from compress.common.output_folder import PAGES, new_folder
 
 ANNOTATIONS = "OmniDocBench.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+# names of ours -> where OmniDocBench has them
+_PATHS = {
+    "category": AliasPath("category_type"),
+    "image": AliasPath("page_info", "image_path"),
+    "blocks": AliasPath("layout_dets"),
+    "truncated": AliasPath("extra", "relation"),
+    **{name: AliasPath("page_info", name) for name in ("width", "height", "page_no")},
+}
+
+
+def _truncated(relations: Any) -> Any:
+    """The pairs of those relations that join the parts of one paragraph."""
+    if not all(isinstance(relation, dict) for relation in relations):
+        return relations
+    ends = ("source_anno_id", "target_anno_id")
+    chosen = [r for r in relations if r.get("relation_type") == "truncated"]
+    return tuple(tuple(relation.get(end) for end in ends) for relation in chosen)
+
+
+_annotated = dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(
+        alias_generator=AliasGenerator(validation_alias=lambda name: _PATHS.get(name, name)),
+        validate_by_name=True,
+        strict=True,
+    ),
+)
+
+
+@_annotated
 class Block:
     """One annotated block of a page.
 
@@ -38,12 +81,18 @@ class Block:
     text: str = ""
     html: str = ""
     latex: str = ""
-    poly: tuple[float, ...] = ()
+    poly: Annotated[tuple[float, ...], Field(strict=False)] = ()
     ignore: bool = False
     attribute: dict[str, Any] = field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, entry: Any) -> Any:
+        """Nothing is known of what is null: the default stands for it."""
+        return {k: v for k, v in entry.items() if v is not None} if type(entry) is dict else entry
 
-@dataclass(frozen=True, kw_only=True)
+
+@_annotated
 class Page:
     """One annotated page.
 
@@ -57,18 +106,27 @@ class Page:
     attribute : ``page_attribute``, for example language and layout, kept as it is.
     """
 
-    image: str
+    # some copies of the set write a path; the file lies in images/ all the same
+    image: Annotated[str, AfterValidator(lambda path: Path(path).name)]
     width: int
     height: int
     blocks: tuple[Block, ...]
-    truncated: tuple[tuple[int, int], ...] = ()
+    truncated: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_truncated)] = ()
     page_no: int = 0
-    attribute: dict[str, Any] = field(default_factory=dict)
+    attribute: Annotated[
+        dict[str, Any], Field(validation_alias=AliasPath("page_info", "page_attribute"))
+    ] = field(default_factory=dict)
 
-    @property
-    def prediction_name(self) -> str:
-        """File name of the page's prediction."""
-        return f"{Path(self.image).stem}.md"
+    @model_validator(mode="after")
+    def _relations_fit(self) -> Self:
+        known = {block.anno_id for block in self.blocks}
+        for number in itertools.chain(*self.truncated):
+            if number not in known:
+                raise ValueError(
+                    "a truncated relation should name blocks of its page; anno_id "
+                    f"{number} is none of them"
+                )
+        return self
 
 
 def read_omnidocbench(folder: Path) -> list[Page]:
@@ -86,25 +144,19 @@ def read_omnidocbench(folder: Path) -> list[Page]:
             f"a folder in OmniDocBench's layout holds {ANNOTATIONS}; {path} does not exist; check "
             "the path"
         )
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
-        raise ValueError(
-            f"{path} should hold a list of at least one page; got {_kind(content)}; restore the "
-            "file"
-        )
-    pages = [_page(entry, f"{path}, page {number}") for number, entry in enumerate(content)]
+    with foreign(path, "a list of annotated pages"):
+        pages = _PAGES.validate_json(path.read_bytes())
     missing = [page.image for page in pages if not (folder / "images" / page.image).is_file()]
     if missing:
         raise ValueError(
             f"{folder / 'images'} should hold the image of each of {len(pages)} pages; "
             f"{len(missing)} are missing, the first is {missing[0]}; complete the folder"
         )
-    names = [page.prediction_name for page in pages]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    [(name, count)] = Counter(Path(page.image).stem for page in pages).most_common(1)
+    if count > 1:
         raise ValueError(
-            f"predictions are told apart by the name of the image; in {path} two pages lead to "
-            f"{twice[0]}; rename one of the images"
+            f"predictions are told apart by the name of the image; in {path} {count} pages lead to "
+            f"{name}.md; rename all but one of the images"
         )
     return pages
 
@@ -147,117 +199,7 @@ def write_omnidocbench(
             image.save(temporary / "images" / page.image)
 
 
-def read_predictions(folder: Path, pages: Sequence[Page]) -> dict[str, str]:
-    """Read one Markdown file per page; image name -> text.
-
-    OmniDocBench's own scorer skips pages without a file, which raises the score; here each page
-    needs one.
-
-    Raises
-    ------
-    ValueError : when files are missing, or one is not UTF-8.
-    """
-    missing = [p.prediction_name for p in pages if not (folder / p.prediction_name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} should hold a prediction for each of {len(pages)} pages; {len(missing)} are "
-            f"missing, the first is {missing[0]}; predict them, or write an empty file for a page "
-            "that gave nothing"
-        )
-    predictions = {}
-    for page in pages:
-        predictions[page.image] = read_text(folder / page.prediction_name)
-    return predictions
-
-
-def write_predictions(
-    folder: Path, predictions: Mapping[str, str], *, overwrite: bool = False
-) -> None:
-    """Write image name -> Markdown as files that `read_predictions` finds.
-
-    Parameters
-    ----------
-    folder : new or empty, or with ``overwrite`` one that was written so.
-    predictions : by image.
-    overwrite : replace what is there.
-
-    Raises
-    ------
-    FileExistsError : when the folder holds something that is not to be replaced.
-    """
-    with new_folder(folder, TEXTS, overwrite=overwrite) as temporary:
-        for image, text in predictions.items():
-            write_text(temporary / f"{Path(image).stem}.md", text)
-
-
-def _page(entry: Any, where: str) -> Page:
-    info = _get(entry, "page_info", dict, where)
-    relations = _get(entry.get("extra") or {}, "relation", list, where, [])
-    blocks = tuple(
-        _block(block, f"{where}, block {number}")
-        for number, block in enumerate(_get(entry, "layout_dets", list, where))
-    )
-    truncated = tuple(
-        (
-            _get(relation, "source_anno_id", int, where),
-            _get(relation, "target_anno_id", int, where),
-        )
-        for relation in relations
-        if _get(relation, "relation_type", str, where) == "truncated"
-    )
-    known = {block.anno_id for block in blocks}
-    strangers = [number for pair in truncated for number in pair if number not in known]
-    if strangers:
-        raise ValueError(
-            f"{where}: a truncated relation should name blocks of its page; anno_id {strangers[0]} "
-            "is none of them; restore the file"
-        )
-    return Page(
-        # some copies of the set write a path; the file lies in images/ all the same
-        image=Path(_get(info, "image_path", str, where)).name,
-        width=_get(info, "width", int, where),
-        height=_get(info, "height", int, where),
-        blocks=blocks,
-        truncated=truncated,
-        page_no=_get(info, "page_no", int, where, 0),
-        attribute=_get(info, "page_attribute", dict, where, {}),
-    )
-
-
-def _block(entry: Any, where: str) -> Block:
-    return Block(
-        category=_get(entry, "category_type", str, where),
-        anno_id=_get(entry, "anno_id", int, where),
-        order=_get(entry, "order", int, where, None),
-        text=_get(entry, "text", str, where, ""),
-        html=_get(entry, "html", str, where, ""),
-        latex=_get(entry, "latex", str, where, ""),
-        poly=tuple(_get(entry, "poly", list, where, [])),
-        ignore=_get(entry, "ignore", bool, where, False),
-        attribute=_get(entry, "attribute", dict, where, {}),
-    )
-
-
-_REQUIRED: Any = object()
-
-
-def _get(entry: Any, key: str, kind: type, where: str, default: Any = _REQUIRED) -> Any:
-    """Value of a key; the default also stands for null."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} should be a JSON object; got {_kind(entry)}; restore the file")
-    value = entry.get(key)
-    if value is None and default is not _REQUIRED:
-        return default
-    if not isinstance(value, kind):
-        raise ValueError(
-            f"{where}: {key} should be of type {kind.__name__}; got "
-            f"{_kind(value) if key in entry else 'no such key'}; restore the file"
-        )
-    return value
-
-
-def _kind(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if value in ([], {}) else type(value).__name__
+_PAGES = TypeAdapter(Annotated[list[Page], Field(min_length=1)])
 
 
 def _entry(page: Page) -> dict[str, Any]:
@@ -266,7 +208,19 @@ def _entry(page: Page) -> dict[str, Any]:
         for source, target in page.truncated
     ]
     return {
-        "layout_dets": [_block_entry(block) for block in page.blocks],
+        "layout_dets": [
+            {
+                "category_type": block.category,
+                "poly": list(block.poly),
+                "ignore": block.ignore,
+                "order": block.order,
+                "anno_id": block.anno_id,
+                **{n: text for n in ("text", "html", "latex") if (text := getattr(block, n))},
+                "attribute": block.attribute,
+                "line_with_spans": [],
+            }
+            for block in page.blocks
+        ],
         "page_info": {
             "page_no": page.page_no,
             "height": page.height,
@@ -275,18 +229,4 @@ def _entry(page: Page) -> dict[str, Any]:
             "page_attribute": page.attribute,
         },
         "extra": {"relation": relations},
-    }
-
-
-def _block_entry(block: Block) -> dict[str, Any]:
-    contents = {"text": block.text, "html": block.html, "latex": block.latex}
-    return {
-        "category_type": block.category,
-        "poly": list(block.poly),
-        "ignore": block.ignore,
-        "order": block.order,
-        "anno_id": block.anno_id,
-        **{key: content for key, content in contents.items() if content},
-        "attribute": block.attribute,
-        "line_with_spans": [],
     }
