@@ -65,10 +65,10 @@ def _not_blank(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_not_blank)]
 Name = Annotated[str, Field(min_length=1)]
-bench_test = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BenchTest:
     """What all tests have.
 
@@ -89,7 +89,7 @@ class BenchTest:
     url: str | None = None
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PresenceTest(BenchTest):
     """A text must (``present``) or must not (``absent``) occur on the page.
 
@@ -107,7 +107,7 @@ class PresenceTest(BenchTest):
     last_n: int | None = None
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OrderTest(BenchTest):
     """One text must begin before another."""
 
@@ -123,7 +123,7 @@ class OrderTest(BenchTest):
         return self
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TableTest(BenchTest):
     """A table must hold a cell whose neighbours or headings are as given; '' asks for nothing."""
 
@@ -138,7 +138,7 @@ class TableTest(BenchTest):
     ignore_markdown_tables: bool = False
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class BaselineTest(BenchTest):
     """The page must hold text, must not end in repetition nor hold Chinese, Japanese or emoji.
 
@@ -157,7 +157,7 @@ class BaselineTest(BenchTest):
     check_disallowed_characters: bool = True
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class FormatTest(BenchTest):
     """A text must occur as ``heading``, ``bold`` or ``italic``."""
 
@@ -167,7 +167,7 @@ class FormatTest(BenchTest):
     case_sensitive: bool = True
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class FootnoteTest(BenchTest):
     """A footnote mark must occur, behind and before the texts that are given."""
 
@@ -177,7 +177,7 @@ class FootnoteTest(BenchTest):
     appears_after_marker: Text | Literal[""] | None = None
 
 
-@bench_test
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class MathTest(BenchTest):
     """A formula must occur, compared as KaTeX renders it."""
 

@@ -49,18 +49,14 @@ def _truncated(relations: Any) -> Any:
     return tuple(tuple(relation.get(end) for end in ends) for relation in chosen)
 
 
-_annotated = dataclass(
-    frozen=True,
-    kw_only=True,
-    config=ConfigDict(
-        alias_generator=AliasGenerator(validation_alias=lambda name: _PATHS.get(name, name)),
-        validate_by_name=True,
-        strict=True,
-    ),
+_CONFIG = ConfigDict(
+    alias_generator=AliasGenerator(validation_alias=lambda name: _PATHS.get(name, name)),
+    validate_by_name=True,
+    strict=True,
 )
 
 
-@_annotated
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Block:
     """One annotated block of a page.
 
@@ -92,7 +88,7 @@ class Block:
         return {k: v for k, v in entry.items() if v is not None} if type(entry) is dict else entry
 
 
-@_annotated
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Page:
     """One annotated page.
 

@@ -135,12 +135,12 @@ def _tests(pdf: str, page: Page) -> list[AnyTest]:
             tests.append(FormatTest(**place, id=f"{name}_f", text=text, format="heading"))
         tests.append(PresenceTest(**place, id=f"{name}_p", type="present", text=text))
     for one, two in itertools.pairwise(once):
-        texts = {"before": _first(one), "after": _first(two)}
+        texts: Any = {"before": _first(one), "after": _first(two)}
         tests.append(OrderTest(**place, id=f"{pdf}_{one.order}_o", **texts))
     for block in page.blocks:
         if block.kind == "table":
             first, second = (row.split(" ") for row in block.text.split("\n")[:2])
-            cells = {"cell": first[0], "right": first[1], "down": second[0]}
+            cells: Any = {"cell": first[0], "right": first[1], "down": second[0]}
             tests.append(TableTest(**place, id=f"{pdf}_{block.order}_t", **cells))
     return tests
 
