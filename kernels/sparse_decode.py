@@ -621,14 +621,26 @@ def gathered(
     key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of some rows of the cache, ``(batch, kv_heads, read, dim)`` each."""
-    batch, kv_heads, length, _ = key.shape
+    batch, kv_heads = key.shape[:2]
+    head = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1)
+    tables = [_table(part) for part in (key, value)]
     # whole rows of one long table: index_select copies them as blocks, gather by elements
-    starts = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * length
-    table = (starts + rows[:, None]).flatten()
+    index = {apart: (head * apart + rows[:, None]).flatten() for _, apart in tables}
     picked_key, picked_value = (
-        part.reshape(-1, part.shape[-1])
-        .index_select(0, table)
-        .view(batch, kv_heads, -1, part.shape[-1])
-        for part in (key, value)
+        table.index_select(0, index[apart]).view(batch, kv_heads, -1, table.shape[1])
+        for table, apart in tables
     )
     return picked_key, picked_value
+
+
+def _table(part: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Keys or values as rows of one table, and how many lie from one head's first to the next's.
+
+    Nothing is copied where a cache has room behind each head's rows: the table has it too.
+    """
+    batch, kv_heads, length, dim = part.shape
+    apart = part.stride(1) // dim
+    if part.stride() != (kv_heads * apart * dim, apart * dim, dim, 1):
+        part, apart = part.contiguous(), length
+    rows = (batch * kv_heads - 1) * apart + length
+    return part.as_strided((rows, dim), (dim, 1)), apart

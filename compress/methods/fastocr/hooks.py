@@ -37,6 +37,7 @@ from compress.methods.fastocr.state import Counts, DecodeState
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import cache_in
 from compress.models.generation import checked_generation, replaced_method
+from compress.models.growing_cache import growing_caches
 from compress.models.visual import (
     ADAPTERS,
     VISUAL_LAYOUTS,
@@ -120,6 +121,7 @@ def attached(
             text.register_forward_hook(handle.after_text, with_kwargs=True),
             replaced_method(model, "generate", handle.generate),
             checked_generation(model, handle.check),
+            growing_caches(model),
         ):
             stack.enter_context(context)
         yield handle

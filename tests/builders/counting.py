@@ -1,0 +1,57 @@
+"""Count what torch does inside a context: operators, bytes written, waits for the device."""
+
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+
+
+def _places(values):
+    return {
+        part.untyped_storage().data_ptr() for part in tree_leaves(values) if torch.is_tensor(part)
+    }
+
+
+class Counted(TorchDispatchMode):
+    """Operators below autograd, but views; a result whose memory an argument has is not written.
+
+    Attributes
+    ----------
+    operators : how often each was called.
+    written : bytes, of new tensors and of what is changed in place.
+    waits : names of the operators that wait for the device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.written, self.waits = Counter(), 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        if name in WAITS:
+            self.waits.append(name)
+        wrote = 0
+        if name.startswith("index_copy"):  # only the rows of its source
+            wrote = args[3].nbytes
+        elif function._schema.is_mutable:
+            pairs = zip(function._schema.arguments, args, strict=False)
+            changed = [a for spec, a in pairs if spec.alias_info and spec.alias_info.is_write]
+            wrote = sum(part.nbytes for part in changed)
+        else:
+            old = _places((args, kwargs))
+            fresh = [part for part in tree_leaves(result) if torch.is_tensor(part)]
+            wrote = sum(p.nbytes for p in fresh if p.untyped_storage().data_ptr() not in old)
+        if wrote or name in WAITS:
+            self.operators[name] += 1
+        self.written += wrote
+        return result
+
+    @property
+    def total(self):
+        """All operators that are not views."""
+        return sum(self.operators.values())
