@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
         self._rows = Rows(), Rows()
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new tokens; all keys and values."""
         if not self.is_initialized:

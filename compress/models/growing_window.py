@@ -22,11 +22,11 @@ class GrowingWindowLayer(_Layer):  # type: ignore[misc,valid-type]
         self._rows = Rows(), Rows()
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new tokens; keys and values of the prompt, then of the window and the new ones."""
         if self.prefill_length is None or self.prefill_cumulative_length < self.prefill_length:
-            return super().update(key_states, value_states, *args, **kwargs)
+            return super().update(key_states, value_states)
         window = DynamicSlidingWindowLayer.update(self, key_states, value_states)
         prompt = self.prefill_keys, self.prefill_values
         both = [r.behind(p, w) for r, p, w in zip(self._rows, prompt, window, strict=True)]

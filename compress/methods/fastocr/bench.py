@@ -294,7 +294,7 @@ class _ConcatenatingLayer(_FilledLayer):
     """The same, copied in every step as transformers' dynamic cache is, but not kept."""
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values with the new token behind them."""
         return (
