@@ -20,8 +20,10 @@ import typer
 from typer.core import TyperGroup
 
 from compress.common.extras import MissingExtraError
+from compress.common.foreign import one_line
 from compress.common.options import options_of, taken, validated
-from compress.common.output_folder import PROGRESS, check_apart
+from compress.common.output_folder import MARKER, PROGRESS, check_apart, check_target
+from compress.common.settings import MOST_PROCESSES, MOST_TOGETHER
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings, Sampling
 from compress.methods.registry import RUNTIME_METHODS
@@ -88,7 +90,10 @@ Device = Annotated[
     str | None, typer.Option(help="Device, such as cpu or cuda:1. Default: CUDA if there is any.")
 ]
 Processes = Annotated[
-    int, typer.Option(min=1, help="Number of processes on this machine that share the work.")
+    int,
+    typer.Option(
+        min=1, max=MOST_PROCESSES, help="Number of processes on this machine that share the work."
+    ),
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the recipe's own by default.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue where a run stopped.")]
@@ -148,6 +153,9 @@ def run(
     several = launch.needed(processes)
     if several and isinstance(typed, ReaderRecipe):
         raise ValueError(f"readers run on one process; got --processes {processes}")
+    folder = Path(output or typed.output or "")
+    if not dry_run and not launch.rank():  # before torch is imported, which takes seconds
+        check_target(folder, resume=resume, overwrite=overwrite)
     _check_versions()
     _hide_library_output()
     if dry_run:
@@ -158,7 +166,6 @@ def run(
         if prediction["problems"]:
             raise typer.Exit(USAGE)
         return
-    folder = Path(output or typed.output or "")
     with _resume_hint(context, folder):
         if Path(recipe).is_file() and not resume:
             check_apart(folder, {"recipe": recipe})
@@ -178,14 +185,23 @@ def _check_resume(resume: bool, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _resume_hint(context: typer.Context, folder: Path) -> Iterator[None]:
-    """Say how to continue after Ctrl-C, SIGTERM, a full disk, or the end of another process."""
+def _resume_hint(
+    context: typer.Context, folder: Path, kept: Sequence[str] = PROGRESS
+) -> Iterator[None]:
+    """Say how to continue after Ctrl-C, SIGTERM, a full disk, or the end of another process.
+
+    Parameters
+    ----------
+    context : of the command.
+    folder : that it writes.
+    kept : names of which one is there where something can be continued.
+    """
 
     def stop(number: int, _frame: Any) -> None:
         raise launch.Stopped(f"stopped by {signal.Signals(number).name}", launch.TERMINATED)
 
     def way() -> list[str]:
-        if not any((folder / name).exists() for name in PROGRESS):
+        if not any((folder / name).exists() for name in kept):
             return []
         arguments = [a for a in context.meta[ARGUMENTS] if a not in ("--overwrite", "--resume")]
         return [f"continue with: compress {shlex.join([*arguments, '--resume'])}"]
@@ -330,6 +346,7 @@ def evaluate(
 @app.command()
 @options_of(ReadSettings)
 def read(
+    context: typer.Context,
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="Images, PDFs, or folders of them.")
     ],
@@ -341,17 +358,24 @@ def read(
         str | None,
         typer.Option(help="Pages of each PDF or TIFF, such as 1-3,7 or 5-; all by default."),
     ] = None,
-    dpi: Annotated[float, typer.Option(min=1, help="Resolution of the pages of a PDF.")] = 144,
-    batch: Annotated[int, typer.Option(min=1, help="Pages that are read together.")] = 1,
+    dpi: Annotated[float, typer.Option(help="Resolution of the pages of a PDF.")] = 144,
+    batch: Annotated[
+        int, typer.Option(min=1, max=MOST_TOGETHER, help="Pages that are read together.")
+    ] = 1,
     output: Annotated[
         Path | None,
-        typer.Option(help="New folder for the texts, a .md file for each page, instead of stdout."),
+        typer.Option(help="Folder for the texts, a .md file for each page, instead of stdout."),
     ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
     """Print the text of page images and PDFs, or write it to files."""
     settings = validated(ReadSettings, options)
+    _check_resume(resume, overwrite)
+    if output is None and (resume or overwrite):
+        raise ValueError("--resume and --overwrite are for the folder of --output; name it")
     _check_versions()
     _hide_library_output()
     from compress.data.page_files import find_pages
@@ -359,26 +383,37 @@ def read(
 
     found = find_pages(files, pages, dpi)
     rows = []
-    for page, reading in read_files(
-        model, found, settings, batch=batch, output=output, device=device
-    ):
-        facts = {"text": reading.text, "error": reading.error, "loop": reading.loop}
-        rows.append({"page": page.name, **facts})
-        if reading.loop:
-            _say(f"warning: {page.name} was stopped: its text ends in a loop")
-        if reading.error:
-            _say(f"error: {reading.error}")
-        elif not as_json and output is None:
-            typer.echo(f"== {page.name}\n{reading.text}\n" if len(found) > 1 else reading.text)
+    readings = read_files(
+        model,
+        found,
+        settings,
+        batch=batch,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+    )
+    with contextlib.nullcontext() if output is None else _resume_hint(context, output, (MARKER,)):
+        for page, reading in readings:
+            facts = {"text": reading.text, "error": reading.error, "loop": reading.loop}
+            rows.append({"page": page.name, **facts})
+            if reading.loop:
+                _say(f"warning: {page.name} was stopped: its text ends in a loop")
+            if reading.error:
+                _say(f"error: {reading.error}")
+            elif not as_json and output is None:
+                name = f"== {one_line(page.name)}\n"
+                typer.echo(f"{name}{reading.text}\n" if len(found) > 1 else reading.text)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     failed = sum(row["error"] is not None for row in rows)
     if output is not None:
-        _say(f"{len(rows) - failed} texts in {output}")
+        before = "" if rows else "already finished; "
+        _say(f"{before}{len(found) - failed} texts in {output}")
     if failed:
         if len(rows) > 1:
             _say(f"error: {failed} of {len(rows)} pages could not be read")
-        raise typer.Exit(FAILURE if failed < len(rows) else USAGE)
+        raise typer.Exit(FAILURE if failed < len(found) else USAGE)
 
 
 @app.command()
@@ -390,7 +425,7 @@ def pages(
     difficulty: Annotated[
         str, typer.Option(help="Kind of page: page, square or document.")
     ] = "document",
-    count: Annotated[int, typer.Option(min=1, help="Number of pages.")] = 16,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Number of pages.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the pages' content.")] = 0,
     split: Annotated[str, typer.Option(help="Split: train, validation or test.")] = "test",
     overwrite: Overwrite = False,
@@ -453,7 +488,7 @@ def bench(
             help="Sizes to time, such as visual=4096,batch=8; may be repeated.",
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each way.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls of each way.")] = 15,
     clock: Annotated[
         str,
         typer.Option(help="wall, or cpu: CPU time of one thread, for a machine that is shared."),
@@ -557,7 +592,8 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    # names that come from files may hold anything
+    typer.echo("\n".join(map(one_line, text.split("\n"))), err=True)
 
 
 def _fail(error: Exception, code: int) -> None:
@@ -576,10 +612,10 @@ def _fail(error: Exception, code: int) -> None:
 
 
 class _StderrHandler(logging.Handler):
-    """Logged lines as they are."""
+    """Each message as one line, as it is."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _say(record.getMessage())
+        _say(one_line(record.getMessage()))
 
 
 def _check_versions() -> None:
@@ -650,7 +686,7 @@ def _draw_bars(events: Iterable["Event"], console: Any) -> None:
         for event in events:
             if event.message:
                 progress.console.print(
-                    f"{event.stage}: {event.message}", markup=False, highlight=False
+                    one_line(f"{event.stage}: {event.message}"), markup=False, highlight=False
                 )
             if not event.total:
                 continue

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from compress.common.settings import MOST, READS, Count, Pages, Settings
+from compress.common.settings import MOST, READS, Batch, Count, Pages, Settings, Tokens
 from compress.eval.metrics import DIFFUSION, OCR, PASS_RATE, UNSEEN_FONT, Metric
 
 T = TypeVar("T")
@@ -56,10 +56,10 @@ class Sampling(_Choice):
     guidance_scale: float | None = Field(None, ge=1)
     """Classifier-free guidance, for pipelines that take prompts; 1 is none, null the pipeline's own
     default."""
-    batch: Count = 128
+    batch: Batch = 128
     """Images that are drawn together; no effect on the noise of an image. Throughput and peak
     memory are measured at this batch, or at 64 if that is less."""
-    sampling_seeds: Count = 3
+    sampling_seeds: int = Field(3, ge=1, le=1_000)
     """Independent sets of images; the confidence intervals come from their spread, so at least 2
     give one."""
     inception_weights: str | None = Field(None, min_length=1, json_schema_extra=READS)
@@ -102,7 +102,7 @@ class ReadSettings(Settings):
 
     prompt: str | None = None
     """Instruction to the model; the family's own for plain text when null."""
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: Tokens | None = None
     """Longest text of a page, in tokens; what the checkpoint says when null."""
     loop_tokens: int | None = Field(512, ge=16, le=MOST)
     """Tokens that exact copies at the end of a text cover when it is stopped as a loop; null never
@@ -131,7 +131,7 @@ class OcrEvaluation(ReadSettings, _Choice):
     """Rendered pages of each kind; a folder is read as a whole."""
     unseen_font: bool = False
     """Whether rendered pages come in the font that no training page has, too."""
-    batch: Count = 8
+    batch: Batch = 8
     """Pages that are read together."""
     strict: Literal["corrected", "published"] = "corrected"
     """Rules of the scores of OmniDocBench, olmOCR-bench and Ocean-OCR: with the slips of their
@@ -150,7 +150,7 @@ class OcrEvaluation(ReadSettings, _Choice):
 class Calibration(Settings):
     """Pages on which a method measures the settings that are left open."""
 
-    pages: Pages = 16
+    pages: int = Field(16, ge=1, le=1_000)
     """Number of calibration pages: rendered validation pages, or the first of a folder."""
-    max_new_tokens: int = Field(128, ge=2)
+    max_new_tokens: Tokens = Field(128, ge=2)
     """Longest text of a calibration page, in tokens."""

@@ -119,8 +119,12 @@ def test_what_could_not_be_measured(tmp_path, monkeypatch, dry):
     assert "the distances are fid_digits" in run("evaluate.metrics=[fid]")
     assert "expected metrics among params, macs" in run("evaluate.metrics=[fidd]")
     with monkeypatch.context() as small:
-        small.setattr("compress.runs.diffusion.os.sysconf", lambda name: 100)
-        assert "lower evaluate.samples" in run("evaluate.samples=64")
+        small.setattr("compress.common.memory.memory", lambda device: (2**28, 2**31))
+        told = run("evaluate.samples=900000")
+        assert "0.2 GiB of the 2.0 GiB of cpu are free; lower evaluate.samples" in told
+        small.setattr("compress.common.memory.memory", lambda device: (2**22, 2**31))
+        if not dry:  # which plans for other machines, too
+            assert "0.0 GiB of the 2.0 GiB of cpu are free; choose another --device" in run()
 
 
 def test_metrics_that_are_left_out_need_nothing(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import re
 import shutil
 import sys
@@ -196,6 +197,20 @@ def test_failures_of_the_library_become_exit_codes(failure, code, message, invok
     result = invoke("run", "ddpm_gradflow")
     assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_what_does_not_print_is_escaped_on_stderr(invoke, library, capsys):
+    library.failure = ValueError("a\x1b[2J\u202e" + "b" * 10_000)
+    result = invoke("run", "ddpm_gradflow")
+    assert result.exit_code == 2 and r"error: a\x1b[2J\u202ebb" in result.stderr
+    assert len(result.stderr.splitlines()[-1]) < 2_100
+    logging.getLogger("compress.data").warning("no\n%s", "\x1b]0;page\x07.png")
+    assert capsys.readouterr().err == r"no\n\x1b]0;page\x07.png" + "\n"
+
+
+def test_options_that_are_no_yaml_are_one_line(invoke, library):
+    result = invoke("eval", "m", "--metrics", "[")
+    assert result.exit_code == 2 and "--metrics should hold a value as in a recipe" in result.stderr
 
 
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback(invoke, library):

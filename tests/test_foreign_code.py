@@ -10,7 +10,7 @@ import pytest
 from builders import vlm
 from compress.checkpoints.load import load
 from compress.models.locate import BUILTIN
-from compress.models.vlm import load_vlm
+from compress.models.vlm import load_processor_of, load_vlm
 
 CODE = """
 import pathlib
@@ -93,6 +93,23 @@ def test_a_reader_runs_no_code_of_its_folder(name, without, mark, tmp_path):
         assert without or name == "mine", error
     else:
         assert type(loaded) is type(model) and "model_type" not in without
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(template, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.models.vlm.TEMPLATE_SECONDS", 0.2)
+    folder = shutil.copytree(BUILTIN / "reader-qwen", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    before = sys.gettrace()
+    with pytest.raises(ValueError, match="the chat template is not done after 0.2 seconds"):
+        load_processor_of(folder)
+    assert sys.gettrace() is before
 
 
 @pytest.mark.parametrize("where", ["index", "class", "part"])

@@ -532,7 +532,7 @@ def test_read_prints_the_text_of_each_page(reader, lines):
     assert plain.stdout == rows[0]["text"] + "\n"
 
 
-def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path):
+def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path, monkeypatch):
     sheets = [Image.open(lines / f"{k}.png").convert("L") for k in range(3)]
     sheets[0].save(tmp_path / "doc.pdf", save_all=True, append_images=sheets[1:], resolution=144)
     (lines / "2.png").write_text("no image")
@@ -553,7 +553,36 @@ def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path):
     ]
     assert files[1].read_text() in found.stdout
     again = run(*asked, "--output", tmp_path / "texts")
-    assert again.exit_code == 2 and "a new or empty folder is expected" in again.stderr
+    assert again.exit_code == 2 and "go on with --resume, replace it with --over" in again.stderr
+    # the pages that are left, and no more
+    kept = {path: path.stat().st_mtime_ns for path in files}
+    texts = [path.read_text() for path in files]
+    files[1].unlink()
+    (files[1].parent / ".0.md.abcdefgh.compress-tmp").write_text("half")
+    Image.new("L", (70, 40)).save(lines / "2.png")
+    resumed = run(*asked, "--output", tmp_path / "texts", "--resume")
+    assert resumed.exit_code == 0 and "5 texts in" in resumed.stderr, resumed.stderr
+    assert [path.read_text() for path in files] == texts
+    assert [path for path in files if path.stat().st_mtime_ns != kept[path]] == [files[1]]
+    assert len([p for p in (tmp_path / "texts").rglob("*") if p.is_file()]) == 1 + 5
+    with monkeypatch.context() as without:
+        without.setattr("compress.runs.reading.open_reader", None)
+        done = run(*asked, "--output", tmp_path / "texts", "--resume")
+        assert done.exit_code == 0 and "already finished; 5 texts in" in done.stderr
+        Image.new("L", (70, 40)).save(tmp_path / "more.png")
+        for changes, what in (
+            ((tmp_path / "more.png",), "files"),
+            (("--prompt", "Read."), "facts"),
+        ):
+            other = run(*asked, *changes, "--output", tmp_path / "texts", "--resume")
+            assert other.exit_code == 2 and f"is made with other {what}; go on" in other.stderr
+        files[1].with_suffix(".txt").write_text("mine")
+        for option in ("--resume", "--overwrite"):
+            foreign = run(*asked, "--output", tmp_path / "texts", option)
+            assert foreign.exit_code == 2 and "and also lines/0.txt; move" in foreign.stderr
+    files[1].with_suffix(".txt").unlink()
+    replaced = run(*asked, "--output", tmp_path / "texts", "--overwrite")
+    assert replaced.exit_code == 0 and all(p.stat().st_mtime_ns > kept[p] for p in files)
 
 
 def test_eval_prints_a_table(reader, lines, tmp_path):

@@ -557,9 +557,11 @@ def test_a_failure_later_keeps_the_state(model, tmp_path, monkeypatch):
         begin(model, output, recipe=settings(model), resume=True)
 
 
-def test_killed_in_evaluation_and_in_the_export_it_ends_with_the_same_weights(driven, finished):
+def test_killed_after_training_it_ends_with_the_same_weights(driven, finished):
+    """In the evaluation, the export, the figures and the report."""
     folder, done = driven
-    assert done["codes"]["evaluated"] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert done["codes"]["evaluated"] == [*[-signal.SIGKILL] * 4, 0]
+    assert done["codes"]["write_bytes"] == done["codes"]["write_text"] == [True, False]
     found = json.loads((folder / "evaluated.json").read_text())
     assert "error" not in found, found
     weights = [

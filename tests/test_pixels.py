@@ -170,13 +170,25 @@ def test_ranges_that_are_not_known_are_refused(tmp_path):
             open_image(tmp_path / name)
 
 
-def png(width, height, data):
+def png(width, height, data, bits=8, kind=0, transparent=b""):
     def chunk(kind, content):
         body = kind + content
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    head += chunk(b"tRNS", transparent) if transparent else b""
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("transparent", [(0x0A01, 0x1402, 0x1E03), (0, 0, 5)])
+def test_a_colour_of_16_bits_is_transparent(tmp_path, transparent):
+    """Pillow reads the upper 8 bits of the channels, so that those below do not decide."""
+    colours = np.array([transparent, (0x8000, 0x4000, 0xFFFF), (0, 0, 0x0500)], dtype=">u2")
+    data = zlib.compress(b"\0" + colours.tobytes())
+    made = png(3, 1, data, 16, 2, struct.pack(">HHH", *transparent))
+    (tmp_path / "a.png").write_bytes(made)
+    found = np.asarray(open_image(tmp_path / "a.png"))
+    assert found.tolist() == [[[255, 255, 255], [128, 64, 255], [0, 0, 5]]]
 
 
 def encoded(kind):

@@ -74,6 +74,11 @@ def test_a_tensor_that_the_model_has_not_is_said(unet, caplog):
     save_file(load_file(path) | {"added.weight": torch.zeros(1)}, path)
     check_weights(unet, UNet2DModel)
     assert "added.weight" in caplog.text
+    caplog.clear()
+    save_file(load_file(path) | {"\x1b[2J\nerror: " + "x" * 10_000: torch.zeros(1)}, path)
+    check_weights(unet, UNet2DModel)
+    assert r"\x1b[2J\nerror: xx" in caplog.messages[0]
+    assert len(caplog.messages[0]) < 500 and "\n" not in caplog.messages[0]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Files that somebody else wrote: whatever a library says about one becomes one line."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from compress.common.extras import MissingExtraError
 
-LONGEST_REASON, LONGEST = 300, 2000
+LONGEST_NAME, LONGEST_REASON, LONGEST = 100, 300, 2000
 
 
 class ForeignFileError(ValueError):
@@ -23,15 +26,15 @@ class ForeignFileError(ValueError):
         super().__init__(one_line(message))
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, longest: int = LONGEST) -> str:
     r"""What does not print is escaped; the middle of what is too long to be read is left out.
 
-    >>> print(one_line("a\nb"))
-    a\nb
+    >>> print(one_line("a\nb"), one_line("abcdefgh", 4))
+    a\nb ab...gh
     """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 @contextlib.contextmanager
@@ -72,3 +75,33 @@ def reason(error: BaseException) -> str:
     else:
         text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
+
+
+@contextlib.contextmanager
+def soon(seconds: float, what: str) -> Iterator[None]:
+    """Stop Python code of a library that does not end by itself, such as a template with loops.
+
+    What runs in C is not stopped.
+
+    Parameters
+    ----------
+    seconds : that it may take.
+    what : is run, for the message.
+
+    Raises
+    ------
+    TimeoutError : within the code, once the time is over.
+    """
+    end = time.monotonic() + seconds
+
+    def look(*_: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} is not done after {seconds:g} seconds")
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from compress.common.foreign import foreign
 from compress.common.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -49,7 +50,7 @@ def options_of(
         def _wrapped(**values: Any) -> None:
             options = {name: values.pop(name) for name in fields}
             chosen = {
-                name: yaml.safe_load(value) if _as_yaml(fields[name][0]) else value
+                name: _loaded(name, value) if _as_yaml(fields[name][0]) else value
                 for name, value in options.items()
                 if value is not None
             }
@@ -63,6 +64,11 @@ def options_of(
         return _wrapped
 
     return decorate
+
+
+def _loaded(name: str, value: str) -> Any:
+    with foreign("--" + name.replace("_", "-"), "a value as in a recipe", "correct it"):
+        return yaml.safe_load(value)
 
 
 def taken(options: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def _not_ours(folder: Path, patterns: Sequence[str], below: str = "") -> list[st
         if _is_folder(path):
             if inside:
                 found += _not_ours(folder, patterns, name)
-            elif not _is_leftover(folder, path):
+            elif not _is_leftover(folder, path, patterns):
                 found.append(name)
-        elif not (path.is_symlink() and inside) and not _is_leftover(folder, path):
+        elif not (path.is_symlink() and inside) and not _is_leftover(folder, path, patterns):
             found += [] if any(fnmatchcase(name, pattern) for pattern in patterns) else [name]
     return found
 
@@ -178,15 +178,21 @@ def _listed(folder: Path, kind: str) -> list[str]:
         return []
 
 
-def _is_leftover(folder: Path, entry: Path) -> bool:
-    """Whether what lies in a folder is our lock, or what a killed process had not yet renamed."""
+def _is_leftover(folder: Path, entry: Path, patterns: Sequence[str] = ()) -> bool:
+    """Whether what lies in a folder is our lock, or what a killed process had not yet renamed.
+
+    Parameters
+    ----------
+    folder, entry : the folder, and what lies in it.
+    patterns : of what is written there, beside what runs write.
+    """
     if entry == folder / LOCK:
         return entry.is_file() and entry.stat().st_size == 0
     wanted = unfinished(entry.name)
     if wanted is None:
         return False
     name = entry.with_name(wanted).relative_to(folder).as_posix()
-    return any(fnmatchcase(name, pattern) for pattern in (*NAMES, CHECKPOINT))
+    return any(fnmatchcase(name, pattern) for pattern in (*NAMES, CHECKPOINT, *patterns))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -344,6 +350,58 @@ def new_folder(folder: Path, kind: str, *, overwrite: bool = False) -> Iterator[
         files = (path for path in temporary.rglob("*") if path.is_file())
         names = sorted(path.relative_to(temporary).as_posix() for path in files)
         write_json(temporary / MARKER, _marker(kind) | {"files": names})
+
+
+@contextlib.contextmanager
+def listed_folder(
+    folder: Path,
+    kind: str,
+    files: Mapping[str, str],
+    facts: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[set[str]]:
+    """Hold a folder whose files are written one by one; yield the names of those that are there.
+
+    Parameters
+    ----------
+    folder : new or empty, or one that was begun so, with ``resume`` or ``overwrite``.
+    kind : of what is written, such as "set of texts".
+    files : all names that will be written, and what each is made of.
+    facts : what the files depend on besides.
+    resume : go on; the files, what they are made of and the facts must be those of before.
+    overwrite : start again.
+
+    Raises
+    ------
+    FileExistsError : when the folder holds something that is not to be replaced, or is in use.
+    ValueError : to resume with others.
+    """
+    marker = _marker(kind) | {"files": dict(files), "facts": dict(facts)}
+    with locked(folder):
+        begun = bool(_listed(folder, kind))
+        if begun and not resume and not overwrite:
+            raise FileExistsError(
+                f"{folder} holds a {kind} of compress; go on with --resume, replace it with "
+                "--overwrite, or choose another folder"
+            )
+        check_replaceable(folder, kind, overwrite=True)
+        if begun and resume:
+            before = read_json(folder / MARKER)
+            if changed := [key for key in ("files", "facts") if before.get(key) != marker[key]]:
+                raise ValueError(
+                    f"what was begun in {folder} is made with other {' and '.join(changed)}; go on "
+                    "with the same, start again with --overwrite, or choose another folder"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in sorted(folder.rglob("*"), reverse=True) if begun else ():
+            if _is_leftover(folder, entry, [*files]) or (not resume and not _is_folder(entry)):
+                remove(entry)
+            elif not resume:
+                entry.rmdir()
+        write_json(folder / MARKER, marker)
+        yield {name for name in files if (folder / name).is_file()}
 
 
 def check_replaceable(folder: Path, kind: str, *, overwrite: bool) -> None:

@@ -11,8 +11,13 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 # far beyond any use; a plan of so many steps is still made in seconds
 MOST = 10_000_000
 Count = Annotated[int, Field(ge=1, le=MOST)]
-# rendered pages are held while they are read
+# rendered pages, whose texts are held
 Pages = Annotated[int, Field(ge=1, le=100_000)]
+# what is held in memory at once, or started
+MOST_TOGETHER, MOST_PROCESSES = 65_536, 1_024
+Batch = Annotated[int, Field(ge=1, le=MOST_TOGETHER)]
+Tokens = Annotated[int, Field(ge=1, le=131_072)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[float, Field(gt=0)]
 

@@ -12,7 +12,7 @@ from compress.common.files import expand, read_text, walk
 from compress.data import olmocr_bench, omnidocbench
 from compress.data.fonts import UNSEEN_FONT
 from compress.data.page_files import OcrPage, import_pypdfium2, is_page_file, pages_of, pdf_page
-from compress.data.pages import PAGE, SQUARE_PAGE, Difficulty, page
+from compress.data.pages import PAGE, SQUARE_PAGE, Difficulty, Page, page
 from compress.data.pixels import open_image
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,19 @@ def _rendered(difficulty: Difficulty, samples: int, unseen_font: bool) -> Iterat
     unseen = replace(difficulty, fonts=(UNSEEN_FONT,))
     for form, other in ((difficulty, False), (unseen, True))[: 1 + unseen_font]:
         for index in range(samples):
-            made = page(0, index, form, "test")
             name = f"{'unseen font ' if other else ''}{index:04}"
-            yield OcrPage(name, partial(_same, made.image), made.text, other)
+            yield rendered_page(name, index, form, "test", other)
 
 
-def _same(image: Image.Image) -> Image.Image:
-    return image
+def rendered_page(
+    name: str, index: int, difficulty: Difficulty, split: str, unseen_font: bool = False
+) -> OcrPage:
+    """A page that is drawn again whenever it is opened: many of them hold no image."""
+
+    def drawn() -> Page:
+        return page(0, index, difficulty, split)
+
+    return OcrPage(name, lambda: drawn().image, drawn().text, unseen_font)
 
 
 def _bench_image(bench: olmocr_bench.Bench, place: olmocr_bench.PageId) -> Image.Image:

@@ -15,6 +15,7 @@ from compress.common.extras import extra
 from compress.common.files import walk
 from compress.data.pixels import FRAMED, check_size, frame_count, is_image, open_image
 
+MOST_DPI = 4_800
 DPI = 144.0  # at which DeepSeek-OCR's own script renders a PDF
 
 
@@ -50,10 +51,12 @@ def find_pages(
     Raises
     ------
     FileNotFoundError : when a path does not exist.
-    ValueError : for a folder without pages, numbers that cannot be read, or a page that a file
-        does not have. A damaged file is one page, whose opening raises.
+    ValueError : for a resolution beyond use, a folder without pages, numbers that cannot be read,
+        or a page that a file does not have. A damaged file is one page, whose opening raises.
     MissingExtraError : without pypdfium2 for PDFs.
     """
+    if not 1 <= dpi <= MOST_DPI:
+        raise ValueError(f"dpi should be from 1 to {MOST_DPI}; got {dpi}; choose another")
     files: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():

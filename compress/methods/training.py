@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from compress.common.settings import Count, NonNegative, Positive, Settings
+from compress.common.settings import (
+    MOST_PROCESSES,
+    Batch,
+    Count,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+)
 
 
 class Recover(Settings):
@@ -12,7 +20,7 @@ class Recover(Settings):
 
     steps: NonNegative = 400
     """Optimiser steps; 0 leaves the net as surgery made it."""
-    batch: Count = 32
+    batch: Batch = 32
     """Images per optimiser step, over all processes, in the soft stage as well."""
     lr: Positive = 5e-4
     """Peak learning rate of AdamW: 20 steps of warm-up, constant until surgery, then a cosine to 0
@@ -30,7 +38,7 @@ class Train(Settings):
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the training passes; criterion passes stay in float32."""
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Batch = 1
     """Micro-batches that one optimiser step is split into."""
     trackers: tuple[str, ...] = ()
     """Experiment trackers of accelerate, such as tensorboard or wandb."""
@@ -46,16 +54,16 @@ class Train(Settings):
     condition_dropout: float = Field(0.1, ge=0, le=1)
     """Share of the captions that training replaces by the pipeline's own empty one, which
     classifier-free guidance needs; labels are never replaced."""
-    workers: NonNegative = 0
+    workers: int = Field(0, ge=0, le=MOST_PROCESSES)
     """Processes that read images for each training process; 0 reads in the process itself."""
-    prefetch: Count = 2
+    prefetch: int = Field(2, ge=1, le=MOST_PROCESSES)
     """Batches that each worker reads ahead."""
 
 
 class Training(Recover, Train):
     """How the weights are trained, in the soft stage and in recovery alike."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
     """Seed of batches, noise, timesteps, flips and the random criterion."""
 
     def check_batch(self, processes: int) -> None:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from compress.common.files import read_json
-from compress.common.foreign import ForeignFileError, foreign
+from compress.common.foreign import ForeignFileError, foreign, soon
 from compress.models.deepseek_ocr import load_deepseek_ocr
 from compress.models.deepseek_ocr_layout import ARCHITECTURE, ARCHITECTURE_2, native_config_2
 from compress.models.deepseek_ocr_processor import load_processor
@@ -29,6 +29,8 @@ from compress.models.weights import check_config, check_inside
 
 # what the first revision of `baidu/Unlimited-OCR` calls itself; transformers knows unlimited_ocr
 UNLIMITED_OCR = "unlimited-ocr"
+# chat templates take milliseconds
+TEMPLATE_SECONDS = 2
 
 
 def load_vlm(
@@ -133,4 +135,5 @@ def _check_template(processor: Any) -> None:
     if getattr(processor, "chat_template", None):
         parts = [{"type": "image"}, {"type": "text", "text": "text"}]
         conversation = [{"role": "user", "content": parts}]
-        processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        with soon(TEMPLATE_SECONDS, "the chat template"):
+            processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.utils import logging as transformers_logging
 
 from compress.common.files import read_json
-from compress.common.foreign import ForeignFileError, foreign
+from compress.common.foreign import LONGEST_NAME, ForeignFileError, foreign, one_line
 
 # what transformers and diffusers call the weights of a folder
 STEMS = ("model", "diffusion_pytorch_model")
@@ -362,12 +362,13 @@ def _report(
     if missing:
         raise ForeignFileError(
             f"{whole} should hold all tensors of {folder / 'config.json'}; {len(missing)} are "
-            f"missing, among them {min(missing)}; restore the weights"
+            f"missing, among them {one_line(min(missing), LONGEST_NAME)}; restore the weights"
         )
     for name in sorted(shapes):
         shape, expected = shapes[name]
         raise ForeignFileError(
-            f"{stored[name].file if name in stored else whole}: {name} should have shape "
+            f"{stored[name].file if name in stored else whole}: "
+            f"{one_line(name, LONGEST_NAME)} should have shape "
             f"{expected} by {folder / 'config.json'} and has {shape}; {len(shapes)} tensors do not "
             "fit; restore both files"
         )
@@ -375,7 +376,7 @@ def _report(
         logger.warning(
             "%s holds %d tensors that are no part of the model by its config.json, among them %s; "
             "they are not read",
-            *(whole, len(extra), min(extra)),
+            *(one_line(str(whole)), len(extra), one_line(min(extra), LONGEST_NAME)),
         )
 
 

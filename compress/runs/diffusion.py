@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from compress.checkpoints.slim import save_slim
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import write_bytes
 from compress.common.journal import Journal
+from compress.common.memory import check_memory
 from compress.common.output_folder import remove_states
 from compress.data.columns import Columns
 from compress.data.digits import LICENCE as DIGITS_LICENCE
@@ -112,6 +112,13 @@ class DiffusionRun:
         self.check_sampling()
         if distributed.is_main():
             self._check_space()
+        if distributed.processes() == 1:  # several may cut the weights
+            check_memory(
+                16 * parameters(denoiser(self.pipeline)[1]),
+                self.device,
+                "weights, gradients and Adam's moments are held while the net is trained",
+                "choose another --device, or a machine with more memory",
+            )
         self._events = self.recipe.method.prune(self.job(resume=resume))
         event = next(self._events)
         plan = f"{self.recipe.model}: {event.message}, output {self.folder}"
@@ -313,13 +320,12 @@ def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -
         )
     pixels = data.held_out[0].numel()
     images = min(count, REFERENCE_LIMIT) + 2 * settings.sampling_seeds * settings.samples
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if images * pixels > memory:
-        raise ValueError(
-            f"{images:,} images of {pixels:,} bytes are held while they are measured: "
-            f"{images * pixels / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB; "
-            "lower evaluate.samples"
-        )
+    check_memory(
+        images * pixels,
+        "cpu",
+        f"{images:,} images of {pixels:,} bytes are held while they are measured",
+        "lower evaluate.samples",
+    )
     if extractor == fidelity.INCEPTION and settings.wants(*distances):
         return distributed.from_main(lambda: _lacking(settings))
     return ""

@@ -11,8 +11,7 @@ from compress.checkpoints.runtime import check_dense, save_runtime
 from compress.common.environment import choose_device, created, versions_of
 from compress.common.files import read_json, write_json
 from compress.common.output_folder import CHECKPOINT, check_apart, check_replaceable, locked
-from compress.data.ocr_pages import RENDERED, OcrPage, load_pages
-from compress.data.pages import page
+from compress.data.ocr_pages import RENDERED, OcrPage, load_pages, rendered_page
 from compress.eval import ocr
 from compress.eval.metrics import metric
 from compress.eval.retention import retention, worst_page_delta
@@ -285,7 +284,9 @@ def calibrate_on_pages(
         chosen = pages[first : first + settings.batch]
         _, inputs, errors = open_prompts(model, processor, chosen, settings.prompt)
         for error in errors.values():
-            raise ValueError(f"pages to calibrate on should all be readable: {error}")
+            raise ValueError(
+                f"pages to calibrate on should all be readable: {error}; restore or remove it"
+            )
         batches.append(inputs)
     return method.calibrate(model, batches, max_new_tokens)
 
@@ -352,8 +353,8 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
     """Pages to calibrate on: rendered ones of the validation split, or the first of a folder."""
     name = source.partition(":")[2]
     if source.startswith("builtin:") and name in RENDERED:
-        rendered = [page(0, index, RENDERED[name], "validation") for index in range(count)]
-        return [OcrPage(str(i), lambda p=p: p.image, p.text) for i, p in enumerate(rendered)]  # type: ignore[misc]
+        kind = RENDERED[name]
+        return [rendered_page(str(i), i, kind, "validation") for i in range(count)]
     return list(load_pages(source).pages[:count])
 
 

@@ -14,7 +14,7 @@ from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model, load_runtime
 from compress.common.environment import choose_device
 from compress.common.files import write_text
-from compress.common.output_folder import check_replaceable
+from compress.common.output_folder import TEXTS, listed_folder
 from compress.data.page_files import OcrPage, text_files
 from compress.data.pages import DOCUMENT, LINE, PAGE, SQUARE_PAGE
 from compress.eval.settings import ReadSettings
@@ -65,6 +65,8 @@ def read_files(
     *,
     batch: int = 1,
     output: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     device: str | None = None,
 ) -> Iterator[tuple[OcrPage, Reading]]:
     """Read pages, and yield each with what was read; the same as ``compress read``.
@@ -75,32 +77,44 @@ def read_files(
     pages : of :func:`compress.data.page_files.find_pages`, opened a batch at a time.
     settings : how they are read.
     batch : pages that are read together.
-    output : new folder that gets a ``.md`` file for each page, as soon as it is read.
+    output : folder that gets a ``.md`` file for each page, as soon as it is read.
+    resume : read the pages that have no file yet, and yield those alone.
+    overwrite : start again.
     device : CUDA where there is any when None.
 
     Raises
     ------
     ValueError, FileNotFoundError : for a model that cannot be used. A page that cannot be read has
         an ``error`` in its reading, and no file.
-    FileExistsError : when ``output`` holds something.
+    FileExistsError : when ``output`` is in use, or holds something that is not to be replaced.
     """
-    names: dict[str, Path] = {}
-    if output is not None:
-        check_replaceable(output, "set of texts", overwrite=False)
-        names = text_files(pages)
     settings = settings or ReadSettings()
     where = choose_device(device)
     at = locate(model, "reader")
-    network, processor, methods = open_reader(at, settings, where)
+    if output is None:
+        yield from _read(at, pages, settings, batch, where)
+        return
+    names = {name: path.as_posix() for name, path in text_files(pages).items()}
+    files = {path: name for name, path in names.items()}
+    facts = {"model": at.name, "model_hash": at.hash, **settings.model_dump()}
+    with listed_folder(output, TEXTS, files, facts, resume=resume, overwrite=overwrite) as done:
+        left = [page for page in pages if names[page.name] not in done]
+        for page, reading in _read(at, left, settings, batch, where) if left else ():
+            if not reading.error:
+                path = output / names[page.name]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, reading.text + "\n")
+            yield page, reading
+
+
+def _read(
+    at: ModelFolder, pages: Sequence[OcrPage], settings: ReadSettings, batch: int, device: str
+) -> Iterator[tuple[OcrPage, Reading]]:
+    network, processor, methods = open_reader(at, settings, device)
     pages = as_known(at, pages)
     if methods:
         Applied(network, methods)  # the network holds it
     for first in range(0, len(pages), batch):
         chosen = pages[first : first + batch]
         readings = try_pages(network, processor, chosen, **settings.generation)
-        for page, reading in zip(chosen, readings, strict=True):
-            if output is not None and not reading.error:
-                path = output / names[page.name]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, reading.text + "\n")
-            yield page, reading
+        yield from zip(chosen, readings, strict=True)

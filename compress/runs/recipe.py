@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from compress.common.foreign import one_line, reason
-from compress.common.settings import READS, Settings, did_you_mean
+from compress.common.settings import READS, Seed, Settings, did_you_mean
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, Sampling
 from compress.methods.registry import (
@@ -23,9 +23,8 @@ from compress.methods.registry import (
 )
 from compress.methods.training import Recover, Train, Training
 
-# a recipe has some fifty values on four levels
-MOST_VALUES, DEEPEST = 10_000, 20
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# a recipe has some fifty values on four levels, in a few kilobytes
+MOST_VALUES, DEEPEST, LARGEST = 10_000, 20, 200_000
 
 
 class RecipeError(ValueError):
@@ -165,6 +164,15 @@ class _Loader(yaml.SafeLoader):
     """YAML with the scalars of version 1.2: ``no`` and ``012`` are text, ``5e-4`` is a number."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        """Stop at what no recipe has, before all of it is read."""
+        self.depth, self.values = self.depth + 1, self.values + 1
+        _check_bounds(self.values, self.depth)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -197,10 +205,15 @@ def _shipped() -> dict[str, str]:
 def _read(source: str | Path) -> str:
     path = Path(source)
     if path.is_file():
+        if (size := path.stat().st_size) > LARGEST:
+            raise RecipeError(
+                f"recipe {source} should have at most {LARGEST:,} bytes; got {size:,}; name the "
+                "file of a recipe"
+            )
         try:
             return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecipeError(f"recipe {source} is not UTF-8 text: {error}") from error
+            raise RecipeError(f"recipe {source} is not UTF-8 text: {error}; save it so") from error
     shipped = _shipped()
     name = path.name.removesuffix(".yaml")
     if str(path) == path.name and name in shipped:
@@ -225,9 +238,9 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], Lines, list[str]]:
         mark = error.problem_mark or error.context_mark
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         why = "; ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"{where} is not valid YAML: {at}{why}") from error
+        raise RecipeError(f"{where} is not valid YAML: {at}{why}; correct it") from error
     except Exception as error:  # PyYAML lets what its constructors meet pass
-        raise RecipeError(f"{where} is not valid YAML: {reason(error)}") from error
+        raise RecipeError(f"{where} is not valid YAML: {reason(error)}; correct it") from error
     if not isinstance(data, dict):
         keys = ", ".join(Recipe.model_fields)
         raise RecipeError(f"{where} must be a mapping with the keys {keys}; got {_show(data)}")
@@ -250,12 +263,16 @@ def _check_size(node: yaml.Node, sizes: dict[int, int], depth: int = 1) -> int:
         inner = node.value if isinstance(node, yaml.CollectionNode) else []
         parts = [p for item in inner for p in (item if isinstance(item, tuple) else (item,))]
         sizes[id(node)] = 1 + sum(_check_size(part, sizes, depth + 1) for part in parts)
-    if sizes[id(node)] > MOST_VALUES or depth > DEEPEST:
+    _check_bounds(sizes[id(node)], depth)
+    return sizes[id(node)]
+
+
+def _check_bounds(values: int, depth: int) -> None:
+    if values > MOST_VALUES or depth > DEEPEST:
         raise ValueError(
             f"at most {MOST_VALUES} values, aliases written out, and {DEEPEST} levels are "
             "expected; got more"
         )
-    return sizes[id(node)]
 
 
 def _walk(node: yaml.Node, path: Path_, lines: Lines, problems: list[str]) -> None:

@@ -13,6 +13,9 @@ from compress.common.environment import choose_device, versions_of
 from compress.common.events import drain
 from compress.common.files import read_json, write_json, write_text
 from compress.common.output_folder import (
+    CHECKPOINT,
+    CHECKPOINT_FACTS,
+    PROGRESS,
     check_apart,
     check_same_settings,
     check_target,
@@ -147,24 +150,37 @@ def run_events(
                 versions = versions_of(work.packages)
                 header = [f"{name} {version}" for name, version in versions.items()]
                 write_text(folder / "recipe.yaml", dump(recipe, header))
-            yield from work.compress()
-            distributed.from_main(lambda: work.save(checkpoint))
             try:
+                yield from work.compress()
+                distributed.from_main(lambda: work.save(checkpoint))
                 metrics = yield from work.measure()
+                yield Event("report", 0, 2)
+                distributed.from_main(lambda: work.save(checkpoint, metrics))
+                distributed.from_main(lambda: write_json(folder / "metrics.json", metrics))
+                yield Event("report", 1, 2)
+                distributed.from_main(lambda: work.report(metrics))
             except Exception as error:
-                error.add_note(
-                    f"the checkpoint in {checkpoint} is complete; go on with --resume, which takes "
-                    "changes of evaluate, or measure it by itself with: compress eval "
-                    f"{shlex.quote(str(checkpoint))} --data {shlex.quote(recipe.data)}"
-                )
+                if note := _next_step(error, recipe, folder):
+                    error.add_note(note)
                 raise
-            yield Event("report", 0, 2)
-            distributed.from_main(lambda: work.save(checkpoint, metrics))
-            distributed.from_main(lambda: write_json(folder / "metrics.json", metrics))
-            yield Event("report", 1, 2)
-            distributed.from_main(lambda: work.report(metrics))
     yield Event("done", 1, 1, message=f"checkpoint in {checkpoint}")
     return RunResult(folder, metrics, checkpoint)
+
+
+def _next_step(error: Exception, recipe: Recipe | ReaderRecipe, folder: Path) -> str:
+    """What is kept of a run that failed, and how to go on; nothing where the error says so."""
+    checkpoint = folder / CHECKPOINT
+    if (checkpoint / CHECKPOINT_FACTS).is_file():
+        changes = ", ".join(sorted(key for key in _not_used_yet(folder) if "evaluate" in key))
+        return (
+            f"the checkpoint in {checkpoint} is complete; go on with --resume, which takes changes "
+            f"of {changes}, or measure it by itself with: compress eval "
+            f"{shlex.quote(str(checkpoint))} --data {shlex.quote(recipe.data)}"
+        )
+    told = "--resume" in str(error) or "--overwrite" in str(error)
+    if told or not any((folder / name).exists() for name in PROGRESS):
+        return ""
+    return f"what was done is kept in {folder}; once the cause is removed, go on with --resume"
 
 
 def _not_used_yet(folder: Path) -> set[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import compress.checkpoints.slim as checkpoint
+import compress.reports.html as html
 from builders.forks import exit_code, fork
 from builders.quick import quick_runs
 from compress.runs.diffusion import DiffusionRun
@@ -66,6 +67,12 @@ def kill_in_checkpoint(recipe):
     go(recipe, "evaluated", resume=True)
 
 
+def kill_in_report(recipe, writer):
+    DiffusionRun.measure = unmeasured
+    setattr(html, writer, kill)
+    go(recipe, "evaluated", resume=True)
+
+
 def kill_in_recipe(recipe):
     os.fsync = kill
     go(recipe, "fresh")
@@ -82,6 +89,10 @@ def killed(recipe) -> dict[str, list[int]]:
     resume = partial(go, resume=True)
     codes = {"evaluated": [in_child("x", go, recipe, "evaluated", "evaluate")]}
     codes["evaluated"] += [in_child("x", kill_in_checkpoint, recipe)]
+    for writer in ("write_bytes", "write_text"):  # of the first figure, of the page
+        codes["evaluated"] += [in_child("x", kill_in_report, recipe, writer)]
+        done = Path("evaluated/figures").is_dir(), Path("evaluated/report.html").exists()
+        codes[writer] = [*map(int, done)]
     codes["evaluated"] += [in_child("evaluated", resume, recipe, "evaluated")]
     codes["fresh"] = [in_child("x", kill_in_recipe, recipe)]
     for option in ("resume", "overwrite"):

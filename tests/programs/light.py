@@ -18,6 +18,7 @@ COMMANDS = {
     "run ddpm_gradflow --set method.keep_mac=1": 2,
     "run reader_fastocr --processes 2": 2,
     "run ddpm_gradflow --dry-run --set method.keep_macs=7": 2,
+    "run ddpm_gradflow --output .": 2,
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.common.settings import Fraction, NonNegative
+from compress.common.settings import MOST_TOGETHER, Fraction, NonNegative, Seed, Tokens
 from compress.eval.metrics import Metric
 from compress.methods.base import Calibrated, Handle, RuntimeMethod, Section, Shown
 
@@ -58,7 +58,7 @@ class FastOCR(RuntimeMethod):
     focal_layers: Literal["auto"] | Layers = "auto"
     """Layers that attend to all, as calibration measured them; "auto" chooses a seventh of the
     layers for each page, in its first ``warmup`` steps."""
-    dilate: NonNegative = 0
+    dilate: int = Field(0, ge=0, le=1_000)
     """Rows and columns around the best tokens that replace the last ones; the number of tokens
     stays. Our own choice."""
     min_mass: float = Field(0.0, ge=0, lt=1)
@@ -67,7 +67,7 @@ class FastOCR(RuntimeMethod):
     reuse: bool = True
     """False lets layers before the first focal one attend to all, instead of to the fixation of the
     step before."""
-    periphery: NonNegative = 0
+    periphery: int = Field(0, ge=0, le=MOST_TOGETHER)
     """Summary tokens per key head by which a layer attends to what is not in its fixation, each the
     mean of similar visual tokens, weighted by their number. Counted as attended. Our own choice; 0
     is the paper."""
@@ -75,13 +75,13 @@ class FastOCR(RuntimeMethod):
     """A sequence with fewer visual tokens attends to all of them, which costs less than choosing
     among so few. "auto" is what the benchmark measured on the device, 0 where it was not measured;
     0 never switches off. Our own choice."""
-    warmup: int = Field(8, ge=2)
+    warmup: Tokens = Field(8, ge=2)
     """Dense first steps where ``focal_layers`` is "auto"."""
     fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"
     """"dynamic" is the method. The others fix what a layer attends to for the whole answer, at the
     same mean number of attended tokens, without focal layers: "static" is each layer's own top-k of
     the last dense step, "random" a draw per layer, "window" the last ones in reading order."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random fixation."""
 
     @model_validator(mode="after")

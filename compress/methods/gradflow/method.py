@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from compress.common.settings import Count, NonNegative, Positive
+from compress.common.settings import Batch, Count, NonNegative, Positive
 from compress.methods.base import Event, Pruned, PruneJob, RunRecord, Section, WeightMethod
 from compress.methods.gradflow.schedule import steepest_fall
 
@@ -92,7 +92,7 @@ class GradFlow(ChannelPruning):
     """Optimiser steps between mask updates."""
     criterion_every: Count = 6
     """Mask updates between criterion estimates."""
-    criterion_batches: Count = 2
+    criterion_batches: Batch = 2
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     score_ema: float = Field(0.7, ge=0, lt=1)
     """Weight of the past in the scores' running mean."""
@@ -171,7 +171,7 @@ class OneShot(ChannelPruning):
     steps: NonNegative = 300
     """Optimiser steps that a soft stage would take; spent on recovery, so that methods are compared
     at equal total steps."""
-    criterion_batches: Count = 8
+    criterion_batches: Batch = 8
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     threshold: float = Field(0.05, ge=0, lt=1)
     """Timesteps with a smaller relative loss are left out by diff_pruning."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -358,8 +359,18 @@ class PruningRun:
             prefetch_factor=self.training.prefetch if workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        for examples in loader:
-            yield examples._replace(images=examples.images.to(self.device))
+        try:
+            for examples in loader:
+                yield examples._replace(images=examples.images.to(self.device))
+        except Exception as error:
+            if not workers:
+                raise
+            # torch hands on the traceback of a worker as one text, whose last line is the error
+            [*_, last] = re.split(r"\n|\\n", str(error).strip().removesuffix(r"\n"))
+            raise ValueError(
+                f"{workers} processes of train.workers should read the images; one failed: "
+                f"{last}; with train.workers 0 they are read without"
+            ) from error
 
     def _criterion_batches(self, number: int) -> list[Batch]:
         """Our share of the minibatches of estimate ``number``, a function of (seed, number).
