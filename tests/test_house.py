@@ -24,6 +24,8 @@ KEYWORDS = {
     ("compress/common/plots.py", "to_png"),
     ("compress/methods/fastocr/hooks.py", "generate"),
     ("compress/tables/table.py", "has"),
+    # refused, with the names of those that there are
+    ("compress/api.py", "apply"),
 }
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
 
 from builders import models, pruning
 from builders.events import finish
 from compress.common.events import drain
+from compress.data.sources import load_images
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
@@ -444,3 +446,20 @@ def test_validation_loss_is_the_mean_squared_error_of_the_noise():
     assert validation_loss(oracle, images, scheduler, draws=3) == pytest.approx(0, abs=1e-6)
     again = [validation_loss(lambda x, t: x, images, scheduler) for _ in range(2)]
     assert again[0] == again[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_lost_is_one_line_in_every_process(workers, tmp_path):
+    for k in range(20):
+        Image.new("L", (8, 8), 10 * k).save(tmp_path / f"{k}.png")
+    data = load_images(f"folder:{tmp_path}", (8, 8), 1)
+    settings = training(workers=workers)
+    run = pruning.start(oneshot(), settings, tiny_unet(), data=data)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(
+        ValueError, match=r"\.png should hold an image .* remove the file"
+    ) as caught:
+        list(run._examples(0, 0, 1))
+    told = str(caught.value)
+    assert "Traceback" not in told and "\n" not in told and ("train.workers" in told) == workers
