@@ -23,7 +23,7 @@ from compress.common.extras import MissingExtraError
 from compress.common.foreign import one_line
 from compress.common.options import options_of, taken, validated
 from compress.common.output_folder import MARKER, PROGRESS, check_apart, check_target
-from compress.common.settings import MOST_PROCESSES, MOST_TOGETHER
+from compress.common.settings import MOST_PROCESSES, MOST_TOGETHER, inputs_of
 from compress.data.columns import Columns
 from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings, Sampling
 from compress.methods.registry import RUNTIME_METHODS
@@ -155,6 +155,10 @@ def run(
         raise ValueError(f"readers run on one process; got --processes {processes}")
     folder = Path(output or typed.output or "")
     if not dry_run and not launch.rank():  # before torch is imported, which takes seconds
+        inputs = inputs_of(typed)
+        if Path(recipe).is_file() and not resume:
+            inputs["recipe"] = recipe
+        check_apart(folder, inputs)
         check_target(folder, resume=resume, overwrite=overwrite)
     _check_versions()
     _hide_library_output()
@@ -167,8 +171,6 @@ def run(
             raise typer.Exit(USAGE)
         return
     with _resume_hint(context, folder):
-        if Path(recipe).is_file() and not resume:
-            check_apart(folder, {"recipe": recipe})
         if several:
             launch.launch(processes, context.meta[ARGUMENTS])
             return
@@ -220,7 +222,7 @@ def _resume_hint(
         explain(f"error: {error}")
         raise typer.Exit(error.code) from None
     except OSError as error:
-        if error.errno in FULL and not hasattr(error, "__notes__"):  # of a run that says more
+        if error.errno in FULL:
             for note in way():
                 error.add_note(note)
         raise

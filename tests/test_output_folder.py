@@ -224,6 +224,25 @@ def test_every_input_of_a_recipe_is_found():
     assert {*inputs_of(load_recipe("reader_rtprune"))} == {"model", "data"}
 
 
+def test_a_run_that_fails_says_what_is_kept_and_how_to_go_on(tmp_path):
+    from compress.runs.recipe import load_recipe
+    from compress.runs.run import _next_step
+
+    def told(message="the disk is gone"):
+        return _next_step(OSError(message), recipe, tmp_path)
+
+    recipe = load_recipe("ddpm_gradflow")
+    assert told() == ""
+    put(tmp_path, "state/state.safetensors")
+    assert told().startswith(f"what was done is kept in {tmp_path}; once")
+    assert told("start again with a lower recover.lr and --overwrite") == ""
+    put(tmp_path, "checkpoint/compress.json")
+    assert "is complete; go on with --resume, which takes changes of evaluate, or measure" in told()
+    assert told().endswith(f"compress eval {tmp_path}/checkpoint --data builtin:digits")
+    put(tmp_path, "predictions/dense.jsonl")
+    assert "takes changes of evaluate.metrics, evaluate.strict, or measure" in told("--resume")
+
+
 # ---- what is written at once ---------------------------------------------------------------
 
 

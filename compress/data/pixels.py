@@ -93,7 +93,9 @@ def upright(image: Image.Image, mode: Mode = "RGB") -> Image.Image:
     ValueError : for whole numbers beyond 16 bits, or floats beyond 1: their range is not known.
     """
     colour = image.info.get("transparency")
-    if isinstance(colour, tuple) and any(";16B" in str(tile) for tile in image.tile):
+    if isinstance(colour, tuple) and any(
+        ";16B" in str(tile) for tile in getattr(image, "tile", ())
+    ):
         # Pillow keeps the upper 8 bits of a PNG's channels, and all 16 of its transparent colour
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     image.load()
