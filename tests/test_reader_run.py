@@ -250,7 +250,7 @@ def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_p
     # a reader that was never trained scores nothing: dense, the lines are read right
     texts = {made.image.convert("RGB").tobytes(): made.text for made in made}
 
-    def read(model, processor, pages, prompt, limit):
+    def read(model, processor, pages, **generation):
         share = 4 if hasattr(model, HOLDER) else 1
         found = [texts[page.open().convert("RGB").tobytes()] for page in pages]
         return [Reading(text[: len(text) // share], 3, 312, True) for text in found]
