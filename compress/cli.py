@@ -69,6 +69,15 @@ class _Verbs(TyperGroup):
             _fail(error, USAGE)
         except OSError as error:
             _fail(error, FAILURE)
+        except (MemoryError, RuntimeError) as error:  # torch has no class of its own on a CPU
+            lines = (str(error) or "out of memory").splitlines()
+            told = [
+                line for line in lines if "out of memory" in line or "not enough memory" in line
+            ]
+            if not told:
+                raise
+            error.args = (f"{told[0]}; lower the batch, or what is read or drawn",)
+            _fail(error, FAILURE)
         except launch.Stopped as error:
             _say(f"error: {error}")
             raise typer.Exit(error.code) from None

@@ -184,6 +184,7 @@ def test_a_warning_says_when_macs_fall_and_time_does_not():
         ("visual=1,visual=2", "each key once"),
         ("visual=many", "visual: .*got 'many'"),
         ("visual=0", "visual: .*got '0'"),
+        ("visual=99999999999,batch=99999999", "visual: .*less than .*batch: .*less than"),
         ("tokens=5", "tokens is none of part, model, visual"),
         ("model=gpt", "model: .*got 'gpt'"),
     ],

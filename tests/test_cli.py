@@ -190,6 +190,12 @@ def test_ctrl_c_says_how_to_go_on(invoke, library):
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "Permission denied: x"),
         (FileExistsError("runs/a is finished; use --overwrite"), 2, "runs/a is finished"),
         (ValueError("expected a UNet2DModel; got X"), 2, "expected a UNet2DModel; got X"),
+        (MemoryError(), 1, "out of memory; lower the batch"),
+        (
+            RuntimeError("at a.cpp\nnot enough memory: 9 bytes"),
+            1,
+            "not enough memory: 9 bytes; lower",
+        ),
     ],
 )
 def test_failures_of_the_library_become_exit_codes(failure, code, message, invoke, library):

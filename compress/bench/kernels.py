@@ -20,6 +20,7 @@ from compress.bench.cells import interval, profile, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, Ways, costliest, reached, time_ways
+from compress.common.settings import Batch, Count, NonNegative
 from compress.kernels import sinkhorn as transport
 from compress.kernels import sparse_decode as attention
 from compress.kernels.backend import use_triton
@@ -27,7 +28,6 @@ from compress.kernels.backend import use_triton
 COPY_AIM = 0.6  # of the copy bandwidth, sparse_decode at batch 32, on a GPU
 POT_AIM = 10.0  # times as fast as POT's torch backend, sinkhorn, on a GPU
 DUSTBIN, ITERATIONS = 0.2, 100  # of sinkhorn
-Count = Annotated[int, Field(ge=1)]
 
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -47,9 +47,9 @@ class KernelShape:
 
     kernel: Literal["sparse_decode", "focal_decode", "sinkhorn"] = "sparse_decode"
     model: ModelName = "qwen2.5-vl-7b"
-    visual: Annotated[int, Field(ge=2)] = 4096
-    text: Annotated[int, Field(ge=0)] = 256
-    batch: Count = 1
+    visual: Annotated[Count, Field(ge=2)] = 4096
+    text: NonNegative = 256
+    batch: Batch = 1
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.05
     dtype: Dtype = "float32"
 

@@ -26,6 +26,7 @@ from compress.bench.cells import by_size, profile, times, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
+from compress.common.settings import Batch, Count
 from compress.eval.tables import Cell
 from compress.methods.fastocr.fixation import budget
 from compress.methods.fastocr.hooks import attached
@@ -40,7 +41,6 @@ from compress.models.visual import VisualLayout, text_model
 AIM = 0.7  # of the byte bound, of attention alone
 TWO_PRODUCTS = "compress_bench_two_products"  # of the dense attention, in transformers' registry
 DYNAMIC = ", dynamic cache"  # of a dense way end to end: as plain generate has it
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -65,7 +65,7 @@ class DecodeShape:
     model: ModelName = "qwen2.5-vl-7b"
     visual: Count = 4096
     text: Count = 256
-    batch: Count = 1
+    batch: Batch = 1
     layers: Count | None = None
     keep_visual: Annotated[float, Field(gt=0, le=1)] = 0.05
     dtype: Dtype = "float32"

@@ -15,6 +15,7 @@ from compress.bench.rows import SEED, Dtype, Row, against, make_row
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, time_ways
 from compress.common.cost import cost, unet_inputs
+from compress.common.settings import Batch
 from compress.eval.latency import peak_memory
 from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import build_layout
@@ -63,7 +64,7 @@ class UNetShape:
 
     model: Literal["ddpm-cifar10", "ddpm-digits", "sd15"] = "ddpm-cifar10"
     keep_macs: Annotated[float, Field(gt=0, lt=1)] = 0.57
-    batch: Annotated[int, Field(ge=1)] = 1
+    batch: Batch = 1
     dtype: Dtype = "float32"
 
 

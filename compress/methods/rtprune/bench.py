@@ -16,6 +16,7 @@ from compress.bench.cells import by_size, times, where, with_note
 from compress.bench.rows import SEED, Dtype, Row, against, make_row
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, Marks, costliest, summarise_spans, time_spans
+from compress.common.settings import Batch, Tokens
 from compress.common.stages import watched
 from compress.eval.latency import Latency
 from compress.models.cache_argument import cache_in
@@ -57,9 +58,9 @@ class PrefillShape:
 
     model: Literal["deepseek-ocr", "reader-deepseek"] = "deepseek-ocr"
     mode: Literal["tiny", "small", "base", "large"] = "large"
-    batch: Annotated[int, Field(ge=1)] = 1
-    encoded: Annotated[int, Field(ge=1)] | None = None
-    text: Annotated[int, Field(ge=1)] = 16
+    batch: Batch = 1
+    encoded: Batch | None = None
+    text: Tokens = 16
     layers: Annotated[int, Field(ge=2)] | None = None
     keep_tokens: Annotated[float, Field(gt=0, lt=1)] = 0.8425
     dtype: Dtype = "float32"
