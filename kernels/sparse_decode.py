@@ -21,7 +21,7 @@ turns them into weights. The keys are read once.
 
 **Bytes.** A row is used for two products of a few heads: memory bounds both functions. What must
 be moved (:func:`bytes_moved`) is a row's key and value, ``kv_heads (dim + value_dim) itemsize``; of
-a listed row also its index and mask, 9; in the focal variant its weight, 4; and query and output.
+a listed row also its index, 4; in the focal variant its weight, 4; and query and output.
 Beyond this bound, ``4 (value_dim + 1)`` a head for each split where there are several, and, focal,
 ``4 heads`` a row for the logits are written and read again, mostly in the L2 cache.
 
@@ -392,7 +392,7 @@ def bytes_moved(
     numbers = dim + (dim if value_dim is None else value_dim)
     cached = kv_heads * (picked + dense) * numbers * itemsize
     own = heads * numbers * itemsize  # query and output
-    index = picked * (8 + 1)
+    index = picked * 4
     return batch * (cached + own + index + (4 * dense if focal else 0))
 
 
@@ -570,7 +570,7 @@ def sparse_decode_reference(
         packed(query, key.shape[1]),
         picked_key,
         picked_value,
-        attn_mask=mask[:, None, None],
+        attn_mask=None if mask is None else mask[:, None, None],
         scale=scaling,
     )
     return output.reshape(len(query), query.shape[1], 1, -1)
@@ -607,14 +607,17 @@ def listed(
     rows_mask: torch.Tensor | None,
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The rows of a list and of a range as one list, and its mask; ``(batch, read)`` each."""
-    ranged = torch.arange(*dense, device=rows.device).expand(len(rows), -1)
+    ranged = torch.arange(*dense, dtype=rows.dtype, device=rows.device).expand(len(rows), -1)
+    every = torch.cat([rows, ranged], 1)
+    if rows_mask is None and dense_mask is None:
+        return every, None
     if rows_mask is None:
         rows_mask = torch.ones_like(rows, dtype=torch.bool)
     if dense_mask is None:
         dense_mask = torch.ones_like(ranged, dtype=torch.bool)
-    return torch.cat([rows, ranged], 1), torch.cat([rows_mask, dense_mask], 1)
+    return every, torch.cat([rows_mask, dense_mask], 1)
 
 
 def gathered(

@@ -269,11 +269,11 @@ def test_the_kernels_rows_say_what_a_call_must_move():
             kernels.KernelShape(kernel="sinkhorn", visual=10, keep=0.8, batch=3),
         )
     )
-    # 2 key heads of 16 numbers; 4 query heads and as much output; an index and a mask a listed row
+    # 2 key heads of 16 numbers; 4 query heads and as much output; an index a listed row
     row, own = 2 * 2 * 16 * 4, 2 * 4 * 16 * 4
     whole = 3 * (68 * row + own)
     assert sparse["bytes"] == {
-        "torch": 3 * ((6 + 8) * row + own + 6 * 9),
+        "torch": 3 * ((6 + 8) * row + own + 6 * 4),
         "sdpa": whole,
         "matmul": whole,
     }

@@ -8,12 +8,14 @@ import torch
 from compress.methods.fastocr.fixation import (
     Fixation,
     budget,
+    filled,
     kept_mass,
     last_fixation,
     neighbours,
     opened,
     random_fixation,
     same_mean_budget,
+    shares,
     top_k,
     visual_scores,
 )
@@ -34,8 +36,16 @@ def _scores(*sizes, width=None):
 def _sets(fixation):
     return [
         set(index[valid].tolist())
-        for index, valid in zip(fixation.index, fixation.valid, strict=True)
+        for index, valid in zip(
+            fixation.index,
+            torch.ones_like(fixation.index).bool() if fixation.valid is None else fixation.valid,
+            strict=True,
+        )
     ]
+
+
+def _top_k(scores, budgets, near=None):
+    return top_k(scores, max(budgets), filled(budgets, scores.device), near)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 100, 257, 1000])
@@ -55,21 +65,23 @@ def test_visual_scores_are_the_attention_on_the_page_alone():
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.5, 0.0]])
     rows, valid = torch.tensor([[1, 3], [2, 0]]), torch.tensor([[True, True], [True, False]])
     expected = torch.tensor([[0.2 / 0.6, 0.4 / 0.6], [1.0, 0.0]])
-    torch.testing.assert_close(visual_scores(weights, rows, valid), expected)
-    assert visual_scores(weights * 0, rows, valid).tolist() == [[0, 0], [0, 0]]
+    torch.testing.assert_close(shares(visual_scores(weights, rows, valid)), expected)
+    assert shares(visual_scores(weights * 0, rows, valid)).tolist() == [[0, 0], [0, 0]]
+    expected = torch.tensor([[0.2, 0.4], [0.5, 0.25]])
+    assert torch.equal(visual_scores(weights, rows, None), expected)
 
 
 def test_top_k_are_the_highest_of_each_sequence():
     scores, budgets = _scores(9, 4, 0 + 1), [3, 4, 1]
-    chosen = _sets(top_k(scores, torch.tensor(budgets), 4))
+    chosen = _sets(_top_k(scores, budgets))
     for row, kept, result in zip(scores.tolist(), budgets, chosen, strict=True):
         assert result == set(sorted(range(9), key=lambda i: -row[i])[:kept])
 
 
 def test_a_sequence_s_choice_does_not_depend_on_its_neighbours_in_the_batch():
     scores = _scores(9, 4)
-    alone = _sets(top_k(scores[1:, :4], torch.tensor([2]), 2))
-    assert _sets(top_k(scores, torch.tensor([5, 2]), 5))[1:] == alone
+    alone = _sets(_top_k(scores[1:, :4], [2]))
+    assert _sets(_top_k(scores, [5, 2]))[1:] == alone
 
 
 def test_kept_mass_is_the_sum_over_the_fixation():
@@ -121,13 +133,13 @@ def test_dilation_replaces_the_last_tokens_by_neighbours_of_the_best():
     near = neighbours(grid, torch.zeros(25, dtype=torch.long), 1)[None]
     scores = torch.full((1, 25), 1e-3)
     scores[0, 12], scores[0, 0], scores[0, 13] = 0.5, 0.2, 0.1  # the middle, a corner, beside it
-    plain = top_k(scores, torch.tensor([3]), 3)
+    plain = _top_k(scores, [3])
     assert _sets(plain) == [{12, 0, 13}]
     around = {6, 7, 8, 11, 12, 13, 16, 17, 18}
-    assert _sets(top_k(scores, torch.tensor([9]), 9, near)) == [around]
-    three = top_k(scores, torch.tensor([3]), 3, near)
+    assert _sets(_top_k(scores, [9], near)) == [around]
+    three = _top_k(scores, [3], near)
     assert {12, 13} < _sets(three)[0] < around  # by their own scores among equals
-    assert _sets(top_k(scores, torch.tensor([12]), 12, near)) == [around | {0, 1, 5}]
+    assert _sets(_top_k(scores, [12], near)) == [around | {0, 1, 5}]
 
 
 def test_random_fixation_is_drawn_from_the_sequence_alone_by_the_seed():

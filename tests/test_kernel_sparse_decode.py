@@ -203,7 +203,7 @@ def test_bytes_moved_are_those_of_the_tensors():
 
     output = torch.empty(3, 6, 1, 80, dtype=torch.float16)
     read = [case[name][:, :, : 20 + 7] for name in ("key", "value")]
-    listed = size(case["query"], output, *read, case["rows"], case["rows_mask"])
+    listed = size(case["query"], output, *read, case["rows"].int())
     assert kernels.bytes_moved(**sizes, picked=20, dense=7) == listed
     whole = size(case["query"], output, case["key"], case["value"], torch.empty(3, 50))
     assert kernels.bytes_moved(**sizes, picked=0, dense=50, focal=True) == whole

@@ -131,7 +131,7 @@ def _decode(shape: KernelShape, device: str) -> _Task:
     key, value = (torch.randn(shape.batch, kv_heads, length, dim, **options) for _ in range(2))
     kept, scaling = math.ceil(shape.keep * shape.visual - 1e-9), dim**-0.5
     scores = torch.rand(shape.batch, shape.visual, generator=generator, device=device)
-    rows, text = scores.topk(kept, dim=1).indices, (shape.visual, length)
+    rows, text = scores.topk(kept, dim=1).indices.int(), (shape.visual, length)
 
     def moved(picked: int, dense: int, focal: bool) -> int:
         return attention.bytes_moved(

@@ -21,6 +21,9 @@ from compress.models.growing_rows import Rows
 class GrowingLayer(DynamicLayer):
     """The cache of a layer that keeps everything."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._rows = Rows(), Rows()

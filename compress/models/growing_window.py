@@ -14,6 +14,8 @@ _Layer = modeling_unlimited_ocr.UnlimitedOcrDynamicReferenceSlidingWindowLayer
 class GrowingWindowLayer(_Layer):  # type: ignore[misc,valid-type]
     """A step writes the window, which slides, behind the prompt, and does not copy the prompt."""
 
+    prefill_keys: torch.Tensor
+    prefill_values: torch.Tensor
     _layer_type = None  # a class that has one takes the place of its parent in every cache
 
     def __init__(self, sliding_window: int) -> None:

@@ -55,3 +55,32 @@ class Counted(TorchDispatchMode):
     def total(self):
         """All operators that are not views."""
         return sum(self.operators.values())
+
+
+class Tape(TorchDispatchMode):
+    """Records a call so that it can be replayed, as a CUDA graph is.
+
+    Every tensor keeps its memory and every number of the host its value; an operator that waits is
+    refused.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in WAITS:
+            raise RuntimeError(f"{name} waits for the device")
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        """Run all operators again on the same memory."""
+        for function, args, kwargs, before in self.calls:
+            old = _places((args, kwargs))
+            again = function(*args, **kwargs)
+            for kept, new in zip(tree_leaves(before), tree_leaves(again), strict=True):
+                if torch.is_tensor(kept) and kept.untyped_storage().data_ptr() not in old:
+                    kept.copy_(new)

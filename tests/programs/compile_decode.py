@@ -13,7 +13,7 @@ from compress.kernels import sparse_decode as kernels
 
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TYPES = {
-    "rows_ptr": "*i64",
+    "rows_ptr": "*i32",
     "rows_mask_ptr": "*u8",
     "dense_mask_ptr": "*u8",
     "parts_ptr": "*fp32",

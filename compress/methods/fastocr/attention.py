@@ -101,13 +101,13 @@ def _beside(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     """Attention to keys, with their mask ``(batch, read)``, and to the summaries behind them."""
-    added = mask
-    if mask.dtype == torch.bool:
-        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    added = query.new_zeros(len(query), key.shape[2]) if mask is None else mask
+    if added.dtype == torch.bool:
+        added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, -torch.inf)
     sizes = outside.log_sizes.to(query.dtype)
     read = added[:, None].expand(-1, sizes.shape[1], -1)
     output = scaled_dot_product_attention(

@@ -18,22 +18,21 @@ class Fixation:
     Parameters
     ----------
     index : which of a sequence's visual tokens, ``(batch, kept)``.
-    valid : False where ``index`` is padding, ``(batch, kept)``.
+    valid : False where ``index`` is padding, ``(batch, kept)``; None where nothing is.
     """
 
     index: torch.Tensor
-    valid: torch.Tensor
-
-    def where(self, rows: torch.Tensor, other: "Fixation") -> "Fixation":
-        """Itself for some sequences, ``(batch,)`` bool, another of its size for the rest."""
-        return Fixation(
-            torch.where(rows[:, None], self.index, other.index),
-            torch.where(rows[:, None], self.valid, other.valid),
-        )
+    valid: torch.Tensor | None
 
     def to(self, device: torch.device) -> "Fixation":
         """The same on a device."""
-        return Fixation(self.index.to(device), self.valid.to(device))
+        return Fixation(
+            self.index.to(device), None if self.valid is None else self.valid.to(device)
+        )
+
+    def size(self) -> int | torch.Tensor:
+        """Tokens without padding, of all sequences."""
+        return self.index.numel() if self.valid is None else self.valid.sum()
 
 
 def budget(keep: float, tokens: int) -> int:
@@ -60,50 +59,69 @@ def same_mean_budget(keep: float, tokens: int, layers: int, dense: int, peripher
     return max(mean - around, 1) if tokens else 0
 
 
-def visual_scores(weights: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Attention over the visual tokens, renormalised to sum to 1 over them.
+def visual_scores(
+    weights: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention over the visual tokens, ``(batch, visual)``.
 
     Parameters
     ----------
     weights : head-mean attention over the cache, ``(batch, length)``.
     rows : where the visual tokens are in the cache, ``(batch, visual)``.
-    valid : which of them are not padding, ``(batch, visual)``.
-
-    Returns
-    -------
-    ``(batch, visual)``; all 0 for a sequence whose visual tokens have no weight.
+    valid : which of them are not padding, whose scores are 0; None where nothing is padding.
     """
-    scores = weights.gather(1, rows) * valid
+    scores = weights.gather(1, rows)
+    return scores if valid is None else scores * valid
+
+
+def shares(scores: torch.Tensor) -> torch.Tensor:
+    """Attention over the visual tokens, renormalised to sum to 1 over them, ``(batch, visual)``.
+
+    All 0 for a sequence whose visual tokens have no weight.
+    """
     return scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
+def filled(budgets: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    """Which places of a fixation are not padding, ``(batch, largest)``; None where none is."""
+    if len(set(budgets)) == 1:
+        return None
+    places = torch.arange(max(budgets, default=0))
+    return (places < torch.tensor(budgets)[:, None]).to(device)
+
+
 def top_k(
-    scores: torch.Tensor, budgets: torch.Tensor, width: int, near: torch.Tensor | None = None
+    scores: torch.Tensor,
+    width: int,
+    valid: torch.Tensor | None = None,
+    near: torch.Tensor | None = None,
 ) -> Fixation:
     """The tokens with the highest scores.
 
     Parameters
     ----------
     scores : ``(batch, visual)``, not negative; 0 for padding.
-    budgets : how many to choose in each sequence, no more than it has, ``(batch,)``.
-    width : the largest of the budgets.
+    width : how many to choose, at most.
+    valid : of the sequence's own number, as in :func:`filled`; the best tokens come first then, and
+        otherwise in any order.
     near : neighbours of each token on its page, itself included, ``(batch, visual, around)``. A
         token then ranks by the best score around it, and among equals by its own: the
         neighbours of the best tokens replace the last ones, and the number stays.
     """
     if near is None:
-        index = scores.topk(width, dim=1).indices
+        index = scores.topk(width, dim=1, sorted=valid is not None).indices
     else:
         own = scores.argsort(dim=1, descending=True, stable=True)
         around = scores.gather(1, near.flatten(1)).view(near.shape).amax(2)
         order = around.gather(1, own).argsort(dim=1, descending=True, stable=True)
         index = own.gather(1, order)[:, :width]
-    return Fixation(index, torch.arange(width, device=scores.device) < budgets[:, None])
+    return Fixation(index, valid)
 
 
 def kept_mass(scores: torch.Tensor, fixation: Fixation) -> torch.Tensor:
     """Share of the attention over visual tokens that lies on a fixation, ``(batch,)``."""
-    return (scores.gather(1, fixation.index) * fixation.valid).sum(1)
+    kept = scores.gather(1, fixation.index)
+    return (kept if fixation.valid is None else kept * fixation.valid).sum(1)
 
 
 def opened(fixation: Fixation, everything: torch.Tensor, valid: torch.Tensor) -> Fixation:
@@ -118,7 +136,10 @@ def opened(fixation: Fixation, everything: torch.Tensor, valid: torch.Tensor) ->
     tokens = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     missing = valid.shape[1] - fixation.index.shape[1]
     index = torch.nn.functional.pad(fixation.index, (0, missing))
-    chosen = torch.nn.functional.pad(fixation.valid, (0, missing))
+    chosen = fixation.valid
+    if chosen is None:
+        chosen = torch.ones_like(fixation.index, dtype=torch.bool)
+    chosen = torch.nn.functional.pad(chosen, (0, missing))
     return Fixation(
         torch.where(everything[:, None], tokens, index),
         torch.where(everything[:, None], valid, chosen),
@@ -168,7 +189,7 @@ def random_fixation(counts: Sequence[int], budgets: Sequence[int], seed: int) ->
     for row, (count, kept) in enumerate(zip(counts, budgets, strict=True)):
         generator = torch.Generator().manual_seed(seed)
         index[row, :kept] = torch.randperm(count, generator=generator)[:kept]
-    return Fixation(index, torch.arange(width) < torch.tensor(budgets)[:, None])
+    return Fixation(index, filled(budgets, index.device))
 
 
 def last_fixation(counts: Sequence[int], budgets: Sequence[int]) -> Fixation:
@@ -176,5 +197,5 @@ def last_fixation(counts: Sequence[int], budgets: Sequence[int]) -> Fixation:
     width = max(budgets, default=0)
     kept = torch.tensor(budgets)[:, None]
     index = torch.tensor(counts)[:, None] - kept + torch.arange(width)
-    valid = torch.arange(width) < kept
-    return Fixation(index.where(valid, 0), valid)
+    inside = index < torch.tensor(counts)[:, None]
+    return Fixation(index.where(inside, 0), filled(budgets, index.device))

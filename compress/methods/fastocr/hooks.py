@@ -159,6 +159,7 @@ class Handle:
         self._generated: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
         self._own: tuple[Sequence[VisualLayout], int] | None = None
+        self._stepped = False  # whether the call was a decode step
 
     def facts(self) -> dict[str, Any]:
         """What was attended to since the start or the last reset; see :class:`Counts`."""
@@ -229,13 +230,15 @@ class Handle:
         if self.paused:
             return args, kwargs
         inputs, self._inputs, self._own = self._inputs, {}, None
+        self._stepped = False
         cache = cache_in(kwargs)
-        filled = _length(cache)
         embeds: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         batch, new = embeds.shape[:2]
+        filled = self._filled(cache, new)
         if filled:
             state = self._state(cache, filled, batch)
             if new == 1:
+                self._stepped = True
                 state.start_step()
                 if not state.off:
                     kwargs[STATE] = state
@@ -251,6 +254,18 @@ class Handle:
             self._own = layouts, ids.shape[1]
             kwargs[VISUAL_LAYOUTS] = layouts
         return args, kwargs
+
+    def _filled(self, cache: Any, new: int) -> int:
+        """Tokens in a cache that so many are added to, or were.
+
+        The length of a static cache is on the device, and a decode step does not wait for it: there
+        it is what the steps before it came to.
+        """
+        length = 0 if cache is None else cache.get_seq_length()
+        if isinstance(length, int):
+            return length
+        state = self.states.get(cache) if new == 1 else None
+        return int(length) if state is None else state.length
 
     def _state(self, cache: Any, filled: int, batch: int) -> DecodeState:
         """That of a cache with so many tokens of so many sequences."""
@@ -274,9 +289,9 @@ class Handle:
             return
         cache, new = cache_in(output), output.last_hidden_state.shape[1]
         own, self._own = self._own, None
-        filled = _length(cache) - new
-        if cache is None or (filled and new == 1):
+        if cache is None or self._stepped:
             return
+        filled = self._filled(cache, new) - new
         layouts = kwargs.get(VISUAL_LAYOUTS)
         if layouts is None:
             raise ValueError(
@@ -328,10 +343,6 @@ def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:
     if model.config.model_type in ADAPTERS:
         return visual_layouts(model, inputs)
     return unplaced(inputs["input_ids"] == model.config.image_token_id)
-
-
-def _length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 @contextmanager

@@ -107,7 +107,9 @@ class Periphery:
         """
         index = fixation.index[:, None].expand(-1, self.member.shape[1], -1)
         groups = one_hot(self.member.gather(2, index), self.sizes.shape[2]).float()
-        share = (groups * fixation.valid[:, None, :, None]).transpose(2, 3)
+        if fixation.valid is not None:
+            groups = groups * fixation.valid[:, None, :, None]
+        share = groups.transpose(2, 3)
         left = (self.sizes - share.sum(3)).round()  # whole numbers but for the sums' rounding
         count = left.clamp(min=1)[..., None]
         return Outside(

@@ -9,12 +9,14 @@ import torch
 from compress.methods.fastocr.fixation import (
     Fixation,
     budget,
+    filled,
     kept_mass,
     last_fixation,
     neighbours,
     opened,
     random_fixation,
     same_mean_budget,
+    shares,
     top_k,
 )
 from compress.methods.fastocr.recall import Recorder, default_count, summary
@@ -90,17 +92,16 @@ class FocalPolicy:
         self.step = -1
         self.budgets = tokens.budgets(partial(budget, keep))
         device = tokens.rows.device
-        self.limits = torch.tensor(self.budgets, device=device)
+        self.valid = filled(self.budgets, device)
         self.near = _padded_neighbours(tokens, dilate) if dilate else None
         self.recorder = Recorder(tokens, layers, keep) if focal is None else None
         self.layers = layers
         self._set_focal([] if focal is None else [focal] * len(tokens.counts))
-        self.chosen: Fixation | None = None  # by the last focal layer
+        # by the last focal layer; always in the same memory, as a graph that is replayed wants it
+        self.chosen: Fixation | None = None
         self.current: Fixation | None = None  # the same, with all tokens of refreshed sequences
         # sequences for which the rest of this step is dense
-        self.refreshed = torch.zeros(
-            len(tokens.counts), dtype=torch.bool, device=tokens.rows.device
-        )
+        self.refreshed = torch.zeros(len(tokens.counts), dtype=torch.bool, device=device)
 
     def start_step(self) -> None:
         """Begin with the last step's fixation."""
@@ -115,7 +116,8 @@ class FocalPolicy:
             self.chosen = self._choose(torch.stack(last))
             self.recorder = None
         self.current = self.chosen
-        self.refreshed = torch.zeros_like(self.refreshed)
+        if self.min_mass:
+            self.refreshed = torch.zeros_like(self.refreshed)
 
     def fixation(self, layer: int) -> Fixation | None:
         """None in the first step, while focal layers are being found, and at focal layers.
@@ -139,20 +141,27 @@ class FocalPolicy:
         """Choose the fixation of the layers below; see `AttentionPolicy`."""
         if self.recorder is not None:
             return self.recorder.observe(layer, scores)
-        before, self.chosen = self.chosen, self._choose(scores)
-        is_focal = self.is_focal[layer]
-        if before is not None and not all(is_focal):
-            self.chosen = self.chosen.where(self._rows(is_focal), before)
-        self.current = self.chosen
-        if not self.min_mass or before is None or self.step == 0:
+        before, found = self.chosen, self._choose(scores)
+        if before is None:
+            self.current = self.chosen = found
             return 0
-        below = (kept_mass(scores, before) < self.min_mass) & self._rows(is_focal)
+        self.current = before
+        is_focal = self.is_focal[layer]
+        if self.min_mass and self.step:
+            mass = kept_mass(shares(scores), before)
+        index = found.index
+        if not all(is_focal):
+            index = torch.where(self._rows(is_focal)[:, None], index, before.index)
+        before.index.copy_(index)
+        if not self.min_mass or not self.step:
+            return 0
+        below = (mass < self.min_mass) & self._rows(is_focal)
         refreshes = below & self.tokens.valid.any(1) & ~self.refreshed
         self.refreshed = self.refreshed | refreshes
         # The one place where a step waits for the device, and only under the guard: a fixation with
         # room for every token would not wait, but make every step go through a list of all.
         if self.refreshed.any():
-            self.current = opened(self.chosen, self.refreshed, self.tokens.valid)
+            self.current = opened(before, self.refreshed, self.tokens.valid)
         return refreshes.sum()
 
     def _set_focal(self, focal: Sequence[Sequence[int]]) -> None:
@@ -176,7 +185,7 @@ class FocalPolicy:
         return torch.tensor(flags, device=self.tokens.rows.device)
 
     def _choose(self, scores: torch.Tensor) -> Fixation:
-        return top_k(scores, self.limits, max(self.budgets), self.near)
+        return top_k(scores, max(self.budgets), self.valid, self.near)
 
 
 def _padded_neighbours(tokens: VisualTokens, radius: int) -> torch.Tensor:
@@ -249,7 +258,7 @@ def make_policy(method: "FastOCR", tokens: VisualTokens, layers: int) -> Attenti
 
     def choose(layer: int, scores: torch.Tensor) -> Fixation:
         if method.fixation == "static":
-            return top_k(scores, torch.tensor(budgets, device=device), max(budgets))
+            return top_k(scores, max(budgets), filled(budgets, device))
         if method.fixation == "random":
             return random_fixation(tokens.counts, budgets, method.seed + layer).to(device)
         return last_fixation(tokens.counts, budgets).to(device)

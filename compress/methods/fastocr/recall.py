@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compress.methods.fastocr.fixation import Fixation, budget, top_k
+from compress.methods.fastocr.fixation import Fixation, budget, filled, shares, top_k
 from compress.methods.fastocr.visual_tokens import VisualTokens
 
 Matrix = Sequence[Sequence[float]]
@@ -118,7 +118,8 @@ class Recorder:
         self.layers = layers
         self.counts = tokens.counts
         self.budgets = tokens.budgets(partial(budget, keep))
-        self.limits = torch.tensor(self.budgets, device=tokens.rows.device)
+        valid = filled(self.budgets, tokens.rows.device)
+        self.valid = None if valid is None else valid.repeat_interleave(layers, 0)
         self.recall: list[torch.Tensor] = []  # one per step, (batch, layers, layers)
         self.previous: list[torch.Tensor] = []  # one fewer
         self.scores: list[torch.Tensor] = []  # one per layer, of the present step
@@ -138,17 +139,16 @@ class Recorder:
 
     def observe(self, layer: int, scores: torch.Tensor) -> int:
         """Compare the layers after the last one's scores."""
-        self.scores.append(scores)
+        self.scores.append(shares(scores))
         if len(self.scores) < self.layers:
             return 0
         step = torch.stack(self.scores, 1)
         if self.chosen is not None:
             self.previous.append(recalls(step, self.chosen))
-        flat = top_k(
-            step.flatten(0, 1), self.limits.repeat_interleave(self.layers), max(self.budgets)
-        )
+        flat = top_k(step.flatten(0, 1), max(self.budgets), self.valid)
         self.chosen = torch.zeros_like(step.flatten(0, 1))
-        self.chosen.scatter_(1, flat.index, flat.valid.to(step.dtype))
+        kept = torch.ones_like(flat.index) if flat.valid is None else flat.valid
+        self.chosen.scatter_(1, flat.index, kept.to(step.dtype))
         self.chosen = self.chosen.view_as(step)
         self.recall.append(recalls(step, self.chosen))
         return 0

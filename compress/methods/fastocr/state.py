@@ -1,6 +1,5 @@
 """What is known about one batch of prompts while its answers are decoded."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,59 +10,92 @@ from compress.methods.fastocr.periphery import Periphery
 from compress.methods.fastocr.policy import AttentionPolicy
 from compress.methods.fastocr.visual_tokens import VisualTokens
 
-SUMMED = 64  # counts of a layer that are kept before they are summed
-Read = tuple[torch.Tensor, torch.Tensor, tuple[int, int], torch.Tensor | None]
+Read = tuple[torch.Tensor, torch.Tensor | None, tuple[int, int], torch.Tensor | None]
+Number = int | torch.Tensor
 
 
 class Counts:
     """What the attention function did, over all batches since the last reset.
 
+    The numbers of a step are added up on the device, in the same memory: reading one would wait for
+    it, and a step that is replayed as a graph counts too.
+
     Attributes
     ----------
-    steps : decode steps, summed over the sequences.
-    offered : visual tokens in the cache, summed over these steps.
-    attended : per layer, visual tokens and summaries attended to; their sum is over these steps.
-    refreshes : those of these steps in which the guard opened the fixation.
     dense : visual tokens that every layer attended to in steps of batches that were switched off.
+    dense_steps : these steps, summed over the sequences.
     switched_off : sequences that attended to all for they have few visual tokens.
     """
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
+        # of the step: sequences, visual tokens in the cache, sequences for which the guard opened
+        # the fixation, and, layer by layer, visual tokens and summaries attended to
+        self._step: list[Number] = []
+        self._totals: torch.Tensor | None = None
+        self._known: dict[tuple[Number, ...], torch.Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
         """Count from zero."""
-        self.steps = 0
-        self.offered = 0
-        self.attended: list[list[int | torch.Tensor]] = [[] for _ in range(self.layers)]
-        self.refreshes: int | torch.Tensor = 0
+        self._step.clear()
+        if self._totals is not None:
+            self._totals.zero_()
         self.dense = 0
+        self.dense_steps = 0
         self.switched_off = 0
 
-    def attend(self, layer: int, tokens: int | torch.Tensor) -> None:
-        """Add what a layer attends to in a step.
+    def start_step(self, sequences: int, visual: int, device: torch.device) -> None:
+        """Begin a step of so many sequences with so many visual tokens."""
+        if self._totals is None:
+            self._totals = torch.zeros(3 + self.layers, dtype=torch.long, device=device)
+        self._add()
+        self._step[:] = [sequences, visual, 0, *[0] * self.layers]
 
-        Numbers on the device stay there until :meth:`facts`, since reading one would wait for the
-        device. They are summed some at a time, since a sum at every layer would cost as much as the
-        layer.
-        """
-        numbers = self.attended[layer]
-        numbers.append(tokens)
-        if len(numbers) >= SUMMED:
-            numbers[:] = [_sum(numbers)]
+    def refresh(self, sequences: Number) -> None:
+        """Add sequences for which the guard opened the fixation."""
+        self._put(2, sequences)
+
+    def attend(self, layer: int, tokens: Number) -> None:
+        """Add what a layer attends to in this step."""
+        self._put(3 + layer, tokens)
+
+    def _put(self, place: int, number: Number) -> None:
+        before = self._step[place]  # a sum on the device is left out where there is nothing yet
+        self._step[place] = number if isinstance(before, int) and not before else before + number
+
+    def _add(self) -> None:
+        """Add up the last step, once the next one begins: with one kernel where all is known."""
+        if self._totals is None or not self._step:
+            return
+        step, device = tuple(self._step), self._totals.device
+        self._step.clear()
+        if any(isinstance(number, torch.Tensor) for number in step):
+            numbers = [self._constant(number, device) for number in step]
+            self._totals.add_(torch.stack(numbers))
+        else:
+            self._totals.add_(self._constant(step, device))
+
+    def _constant(self, value: Any, device: torch.device) -> torch.Tensor:
+        """On the device, where a number that is known is copied to once."""
+        if isinstance(value, torch.Tensor):
+            return value
+        if value not in self._known:
+            self._known[value] = torch.tensor(value, device=device)
+        return self._known[value]
 
     def facts(self) -> dict[str, Any]:
         """The counts as JSON; shares are None before the first decode step."""
-        shares = None
-        if self.offered:
-            shares = [(int(_sum(n)) + self.dense) / self.offered for n in self.attended]
+        self._add()
+        totals = [0] * (3 + self.layers) if self._totals is None else self._totals.tolist()
+        steps, offered = totals[0] + self.dense_steps, totals[1] + self.dense
+        shares = [(n + self.dense) / offered for n in totals[3:]] if offered else None
         return {
-            "steps": self.steps,
-            "visual_tokens": self.offered / self.steps if self.steps else None,
+            "steps": steps,
+            "visual_tokens": offered / steps if steps else None,
             "attended_by_layer": shares,
             "attended": sum(shares) / len(shares) if shares else None,
-            "refreshes": int(self.refreshes) / self.steps if self.steps else None,
+            "refreshes": totals[2] / steps if steps else None,
             "switched_off": self.switched_off,
         }
 
@@ -89,7 +121,7 @@ class DecodeState:
         self.off = max(tokens.counts) < max(tokens.min_visual, 1)
         self.counts.switched_off += sum(tokens.small)
         self.length = tokens.length  # of the sequences in the cache
-        self._last: tuple[Any, ...] = ()
+        self._last: tuple[Any, ...] = ()  # what the last sparse layer of the step read
         self._periphery: dict[int, Periphery] = {}  # by layer, from its first sparse step
 
     def start_step(self) -> None:
@@ -97,11 +129,12 @@ class DecodeState:
         self.length += 1
         if not (visual := sum(self.tokens.counts)):
             return
-        self.counts.steps += len(self.tokens.counts)
-        self.counts.offered += visual
         if self.off:
+            self.counts.dense_steps += len(self.tokens.counts)
             self.counts.dense += visual
             return
+        self.counts.start_step(len(self.tokens.counts), visual, self.tokens.rows.device)
+        self._last = ()
         self.policy.start_step()
 
     def attend(
@@ -120,10 +153,12 @@ class DecodeState:
             # a dense layer is computed in the same way whether or not its scores are needed
             output, weights = focal_decode(query, key, value, mask, scaling)
         if needs_scores:
-            scores = visual_scores(weights, self.tokens.rows, self.tokens.valid)
-            self.counts.refreshes += self.policy.observe(layer, scores)
+            valid = None if self.tokens.even else self.tokens.valid
+            scores = visual_scores(weights, self.tokens.rows, valid)
+            self.counts.refresh(self.policy.observe(layer, scores))
+            self._last = ()
         if fixation is None:
-            self.counts.attend(layer, self._all(mask))
+            self.counts.attend(layer, sum(self.tokens.counts))
             return output
         read, attended = self._read(fixation, key.shape[2], mask)
         self.counts.attend(layer, attended)
@@ -137,12 +172,6 @@ class DecodeState:
         self.counts.attend(layer, summaries)
         return output
 
-    def _all(self, mask: torch.Tensor | None) -> int | torch.Tensor:
-        """Number of visual tokens that a dense layer attends to."""
-        if mask is None:
-            return sum(self.tokens.counts)
-        return _number(_allowed(self.tokens.rows, self.tokens.valid, mask))
-
     def _group(self, key: torch.Tensor, value: torch.Tensor) -> Periphery:
         """The visual tokens of a layer in groups of similar ones."""
         rows = self.tokens.rows[:, None, :, None]
@@ -154,7 +183,7 @@ class DecodeState:
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
-    ) -> tuple[Read, torch.Tensor]:
+    ) -> tuple[Read, Number]:
         """The rows to read of the prompt and of the answer, each with its mask.
 
         Returns
@@ -162,44 +191,31 @@ class DecodeState:
         Rows of the prompt, their mask, the range of the answer and its mask; and the number of
         visual tokens among them. The same for many layers.
         """
-        key = id(fixation), id(mask), stored, self.length
-        if self._last and self._last[0] == key:
-            return self._last[1]
+        if self._last and self._last[0] is fixation and self._last[1:3] == (id(mask), stored):
+            return self._last[4]
         tokens = self.tokens
-        rows = torch.cat([tokens.rows.gather(1, fixation.index), tokens.text], 1)
-        valid = torch.cat([fixation.valid, tokens.text_valid], 1)
-        allowed = _allowed(rows, valid, mask)
-        # a static cache has more rows than tokens, a sliding one fewer
-        dense = tokens.length, min(stored, self.length)
-        dense_allowed = None if mask is None else _row_mask(mask, len(rows))[:, slice(*dense)]
-        attended = _number(allowed[:, : fixation.index.shape[1]])
-        read = (rows, allowed, dense, dense_allowed), attended
-        self._last = key, read, fixation, mask  # both are held so that their ids stay theirs
+        rows = torch.cat([tokens.listed.gather(1, fixation.index), tokens.text], 1)
+        allowed = None
+        if fixation.valid is not None or not tokens.even:
+            kept = fixation.valid
+            if kept is None:
+                kept = torch.ones_like(fixation.index, dtype=torch.bool)
+            allowed = torch.cat([kept, tokens.text_valid], 1)
+        dense, dense_allowed = (tokens.length, min(stored, self.length)), None
+        if mask is not None:
+            seen = mask[:, 0, 0].expand(len(rows), -1)
+            allowed = _and(seen.gather(1, rows.long()), allowed)
+            # of a static cache all rows, so that the next step reads as many: the mask hides those
+            # that are not written yet
+            dense = tokens.length, stored
+            dense_allowed = seen[:, slice(*dense)]
+        read = (rows, allowed, dense, dense_allowed), fixation.size()
+        self._last = fixation, id(mask), stored, mask, read  # held, so that its id stays its own
         return read
 
 
-def _row_mask(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """That of the cache's rows, ``(batch, length)``, from transformers' (batch, 1, 1, length)."""
-    return mask[:, 0, 0].expand(batch, -1)
-
-
-def _allowed(rows: torch.Tensor, valid: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mask of some rows, ``(batch, read)``, from that of the cache, (batch, 1, 1, length)."""
-    if mask is None:
-        return valid
-    picked = _row_mask(mask, len(rows)).gather(1, rows)
-    return picked & valid if mask.dtype == torch.bool else picked.masked_fill(~valid, -torch.inf)
-
-
-def _sum(numbers: Sequence[int | torch.Tensor]) -> int | torch.Tensor:
-    """The sum of all, with one sum on the device."""
-    tensors = [number for number in numbers if isinstance(number, torch.Tensor)]
-    known = sum(number for number in numbers if not isinstance(number, torch.Tensor))
-    return torch.stack(tensors).sum() + known if tensors else known
-
-
-def _number(allowed: torch.Tensor) -> torch.Tensor:
-    """How many entries a mask allows."""
-    if allowed.dtype == torch.bool:
-        return allowed.sum()
-    return (allowed > torch.finfo(allowed.dtype).min / 2).sum()
+def _and(seen: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """A mask of either kind, of what is not padding alone; None is all."""
+    if valid is None:
+        return seen
+    return seen & valid if seen.dtype == torch.bool else seen.masked_fill(~valid, -torch.inf)

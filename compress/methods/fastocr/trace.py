@@ -30,10 +30,15 @@ class _RecordedPolicy:
         """The fixation of the policy."""
         fixation = self.policy.fixation(layer)
         if layer == self.last:
-            self.steps.append(
-                None if fixation is None else fixation.index[0, fixation.valid[0]].cpu()
-            )
+            self.steps.append(None if fixation is None else _tokens(fixation))
         return fixation
+
+
+def _tokens(fixation: Fixation) -> torch.Tensor:
+    """Of the only sequence; a copy, since the policy writes the next choice into its place."""
+    index = fixation.index[0]
+    kept = index.clone() if fixation.valid is None else index[fixation.valid[0]]
+    return kept.cpu()
 
 
 def trace(

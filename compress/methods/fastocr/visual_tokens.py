@@ -19,6 +19,7 @@ class VisualTokens:
     length : of the prompt, padding included.
     counts : visual tokens of each sequence.
     rows, valid : their rows in the cache, and which are not padding, ``(batch, visual)``.
+    listed : the rows as int32, as a kernel is given them.
     text, text_valid : the same of all other rows of the prompt, ``(batch, others)``.
     min_visual : a sequence with fewer visual tokens attends to all of them.
     """
@@ -28,9 +29,15 @@ class VisualTokens:
     counts: list[int]
     rows: torch.Tensor
     valid: torch.Tensor
+    listed: torch.Tensor
     text: torch.Tensor
     text_valid: torch.Tensor
     min_visual: int = 0
+
+    @property
+    def even(self) -> bool:
+        """Whether all sequences have as many visual tokens, so that nothing is padding."""
+        return len(set(self.counts)) == 1
 
     @property
     def small(self) -> list[bool]:
@@ -66,6 +73,6 @@ class VisualTokens:
         for row, layout in zip(visual, layouts, strict=True):
             row[layout.positions.to(device)] = True
         # False sorts first, and the sort is stable: the others in their order
-        text = visual.int().argsort(dim=1, stable=True)[:, : length - min(counts)]
+        text = visual.int().argsort(dim=1, stable=True)[:, : length - min(counts)].int()
         text_valid = torch.arange(text.shape[1], device=device) < length - size
-        return cls(layouts, length, counts, rows, valid, text, text_valid, min_visual)
+        return cls(layouts, length, counts, rows, valid, rows.int(), text, text_valid, min_visual)

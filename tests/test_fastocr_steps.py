@@ -1,0 +1,160 @@
+"""A decode step under FastOCR: it waits for nothing, and can be replayed as a graph."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from builders import fastocr
+from builders.counting import Counted, Tape
+from builders.fastocr import PAGES, TEXTS, write
+from compress.methods.fastocr import FastOCR
+from compress.models.cache_argument import cache_argument
+from compress.models.generation import replaced_method
+from compress.models.growing_cache import growing_caches
+from compress.models.visual import build_prompt, text_model
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def intern():
+    """With plain position ids, for loops of one's own."""
+    return fastocr.model("internvl", layers=4)
+
+
+def _steps(model, inputs, **settings):
+    """What each call of the model did while it answered."""
+    counts = []
+
+    def forward(original, *args, **kwargs):
+        with Counted() as counted:
+            output = original(*args, **kwargs)
+        counts.append(counted)
+        return output
+
+    with replaced_method(model, "forward", forward):
+        write(model, inputs, 5, **settings)
+    return counts
+
+
+@pytest.mark.parametrize("cache", ["in place", "dynamic", "static"])
+@pytest.mark.parametrize("pages", [1, 3])
+@pytest.mark.parametrize("name", ["internvl", "unlimited_ocr"])
+def test_a_step_waits_for_nothing(name, pages, cache):
+    model, processor = fastocr.model(name)
+    inputs = build_prompt(model, processor, PAGES[:pages], TEXTS[:pages])
+
+    def waits(method=None):
+        settings = {"cache_implementation": "static"} if cache == "static" else {}
+        if cache == "dynamic":  # one of transformers', given by the user
+            empty = DynamicCache(config=text_model(model).config)
+            settings[cache_argument(model)] = empty
+        if method is None:
+            with growing_caches(model):
+                steps = _steps(model, inputs, **settings)
+        else:
+            with method.attach(model):
+                steps = _steps(model, inputs, **settings)
+        return [step.waits for step in steps[1:]]
+
+    dense = waits()  # transformers looks whether a mask of a padded batch hides anything
+    assert waits(FastOCR(keep_visual=0.1, focal_layers=[1])) == dense
+    assert pages == 3 or not any(dense)
+
+
+def _answer(model, inputs, method, cache, recorded=None):
+    """Logits of each step, ``(steps, batch, vocabulary)``, and the counts.
+
+    From the step ``recorded`` on, which is recorded, they are replays.
+    """
+    tape, logits = Tape(), []
+    length = inputs["attention_mask"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, STEPS), value=1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    tokens = torch.arange(STEPS * len(mask)).view(STEPS, -1, 1) % 20 + 20
+    given = {cache_argument(model): cache, "attention_mask": mask}
+    if len(mask) == 1:  # nothing is hidden but what is not written
+        given["attention_mask"] = None
+    ids, at = tokens[0].clone(), places[:, length : length + 1].clone()
+    with torch.no_grad(), method.attach(model) as handle:
+        prompt = {**inputs, **given, "position_ids": places[:, :length]}
+        model(**{**prompt, "attention_mask": mask[:, :length]})
+        for step in range(STEPS):
+            ids.copy_(tokens[step])
+            at.copy_(places[:, length + step, None])
+            if recorded is None or step < recorded:
+                output = model(input_ids=ids, position_ids=at, **given)
+            elif step == recorded:
+                with tape:
+                    output = model(input_ids=ids, position_ids=at, **given)
+            else:
+                tape.replay()
+            logits.append(output.logits[:, -1].clone())
+        return torch.stack(logits), handle.facts()
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"focal_layers": [1]},
+        {"focal_layers": [0, 2], "dilate": 1},
+        {"focal_layers": [2], "reuse": False},
+        {"focal_layers": [1], "fixation": "static"},
+    ],
+    ids=str,
+)
+def test_a_recorded_step_is_replayed_at_later_ones(intern, pages, knobs):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:pages], TEXTS[:pages])
+    method = FastOCR(keep_visual=0.1, min_visual=0, **knobs)
+
+    def answer(recorded=None):
+        length = inputs["input_ids"].shape[1] + STEPS
+        cache = StaticCache(config=text_model(model).config, max_cache_len=length)
+        return _answer(model, inputs, method, cache, recorded)
+
+    (expected, facts), (found, counted) = answer(), answer(recorded=2)
+    assert torch.equal(found, expected) and counted == facts
+    assert len({tuple(row.tolist()) for row in found[:, 0]}) == STEPS
+
+
+def test_a_step_over_a_growing_cache_cannot_be_replayed(intern):
+    """The control: what is recorded there has the length of its own step."""
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
+    method, caches = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0), []
+    for _ in range(2):
+        caches.append(DynamicCache(config=text_model(model).config))
+    expected, _ = _answer(model, inputs, method, caches[0])
+    found, _ = _answer(model, inputs, method, caches[1], recorded=2)
+    assert torch.equal(found[:3], expected[:3]) and not torch.equal(found[4:], expected[4:])
+
+
+def test_a_sparse_layer_is_given_no_mask_where_nothing_is_hidden(intern, monkeypatch):
+    model, processor = intern
+    given = []
+    sparse = "compress.methods.fastocr.state.sparse_decode"
+
+    def spy(query, key, value, rows, rows_mask, dense, dense_mask, scaling, original=None):
+        given.append((rows.dtype, rows_mask, dense_mask))
+        return query
+
+    monkeypatch.setattr(sparse, spy)
+    inputs = build_prompt(model, processor, [PAGES[0]] * 2, [TEXTS[0]] * 2)
+    with FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
+        write(model, inputs, 3)
+    assert given == [(torch.int32, None, None)] * len(given) and given
+
+
+def test_a_step_adds_few_operators_to_a_dense_one(intern):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
+    with growing_caches(model):
+        dense = _steps(model, inputs)
+    with FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
+        ours = _steps(model, inputs)
+    added = ours[-1].total - dense[-1].total
+    assert added == ours[-2].total - dense[-2].total
+    # three sparse layers in plain torch, a focal one, its choice, the counts: see the README
+    assert added <= 45
