@@ -127,6 +127,16 @@ class Marks:
         """A span from ``begin``, a moment of :meth:`now`, to now."""
         self.spans.append((name, begin, self.now()))
 
+    @contextmanager
+    def calls(self, name: str, module: torch.nn.Module) -> Iterator[None]:
+        """Measure each call of a module inside, behind the hooks that it has."""
+        began: list[Any] = []
+        with (
+            module.register_forward_pre_hook(lambda *_: began.append(self.now())),
+            module.register_forward_hook(lambda *_: self.add(name, began.pop())),
+        ):
+            yield
+
     def milliseconds(self) -> dict[str, float]:
         """The sum of each name's spans; waits for the GPU."""
         if self.bench.cuda:

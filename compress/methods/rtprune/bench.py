@@ -228,8 +228,8 @@ def _prefill(
         if method is not None:
             stack.enter_context(method.attach(model))
         # after the method's own hook, which shortens the prompt
-        _mark_module(stack, marks, "language_model", text)
-        _mark_module(stack, marks, "last_layer", text.layers[-1])
+        stack.enter_context(marks.calls("language_model", text))
+        stack.enter_context(marks.calls("last_layer", text.layers[-1]))
         stack.enter_context(watched(marks.span))
         with torch.no_grad(), marks.span("prefill"):
             output = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -251,12 +251,6 @@ def _encode_first(marks: Marks, pages: int) -> Callable[..., Any]:
         return output
 
     return _encode
-
-
-def _mark_module(stack: ExitStack, marks: Marks, name: str, module: torch.nn.Module) -> None:
-    began: list[Any] = []
-    stack.enter_context(module.register_forward_pre_hook(lambda *_: began.append(marks.now())))
-    stack.enter_context(module.register_forward_hook(lambda *_: marks.add(name, began.pop())))
 
 
 # ---- the benchmark and its table ---------------------------------------------------------------
