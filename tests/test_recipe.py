@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from compress.eval.settings import Sampling
 from compress.methods.fastocr import FastOCR
 from compress.methods.gradflow import GradFlow, OneShot
-from compress.methods.registry import WEIGHT_METHODS
+from compress.methods.registry import RUNTIME_METHODS, WEIGHT_METHODS
 from compress.methods.rtprune import RTPrune
 from compress.methods.training import Recover, Train
 from compress.runs.recipe import (
@@ -24,6 +24,7 @@ from compress.runs.recipe import (
 )
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.y*ml"))
+ALL, RUNTIME = ", ".join(METHODS), ", ".join(RUNTIME_METHODS)
 MINIMAL = "model: builtin:ddpm-digits\ndata: builtin:digits\nmethod: {name: gradflow}\n"
 
 
@@ -43,9 +44,8 @@ def problems(path: Path, *overrides: str) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-def test_there_are_as_many_recipes_as_we_ship():
-    assert len(RECIPES) == 17
-    assert [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
+def test_the_recipes_in_the_folder_are_those_that_are_listed():
+    assert RECIPES and [path.stem for path in RECIPES] == [name for name, _ in list_recipes()]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -122,8 +122,8 @@ def test_run_time_methods_stand_alone_or_in_a_list(write):
         ("method: {name: fastocr, keep_visual: 2}", "method.keep_visual: expected a number less"),
         ("method: {name: fastocr, keep_visul: 1}", "nearest known key: method.keep_visual"),
         ("method: [{name: rtprune, mergee: 1}]", "nearest known key: method[0].merge)"),
-        ("method: [{name: gradflow}]", "method[0].name: expected one of rtprune, fastocr; got"),
-        ("method: [{keep_tokens: 1}]", "method[0].name: expected one of rtprune, fastocr; got not"),
+        ("method: [{name: gradflow}]", f"method[0].name: expected one of {RUNTIME}; got"),
+        ("method: [{keep_tokens: 1}]", f"method[0].name: expected one of {RUNTIME}; got not"),
         ("method: []", "method: expected"),
         ("method: {name: rtprune}\ncompare: [{name: oneshot}]", "compare[0].name: expected one of"),
         ("method: {name: rtprune}\nrecover: {steps: 1}", "expected one of the keys model, data"),
@@ -239,9 +239,9 @@ def test_every_key_is_named_when_it_is_misspelt(section, write):
     ("method", "part"),
     [
         ("{name: gradflo}", "did you mean 'gradflow'?"),
-        ("{name: [1]}", "expected one of gradflow, oneshot, rtprune, fastocr"),
-        ("{name: null}", "expected one of gradflow, oneshot, rtprune, fastocr"),
-        ("{keep_macs: 0.5}", "expected one of gradflow, oneshot, rtprune, fastocr; got nothing"),
+        ("{name: [1]}", f"expected one of {ALL}"),
+        ("{name: null}", f"expected one of {ALL}"),
+        ("{keep_macs: 0.5}", f"expected one of {ALL}; got nothing"),
         ("gradflow", "expected a mapping"),
         ("null", "expected a mapping"),
     ],
