@@ -29,7 +29,7 @@ def attached(method: "RTPrune", model: Any) -> Iterator[Handle]:
         )
     pages = _Pages(method, model)
     with ExitStack() as stack:
-        pruning = PromptPruning(type(method).__name__, model, pages.encode, pages.choose)
+        pruning = PromptPruning(type(method).__name__, model, pages._encode, pages.choose)
         stack.enter_context(pruning.attached())
         if method.select == "visionzip":
             encoder = model.model.vision_tower.vision_encoder
@@ -46,7 +46,7 @@ class _Pages:
         self.handle = Handle()
         self.recorder = EncoderRecorder()
 
-    def encode(
+    def _encode(
         self, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> tuple[Any, Sequence[EncodedPage]]:
         """The output of ``get_image_features``, and what is known of its pages."""
