@@ -11,11 +11,12 @@ from pydantic import Field, TypeAdapter
 from compress.methods.base import Method, RuntimeMethod, WeightMethod
 from compress.methods.fastocr import FastOCR
 from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.pixelprune import PixelPrune
 from compress.methods.rtprune import RTPrune
 
 M = TypeVar("M", bound=Method)
 
-_KINDS: tuple[type[Method], ...] = (GradFlow, OneShot, RTPrune, FastOCR)
+_KINDS: tuple[type[Method], ...] = (GradFlow, OneShot, RTPrune, FastOCR, PixelPrune)
 
 
 def _named(base: type[M]) -> dict[str, type[M]]:
