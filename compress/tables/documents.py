@@ -41,8 +41,8 @@ def all_tables(results: Path, runs: Path) -> dict[str, Table]:
         reader.readers(results, runs),
         *reader.recipe_tables(results, runs),
         *(
-            reader.trainings(name, content, results)
-            for name, content in declared["trainings"].items()
+            reader.collection(name, content, results)
+            for name, content in declared["collections"].items()
         ),
         *bench.tables(results),
     ]

@@ -48,17 +48,17 @@ def recipe_tables(results: Path, runs: Path) -> Iterator[Table]:
             )
 
 
-def trainings(name: str, content: Mapping[str, Any], results: Path) -> Table:
-    """What comes of one run where the model was trained otherwise, each in a file of its own."""
+def collection(name: str, content: Mapping[str, Any], results: Path) -> Table:
+    """What comes of one run on several readers or pages, each with a file of rows of its own."""
 
     def body(_: Sequence[Row]) -> str:
         lines = []
-        for label, file in content["trainings"].items():
+        for label, file in content["files"].items():
             measured = variants(read_rows(results / file))
-            cells = {"training": label, "its rows": f"`{file}`"}
+            cells = {content["of"]: label, "its rows": f"`{file}`"}
             for column, facts in content["columns"].items():
                 [line] = filter(has(**facts), measured)
-                cells[column] = f"{line['accuracy_retention']['value']:.1%}"
+                cells[column] = content["cell"].format_map(line)
             lines.append(cells)
         return f"{markdown(lines)}\n\n{content['note']}"
 
