@@ -135,7 +135,7 @@ def _refuse_unknown(method: Any, unknown: Mapping[str, Any]) -> None:
     if settings:
         told += f", and {kind.__name__} is made with {', '.join(settings)}"
     got = "; ".join(f"{name}{did_you_mean(name, [*known, *settings])}" for name in unknown)
-    example = kind.__name__ if settings else "FastOCR"
+    example = kind.__name__ if settings else "METHOD"
     raise ValueError(f"{told}; got {got}; give settings as in apply(model, {example}(...))")
 
 
