@@ -571,11 +571,11 @@ def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path, m
         assert done.exit_code == 0 and "already finished; 5 texts in" in done.stderr
         Image.new("L", (70, 40)).save(tmp_path / "more.png")
         for changes, what in (
-            ((tmp_path / "more.png",), "files"),
-            (("--prompt", "Read."), "facts"),
+            ((tmp_path / "more.png",), "what is read"),
+            (("--prompt", "Read."), "prompt"),
         ):
             other = run(*asked, *changes, "--output", tmp_path / "texts", "--resume")
-            assert other.exit_code == 2 and f"is made with other {what}; go on" in other.stderr
+            assert other.exit_code == 2 and f"differs in {what}; go on" in other.stderr
         files[1].with_suffix(".txt").write_text("mine")
         for option in ("--resume", "--overwrite"):
             foreign = run(*asked, "--output", tmp_path / "texts", option)

@@ -389,14 +389,19 @@ def listed_folder(
         check_replaceable(folder, kind, overwrite=True)
         if begun and resume:
             before = read_json(folder / MARKER)
-            if changed := [key for key in ("files", "facts") if before.get(key) != marker[key]]:
+            changed = ["what is read"] if before.get("files") != marker["files"] else []
+            then = before.get("facts", {})
+            changed += [key for key, fact in facts.items() if then.get(key) != fact]
+            if changed:
                 raise ValueError(
-                    f"what was begun in {folder} is made with other {' and '.join(changed)}; go on "
-                    "with the same, start again with --overwrite, or choose another folder"
+                    f"what was begun in {folder} differs in {', '.join(changed)}; go on with the "
+                    "same, start again with --overwrite, or choose another folder"
                 )
         folder.mkdir(parents=True, exist_ok=True)
         for entry in sorted(folder.rglob("*"), reverse=True) if begun else ():
-            if _is_leftover(folder, entry, [*files]) or (not resume and not _is_folder(entry)):
+            if _is_leftover(folder, entry, [*map(escape, files)]) or (
+                not resume and not _is_folder(entry)
+            ):
                 remove(entry)
             elif not resume:
                 entry.rmdir()
