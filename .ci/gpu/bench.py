@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 OUT, STATE = Path(os.environ["OUT"]), Path(os.environ["GPU_WORK"]) / "state"
 DEVICE, TINY = os.environ["GPU_DEVICE"], os.environ["GPU_TINY"] != "0"
@@ -118,7 +119,8 @@ def main():
         return builders[key]
 
     gradflow.slim_builder = slim_builder
-    known, where = benchmarks(), Bench(DEVICE, repeats=2 if TINY else 15)
+    known: dict[str, Any] = dict(benchmarks())
+    where = Bench(DEVICE, repeats=2 if TINY else 15)
     ceilings, dtypes = None, []
     for name, text in plan:
         if time.time() > END - (2 if TINY else 14):
@@ -128,7 +130,7 @@ def main():
             file.write(f"{name}\t{text}\n")
         begin = time.time()
         try:
-            (shape,) = parse_shapes([text], known[name].shape)
+            [shape] = parse_shapes([text], known[name].shape)
             if shape.dtype not in dtypes:  # ceilings are of the dtypes that they were measured in
                 dtypes.append(shape.dtype)
                 ceilings = measure_ceilings(where, dtypes)

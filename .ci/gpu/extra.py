@@ -15,7 +15,9 @@ import traceback
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 OUT, WORK = Path(os.environ["OUT"]), Path(os.environ["GPU_WORK"])
 DEVICE, TINY = os.environ["GPU_DEVICE"], os.environ["GPU_TINY"] != "0"
@@ -60,13 +62,13 @@ def env():
         "torch triton transformers diffusers accelerate huggingface-hub tokenizers numpy pot "
         "torch-fidelity torch-pruning pydantic rich typer scipy matplotlib compress-models"
     ).split()
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    record = {
+    record: dict[str, Any] = {
         "machine": True,
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
@@ -106,7 +108,7 @@ def launch_costs(torch):
 
     from compress.kernels import sparse_decode as kernels
 
-    options = {"device": DEVICE, "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     x = torch.zeros(8, device=DEVICE)
     q, kv = torch.randn(1, 28, 1, 128, **options), torch.randn(1, 4, 512, 128, **options)
     rows = torch.arange(64, device=DEVICE)[None]
@@ -184,7 +186,8 @@ def profiled(title, step, steps=5):
         until = max(until, end)
     record |= {"gpu_busy_ms": busy / 2e3, "kernels": len(on_gpu) / 2}
     record["gpu_share"] = record["gpu_busy_ms"] / record["wall_ms"]
-    by_name, counts = Counter(), Counter()
+    by_name: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for event in on_gpu:
         by_name[event.name] += (event.time_range.end - event.time_range.start) / 2e3
         counts[event.name] += 1
@@ -235,9 +238,9 @@ def graphed(title, ways):
         return
     eager = {n: v.median for n, v in taking_turns(ways, DEVICE, repeats=7).items()}
     captured = _captured(ways)
-    replayed = captured and {
-        n: v.median for n, v in taking_turns(captured, DEVICE, repeats=7).items()
-    }
+    replayed = None
+    if captured:
+        replayed = {n: v.median for n, v in taking_turns(captured, DEVICE, repeats=7).items()}
     record = {"what": f"{title}: eager and as graphs, ms", "eager_ms": eager, "graph_ms": replayed}
     text(f"\n== {record['what']}\neager  {eager}\ngraphs {replayed or 'cannot be captured'}")
     note("profiles.jsonl", record)
@@ -270,7 +273,7 @@ def attempt(function, *args):
 def decode_step(model, visual, batch):
     from compress.methods.fastocr.bench import DecodeShape, _end_to_end_ways
 
-    dtype = "float32" if TINY else "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32" if TINY else "bfloat16"
     shape = DecodeShape(part="end_to_end", model=model, visual=visual, batch=batch, dtype=dtype)
     title = f"decode step, {model}, {visual} visual tokens, batch {batch}"
     with contextlib.ExitStack() as stack:
@@ -310,7 +313,7 @@ def generation(model_name, visual, batch, new=48, compiled=False):
     from compress.bench.building import built
     from compress.methods.fastocr.bench import DecodeShape, _model
 
-    dtype = "float32" if TINY else "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32" if TINY else "bfloat16"
     shape = DecodeShape(model=model_name, visual=visual, batch=batch, text=16, dtype=dtype)
     model = built(lambda: _model(shape), getattr(torch, dtype), DEVICE)
     method = FastOCR(keep_visual=shape.keep_visual, focal_layers=shape.focal, min_visual=0)
@@ -436,7 +439,7 @@ def tune():
             for name, value in zip(names, constants, strict=True):
                 setattr(kernels, name, value)
             sizes = ", ".join(map("{} {}".format, names, constants))
-            record = {
+            record: dict[str, Any] = {
                 "what": f"tune {heads}/{kv} heads, {visual} visual, batch {batch}: {sizes}, "
                 + ("mask" if masked else "no mask")
             }
@@ -459,7 +462,7 @@ def tuned_ways(kernels, heads, kv, visual, batch):
     import torch
 
     length, dim, layers = visual + 256, 128, 2 if TINY else 4
-    options = {"device": DEVICE, "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     caches = [
         [torch.randn(batch, kv, length, dim, **options) for _ in ("key", "value")]
         for _ in range(layers)
@@ -506,12 +509,12 @@ def graph_us(way):
         way()
     times = []
     for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
         graph.replay()
-        end.record()
+        last.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
+        times.append(first.elapsed_time(last) * 1e3)
     return sorted(times)[len(times) // 2]
 
 
@@ -525,13 +528,14 @@ def reader():
 
     from compress import FastOCR, RTPrune, apply, load_reader
     from compress.data.ocr_pages import load_pages
+    from compress.methods.base import RuntimeMethod
 
-    count = 2 if TINY else 16
+    count = 2 if TINY else 64
     fastocr = FastOCR(keep_visual=0.1, min_visual=0, periphery=64)
     rtprune = RTPrune(keep_tokens=0.85)
-    both = [rtprune, FastOCR(keep_visual=0.2, min_visual=0)]
-    qwen = {"dense": [], "fastocr": [fastocr]}
-    deepseek = {"dense": [], "rtprune": [rtprune], "both": both}
+    both: list[RuntimeMethod] = [rtprune, FastOCR(keep_visual=0.2, min_visual=0)]
+    qwen: dict[str, list[RuntimeMethod]] = {"dense": [], "fastocr": [fastocr]}
+    deepseek: dict[str, list[RuntimeMethod]] = {"dense": [], "rtprune": [rtprune], "both": both}
     places = [("cpu", torch.float32)]
     if CUDA:
         places += [(DEVICE, torch.float32), (DEVICE, torch.bfloat16)]
@@ -544,9 +548,15 @@ def reader():
         texts = {}
         for place, dtype in places:
             dense = load_reader(name, dtype=dtype, device=place)
-            for variant, methods in variants.items():
+            # transformers compiles the decode steps of a static cache on a GPU
+            compiled: dict[str, list[RuntimeMethod]] = (
+                {"dense compiled": []} if place != "cpu" else {}
+            )
+            for variant, methods in (variants | compiled).items():
+                static = "static" if variant in compiled else None
+                dense.model.generation_config.cache_implementation = static
                 key = f"{variant} {place} {str(dtype)[6:]}"
-                context = contextlib.nullcontext()
+                context: Any = contextlib.nullcontext()
                 if methods:
                     context = apply(dense.model, methods, processor=dense.processor)
                 with context:
@@ -554,12 +564,13 @@ def reader():
                     readings = dense.read(images, max_new_tokens=20 if TINY else None)
                     seconds = time.perf_counter() - begin
                 texts[key] = [reading.text for reading in readings]
-                base = texts[f"{variant} cpu float32"]
+                base = texts[f"{variant.split()[0]} cpu float32"]
                 record = {
                     "run": f"{name} {key}",
                     "seconds": round(seconds, 2),
+                    "pages_per_second": round(len(pages) / seconds, 2),
                     "tokens": sum(reading.new_tokens for reading in readings),
-                    "cer": round(cer([page.text for page in pages], texts[key]), 4),
+                    "cer": round(cer([page.text or "" for page in pages], texts[key]), 4),
                     "same_as_cpu_float32": sum(map(str.__eq__, base, texts[key])),
                     "pages": len(pages),
                 }
@@ -635,8 +646,8 @@ def _stages():
         if "machine" in record:
             names = ("gpu", "multiprocessors", "l2_mb", "copy_gb_per_s", "tflop_per_s", "host_us")
             yield "machine  " + ", ".join(f"{k} {record[k]}" for k in names if k in record)
-            names = ("torch", "triton", "transformers", "diffusers")
-            yield "         " + ", ".join(f"{k} {record['versions'][k]}" for k in names)
+            packages = ("torch", "triton", "transformers", "diffusers")
+            yield "         " + ", ".join(f"{k} {record['versions'][k]}" for k in packages)
         else:
             rest = record.get("skipped") or f"{record['seconds']} s"
             yield f"stage    {record['stage']:<10} rc {record['rc']}  {rest}"
@@ -683,7 +694,7 @@ def _profiles():
 
 
 def _tuned():
-    times = {}
+    times: dict[str, list[tuple[float, str]]] = {}
     for record in read("profiles.jsonl"):
         for kind in ("sparse", "focal"):
             if record["what"].startswith("tune") and isinstance(record[kind], dict):
@@ -704,7 +715,7 @@ def _runs():
 
 if __name__ == "__main__":
     command, *args = sys.argv[1:]
-    {
+    commands: dict[str, Callable[..., Any]] = {
         "env": env,
         "profile": profile_all,
         "tune": tune,
@@ -713,4 +724,5 @@ if __name__ == "__main__":
         "metrics": metrics,
         "touch": touch,
         "summary": summary,
-    }[command](*args)
+    }
+    commands[command](*args)
