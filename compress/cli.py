@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from compress.common.extras import MissingExtraError
+from compress.common.extras import MissingExtraError, extra
 from compress.common.foreign import one_line
 from compress.common.options import options_of, taken, validated
 from compress.common.output_folder import MARKER, PROGRESS, check_apart, check_target
@@ -425,6 +425,25 @@ def read(
         if len(rows) > 1:
             _say(f"error: {failed} of {len(rows)} pages could not be read")
         raise typer.Exit(FAILURE if failed < len(found) else USAGE)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    device: Device = None,
+) -> None:
+    """Serve a reader with the methods of its checkpoint, by OpenAI's protocol."""
+    _check_versions()
+    _hide_library_output()
+    from compress.runs.serving import application
+
+    served = application(model, device)
+    with extra("serve", "a server"):
+        import uvicorn
+
+    uvicorn.run(served, host=host, port=port)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from compress import FastOCR, apply, load_reader
 from compress.data.ocr_pages import load_pages
 from compress.models.reading import read_pages
-from compress.recipes.serve import application
+from compress.runs.serving import application
 
 
 # the server opens images by torchvision

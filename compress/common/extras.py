@@ -8,7 +8,7 @@ EXTRAS = {
     "ocr": "scores of text and OCR benchmarks",
     "report": "figures and rendered pages",
     "data": "data sets of the hub and PDFs",
-    "serve": "the example of a server",
+    "serve": "the server of readers",
 }
 
 
