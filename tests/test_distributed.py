@@ -143,8 +143,9 @@ def test_a_run_goes_on_with_another_number_of_processes_and_with_cut_weights(dri
 
 
 def test_only_the_main_process_writes(driven):
-    states = sorted(p.name for p in (driven / "left of 2" / "state").iterdir())
-    assert states == ["state-1.safetensors", "state.safetensors"]
+    # another writer would have moved the first state aside
+    states = [p.name for p in (driven / "left of 2" / "state").iterdir()]
+    assert states == ["state.safetensors"]
     rows = [json.loads(r) for r in (driven / "left of 2" / "log.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["stage"] == "flow"]
     assert steps == list(range(1, STOP + 1))

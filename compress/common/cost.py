@@ -35,8 +35,8 @@ class LayerMacs:
 class _AttentionCounter(TorchFunctionMode):
     """Collects (query tokens * key tokens * batch, value channels) of each attention call.
 
-    On the meta device norms and attention are decomposed in Python, which takes most of the time
-    of a pass; only the shapes of their outputs are needed.
+    On the meta device norms, linear layers, activations and attention are decomposed in Python,
+    which takes most of the time of a pass; only the shapes of their outputs are needed.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,10 @@ class _AttentionCounter(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in (F.group_norm, F.layer_norm):
+        if func in (F.group_norm, F.layer_norm, F.silu, F.gelu):
             return args[0]
+        if func is F.linear:
+            return args[0].new_empty((*args[0].shape[:-1], args[1].shape[0]))
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             query, key, value = named["query"], named["key"], named["value"]

@@ -24,7 +24,7 @@ class Shape:
 
 
 SMALL = [
-    Shape(2, 4, 4, 70, 64, 21, 10),
+    Shape(2, 2, 2, 70, 64, 21, 10),
     Shape(3, 7, 1, 90, 80, 37, 5, transposed=True),
     Shape(2, 8, 2, 75, 128, 40, 33, "none"),
     Shape(1, 4, 1, 40, 256, 9, 0),
@@ -37,7 +37,7 @@ INTERPRETED = [
     (dtype, number)
     for dtype in DTYPES
     for number in range(len(SMALL))
-    if dtype == torch.float32 or number in (1, 4, 5)
+    if dtype == torch.float32 or number in (1, 5)
 ]
 LARGE = [
     Shape(1, 28, 4, 4500, 128, 461, 200),

@@ -30,8 +30,9 @@ def main(file: str) -> None:
         for dtype, number in decode.INTERPRETED:
             case, name = decode.draw(decode.SMALL[number], dtype), f"{splits} {dtype} {number}"
             hidden = decode.hidden(case, decode.listed(case))
-            outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
-            outputs[f"{name} lse"] = decode.sparse(hidden, kernels.sparse_decode_lse)[1]
+            # `sparse_decode` is the first of these two
+            sparse, lse = decode.sparse(hidden, kernels.sparse_decode_lse)
+            outputs |= {f"{name} sparse": sparse, f"{name} lse": lse}
             hidden = decode.hidden(case, case["mask"][:, 0, 0])
             focal, weights = decode.focal(hidden, kernels.focal_decode)
             outputs |= {f"{name} focal": focal, f"{name} weights": weights}

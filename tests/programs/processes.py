@@ -44,7 +44,7 @@ SOFT = {
     "settle": 0.25,
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
-TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 1}
+TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 2}
 SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
 RUNS = {
     "soft": SOFTLY,
@@ -209,7 +209,7 @@ def alone_and_together(count):
         prune("cut", cut, stop=STOP)
         keep("cut x2", *prune("cut", cut, resume=True))
         # what one process left goes on with cut weights, and then with whole ones
-        prune("cut", Path("left of 1"), stop=1, resume=True)
+        prune("cut", Path("left of 1"), stop=STOP, resume=True)
         keep("resumed x2", *prune("soft", Path("left of 1"), resume=True))
     measure(f"measured x{count}")
     texts = {"differ": differ(), "gone": others()}

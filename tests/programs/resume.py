@@ -19,7 +19,7 @@ import compress.common.journal as journal
 from builders import pruning
 from builders.events import finish
 from builders.forks import exit_code, fork
-from builders.models import TWO_LEVELS
+from builders.models import CONFIGS
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
@@ -40,7 +40,7 @@ TRAINING = {"steps": RECOVER, "batch": 4, "lr": 1e-3, "save_every": SAVE_EVERY}
 
 # states are written at steps 2, 4, 6, 8, after surgery, at 10, 12 and 13
 FIXED = {"flow": 3, "settling": 7, "recovery": 11}
-RANDOM = random.Random(20250109).sample(sorted(set(range(1, EVENTS)) - set(FIXED.values())), 3)
+RANDOM = random.Random(20250109).sample(sorted(set(range(1, EVENTS)) - set(FIXED.values())), 1)
 KILLS = {
     **{f"event {step} ({name})": {"event": step} for name, step in FIXED.items()},
     **{f"event {step} (random)": {"event": step} for step in sorted(RANDOM)},
@@ -64,7 +64,7 @@ def start(folder, resume, method=SHOT, **training) -> PruningRun:
     """A run of a seeded UNet on seeded noise."""
     torch.manual_seed(0)
     # dropout draws from the global generator, which a resumed run must find as it was
-    unet = UNet2DModel(**TWO_LEVELS, dropout=0.1)
+    unet = UNet2DModel(**CONFIGS["no_attention"], dropout=0.1)
     torch.seed()  # a new process has anything in its generator
     settings = Training(**(TRAINING | training))
     return pruning.start(method, settings, unet, folder=folder, resume=resume)
