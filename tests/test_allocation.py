@@ -286,7 +286,7 @@ def test_hard_removal_is_refused_since_widths_may_grow_again():
 
 
 def run_of(unet, method, folder=None, *, resume=False) -> PruningRun:
-    training = Training(steps=2, batch=4, lr=1e-3, save_every=1)
+    training = Training(steps=2, batch=4, lr=1e-3, save_every=3)
     return pruning.start(method, training, unet, folder=folder, resume=resume)
 
 

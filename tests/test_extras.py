@@ -54,19 +54,34 @@ def test_a_report_without_matplotlib_says_so():
     assert section.figures == () and "pip install 'compress-models[report]'" in section.notes[0]
 
 
-def test_what_needs_an_extra_is_refused_before_work_begins_and_all_else_works(tmp_path):
-    Image.new("L", (64, 64), 255).save(tmp_path / "page.png")
-    lines = {
-        "run ddpm_oneshot --dry-run": None,
-        "read page.png --model builtin:reader-qwen --max-new-tokens 2": None,
-        "run ddpm_oneshot --dry-run --set data=hub:name": "data",
-        "run reader_fastocr": "ocr",
-        "pages folder": "report",
-    }
-    done = programs.run("without_extras", *lines, cwd=tmp_path, fresh=True)
+LINES = {
+    "run ddpm_oneshot --dry-run": None,
+    "read page.png --model builtin:reader-qwen --max-new-tokens 2": None,
+    "run ddpm_oneshot --dry-run --set data=hub:name": "data",
+    "run reader_fastocr": "ocr",
+    "pages folder": "report",
+}
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """The folder, and what was printed, without the extras and triton."""
+    folder = tmp_path_factory.mktemp("without")
+    Image.new("L", (64, 64), 255).save(folder / "page.png")
+    return folder, programs.run("without_extras", *LINES, cwd=folder, fresh=True)
+
+
+def test_what_needs_an_extra_is_refused_before_work_begins_and_all_else_works(without):
+    folder, done = without
     codes = [line for line in done.stdout.splitlines() if line.startswith("exit")]
-    assert codes == [f"exit {2 if name else 0}" for name in lines.values()]
+    assert codes == [f"exit {2 if name else 0}" for name in LINES.values()]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    for line, name in zip(errors, filter(None, lines.values()), strict=True):
+    for line, name in zip(errors, filter(None, LINES.values()), strict=True):
         assert line.endswith(f"which is not installed; run: pip install 'compress-models[{name}]'")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.png"]
+    assert [path.name for path in folder.iterdir()] == ["page.png"]
+
+
+def test_everything_runs_without_triton(without):
+    sparse, focal, error = without[1].stdout.splitlines()[-3:]
+    assert (float(sparse), float(focal)) == (32.0, 1.0)
+    assert "Triton does not import" in error and "fix that" in error

@@ -7,7 +7,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from builders import programs
 from compress.kernels import backend
 from compress.kernels.backend import VARIABLE, use_triton
 
@@ -99,10 +98,3 @@ def test_the_command_line_logs_it_on_stderr():
         f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")
     ]
     assert all(result.stderr.count(line) == 1 and line not in result.stdout for line in messages)
-
-
-def test_everything_runs_without_triton():
-    run = programs.run("without_triton", fresh=True)
-    sparse, focal, error = run.stdout.splitlines()
-    assert (float(sparse), float(focal)) == (32.0, 1.0)
-    assert "Triton does not import" in error and "fix that" in error

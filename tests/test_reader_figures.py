@@ -22,6 +22,8 @@ from compress.models.deepseek_ocr_views import MODES, Mode, page_views
 from compress.models.page_pictures import KEPT, MERGED, MOVE, tokens_on_page
 from compress.models.visual import ADAPTERS, ViewOnPage, views_on_page, visual_layouts
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SIZES = [(800, 1200), (1500, 700), (600, 600)]
 
 

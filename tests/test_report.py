@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from compress.common import plots
 from compress.data.ocr_pages import OcrData, OcrPage
 from compress.eval.metrics import GROUPS, METRICS
 from compress.eval.ocr import Prediction
@@ -22,6 +23,8 @@ from compress.reports.comparison import compare
 from compress.reports.diffusion import sample_grid, write_report
 from compress.reports.reader import write_ocr_report
 from compress.reports.run_folder import read_run
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 UNITS = {
     "params": ("lower", "parameters", 2_177_753, 1_088_213, 1, None),
@@ -478,4 +481,4 @@ def test_comparison_plot(tmp_path):
         warnings.simplefilter("error")
         path = compare(folders).plot(tmp_path / "plot.png")
     with Image.open(path) as picture:
-        assert picture.format == "PNG" and picture.width > 1000
+        assert picture.format == "PNG" and picture.width > 6 * plots.DPI

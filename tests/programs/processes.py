@@ -199,15 +199,12 @@ def work(runs, count):
 
 
 def alone_and_together(count):
-    whole, cut = Path(f"whole of {count}"), Path("cut")
+    whole = Path(f"whole of {count}")
     whole.mkdir(exist_ok=True)
     keep(f"soft x{count}", *prune("soft", whole, copy=Path(f"left of {count}")))
     keep(f"alike x{count}", *prune("alike"))
     if count > 1:
-        # cut from the start, left and gone on with
-        cut.mkdir(exist_ok=True)
-        prune("cut", cut, stop=STOP)
-        keep("cut x2", *prune("cut", cut, resume=True))
+        keep("cut x2", *prune("cut"))
         # what one process left goes on with cut weights, and then with whole ones
         prune("cut", Path("left of 1"), stop=STOP, resume=True)
         keep("resumed x2", *prune("soft", Path("left of 1"), resume=True))

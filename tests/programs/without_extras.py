@@ -1,8 +1,10 @@
-"""Commands without the packages of the extras: ``without_extras.py "run NAME" "eval FOLDER" ...``.
+"""Commands without triton and the extras: ``without_extras.py "run NAME" "eval FOLDER" ...``.
 
-They run one after the other; on stdout stands the exit code of each.
+They run one after the other; on stdout stands the exit code of each. Sums of attention and a
+refusal of its kernels follow.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -33,14 +35,34 @@ def hide(modules: set[str]) -> None:
     )
 
 
+def kernels() -> None:
+    import torch
+
+    from compress.methods.fastocr.attention import focal_decode, sparse_decode
+    from compress.methods.rtprune.transport import transport_plan
+
+    query, cache = torch.ones(1, 4, 1, 8), torch.ones(1, 2, 5, 8)
+    rows = torch.tensor([[0, 1]])
+    print(sparse_decode(query, cache, cache, rows, None, (3, 5), None, 0.1).sum().item())
+    print(focal_decode(query, cache, cache, None, 0.1)[1].sum().item())
+    transport_plan(torch.ones(2, 3))
+    os.environ["COMPRESS_KERNELS"] = "triton"
+    try:
+        transport_plan(torch.ones(2, 3))
+    except ValueError as error:
+        print(error)
+
+
 def main(*lines: str) -> None:
     hide(modules_of_extras())
+    sys.modules["triton"] = None  # an import of it fails
     for line in lines:
         sys.argv = ["compress", *shlex.split(line)]
         try:
             command()
         except SystemExit as end:
             print("exit", end.code)
+    kernels()
 
 
 if __name__ == "__main__":
