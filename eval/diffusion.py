@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from compress.common.files import write_bytes
 from compress.data.sources import Images
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity, metric_names
-from compress.eval.latency import latency, peak_memory
+from compress.eval.latency import peak_memory, taking_turns
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
 from compress.eval.settings import SamplingSettings
@@ -324,8 +325,10 @@ def speed(
     one, many = (tree_map(placed, unet_inputs(first, size, "cpu")) for size in (1, batch))
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     where = f"{device_name(device)}{threads}"
-    single = latency(copies, one, device=device, repeats=repeats)
-    whole = latency(copies, many, device=device, repeats=max(1, repeats // 4), warmup=1)
+    steps = {name: partial(unet, **one) for name, unet in copies.items()}
+    blocks = {name: partial(unet, **many) for name, unet in copies.items()}
+    single = taking_turns(steps, device, repeats=repeats)
+    whole = taking_turns(blocks, device, repeats=max(1, repeats // 4), warmup=1)
     result = {}
     for name, unet in copies.items():
         step, block = single[name], whole[name]

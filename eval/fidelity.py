@@ -235,12 +235,7 @@ def metric_names(extractor: str) -> list[str]:
 
 
 def check_inception(weights: str | None) -> None:
-    """See that Inception's weights are at hand or can be fetched, before torch-fidelity tries.
-
-    Raises
-    ------
-    ValueError : saying what is missing, and where to get it.
-    """
+    """See that Inception's weights are at hand or can be fetched, before torch-fidelity tries."""
     if weights is not None:
         try:
             # torch-fidelity unpickles the file without restraint: refuse all but plain tensors here

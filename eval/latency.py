@@ -4,7 +4,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,35 +52,6 @@ def summarise(milliseconds: list[float]) -> Latency:
     return Latency(p20, median, p80, low, high, len(times))
 
 
-def latency(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[str, Any],
-    *,
-    device: str | torch.device = "cpu",
-    repeats: int = 20,
-    warmup: int = 3,
-) -> dict[str, Latency]:
-    """Time the forward pass of each model, in turns: A B A B.
-
-    Taking turns lets clock changes and other load hit all models alike. CUDA events on a GPU, the
-    monotonic clock on a CPU.
-
-    Parameters
-    ----------
-    models : by name; on ``device`` already.
-    inputs : keyword arguments of every forward, on ``device`` already.
-    device : of the models.
-    repeats : timed passes per model.
-    warmup : untimed passes per model before.
-
-    Returns
-    -------
-    dict : name -> `Latency`.
-    """
-    ways = {name: partial(model, **inputs) for name, model in models.items()}
-    return taking_turns(ways, device, repeats=repeats, warmup=warmup)
-
-
 @torch.no_grad()
 def taking_turns(
     ways: Mapping[str, Callable[[], Any]],
@@ -91,10 +61,15 @@ def taking_turns(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Time some ways of doing a thing, A B A B; see :func:`latency`.
+    """Time some ways of doing a thing, such as forward passes of models, in turns: A B A B.
+
+    Taking turns lets clock changes and other load hit all of them alike.
 
     Parameters
     ----------
+    ways : by name.
+    device : CUDA events measure on a GPU.
+    repeats, warmup : timed and untimed calls of each way.
     clock : seconds, on a CPU.
     """
     device = torch.device(device)

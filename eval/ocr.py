@@ -90,10 +90,6 @@ def predict(
     Yields
     ------
     Number of pages read so far, those of earlier sittings counted.
-
-    Raises
-    ------
-    ValueError : for a damaged file.
     """
     times = [] if times is None else times
     done = {prediction.page for prediction in read_predictions(file)}
@@ -127,12 +123,7 @@ def speed(times: Times, seed: int = 0) -> dict[str, Value]:
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """Predictions of a file, none if there is none; a last line that a kill cut off is removed.
-
-    Raises
-    ------
-    ValueError : naming the damaged line.
-    """
+    """Predictions of a file, none if there is none; a last line that a kill cut off is removed."""
     if not file.is_file():
         return []
     content = file.read_bytes()

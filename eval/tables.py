@@ -13,12 +13,7 @@ Cell = Callable[[Row], str]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a results file; none where there is no file.
-
-    Raises
-    ------
-    ValueError : naming the damaged line.
-    """
+    """All rows of a results file; none where there is no file."""
     if not path.exists():
         return []
     rows = []

@@ -281,10 +281,6 @@ def text_scores(predictions: Sequence[str], references: Sequence[str], seed: int
         all references are empty. ``loop_rate`` leaves out pages whose reference loops by our
         definition too; ``empty_page_rate`` is the share of empty predictions among pages whose
         reference is not empty.
-
-    Raises
-    ------
-    ValueError : for no pages, or unequal numbers of them.
     """
     if len(predictions) != len(references) or not references:
         raise ValueError(

@@ -81,10 +81,6 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, how: str, seed
     numerators, denominators : ``(n,)``, one pair per page; the denominators sum to more than 0.
     how : what `Value.how` says.
     seed : of the bootstrap.
-
-    Raises
-    ------
-    ValueError : for unequal lengths, no page, or denominators that sum to 0.
     """
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if above.ndim != 1 or above.shape != below.shape or not below.sum() > 0:
@@ -102,12 +98,7 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, how: str, seed
 
 
 def page_mean(values: ArrayLike, how: str, seed: int = 0) -> Value:
-    """Mean of one number per page, each page counting the same, with a bootstrap interval.
-
-    Raises
-    ------
-    ValueError : when there is no page.
-    """
+    """Mean of one number per page, each page counting the same, with a bootstrap interval."""
     return ratio_of_sums(values, np.ones(len(np.asarray(values))), how, seed)
 
 

@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from compress.common.files import walk
 from compress.data.batches import StepSampler, flipped, noise_and_timesteps
 from compress.data.digits import SIZE, digits
-from compress.data.sources import ImageData, Pairs, TensorImages, load_images, stacked
+from compress.data.sources import ImageData, Pairs, load_images, stacked
 
 STEPS = 1000
 DATA = files("compress.data")
@@ -629,7 +629,7 @@ def test_columns_that_the_hub_does_not_have(told_hub, wanted, column, message):
 
 
 def test_pictures_come_with_what_is_said_about_them():
-    images = TensorImages(torch.arange(3.0).view(3, 1, 1, 1))
+    images = torch.arange(3.0).view(3, 1, 1, 1)
     pairs = Pairs(images, ["zero", "one", "two"])
     found = stacked(pairs[index] for index in (2, 0))
     assert found.images.flatten().tolist() == [2, 0] and found.conditions == ["two", "zero"]

@@ -284,12 +284,12 @@ class Recorder(nn.Module):
 def test_models_are_timed_in_turns_after_a_warm_up():
     calls = []
     models = {name: Recorder(name, calls) for name in "ab"}
-    times = latency.latency(models, {}, repeats=3, warmup=2)
+    times = latency.taking_turns(models, "cpu", repeats=3, warmup=2)
     assert [name for name, _ in calls] == list("ab" * 5)
     assert not any(grad for _, grad in calls)
     assert {name: measured.n for name, measured in times.items()} == {"a": 3, "b": 3}
     with pytest.raises(ValueError, match="repeats=0"):
-        latency.latency(models, {}, repeats=0)
+        latency.taking_turns(models, "cpu", repeats=0)
 
 
 class Chain(nn.Module):
@@ -333,7 +333,9 @@ def test_speed_reports_each_model_and_moves_none(dense, slim):
 
 def test_images_per_second_is_batch_over_steps_and_time(monkeypatch, slim):
     fixed = latency.Latency(4.0, 5.0, 6.0, 4.5, 5.5, 9)
-    monkeypatch.setattr(diffusion, "latency", lambda models, *_, **__: dict.fromkeys(models, fixed))
+    monkeypatch.setattr(
+        diffusion, "taking_turns", lambda ways, *_, **__: dict.fromkeys(ways, fixed)
+    )
     rate = diffusion.speed({"a": slim.unet}, SETTINGS, batch=4)["a"]["images_per_second"]
     # 4 images need 2 steps of 5 ms
     assert rate.value == pytest.approx(400)

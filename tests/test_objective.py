@@ -17,7 +17,7 @@ from diffusers import (
 
 from builders import pipelines
 from compress.data.batches import Batch, Examples
-from compress.data.sources import ImageData, TensorImages
+from compress.data.sources import ImageData
 from compress.methods.gradflow.criterion import denoising_loss
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
@@ -259,16 +259,14 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(family, name
         assert not dropped["encoder_hidden_states"].any()
 
 
-def test_the_asked_share_of_captions_is_dropped_by_seed_step_and_sample(family, monkeypatch):
+def test_the_asked_share_of_captions_is_dropped_by_seed_step_and_sample():
     seen = []
 
     def condition(given, dropped, device):
         seen.append(list(dropped))
         return {}
 
-    inputs = inputs_of(family("sd1"))
-    monkeypatch.setattr(inputs, "encode", objective.Pixels())
-    monkeypatch.setattr(inputs, "condition", condition)
+    inputs = objective.Inputs("caption", condition=condition)
     given = examples(64, conditions=["x"] * 64)
     for step in range(30):
         inputs.batch(given, 50, 0, step, dropout=0.1)
@@ -307,8 +305,8 @@ def test_frozen_parts_are_used_without_a_trace(family, name):
 # ---- data that does not say what is needed -------------------------------------------------
 
 
-def images(count: int = 4) -> TensorImages:
-    return TensorImages(torch.zeros(count, 1, 16, 16))
+def images(count: int = 4) -> torch.Tensor:
+    return torch.zeros(count, 1, 16, 16)
 
 
 @pytest.mark.parametrize(("name", "what"), [("sd1", "caption"), ("labels", "label")])

@@ -26,7 +26,7 @@ from compress.api import apply
 from compress.checkpoints.facts import verify
 from compress.checkpoints.load import load
 from compress.common.output_folder import MARKER, not_ours
-from compress.data.sources import TensorImages, load_images
+from compress.data.sources import load_images
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample
 from compress.methods.gradflow import GradFlow, OneShot
@@ -288,7 +288,7 @@ def test_apply_leaves_the_pipeline_as_it_was(tmp_path, monkeypatch):
 
 
 def test_apply_takes_any_data_set_of_images():
-    images = TensorImages(torch.rand(21, 1, 16, 16) * 2 - 1)
+    images = torch.rand(21, 1, 16, 16) * 2 - 1
     compressed = apply(
         tiny_pipeline(),
         GradFlow(keep_macs=0.3, steps=2, update_every=1, max_move=0.6, criterion_batches=1),

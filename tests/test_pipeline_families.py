@@ -32,7 +32,7 @@ from compress.common.cost import unet_cost
 from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.data.columns import Columns
-from compress.data.sources import Pairs, TensorImages, load_images, stacked
+from compress.data.sources import Pairs, load_images, stacked
 from compress.eval import fidelity, sampling
 from compress.eval.settings import Sampling, SamplingSettings
 from compress.methods.base import PruneJob
@@ -185,7 +185,7 @@ def test_losses_are_those_of_the_definition(family, start, name):
     batches = [run.inputs.batch(examples, 50, 99, draw) for draw in range(2)]
     found = validation_loss(
         lambda noisy, t, **condition: torch.zeros_like(noisy),
-        TensorImages(examples.images),
+        examples.images,
         run.scheduler,
         inputs=run.inputs,
         conditions=data.held_out_conditions,
@@ -538,14 +538,14 @@ def test_sizes_and_images_that_no_unet_of_the_kind_takes_are_refused_at_the_star
 ):
     odd = changed(family, "ddpm", unet=unet(family, "ddpm", sample_size=15))
     method = OneShot(steps=0, criterion="taylor")
-    images = TensorImages(torch.zeros(20, 1, 16, 16))
+    images = torch.zeros(20, 1, 16, 16)
     with pytest.raises(ValueError, match="divisible by 2.* got 15x15"):
         compress.apply(odd, method, data=images, device="cpu")
     # of other data than pictures it may have as many channels as it likes
     pair = changed(family, "ddpm", unet=unet(family, "ddpm", in_channels=2, out_channels=2))
     with pytest.raises(ValueError, match=r"takes images \(2, 16, 16\).* data has \(1, 16, 16\)"):
         compress.apply(pair, method, data=images, device="cpu")
-    spectra = TensorImages(torch.rand(20, 2, 16, 16))
+    spectra = torch.rand(20, 2, 16, 16)
     training = Training(steps=1, batch=2)
     found = compress.apply(pair, method, data=spectra, training=training, device="cpu").model
     assert sampling.sample(found, count=1, steps=1, sampler="ddim", seed=0).shape == (1, 2, 16, 16)

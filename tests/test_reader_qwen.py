@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from compress.common.journal import Journal
 from compress.data.page_text import ALPHABET
 from compress.data.pages import LINE, PAGE, Difficulty, page
 from compress.models.builtin import reader_training, train_reader_qwen
-from compress.models.builtin.reader_training import LEVELS, Level, Plan, Progress, Trainer
+from compress.models.builtin.reader_training import LEVELS, Level, Plan, Progress, Reader, Trainer
 from compress.models.builtin.train_reader_qwen import PROMPT, build_model, build_processor
 
 SMALL = Difficulty((64, 32), (1, 1), (2, 4), (14, 14), margin=(4, 4))
@@ -60,13 +61,10 @@ def trainer(processor):
 
     def make(folder=None, **changes):
         torch.manual_seed(0)
-        return Trainer(
-            tiny_model(processor),
-            encode=lambda pages: train_reader_qwen.encode(processor, pages),
-            read=lambda model, pages: train_reader_qwen.read(processor, model, pages),
-            plan=replace(Plan(levels=TINY, warmup=2, final=4, every=3, pages=4), **changes),
-            journal=Journal(folder),
-        )
+        ways = (getattr(train_reader_qwen, name) for name in ("encode", "read", "save"))
+        reader = Reader(tiny_model(processor), *(partial(way, processor) for way in ways))
+        plan = replace(Plan(levels=TINY, warmup=2, final=4, every=3, pages=4), **changes)
+        return Trainer(reader, plan, Journal(folder))
 
     return make
 
@@ -211,7 +209,7 @@ def test_a_few_steps_lower_the_loss(trainer):
 
     def loss():
         with torch.no_grad():
-            return training.model(**training.encode(pages)).loss.item()
+            return training.model(**training.reader.encode(pages)).loss.item()
 
     before = loss()
     for _ in range(20):
@@ -294,7 +292,7 @@ def test_character_error_rate_of_an_evaluation(trainer):
         seen.extend(pages)
         return [p.text[:-1] if i % 2 else p.text for i, p in enumerate(pages)]
 
-    training.read = read
+    training.reader = replace(training.reader, read=read)
     rate = training.evaluate(training.model)
     assert rate == pytest.approx(2 / sum(len(p.text) for p in seen))
     assert [p.text for p in seen] == [page(0, i, SMALL, "validation").text for i in range(4)]

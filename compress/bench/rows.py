@@ -23,12 +23,7 @@ S = TypeVar("S")
 
 
 def parse_shapes(texts: Sequence[str], kind: type[S]) -> list[S]:
-    """Shapes from ``key=value,key=value`` each; what is left out has its default.
-
-    Raises
-    ------
-    ValueError : for what is no such list, an unknown key (listing the known ones) or a wrong value.
-    """
+    """Shapes from ``key=value,key=value`` each; what is left out has its default."""
     return [_parsed(text, kind) for text in texts]
 
 

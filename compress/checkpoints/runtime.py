@@ -147,12 +147,7 @@ def base_model(at: ModelFolder) -> str:
 
 
 def check_dense(at: ModelFolder) -> None:
-    """Refuse a runtime checkpoint where a model is expected to put methods on.
-
-    Raises
-    ------
-    ValueError : naming its base model and its methods.
-    """
+    """Refuse a runtime checkpoint where a model is expected to put methods on."""
     facts = runtime_facts(at.folder)
     if facts is not None:
         settings = ", ".join(json.dumps(method) for method in facts["methods"])

@@ -39,10 +39,6 @@ def digits(half: str) -> tuple[torch.Tensor, torch.Tensor]:
     Returns
     -------
     images, labels : ``(n, 1, 16, 16)`` float32 in [-1, 1] and ``(n,)`` int64.
-
-    Raises
-    ------
-    ValueError : for any other half.
     """
     if half not in HALVES:
         raise ValueError(f"digits come in two halves, 'a' and 'b'; got {half!r}; name one of them")

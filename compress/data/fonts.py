@@ -19,12 +19,7 @@ SEEN_FONTS = tuple(name for name in FONTS if name != UNSEEN_FONT)
 
 
 def font_file(family: str, bold: bool = False) -> Path:
-    """Path of a family's file.
-
-    Raises
-    ------
-    MissingExtraError : without matplotlib.
-    """
+    """Path of a family's file."""
     with extra("report", "rendering pages"):
         import matplotlib
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONTS[family][bold]

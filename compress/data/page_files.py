@@ -165,12 +165,7 @@ def text_files(pages: Sequence[OcrPage]) -> dict[str, Path]:
 
 
 def pdf_page_count(path: Path) -> int:
-    """Number of pages of a PDF.
-
-    Raises
-    ------
-    ValueError : when the file cannot be read.
-    """
+    """Number of pages of a PDF."""
     with _pdf(path) as document:
         return len(document)
 
@@ -218,12 +213,7 @@ def _pdf(path: Path) -> Iterator[Any]:
 
 
 def import_pypdfium2() -> Any:
-    """The package that renders PDFs.
-
-    Raises
-    ------
-    MissingExtraError : without it.
-    """
+    """The package that renders PDFs."""
     with extra("data", "rendering a PDF"):
         import pypdfium2
     return pypdfium2

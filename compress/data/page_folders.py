@@ -64,12 +64,7 @@ def write_rendered_pages(
 def write_pages_as_omnidocbench(
     folder: Path, pages: Sequence[Page], *, overwrite: bool = False
 ) -> None:
-    """Write pages and their blocks as ``page_0000.png`` and so on, with OmniDocBench's annotations.
-
-    Raises
-    ------
-    ValueError : for no pages.
-    """
+    """Write pages and their blocks as ``page_0000.png`` and so on, with annotations."""
     annotated = [
         omnidocbench.Page(
             image=f"{_name(number)}.png",
@@ -93,10 +88,6 @@ def write_pages_as_olmocr_bench(
     A page gives, where it has them: presence of each paragraph's first line, order of neighbouring
     blocks, each heading, the neighbours of each table's first cell, and the baseline test. Texts
     that occur twice on a page are not asked for.
-
-    Raises
-    ------
-    ValueError : for no pages.
     """
     if not pages:
         raise ValueError("at least one page expected to write a folder of; got none; render some")

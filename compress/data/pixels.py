@@ -48,12 +48,7 @@ def open_image(path: str | Path, mode: Mode = "RGB", frame: int = 0) -> Image.Im
 
 
 def frame_count(path: str | Path) -> int:
-    """Number of images in a file.
-
-    Raises
-    ------
-    OSError, ForeignFileError : as :func:`open_image`.
-    """
+    """Number of images in a file."""
     with _opened(path) as file:
         return int(getattr(file, "n_frames", 1))
 

@@ -3,10 +3,10 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -46,19 +46,6 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> torch.Tensor:
         """One image."""
         ...
-
-
-class TensorImages(Dataset[torch.Tensor]):
-    """Images that lie in memory: ``(n, channels, height, width)`` in [-1, 1]."""
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 class FileImages(Dataset[torch.Tensor]):
@@ -109,19 +96,6 @@ class HubColumn(Sequence[Any]):
         return self.rows[index][self.column]
 
 
-class Chosen(Sequence[Any]):
-    """Some items of a sequence."""
-
-    def __init__(self, items: Sequence[Any], indices: Sequence[int]) -> None:
-        self.items, self.indices = items, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[self.indices[index]]
-
-
 @dataclass(frozen=True)
 class ImageData:
     """A training set and the held-out images that serve as validation and metric reference.
@@ -155,12 +129,14 @@ class ImageData:
             raise ValueError(
                 f"at least 2 images expected in {name}; found {count}; give it more images"
             )
-        whole = cast(Dataset[torch.Tensor], images)
         parts = [i for i in range(count) if i % 10], list(range(0, count, 10))
-        train, held_out = (cast(Images, Subset(whole, indices)) for indices in parts)
-        if conditions is None:
-            return cls(name, train, held_out)
-        return cls(name, train, held_out, *(Chosen(conditions, indices) for indices in parts))
+        return cls(name, *_subsets(images, parts), *_subsets(conditions, parts))
+
+
+def _subsets(items: Any, parts: Iterable[Sequence[int]]) -> Iterator[Any]:
+    """Those of some images or conditions that each part has; None where there are none."""
+    for part in parts:
+        yield None if items is None else Subset(items, part)
 
 
 class Pairs(Dataset[tuple[torch.Tensor, Any]]):
@@ -262,10 +238,8 @@ def _digits(source: str, condition: Condition | None) -> ImageData:
             f"{METADATA}, or a data set of the hub with a column of texts"
         )
     train, held_out = (digits(half) for half in HALVES)
-    images = TensorImages(train[0]), TensorImages(held_out[0])
-    if condition is None:
-        return ImageData(source, images[0], images[1])
-    return ImageData(source, images[0], images[1], train[1].tolist(), held_out[1].tolist())
+    labels = (half[1].tolist() for half in (train, held_out)) if condition else ()
+    return ImageData(source, train[0], held_out[0], *labels)
 
 
 def _folder(
@@ -292,12 +266,10 @@ def _folder(
         conditions = _folder_captions(folder, files, column)
     elif condition == "label":
         conditions = _folder_labels(folder, files, parts is not None)
+    images = FileImages(files, size, channels)
     if parts is None:
-        return ImageData.split(source, FileImages(files, size, channels), conditions)
-    train, held_out = (FileImages([files[k] for k in part], size, channels) for part in parts)
-    if conditions is None:
-        return ImageData(source, train, held_out)
-    return ImageData(source, train, held_out, *(Chosen(conditions, part) for part in parts))
+        return ImageData.split(source, images, conditions)
+    return ImageData(source, *_subsets(images, parts), *_subsets(conditions, parts))
 
 
 def _has_frames(path: Path) -> bool:

@@ -192,10 +192,6 @@ class WeightMethod(Method):
 
         ``params`` and ``macs`` are ``(dense, least, most)``, where least and most are equal unless
         they depend on the scores.
-
-        Raises
-        ------
-        ValueError : as :meth:`prune`.
         """
         raise NotImplementedError
 

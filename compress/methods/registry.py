@@ -43,24 +43,14 @@ _RUNTIME: TypeAdapter[RuntimeMethod] = TypeAdapter(AnyRuntimeMethod)
 
 
 def named(name: str) -> type[Method]:
-    """The method of a name.
-
-    Raises
-    ------
-    ValueError : for an unknown one.
-    """
+    """The method of a name."""
     if name not in METHODS:
         raise ValueError(f"methods are {', '.join(METHODS)}; got {name!r}; name one of them")
     return METHODS[name]
 
 
 def runtime_method(settings: Mapping[str, Any]) -> RuntimeMethod:
-    """A run-time method from its settings as JSON, as checkpoints and metrics hold them.
-
-    Raises
-    ------
-    ValueError : for an unknown name or setting.
-    """
+    """A run-time method from its settings as JSON, as checkpoints and metrics hold them."""
     return _RUNTIME.validate_python(settings)
 
 

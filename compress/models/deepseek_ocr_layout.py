@@ -103,12 +103,7 @@ RENAMED = [  # the first that fits counts
 
 
 def native_config(original: Mapping[str, Any]) -> UnlimitedOcrConfig:
-    """Translate the checkpoint's ``config.json``.
-
-    Raises
-    ------
-    ValueError : listing every setting that the native classes do not compute.
-    """
+    """Translate the checkpoint's ``config.json``."""
     sizes, dense, tied = text_settings(original)
     vision = original.get("vision_config", {})
     width = vision.get("width", {})
@@ -133,10 +128,6 @@ def native_config_2(original: Mapping[str, Any]) -> DeepseekOcr2Config:
     """Translate the ``config.json`` of `deepseek-ai/DeepSeek-OCR-2` (arXiv 2601.20552).
 
     Its tensor names are known to transformers.
-
-    Raises
-    ------
-    ValueError : listing every setting that the native classes do not compute.
     """
     sizes, dense, tied = text_settings(original)
     vision = original.get("vision_config", {})

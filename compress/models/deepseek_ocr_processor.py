@@ -104,12 +104,7 @@ class DeepseekOcrProcessor:
 
 
 def with_mode(processor: Any, mode: str | None) -> Any:
-    """The processor in another resolution mode; itself for None.
-
-    Raises
-    ------
-    ValueError : for an unknown mode, or a processor that has none.
-    """
+    """The processor in another resolution mode; itself for None."""
     if mode is None:
         return processor
     if not isinstance(processor, DeepseekOcrProcessor) or mode not in MODES:

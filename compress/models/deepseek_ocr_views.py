@@ -92,12 +92,7 @@ def crop_grid(width: int, height: int, crop: int) -> tuple[int, int]:
 
 
 def page_views(image: Image.Image, mode: Mode) -> Views:
-    """The views of one page.
-
-    Raises
-    ------
-    TypeError, ValueError : as :func:`compress.data.pixels.check_image`.
-    """
+    """The views of one page."""
     check_image(image)
     image = upright(image)
     if mode.stretched:

@@ -43,10 +43,6 @@ def load_digits_features(name: str = "digits-features") -> DigitsFeatures:
 
     The judge has other widths, another seed and the other half of the data; it decides whether
     samples look like digits, and never takes part in a distance.
-
-    Raises
-    ------
-    FileNotFoundError : if no such built-in classifier is shipped.
     """
     folder = BUILTIN / name
     width = json.loads((folder / "config.json").read_text())["width"]

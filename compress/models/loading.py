@@ -62,12 +62,7 @@ class Part:
         return issubclass(self.kind, torch.nn.Module)
 
     def load(self) -> Any:
-        """Load it; a network in float32, from safetensors alone.
-
-        Raises
-        ------
-        ForeignFileError : for whatever its library finds wrong with it.
-        """
+        """Load it; a network in float32, from safetensors alone."""
         options: dict[str, Any] = {"local_files_only": True}
         if self.is_network:
             dtype = "torch_dtype" if issubclass(self.kind, ModelMixin) else "dtype"

@@ -4,7 +4,8 @@ Autoencoder and text encoders are used as they are: evaluated without gradients,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -36,12 +37,7 @@ VALIDATION_SEED = 99
 
 
 def check_trainable(pipeline: DiffusionPipeline) -> None:
-    """Refuse a pipeline whose denoiser cannot be trained and sampled here.
-
-    Raises
-    ------
-    ValueError : naming what is not supported.
-    """
+    """Refuse a pipeline whose denoiser cannot be trained and sampled here."""
     check_pipeline(pipeline)
     noise_schedule(pipeline.scheduler)
     _check_texts(pipeline)
@@ -132,38 +128,6 @@ def prediction_target(scheduler: Any, batch: Batch) -> torch.Tensor:
     return batch.noise
 
 
-class Encoder(Protocol):
-    """Turns images ``(batch, channels, height, width)`` in [-1, 1] into clean samples."""
-
-    modules: Sequence[nn.Module]
-
-    def __call__(self, images: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
-        """Draws, if any, are functions of (seed, step, sample); ``first`` as for noise."""
-        ...
-
-
-class Conditioner(Protocol):
-    """Turns what the data says about images into inputs of the UNet, by name."""
-
-    modules: Sequence[nn.Module]
-
-    def __call__(
-        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
-    ) -> dict[str, Any]:
-        """``dropped`` says of each sample whether the UNet shall not know its condition."""
-        ...
-
-
-class Pixels:
-    """Images are the clean samples."""
-
-    modules: Sequence[nn.Module] = ()
-
-    def __call__(self, images: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
-        """Give the images back."""
-        return images
-
-
 class Latents:
     """Latents times ``scaling_factor``: a draw of AutoencoderKL's posterior, or VQModel's vectors.
 
@@ -172,7 +136,7 @@ class Latents:
 
     def __init__(self, autoencoder: Any) -> None:
         self.autoencoder = autoencoder
-        self.modules: Sequence[nn.Module] = (autoencoder,)
+        self.modules = (autoencoder,)
 
     def __call__(self, images: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
         """Encode ``(batch, channels, height, width)``; the draw is one of (seed, step, sample)."""
@@ -186,8 +150,12 @@ class Latents:
         return latents * self.autoencoder.config.scaling_factor
 
 
-class Unconditional:
-    """The UNet takes nothing but noisy samples and timesteps."""
+class Conditioner:
+    """Turns what the data says about images into inputs of the UNet, by name.
+
+    ``modules`` are frozen. A call says of each sample whether it is dropped: the UNet shall not
+    know its condition then. As it is: the UNet takes nothing but noisy samples and timesteps.
+    """
 
     modules: Sequence[nn.Module] = ()
 
@@ -198,10 +166,8 @@ class Unconditional:
         return {}
 
 
-class Labels:
+class Labels(Conditioner):
     """Class labels, never dropped: a ``UNet2DModel`` has no label that means none."""
-
-    modules: Sequence[nn.Module] = ()
 
     def __init__(self, classes: int | None) -> None:
         self.classes = classes
@@ -213,7 +179,7 @@ class Labels:
         return {"class_labels": torch.tensor(conditions, dtype=torch.long, device=device)}
 
 
-class Prompts:
+class Prompts(Conditioner):
     """Captions through the pipeline's own text encoder; a dropped one is the empty prompt.
 
     Parameters
@@ -225,7 +191,7 @@ class Prompts:
     def __init__(self, tokenizer: Any, encoder: Any, length: int | None = None) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.length = length or tokenizer.model_max_length
-        self.modules: Sequence[nn.Module] = (encoder,)
+        self.modules = (encoder,)
 
     def __call__(
         self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
@@ -239,7 +205,7 @@ class Prompts:
         return {"encoder_hidden_states": self.encoder(tokens.input_ids, attention_mask=mask)[0]}
 
 
-class XLPrompts:
+class XLPrompts(Conditioner):
     """Captions as SDXL takes them: two encoders, a pooled text, sizes and crop.
 
     The sizes and the crop are those that the pipeline samples with by default: the image as the
@@ -257,7 +223,7 @@ class XLPrompts:
         self, pairs: Sequence[tuple[Any, Any]], *, zeros: bool, size: tuple[int, int]
     ) -> None:
         self.pairs, self.zeros, self.size = pairs, zeros, size
-        self.modules: Sequence[nn.Module] = tuple(encoder for _, encoder in pairs)
+        self.modules = tuple(encoder for _, encoder in pairs)
 
     def __call__(
         self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
@@ -297,38 +263,28 @@ def _tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.dev
     ).to(device)
 
 
+@dataclass(frozen=True)
 class Inputs:
     """Makes the batches of a pipeline's UNet from what the data gives.
 
     Parameters
     ----------
     wants : what the data must say about each image.
-    encode : gives clean samples; pixels by default.
-    condition : gives the UNet's further inputs; none by default.
+    encode : makes latents of images; the images are the clean samples when None.
+    condition : gives the UNet's further inputs.
     """
 
-    def __init__(
-        self,
-        wants: Condition | None = None,
-        encode: Encoder | None = None,
-        condition: Conditioner | None = None,
-    ) -> None:
-        self.wants = wants
-        self.encode: Encoder = encode or Pixels()
-        self.condition: Conditioner = condition or Unconditional()
+    wants: Condition | None = None
+    encode: Latents | None = None
+    condition: Conditioner = field(default_factory=Conditioner)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The frozen parts."""
-        return (*self.encode.modules, *self.condition.modules)
+        return (*(self.encode.modules if self.encode else ()), *self.condition.modules)
 
     def check(self, data: ImageData) -> None:
-        """Refuse data that does not say what the UNet takes.
-
-        Raises
-        ------
-        ValueError : for captions or labels that are missing, or labels that the UNet lacks.
-        """
+        """Refuse data that does not say what the UNet takes."""
         if self.wants is None:
             return
         if data.train_conditions is None or data.held_out_conditions is None:
@@ -373,7 +329,7 @@ class Inputs:
         dropout : share of the captions that are dropped, for classifier-free guidance.
         """
         images = examples.images
-        clean = self.encode(images, seed, step, first)
+        clean = self.encode(images, seed, step, first) if self.encode else images
         dropped = by_chance(len(images), dropout, seed, step, first, DROPPED)
         condition = self.condition(examples.conditions, dropped, images.device)
         batch = noise_and_timesteps(clean, timesteps, seed, step, first, total)
@@ -391,7 +347,7 @@ def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
         return Inputs()
     encode = Latents(autoencoder_of(pipeline)) if kind.autoencoder else None
     pairs = [(getattr(pipeline, a), getattr(pipeline, b)) for a, b in kind.encoders]
-    condition: Conditioner | None = None
+    condition = Conditioner()
     if wants == "label":
         condition = Labels(pipeline.unet.config.num_class_embeds)
     if len(pairs) == 1:

@@ -76,12 +76,7 @@ def family_of(kind: type) -> Kind | None:
 
 
 def denoiser(pipeline: Any) -> tuple[str, Any]:
-    """Name and module of the part that is trained and made smaller.
-
-    Raises
-    ------
-    ValueError : for a pipeline that has none.
-    """
+    """Name and module of the part that is trained and made smaller."""
     for name in DENOISERS:
         module = getattr(pipeline, name, None)
         if module is not None:
@@ -313,10 +308,6 @@ def fresh_scheduler(kind: type, config: Mapping[str, Any]) -> Any:
     """A scheduler of another class with the noise schedule of ``config``.
 
     Only the keys that both know are taken: ``from_config`` would print the others on stderr.
-
-    Raises
-    ------
-    ValueError : for a noise schedule that the class does not have.
     """
     known = inspect.signature(kind).parameters
     try:

@@ -124,10 +124,6 @@ class Adapter:
         inputs : of the model; ``input_ids`` ``(batch, length)`` and whatever says how large the
             images are. Without the latter (of images that are encoded already) no token has a
             place.
-
-        Raises
-        ------
-        ValueError : when the images have not as many tokens as ``input_ids`` has places.
         """
         is_visual = inputs["input_ids"] == config.image_token_id
         runs = _runs(is_visual)
@@ -153,10 +149,6 @@ def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[V
     is_visual : which tokens are visual, ``(batch, length)`` bool.
     grids : (view, row, column) of the tokens of each image, in their order through the batch,
         ``(tokens, 3)``.
-
-    Raises
-    ------
-    ValueError : when the images of a sequence have not as many tokens as it has places.
     """
     layouts = []
     left = list(grids)
@@ -386,12 +378,7 @@ ADAPTERS = {
 
 
 def adapter_for(config: Any) -> Adapter:
-    """The adapter of a model with that configuration.
-
-    Raises
-    ------
-    ValueError : for an unknown architecture, listing the known ones.
-    """
+    """The adapter of a model with that configuration."""
     kind = config.model_type
     # the same classes compute both: only Unlimited-OCR has a sliding window
     if kind == "unlimited_ocr" and set(config.text_config.layer_types) == {"full_attention"}:
@@ -407,12 +394,7 @@ def adapter_for(config: Any) -> Adapter:
 def build_prompt(
     model: Any, processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
-    """Model inputs for pages with one text each, padded on the left.
-
-    Raises
-    ------
-    TypeError, ValueError : for an image that cannot be used, or another number of texts.
-    """
+    """Model inputs for pages with one text each, padded on the left."""
     if len(images) != len(texts):
         raise ValueError(
             f"one text per image is expected; got {len(images)} images and {len(texts)} texts"

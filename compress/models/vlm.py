@@ -86,12 +86,7 @@ def load_vlm(
 
 
 def load_processor_of(model: str | Path | ModelFolder) -> Any:
-    """The processor of a model; as :func:`load_vlm` gives it, without the weights.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError : naming what is damaged or missing.
-    """
+    """The processor of a model; as :func:`load_vlm` gives it, without the weights."""
     folder = locate(model, "reader").folder
     config = check_config(folder / "config.json")
     _check_settings(folder)

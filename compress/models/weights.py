@@ -185,10 +185,6 @@ def check_inside(folder: Path, path: Path) -> None:
 
     Links of the hub's cache are followed: from ``snapshots`` to the ``blobs`` of the repository, or
     to those that repositories share.
-
-    Raises
-    ------
-    ValueError : naming the path and where it leads.
     """
     home, target = folder.resolve(), path.resolve()
     snapshots = [above for above in home.parents if above.name == "snapshots"]
@@ -200,12 +196,7 @@ def check_inside(folder: Path, path: Path) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read JSON that holds a mapping.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError : naming the file.
-    """
+    """Read JSON that holds a mapping."""
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise ForeignFileError(
@@ -315,10 +306,6 @@ def compare(
     folder : as messages call it.
     stored : of :func:`stored_tensors`.
     expected : the shapes that the model has by its ``config.json``, by the names that are stored.
-
-    Raises
-    ------
-    ValueError : naming the file and the first such tensor.
     """
     differ = {
         name: (stored[name].shape, expected[name])
@@ -388,10 +375,6 @@ def few_parameters(config: Path, stored: int) -> Iterator[None]:
     ----------
     config : that describes the model, for the message.
     stored : number of tensors.
-
-    Raises
-    ------
-    ValueError : naming `config`.
     """
     most, count, here = 2 * stored + 1000, 0, threading.get_ident()
 

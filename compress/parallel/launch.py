@@ -43,12 +43,7 @@ def speaks() -> bool:
 
 
 def needed(processes: int) -> bool:
-    """Whether this process must start that many others.
-
-    Raises
-    ------
-    ValueError : when a launcher started another number.
-    """
+    """Whether this process must start that many others."""
     if launched() and processes not in (1, int(os.environ["WORLD_SIZE"])):
         raise ValueError(
             f"a launcher started {os.environ['WORLD_SIZE']} processes, but --processes is "

@@ -114,10 +114,6 @@ def compare(folders: Sequence[Path]) -> Comparison:
     ----------
     folders : of finished runs or evaluations; at least one. Runs with the same folder name get
         their whole path.
-
-    Raises
-    ------
-    ValueError : for no folder, the same folder twice, or a folder that is no finished run.
     """
     paths = [Path(folder) for folder in folders]
     if not paths:

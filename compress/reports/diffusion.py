@@ -29,10 +29,6 @@ def write_report(folder: Path, method: WeightMethod) -> Path:
     Returns
     -------
     Path : the page.
-
-    Raises
-    ------
-    ValueError : when the folder is no finished run or a file in it is damaged.
     """
     run = read_run(Path(folder))
     return write_page(

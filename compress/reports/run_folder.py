@@ -69,12 +69,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """``metrics.json`` of a finished run, or of an evaluation, whose metrics have no sides.
-
-    Raises
-    ------
-    ValueError : when the folder is no finished run.
-    """
+    """``metrics.json`` of a finished run, or of an evaluation, whose metrics have no sides."""
     folder = Path(folder)
     try:
         metrics = read_json(folder / "metrics.json")

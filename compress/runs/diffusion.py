@@ -393,7 +393,7 @@ def _validation(
     how = ["denoising MSE on held-out images, fixed noise and stratified timesteps, 2 draws each"]
     kind = scheduler.config.prediction_type
     how += [f"prediction_type {kind}"] if kind != "epsilon" else []
-    how += ["of latents"] if inputs.encode.modules else []
+    how += ["of latents"] if inputs.encode else []
     how += [f"each with its {inputs.wants}"] if inputs.wants else []
     return diffusion.Value(loss, f"{'; '.join(how)}, {torch.device(device).type}", count)
 

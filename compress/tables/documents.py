@@ -26,10 +26,6 @@ def all_tables(results: Path, runs: Path) -> dict[str, Table]:
     ----------
     results : folder of the rows, with ``tables.yaml``.
     runs : folder in which runs are that can go on.
-
-    Raises
-    ------
-    FileNotFoundError : outside a checkout, where nothing declares the tables.
     """
     declared = yaml.safe_load((results / "tables.yaml").read_text(encoding="utf8"))
     measured = [

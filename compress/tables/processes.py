@@ -49,12 +49,7 @@ def table(results: Path, runs: Path) -> Table:
 
 
 def measure(runs: Path, processes: int, parts: int) -> Run[list[Row]]:
-    """Run the recipe so, and as it is compared with; its metrics, and how far they are apart.
-
-    Raises
-    ------
-    ValueError : when a run fails.
-    """
+    """Run the recipe so, and as it is compared with; its metrics, and how far they are apart."""
     folders = []
     for number, cut in ((processes, parts), (1, 1), (1, processes * parts)):
         name = f"processes_{number}x{cut}"

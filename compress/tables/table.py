@@ -145,12 +145,7 @@ def _commit() -> str:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Read ``K/N``.
-
-    Raises
-    ------
-    ValueError : unless 0 <= K < N.
-    """
+    """Read ``K/N``."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match and int(match[1]) < int(match[2]):
         return int(match[1]), int(match[2])

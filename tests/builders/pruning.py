@@ -4,7 +4,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from compress.common.journal import Journal
-from compress.data.sources import ImageData, TensorImages
+from compress.data.sources import ImageData
 from compress.methods.base import PruneJob
 from compress.methods.gradflow.method import ChannelPruning
 from compress.methods.gradflow.train import PruningRun
@@ -14,7 +14,7 @@ from compress.methods.training import Training
 def noise(size: int = 8, train: int = 12, held_out: int = 8) -> ImageData:
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(train + held_out, 1, size, size, generator=generator) * 2 - 1
-    return ImageData("noise", TensorImages(images[:train]), TensorImages(images[train:]))
+    return ImageData("noise", images[:train], images[train:])
 
 
 def start(

@@ -23,10 +23,6 @@ def preflight(model: Any, inputs: Mapping[str, Any]) -> None:
     model : a vision-language model.
     inputs : a prompt with an image, as its processor makes it, and for ``generate`` possibly a
         ``cache_implementation``. A cache among them is not used.
-
-    Raises
-    ------
-    ValueError : with a sentence that says what is missing.
     """
     inputs = {name: value for name, value in inputs.items() if name not in NAMES}
     before = _logits(model, inputs)

@@ -226,10 +226,6 @@ def raw_scores(
     horizon : in learning rate x steps of SGD; capped so that ``horizon ||g||^2 <= L / 2``, since
         the energy is unbounded below.
     seed : of ``random``.
-
-    Raises
-    ------
-    ValueError : for an unknown criterion.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")

@@ -124,12 +124,7 @@ def binarise(
 def updates_fit(
     updates: int, sizes: torch.Tensor, keep_counts: torch.Tensor, max_move: float, schedule: str
 ) -> None:
-    """Check that the continuity bound lets the budget fall as scheduled.
-
-    Raises
-    ------
-    ValueError : naming the largest mean drop of a step and what to change.
-    """
+    """Check that the continuity bound lets the budget fall as scheduled."""
     drop = steepest_fall(updates, schedule) * float(((sizes - keep_counts) / sizes).max())
     if drop > max_move:
         raise ValueError(

@@ -26,10 +26,6 @@ def forecast(
     -------
     ``params`` and ``macs`` as (dense, least, most), which are bounds where the scores decide;
     ``widths`` and ``groups`` of the levels in words; and ``norms_that_switch_membership``.
-
-    Raises
-    ------
-    ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
     """
     training.check_batch(processes=1)
     unet = denoiser(pipeline)[1]

@@ -6,10 +6,6 @@ def removed_share(progress: float, schedule: str) -> float:
 
     ``s_shaped`` is ``3 p^2 - 2 p^3``: slow while scores are noisiest and slow again at the end.
     ``cubic`` is ``1 - (1 - p)^3``: most goes first.
-
-    Raises
-    ------
-    ValueError : for an unknown schedule.
     """
     p = min(max(progress, 0.0), 1.0)
     if schedule == "s_shaped":

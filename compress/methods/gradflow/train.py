@@ -104,10 +104,6 @@ class PruningRun:
     ----------
     method : the knobs.
     job : what to prune, on which data; its ``device`` is a process's own where there are several.
-
-    Raises
-    ------
-    ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
     """
 
     def __init__(self, method: "ChannelPruning", job: PruneJob) -> None:

@@ -71,10 +71,6 @@ def find_groups(unet: UNet) -> tuple[ChannelGroup, ...]:
 
     The time embedding keeps its width (our choice: it costs under 1% of the MACs and every
     resnet reads it), and so do the channels of images and texts.
-
-    Raises
-    ------
-    ValueError : for a UNet that gradflow does not support.
     """
     check_supported(unet)
     conditional = isinstance(unet, UNet2DConditionModel)
@@ -82,12 +78,7 @@ def find_groups(unet: UNet) -> tuple[ChannelGroup, ...]:
 
 
 def check_supported(unet: nn.Module) -> None:
-    """Refuse, by name, what gradflow cannot prune.
-
-    Raises
-    ------
-    ValueError : naming the model class, block or option, and what is supported.
-    """
+    """Refuse, by name, what gradflow cannot prune."""
     kind = next((kind for kind in BLOCKS if isinstance(unet, kind)), None)
     if kind is None:
         raise ValueError(

@@ -29,10 +29,6 @@ def textual_density(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.
     Returns
     -------
     Densities in [0, 1], ``(batch,)``; larger for more text. Their dtype is that of the pixels.
-
-    Raises
-    ------
-    ValueError : for another shape, no patches, or more patches than pixels.
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(
@@ -78,10 +74,6 @@ def distinctness(features: torch.Tensor) -> torch.Tensor:
     -------
     In [0, 1], ``(...)``: 0 when all are parallel, 1 when all are orthogonal or there is only one.
     The dtype is that of the features.
-
-    Raises
-    ------
-    ValueError : for features without an axis of tokens.
     """
     check_features(features)
     count = features.shape[-2]

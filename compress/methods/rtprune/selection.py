@@ -19,10 +19,6 @@ def select(features: torch.Tensor, keep: int) -> torch.Tensor:
     Returns
     -------
     Indices of the tokens that stay, ascending, ``(..., keep)``.
-
-    Raises
-    ------
-    ValueError : when there are fewer tokens.
     """
     check_keep(features, keep)
     return largest(features.float().norm(dim=-1), keep)

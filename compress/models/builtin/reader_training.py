@@ -31,9 +31,6 @@ EASIER = 0.2  # share of batches from levels below the current one
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 STACKS = 0.25  # learning rate of weights with more than two dimensions, over the others
 MOST_PAGES = 1024  # page indices set aside for a step
-Encode = Callable[[list[Page]], dict[str, torch.Tensor]]
-Read = Callable[[torch.nn.Module, list[Page]], list[str]]
-Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
@@ -145,27 +142,31 @@ def cross_entropy(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> to
     return model(**inputs).loss
 
 
-@dataclass
-class Trainer:
-    """A reader in training.
+@dataclass(frozen=True)
+class Reader:
+    """What is trained: a model, how it reads, and how it is stored.
 
     Parameters
     ----------
     model : takes what ``encode`` returns.
     encode : pages to the model's inputs, labels among them.
     read : model and pages to texts, greedily.
-    plan, journal : how to train, and where log and state go.
+    save : model and folder, which gets the model as a checkpoint.
     loss : of the model and what ``encode`` returned.
     """
 
     model: torch.nn.Module
-    encode: Encode
-    read: Read
-    plan: Plan
-    journal: Journal
-    loss: Loss = cross_entropy
+    encode: Callable[[list[Page]], dict[str, torch.Tensor]]
+    read: Callable[[torch.nn.Module, list[Page]], list[str]]
+    save: Callable[[torch.nn.Module, Path], object]
+    loss: Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor] = cross_entropy
 
-    def __post_init__(self) -> None:
+
+class Trainer:
+    """A reader in training, whose log and state go to a journal."""
+
+    def __init__(self, reader: Reader, plan: Plan, journal: Journal) -> None:
+        self.reader, self.model, self.plan, self.journal = reader, reader.model, plan, journal
         self.progress = Progress()
         matrices, stacks, rest = [], [], []
         for name, parameter in self.model.named_parameters():
@@ -196,9 +197,9 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.plan.learning_rate(progress) * group.get("share", 1.0)
-        inputs = {name: t.to(self.device) for name, t in self.encode(pages).items()}
+        inputs = {name: t.to(self.device) for name, t in self.reader.encode(pages).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.bf16):
-            loss = self.loss(self.model, inputs)
+            loss = self.reader.loss(self.model, inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -261,7 +262,7 @@ class Trainer:
         pages = [page(0, i, level.difficulty, "validation") for i in range(self.plan.pages)]
         texts: list[str] = []
         for first in range(0, len(pages), level.batch):
-            texts += self.read(model, pages[first : first + level.batch])
+            texts += self.reader.read(model, pages[first : first + level.batch])
         edits = sum(
             Levenshtein.distance(text, p.text) for text, p in zip(texts, pages, strict=True)
         )
@@ -317,15 +318,12 @@ def as_stored(model: Model) -> Model:
     return stored
 
 
-@dataclass(frozen=True)
-class Reader:
-    """What :func:`train` trains: a model, how it reads, and how it is stored."""
-
-    model: torch.nn.Module
-    encode: Encode
-    read: Read
-    save: Callable[[torch.nn.Module, Path], object]
-    loss: Loss = cross_entropy
+@torch.no_grad()
+def answers(model: Any, processor: Any, inputs: Any) -> list[str]:
+    """What a model writes greedily behind prompts of one length."""
+    inputs = inputs.to(model.device)
+    new = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new, skip_special_tokens=True)
 
 
 def train(description: str, build: Callable[[], Reader], levels: tuple[Level, ...]) -> None:
@@ -363,14 +361,9 @@ def _train(
     output = args.run / "model"
     torch.manual_seed(args.seed)
     reader = build()
-    trainer = Trainer(
-        reader.model.to(args.device),
-        encode=reader.encode,
-        read=reader.read,
-        plan=Plan(seed=args.seed, lr=args.lr, final=args.final, bf16=args.bf16, levels=levels),
-        journal=Journal(args.run),
-        loss=reader.loss,
-    )
+    reader.model.to(args.device)
+    plan = Plan(seed=args.seed, lr=args.lr, final=args.final, bf16=args.bf16, levels=levels)
+    trainer = Trainer(reader, plan, Journal(args.run))
     if args.resume:
         trainer.resume()
     elif args.polish:

@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,6 +25,7 @@ from compress.data.pages import SQUARE_PAGE, Difficulty, Page
 from compress.models.builtin.reader_training import (
     Level,
     Reader,
+    answers,
     as_stored,
     character_tokenizer,
     train,
@@ -48,18 +50,9 @@ INK_CONTRAST = 0.8  # of pixels in [-1, 1]: blank patches stay below 0.2, inked 
 
 
 def _level(side: int, lines: tuple[int, int], characters: tuple[int, int], batch: int) -> Level:
-    wear = 0.0 if side < 128 else 0.25
-    fonts = (12, 16) if side > 32 else (12, 14)
-    easier = Difficulty(
-        (side, side),
-        lines,
-        characters,
-        fonts,
-        spacing=(1.05, 1.25),
-        margin=(3, 6),
-        wear=wear,
-    )
-    return Level(easier, batch)
+    fonts, wear = (12, 16) if side > 32 else (12, 14), 0.0 if side < 128 else 0.25
+    shape: Any = {"spacing": (1.05, 1.25), "margin": (3, 6), "wear": wear}
+    return Level(Difficulty((side, side), lines, characters, fonts, **shape), batch)
 
 
 # square pages, as the model sees them, filled with lines: where a lone line stands anywhere on a
@@ -230,22 +223,14 @@ def loss(
     return written + NORM_WEIGHT * torch.stack(lengths).mean()
 
 
-@torch.no_grad()
-def read(
-    processor: DeepseekOcrProcessor,
-    model: UnlimitedOcrForConditionalGeneration,
-    pages: list[Page],
-) -> list[str]:
+def read(processor: DeepseekOcrProcessor, model: Any, pages: list[Page]) -> list[str]:
     """Transcribe square pages of one size greedily."""
     sized = replace(processor, mode=Mode(pages[0].image.width))
-    inputs = sized([p.image for p in pages], [PROMPT] * len(pages)).to(model.device)
-    new = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(new, skip_special_tokens=True)
+    inputs = sized([p.image for p in pages], [PROMPT] * len(pages))
+    return answers(model, processor, inputs)
 
 
-def save(
-    processor: DeepseekOcrProcessor, model: UnlimitedOcrForConditionalGeneration, folder: Path
-) -> None:
+def save(processor: DeepseekOcrProcessor, model: Any, folder: Path) -> None:
     """Write the model folder in float16, atomically."""
     with atomic_folder(folder) as temporary:
         save_deepseek_ocr(as_stored(model).half(), processor, temporary)
@@ -256,10 +241,10 @@ def build() -> Reader:
     processor = build_processor()
     return Reader(
         build_model(processor),
-        encode=partial(encode, processor),
-        read=partial(read, processor),
-        save=partial(save, processor),
-        loss=loss,
+        partial(encode, processor),
+        partial(read, processor),
+        partial(save, processor),
+        loss,
     )
 
 

@@ -7,6 +7,7 @@ error rate on validation pages of the last level falls, measured on the weights 
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,6 +24,7 @@ from compress.data.pages import Page
 from compress.models.builtin.reader_training import (
     LEVELS,
     Reader,
+    answers,
     as_stored,
     character_tokenizer,
     train,
@@ -142,12 +144,7 @@ def encode(processor: Qwen2_5_VLProcessor, pages: list[Page]) -> dict[str, torch
     return {**inputs, "labels": labels}
 
 
-@torch.no_grad()
-def read(
-    processor: Qwen2_5_VLProcessor,
-    model: Qwen2_5_VLForConditionalGeneration,
-    pages: list[Page],
-) -> list[str]:
+def read(processor: Qwen2_5_VLProcessor, model: Any, pages: list[Page]) -> list[str]:
     """Transcribe pages greedily."""
     inputs = processor(
         images=[p.image for p in pages],
@@ -155,14 +152,11 @@ def read(
         padding=True,
         padding_side="left",
         return_tensors="pt",
-    ).to(model.device)
-    new = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(new, skip_special_tokens=True)
+    )
+    return answers(model, processor, inputs)
 
 
-def save(
-    processor: Qwen2_5_VLProcessor, model: Qwen2_5_VLForConditionalGeneration, folder: Path
-) -> None:
+def save(processor: Qwen2_5_VLProcessor, model: Any, folder: Path) -> None:
     """Write the model folder: float16 safetensors, tokenizer and processor, atomically."""
     with atomic_folder(folder) as temporary:
         as_stored(model).half().save_pretrained(temporary)
@@ -173,10 +167,7 @@ def build() -> Reader:
     """The untrained reader."""
     processor = build_processor()
     return Reader(
-        build_model(processor),
-        encode=partial(encode, processor),
-        read=partial(read, processor),
-        save=partial(save, processor),
+        build_model(processor), *(partial(way, processor) for way in (encode, read, save))
     )
 
 
