@@ -93,7 +93,7 @@ def test_the_caller_can_count_batches(dense):
 
 @pytest.mark.parametrize("name, least", [("samples", 4), ("sampling_seeds", 1), ("batch", 1)])
 def test_settings_are_checked(name, least):
-    with pytest.raises(ValueError, match=f"{name}\n.*greater than or equal to {least} .*value=0"):
+    with pytest.raises(ValueError, match=f"{name}: .*greater than or equal to {least}; got 0"):
         SamplingSettings(**{name: 0})
     assert getattr(SamplingSettings(**{name: least}), name) == least
 

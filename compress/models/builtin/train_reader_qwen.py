@@ -167,7 +167,10 @@ def build() -> Reader:
     """The untrained reader."""
     processor = build_processor()
     return Reader(
-        build_model(processor), *(partial(way, processor) for way in (encode, read, save))
+        build_model(processor),
+        partial(encode, processor),
+        partial(read, processor),
+        partial(save, processor),
     )
 
 
