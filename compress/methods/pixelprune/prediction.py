@@ -128,8 +128,8 @@ def _unequal(units: torch.Tensor, places: "_Places") -> torch.Tensor:
     row, column = places.row, places.column
     as_left = (units == units[places.left]).all(1)
     as_above = (units == units[places.above]).all(1)
-    # C is above A and left of B
-    by_above = (row > 0) & ((column == 0) | as_above[places.left] & ~as_left[places.above])
+    # by B where C equals A: were it equal to B too, A and B would predict the same
+    by_above = (row > 0) & ((column == 0) | as_above[places.left])
     return ~torch.where(by_above, as_above, as_left) | ((row == 0) & (column == 0))
 
 
