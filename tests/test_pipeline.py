@@ -535,15 +535,15 @@ def test_a_failure_later_keeps_the_state(model, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(diffusion.DiffusionRun, "measure", broken)
-    with pytest.raises(RuntimeError, match="no memory") as caught:
-        begin(model, output, "never")
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion.DiffusionRun, "measure", broken)
+        with pytest.raises(RuntimeError, match="no memory") as caught:
+            begin(model, output, "never")
     [note] = caught.value.__notes__
     assert f"compress eval {output / 'checkpoint'} --data builtin:digits" in note
     assert (output / "state" / "state.safetensors").exists() and not (output / ".lock").exists()
     assert verify(output / "checkpoint")["metrics"] == {}
     assert tuple(load(output / "checkpoint").unet.config.block_out_channels) == (4, 8)
-    monkeypatch.undo()
     # what was not used yet may change; what was may not
     with pytest.raises(ValueError, match=r"method changed; go on with: compress run .* --resume"):
         begin(model, output, recipe=settings(model, method={"steps": 6}), resume=True)

@@ -215,8 +215,10 @@ def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_checkpointed_activations_give_the_same_losses(start, finished, name):
     checkpointed = start(name, gradient_checkpointing=True)
-    drain(checkpointed.events())
-    assert losses(finished(name)[0]) == pytest.approx(losses(checkpointed), rel=1e-4)
+    # the flow of one and the recovery, too, of the other
+    leave(checkpointed.events(), 2 if name == "sdxl" else FLOW + RECOVER)
+    found = losses(checkpointed)
+    assert losses(finished(name)[0])[: len(found)] == pytest.approx(found, rel=1e-4)
 
 
 def test_accumulated_gradients_see_the_same_batch(start, finished):
