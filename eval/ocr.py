@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,12 +201,13 @@ def score(
         ):
             if not pages:
                 continue
-            predicted, expected = _texts(pages, by_page)
+            predicted = [by_page[page.name].text for page in pages]
+            expected = [page.text or "" for page in pages]
             scores = text_scores(predicted, expected, seed)
             text_metrics = scores.metrics | _ocean(predicted, expected, strict, seed)
             metrics |= {f"{name}{suffix}": value for name, value in text_metrics.items()}
             distances[suffix] = {
-                page.name: text.edits.rate for page, text in zip(pages, scores.pages, strict=True)
+                page.name: edits.rate for page, edits in zip(pages, scores.edits, strict=True)
             }
             if not suffix:
                 accuracy = _text_accuracy(scores, seed)
@@ -245,7 +246,7 @@ def check_accuracy(data: OcrData) -> None:
 
 def _text_accuracy(scores: TextScores, seed: int) -> Accuracy | None:
     """1 - CER over all characters of all pages; None where there are none."""
-    errors = [page.characters for page in scores.pages]
+    errors = scores.characters
     rows = np.array([(error.length - error.edits, error.length) for error in errors], float)
     right, length = rows.sum(axis=0)
     if not length:
@@ -261,15 +262,8 @@ def _ocean(
 ) -> dict[str, Value]:
     """Ocean-OCR's numbers, means over pages."""
     pages = [
-        asdict(ocean_scores(*pair, published_order=strict == "published"))
+        ocean_scores(*pair, published_order=strict == "published")
         for pair in zip(predicted, expected, strict=True)
     ]
     how = f"page mean, Ocean-OCR's definition, {OCEAN_ORDERS[strict]}"
     return {f"ocean_{name}": page_mean([p[name] for p in pages], how, seed) for name in pages[0]}
-
-
-def _texts(
-    pages: Sequence[OcrPage], by_page: Mapping[str, Prediction]
-) -> tuple[list[str], list[str]]:
-    """Predicted and true texts."""
-    return [by_page[page.name].text for page in pages], [page.text or "" for page in pages]

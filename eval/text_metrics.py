@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -67,57 +67,19 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
-class PageText:
-    """Every text metric of one page, after `normalise`.
-
-    Parameters
-    ----------
-    edits : Levenshtein distance against the longer of the two texts; its rate is the NED.
-    characters, words : errors against the reference's characters and words: CER and WER.
-    bleu, meteor_exact_stem : [0, 1], higher is better.
-    tokens : scores of sets of tokens.
-    token_counts : scores of multisets of tokens.
-    loops : whether the prediction ends in a loop, see `is_loop`.
-    lost : whether the prediction is empty although the reference is not, see `is_empty`.
-    """
-
-    edits: Errors
-    characters: Errors
-    words: Errors
-    bleu: float
-    meteor_exact_stem: float
-    tokens: TokenScores
-    token_counts: TokenScores
-    loops: bool
-    lost: bool
-
-
-@dataclass(frozen=True)
 class TextScores:
     """Text metrics of a set of pages.
 
     Parameters
     ----------
-    pages : in the order given.
+    edits : of each page, Levenshtein distance against the longer text; its rate is the NED.
+    characters : of each page, errors against the reference's characters; the rate is the CER.
     metrics : name -> value; ``_corpus`` behind a name means sums over all pages, else page mean.
-    worst : index of the page with the largest normalised edit distance, the first of equals.
     """
 
-    pages: tuple[PageText, ...]
+    edits: list[Errors]
+    characters: list[Errors]
     metrics: dict[str, Value]
-    worst: int
-
-
-@dataclass(frozen=True)
-class OceanScores:
-    """The six numbers of Ocean-OCR's script for one text, each in [0, 1]."""
-
-    edit_distance: float
-    bleu: float
-    meteor_exact_stem: float
-    precision: float
-    recall: float
-    f1: float
 
 
 def normalise(text: str) -> str:
@@ -287,54 +249,53 @@ def text_scores(predictions: Sequence[str], references: Sequence[str], seed: int
             "predictions and references are paired pages, at least one; got "
             f"{len(predictions)} and {len(references)}; give one prediction per page, '' for none"
         )
-    pages, counts = [], []
-    for prediction, reference in zip(predictions, references, strict=True):
-        page, row = _page_text(normalise(prediction), normalise(reference))
-        pages.append(page)
-        counts.append(row)
-    ned = [page.edits.rate for page in pages]
+    pairs = [
+        (normalise(prediction), normalise(reference))
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    edits = [edit_distance(*pair) for pair in pairs]
+    characters = [character_errors(*pair) for pair in pairs]
+    ned, n = [page.rate for page in edits], len(pairs)
     worst = int(np.argmax(ned))
     metrics = {
         "ned": page_mean(ned, "page mean, rapidfuzz", seed),
-        "ned_corpus": _corpus([page.edits for page in pages], "rapidfuzz", seed),
-        "worst_page_ned": Value(ned[worst], f"page {worst} of {len(pages)}, rapidfuzz", len(pages)),
+        "ned_corpus": _corpus(edits, "rapidfuzz", seed),
+        "worst_page_ned": Value(ned[worst], f"page {worst} of {n}, rapidfuzz", n),
     }
     for name, errors in (
-        ("cer", [page.characters for page in pages]),
-        ("wer", [page.words for page in pages]),
+        ("cer", characters),
+        ("wer", [word_errors(*pair) for pair in pairs]),
     ):
         rates = [page.rate for page in errors if page.length]
         if rates:
             metrics[name] = page_mean(rates, "page mean, jiwer", seed)
             metrics[f"{name}_corpus"] = _corpus(errors, "jiwer", seed)
-    metrics["bleu"] = page_mean(
-        [page.bleu for page in pages], f"page mean, sacrebleu {_PAGE_BLEU.get_signature()}", seed
-    )
-    metrics["bleu_corpus"] = _corpus_bleu(np.array(counts), seed)
+    bleus = [_page_bleu(*pair) for pair in pairs]
+    how = f"page mean, sacrebleu {_PAGE_BLEU.get_signature()}"
+    metrics["bleu"] = page_mean([value for value, _ in bleus], how, seed)
+    metrics["bleu_corpus"] = _corpus_bleu(np.array([counts for _, counts in bleus]), seed)
     how = "page mean, exact and Porter stem matches, no WordNet"
-    metrics["meteor_exact_stem"] = page_mean([page.meteor_exact_stem for page in pages], how, seed)
-    for name, values in (
-        ("token_precision", [page.tokens.precision for page in pages]),
-        ("token_recall", [page.tokens.recall for page in pages]),
-        ("token_f1", [page.tokens.f1 for page in pages]),
-    ):
-        metrics[name] = page_mean(values, "page mean, sets of tokens", seed)
-    metrics["token_multiset_f1"] = page_mean(
-        [page.token_counts.f1 for page in pages], "page mean, multisets of tokens", seed
-    )
-    straight = [page for page, text in zip(pages, references, strict=True) if not is_loop(text)]
-    if straight:
+    meteors = [meteor_exact_stem(*pair) for pair in pairs]
+    metrics["meteor_exact_stem"] = page_mean(meteors, how, seed)
+    sets = [asdict(token_set_scores(*pair)) for pair in pairs]
+    for name in ("precision", "recall", "f1"):
+        how = "page mean, sets of tokens"
+        metrics[f"token_{name}"] = page_mean([page[name] for page in sets], how, seed)
+    multisets = [token_multiset_scores(*pair).f1 for pair in pairs]
+    metrics["token_multiset_f1"] = page_mean(multisets, "page mean, multisets of tokens", seed)
+    loops = [is_loop(prediction) for prediction, reference in pairs if not is_loop(reference)]
+    if loops:
         how = f"share of pages, {LOOP_COPIES} copies over {LOOP_CHARACTERS} characters at the end"
-        metrics["loop_rate"] = share(sum(page.loops for page in straight), len(straight), how)
-    written = [page for page, text in zip(pages, references, strict=True) if not is_empty(text)]
-    if written:
+        metrics["loop_rate"] = share(sum(loops), len(loops), how)
+    lost = [is_empty(prediction) for prediction, reference in pairs if not is_empty(reference)]
+    if lost:
         how = "share of pages without a letter or digit"
-        metrics["empty_page_rate"] = share(sum(page.lost for page in written), len(written), how)
-    return TextScores(tuple(pages), metrics, worst)
+        metrics["empty_page_rate"] = share(sum(lost), len(lost), how)
+    return TextScores(edits, characters, metrics)
 
 
-def ocean_scores(prediction: str, reference: str, *, published_order: bool) -> OceanScores:
-    """Score one text as Ocean-OCR's script does (eval_internvl2_5.py of guoxy25/Ocean-OCR).
+def ocean_scores(prediction: str, reference: str, *, published_order: bool) -> dict[str, float]:
+    """The six numbers of Ocean-OCR's script (eval_internvl2_5.py of guoxy25/Ocean-OCR) in [0, 1].
 
     Texts are compared as they are; tokens are `tokens`, where theirs come from jieba if either
     text holds Chinese; BLEU is unsmoothed over four orders; METEOR is `meteor_exact_stem`, where
@@ -351,31 +312,12 @@ def ocean_scores(prediction: str, reference: str, *, published_order: bool) -> O
         prediction, reference = reference, prediction
     sets = token_set_scores(prediction, reference)
     predicted, expected = (" ".join(tokens(text)) for text in (prediction, reference))
-    return OceanScores(
-        edit_distance=edit_distance(prediction, reference).rate,
-        bleu=_OCEAN_BLEU.corpus_score([predicted], [[expected]]).score / 100,
-        meteor_exact_stem=meteor_exact_stem(prediction, reference),
-        precision=sets.precision,
-        recall=sets.recall,
-        f1=sets.f1,
-    )
-
-
-def _page_text(prediction: str, reference: str) -> tuple[PageText, list[int]]:
-    """Scores of one normalised page, and its counts for the corpus BLEU."""
-    bleu_value, counts = _page_bleu(prediction, reference)
-    page = PageText(
-        edits=edit_distance(prediction, reference),
-        characters=character_errors(prediction, reference),
-        words=word_errors(prediction, reference),
-        bleu=bleu_value,
-        meteor_exact_stem=meteor_exact_stem(prediction, reference),
-        tokens=token_set_scores(prediction, reference),
-        token_counts=token_multiset_scores(prediction, reference),
-        loops=is_loop(prediction),
-        lost=is_empty(prediction) and not is_empty(reference),
-    )
-    return page, counts
+    return {
+        "edit_distance": edit_distance(prediction, reference).rate,
+        "bleu": _OCEAN_BLEU.corpus_score([predicted], [[expected]]).score / 100,
+        "meteor_exact_stem": meteor_exact_stem(prediction, reference),
+        **asdict(sets),
+    }
 
 
 def _page_bleu(prediction: str, reference: str) -> tuple[float, list[int]]:

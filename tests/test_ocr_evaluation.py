@@ -370,7 +370,7 @@ def test_oceans_metrics_are_page_means_in_the_order_asked_for():
         pages = [ocean_scores(r.text, p.text, published_order=published) for r, p in pairs]
         for name in ("edit_distance", "bleu", "meteor_exact_stem", "precision", "recall", "f1"):
             value = found[f"ocean_{name}"]
-            assert value.value == pytest.approx(sum(getattr(p, name) for p in pages) / 2)
+            assert value.value == pytest.approx(sum(p[name] for p in pages) / 2)
             assert ("as prediction, as published" in value.how) is published and value.n == 2
     assert found["ocean_precision"].value < found["ocean_recall"].value  # published: they trade
     assert metric("ocean_f1").better == "higher"

@@ -105,21 +105,12 @@ RENAMED = [  # the first that fits counts
 def native_config(original: Mapping[str, Any]) -> UnlimitedOcrConfig:
     """Translate the checkpoint's ``config.json``."""
     sizes, dense, tied = text_settings(original)
-    vision = original.get("vision_config", {})
-    width = vision.get("width", {})
+    layers = ["full_attention"] * sizes["num_hidden_layers"]
+    sam, width = _sam_settings(original, SAM_SIZES)
+    encoder = _sizes(width.get(CLIP, {}), CLIP_SIZES, CLIP_FIXED)
     return UnlimitedOcrConfig(
-        text_config={
-            **sizes,
-            "first_k_dense_replace": dense,
-            "layer_types": ["full_attention"] * sizes["num_hidden_layers"],
-        },
-        vision_config={
-            "sam_config": {
-                "image_size": vision.get("image_size", 1024),
-                **_sizes(width.get(SAM, {}), SAM_SIZES, SAM_FIXED),
-            },
-            "encoder_config": _sizes(width.get(CLIP, {}), CLIP_SIZES, CLIP_FIXED),
-        },
+        text_config={**sizes, "first_k_dense_replace": dense, "layer_types": layers},
+        vision_config={"sam_config": sam, "encoder_config": encoder},
         tie_word_embeddings=tied,
     )
 
@@ -130,26 +121,30 @@ def native_config_2(original: Mapping[str, Any]) -> DeepseekOcr2Config:
     Its tensor names are known to transformers.
     """
     sizes, dense, tied = text_settings(original)
-    vision = original.get("vision_config", {})
-    width = vision.get("width", {})
-    sparse = sizes["num_hidden_layers"] - dense
-    sam = {**SAM_SIZES, "downsample_channels": ("downsample_channels", [512, 896])}
+    layers = ["dense"] * dense + ["sparse"] * (sizes["num_hidden_layers"] - dense)
+    channels = {"downsample_channels": ("downsample_channels", [512, 896])}
+    sam, width = _sam_settings(original, SAM_SIZES | channels)
+    encoder = {
+        "vocab_size": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        **_sizes(width.get(QWEN, {}), QWEN_SIZES, QWEN_FIXED),
+    }
     return DeepseekOcr2Config(
-        text_config={**sizes, "mlp_layer_types": ["dense"] * dense + ["sparse"] * sparse},
-        vision_config={
-            "sam_config": {
-                "image_size": vision.get("image_size", 1024),
-                **_sizes(width.get(SAM, {}), sam, SAM_FIXED),
-            },
-            "encoder_config": {
-                "vocab_size": 1,
-                "rms_norm_eps": 1e-6,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-                **_sizes(width.get(QWEN, {}), QWEN_SIZES, QWEN_FIXED),
-            },
-        },
+        text_config={**sizes, "mlp_layer_types": layers},
+        vision_config={"sam_config": sam, "encoder_config": encoder},
         tie_word_embeddings=tied,
     )
+
+
+def _sam_settings(
+    original: Mapping[str, Any], sizes: Mapping[str, tuple[str, Any]]
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The settings of SAM, and the sizes of all vision encoders by their names."""
+    vision = original.get("vision_config", {})
+    width = vision.get("width", {})
+    image_size = {"image_size": vision.get("image_size", 1024)}
+    return image_size | _sizes(width.get(SAM, {}), sizes, SAM_FIXED), width
 
 
 def text_settings(original: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:

@@ -286,19 +286,7 @@ def _unlimited_places(processor: Any, width: int, height: int) -> dict[int, Box]
     return {0: page if stretched else padded_box(width, height), 1: page}
 
 
-def _no_places(processor: Any, width: int, height: int) -> dict[int, Box]:
-    """DeepSeek-OCR-2: a token is a query, which has no place."""
-    return {}
-
-
 # ---- prompts ---------------------------------------------------------------------------------
-
-
-def _own_prompt(
-    processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
-) -> Mapping[str, Any]:
-    """DeepSeek-OCR: our own processor builds its format."""
-    return processor(images, texts)
 
 
 def _chat_prompt(
@@ -328,13 +316,7 @@ def _plain_prompt(
     processor: Any, images: Sequence[Image.Image], texts: Sequence[str]
 ) -> Mapping[str, Any]:
     """DeepSeek-OCR-2: the image, a newline, the text; its checkpoint has no template."""
-    return processor(
-        images=list(images),
-        text=[f"{processor.image_token}\n{text}" for text in texts],
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    )
+    return _processed(processor, images, [f"{processor.image_token}\n{text}" for text in texts])
 
 
 def _got_prompt(
@@ -347,23 +329,28 @@ def _got_prompt(
         f"{start}{processor.system_query}{end}{start}user\n{image}\n{text}{end}{start}assistant\n"
         for text in texts
     ]
-    return processor(
-        images=list(images),
-        text=prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    )
+    return _processed(processor, images, prompts)
+
+
+def _processed(processor: Any, images: Sequence[Image.Image], prompts: list[str]) -> Any:
+    padding = {"padding": True, "padding_side": "left"}
+    return processor(images=list(images), text=prompts, return_tensors="pt", **padding)
 
 
 _TRANSCRIBE = "Transcribe all text of this page, in reading order. Answer with the text only."
 ADAPTERS = {
-    "deepseek_ocr": Adapter("DeepSeek-OCR", _mosaic_cells, _own_prompt, "Free OCR.", _own_places),
+    "deepseek_ocr": Adapter(
+        "DeepSeek-OCR",
+        _mosaic_cells,
+        lambda processor, images, texts: processor(images, texts),
+        "Free OCR.",
+        _own_places,
+    ),
     "unlimited_ocr": Adapter(
         "Unlimited-OCR", _mosaic_cells, _chat_prompt, "document parsing.", _unlimited_places
     ),
-    "deepseek_ocr2": Adapter(
-        "DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR.", _no_places
+    "deepseek_ocr2": Adapter(  # a token is a query, which has no place
+        "DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR.", lambda *_: {}
     ),
     "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
     "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page),

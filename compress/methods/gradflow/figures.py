@@ -214,7 +214,9 @@ def loss_plot(log: Mapping[str, Rows]) -> Plot:
             steps, losses = _column(rows, "step"), _column(rows, "loss")
             axes.plot(steps, losses, color=colour, lw=0.6, alpha=0.3)
             axes.plot(steps, smooth(losses), color=colour, label=f"training, {stage} (smoothed)")
-    for index, (net, rows) in enumerate(_by_net(log.get("validation", [])).items()):
+    validation = log.get("validation", [])
+    for index, net in enumerate(dict.fromkeys(row.get("net", "") for row in validation)):
+        rows = [row for row in validation if row.get("net", "") == net]
         label, colour = f"validation, {net}", ("black", THIRD, FOURTH, GREY)[index % 4]
         if net == "dense":
             axes.axhline(rows[-1]["loss"], color=DENSE, ls=":", label=label)
@@ -260,13 +262,6 @@ def smooth(values: Sequence[float], decay: float = 0.95) -> np.ndarray:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         means.append(mean / weight)
     return np.array(means)
-
-
-def _by_net(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    nets: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        nets.setdefault(row.get("net", ""), []).append(row)
-    return nets
 
 
 def _column(rows: Rows, key: str) -> list[float]:
