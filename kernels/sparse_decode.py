@@ -11,9 +11,9 @@ by their lse: ``o = sum_s 2^(lse_s - lse) o_s``. Where one split is enough, the 
 result.
 
 **Sparse** (:func:`sparse_decode`): the rows are a list, gathered in place and never copied
-together, and after it a range, which needs no list. Masked rows are not loaded.
-:func:`sparse_decode_lse` also returns the lse: with that of another part, outputs add up as splits
-do.
+together, and after it a range, which needs no list. Masked rows are not loaded. The last split also
+reads rows of a head's own beside the cache, each with a number that is added to its logit: the
+summaries of :mod:`compress.kernels.summaries`.
 
 **Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
 final lse, which is unknown while the keys pass: their logits are stored, and the second kernel
@@ -38,6 +38,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from compress.kernels.backend import jit, tl
 
+Beside = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_DIM = 256
 LARGEST_GROUP = 64  # query heads of a key head
@@ -52,7 +53,21 @@ STAGES = 3
 LOG2_E = 1.4426950408889634
 
 
-@jit(do_not_specialize=("picked", "start", "read", "split_rows", "logits_row"))
+@jit()
+def _weigh(logits, value, best, mass, total):  # type: ignore[no-untyped-def]
+    """Add a tile of rows to the maximum, the mass below it and the weighted sum of a split."""
+    higher = tl.maximum(best, tl.max(logits, 1))
+    # a tile may have nothing to attend to, and inf - inf is no number
+    base = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp2(logits - base[:, None])
+    shrink = tl.exp2(best - base)
+    mass = mass * shrink + tl.sum(weights, 1)
+    total = total * shrink[:, None]
+    total += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return higher, mass, total
+
+
+@jit(do_not_specialize=("picked", "start", "read", "split_rows", "logits_row", "beside"))
 def _read_kernel(  # type: ignore[no-untyped-def]
     query_ptr,  # (batch, heads, dim)
     key_ptr,  # (batch, kv_heads, length, dim)
@@ -60,6 +75,9 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     rows_ptr,  # (batch, picked) integers; None is no list
     rows_mask_ptr,  # (batch, picked) uint8; None is all of the list
     dense_mask_ptr,  # (batch, read - picked) uint8; None is all of the range
+    beside_key_ptr,  # (batch, kv_heads, beside, dim) rows of a head's own; None is none
+    beside_value_ptr,  # (batch, kv_heads, beside, value_dim)
+    bias_ptr,  # (batch, kv_heads, beside) float32, added to the logits; -inf hides
     output_ptr,  # (batch, heads, splits, value_dim): float32 parts, or of one split the result
     lse_ptr,  # (batch, heads, splits) float32, in base 2
     logits_ptr,  # (batch, heads, read) float32, in base 2; None where they are not needed
@@ -68,6 +86,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     start,  # first row of the range
     read,  # rows of both
     split_rows,  # rows of a split, a multiple of BLOCK_ROWS
+    beside,  # rows of a head's own
     kv_heads,
     query_batch,  # from here on strides
     query_head,
@@ -152,15 +171,27 @@ def _read_kernel(  # type: ignore[no-untyped-def]
                 logits,
                 mask=in_group[:, None] & (n < last)[None, :],
             )
-        higher = tl.maximum(best, tl.max(logits, 1))
-        # a tile may have nothing to attend to, and inf - inf is no number
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp2(logits - base[:, None])
-        shrink = tl.exp2(best - base)
-        mass = mass * shrink + tl.sum(weights, 1)
-        total = total * shrink[:, None]
-        total += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        best = higher
+        best, mass, total = _weigh(logits, value, best, mass, total)
+    if beside_key_ptr is not None:
+        own = tl.where(split == splits - 1, beside, 0)  # the last split has them
+        for begin in range(0, own, BLOCK_ROWS):
+            n = begin + tl.arange(0, BLOCK_ROWS)
+            row = (batch * kv_heads + kv_head) * beside + n
+            bias = tl.load(bias_ptr + row, mask=n < beside, other=-float("inf"))
+            used = bias > -float("inf")
+            key = tl.load(
+                beside_key_ptr + row[:, None] * DIM + d[None, :],
+                mask=used[:, None] & in_dim[None, :],
+                other=0.0,
+            )
+            value = tl.load(
+                beside_value_ptr + row[:, None] * VALUE_DIM + e[None, :],
+                mask=used[:, None] & in_value[None, :],
+                other=0.0,
+            )
+            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            logits = logits + bias[None, :] * 1.4426950408889634  # log2(e)
+            best, mass, total = _weigh(logits, value, best, mass, total)
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
     part = heads * splits + split
     tl.store(
@@ -237,6 +268,7 @@ def sparse_decode(
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
     scaling: float,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """Attention of one token to listed rows of the cache and a range of them, on the GPU.
 
@@ -250,6 +282,9 @@ def sparse_decode(
     dense : first row of a range that is read as well, by all sequences, and the one after its last.
     dense_mask : True where attended, ``(batch, stop - start)``; None attends to all of them.
     scaling : of the dot products.
+    beside : keys and values ``(batch, kv_heads, rows, dim)`` that every key head has beside the
+        cache, in its dtype, and what is added to their logits, ``(batch, kv_heads, rows)`` in
+        float32, -inf where a row is hidden. None is none.
 
     Returns
     -------
@@ -260,42 +295,8 @@ def sparse_decode(
     ------
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
-    return _sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)[0]
-
-
-def sparse_decode_lse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: torch.Tensor,
-    rows_mask: torch.Tensor | None,
-    dense: tuple[int, int],
-    dense_mask: torch.Tensor | None,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sparse_decode`, and the logsumexp of the logits, to combine it with other rows.
-
-    Returns
-    -------
-    The output, and ``(batch, heads)`` in float32; -inf where a sequence attends to nothing.
-    """
-    output, parts = _sparse(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
-    return output, (parts / LOG2_E).logsumexp(2)
-
-
-def _sparse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: torch.Tensor,
-    rows_mask: torch.Tensor | None,
-    dense: tuple[int, int],
-    dense_mask: torch.Tensor | None,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check and launch :func:`sparse_decode`; its output, and each split's lse as :func:`_read`."""
     _check(query, key, value, rows_mask, dense_mask)
-    batch, length, (start, stop) = len(query), key.shape[2], dense
+    batch, kv_heads, length, (start, stop) = len(query), *key.shape[1:3], dense
     if rows.ndim != 2 or len(rows) != batch or not 0 <= start <= stop <= length:
         raise ValueError(
             f"rows ({batch}, picked) and a range in a cache of {length} rows are expected; got "
@@ -306,7 +307,15 @@ def _sparse(
         ("dense_mask", dense_mask, stop - start),
     ):
         _check_mask(name, mask, (batch, size))
-    return _read(query, key, value, rows, rows_mask, dense, dense_mask, scaling, None)
+    if beside is not None:
+        own = (batch, kv_heads, beside[2].shape[-1])
+        expected = [(*own, key.shape[3]), (*own, value.shape[3]), own]
+        if [tuple(part.shape) for part in beside] != expected:
+            raise ValueError(
+                f"keys, values and biases {expected} are expected beside the cache; got "
+                f"{[tuple(part.shape) for part in beside]}; give rows of each key head"
+            )
+    return _read(query, key, value, rows, rows_mask, dense, dense_mask, scaling, None, beside)
 
 
 def focal_decode(
@@ -338,7 +347,7 @@ def focal_decode(
         _check_mask("mask", mask.expand(batch, -1, -1, -1), (batch, 1, 1, length))
         mask = mask[:, 0, 0].expand(batch, -1)
     weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
-    output, _ = _read(query, key, value, None, None, (0, length), mask, scaling, weights)
+    output = _read(query, key, value, None, None, (0, length), mask, scaling, weights)
     return output, weights
 
 
@@ -435,16 +444,14 @@ def _read(
     dense_mask: torch.Tensor | None,
     scaling: float,
     weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernels; ``weights`` (batch, length) are written where they are given.
-
-    The output, and the lse of each split in base 2, ``(batch, heads, splits)``.
-    """
+    beside: Beside | None = None,
+) -> torch.Tensor:
+    """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     picked = 0 if rows is None else rows.shape[1]
     read = picked + dense[1] - dense[0]
-    block_dim, block_value = _block(dim), _block(value_dim)
+    block_dim, block_value = block(dim), block(value_dim)
     block_rows = _tile_rows(block_dim, block_value, key.element_size())
     split_rows = _split_rows(read, block_rows, batch * kv_heads, query.device)
     splits = max(1, -(-read // split_rows))
@@ -466,6 +473,7 @@ def _read(
             value,
             rows,
             *masks,
+            *((None,) * 3 if beside is None else (part.contiguous() for part in beside)),
             parts,
             lse,
             logits,
@@ -474,6 +482,7 @@ def _read(
             dense[0],
             read,
             split_rows,
+            0 if beside is None else beside[2].shape[2],
             kv_heads,
             *(query.stride(axis) for axis in (0, 1, 3)),
             *key.stride(),
@@ -483,7 +492,7 @@ def _read(
             GROUP=heads // kv_heads,
             DIM=dim,
             VALUE_DIM=value_dim,
-            BLOCK_GROUP=_block(heads // kv_heads),
+            BLOCK_GROUP=block(heads // kv_heads),
             BLOCK_DIM=block_dim,
             BLOCK_VALUE=block_value,
             BLOCK_ROWS=block_rows,
@@ -508,10 +517,10 @@ def _read(
                 BLOCK_ROWS=SCORES,
                 num_warps=WARPS,
             )
-    return output, lse
+    return output
 
 
-def _block(size: int) -> int:
+def block(size: int) -> int:
     """Next power of two, for a side of a tile; 16 is the least that a dot product takes."""
     return max(16, 1 << (size - 1).bit_length())
 
@@ -559,6 +568,7 @@ def sparse_decode_reference(
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
     scaling: float,
+    beside: Beside | None = None,
 ) -> torch.Tensor:
     """:func:`sparse_decode` in plain torch, on any device: same arguments, same result.
 
@@ -566,12 +576,18 @@ def sparse_decode_reference(
     """
     rows, mask = listed(rows, rows_mask, dense, dense_mask)
     picked_key, picked_value = gathered(key, value, rows)
+    mask = None if mask is None else mask[:, None, None]
+    if beside is not None:
+        keys, values, bias = beside
+        picked_key = torch.cat([picked_key, keys], 2)
+        picked_value = torch.cat([picked_value, values], 2)
+        added = query.new_zeros(len(query), rows.shape[1])[:, None, None] if mask is None else mask
+        if added.dtype == torch.bool:
+            added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, -torch.inf)
+        own = bias.to(query.dtype)[:, :, None]
+        mask = torch.cat([added.expand(-1, own.shape[1], -1, -1), own], 3)
     output = scaled_dot_product_attention(
-        packed(query, key.shape[1]),
-        picked_key,
-        picked_value,
-        attn_mask=None if mask is None else mask[:, None, None],
-        scale=scaling,
+        packed(query, key.shape[1]), picked_key, picked_value, attn_mask=mask, scale=scaling
     )
     return output.reshape(len(query), query.shape[1], 1, -1)
 

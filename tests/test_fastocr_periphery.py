@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from compress.kernels.sparse_decode import gathered
 from compress.methods.fastocr.attention import peripheral_decode, sparse_decode
 from compress.methods.fastocr.fixation import Fixation
 from compress.methods.fastocr.periphery import Periphery, cluster
@@ -156,23 +155,3 @@ def test_without_visual_tokens_there_are_no_summaries():
     plain = sparse_decode(query, key, value, rows, mask, (0, 0), None, 0.4)
     torch.testing.assert_close(result, plain)
     assert int(read) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_summaries_join_what_was_read_by_its_logsumexp(dtype):
-    """Without the kernel: plain attention to some rows, its lse, and the summaries beside it."""
-    query, key, value, fixation, valid = _case()
-    query, key, value = (part.to(dtype) for part in (query, key, value))
-    rows, mask, around = _read(key, value, fixation, valid, 4)
-    expected, _ = _decode(query, key, value, rows, mask, around, fixation)
-    keys, values = gathered(key, value, rows)
-    group = HEADS // KV_HEADS
-    logits = query.float() @ keys.float().repeat_interleave(group, 1).transpose(2, 3) * 0.4
-    logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
-    output = (logits.softmax(3) @ values.float().repeat_interleave(group, 1)).to(dtype)
-    fixated = fixation.index.shape[1]
-    outside = around.outside(fixation, keys[:, :, :fixated], values[:, :, :fixated])
-    result = outside.joined(query, output, logits.logsumexp(3)[:, :, 0], 0.4)
-    assert result.dtype == dtype
-    atol = 2e-6 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(result, expected, atol=atol, rtol=0)

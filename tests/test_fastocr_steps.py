@@ -58,7 +58,7 @@ def test_a_step_waits_for_nothing(name, pages, cache):
         return [step.waits for step in steps[1:]]
 
     dense = waits()  # transformers looks whether a mask of a padded batch hides anything
-    assert waits(FastOCR(keep_visual=0.1, focal_layers=[1])) == dense
+    assert waits(FastOCR(keep_visual=0.1, focal_layers=[1], periphery=4)) == dense
     assert pages == 3 or not any(dense)
 
 
@@ -101,6 +101,7 @@ def _answer(model, inputs, method, cache, recorded=None):
         {"focal_layers": [0, 2], "dilate": 1},
         {"focal_layers": [2], "reuse": False},
         {"focal_layers": [1], "fixation": "static"},
+        {"focal_layers": [1], "periphery": 4},
     ],
     ids=str,
 )

@@ -3,6 +3,8 @@
 The oracle is softmax attention over the whole cache in float64 with -inf on what is not read.
 """
 
+import itertools
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from builders import decode, programs
 from builders.decode import DTYPES, INTERPRETED, LARGE, SMALL, Shape
 from compress.kernels import sparse_decode as kernels
+from compress.kernels import summaries
 
 TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 # Of outputs, which are of the size of 1, and of weights. Half precision rounds outputs, and the
@@ -30,15 +33,42 @@ def _oracle(case, seen):
     return weights @ value, weights.mean((1, 2))
 
 
-def _check_lse(shape, dtype, lse):
-    """The logsumexp of the logits that are seen, which the kernel keeps in float32."""
+def _check_beside(shape, dtype, result):
+    """As if the rows beside the cache were in it, their biases added."""
     case = decode.draw(shape, dtype)
-    query, key = case["query"].double(), case["key"].double()
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    logits = (query @ key.transpose(2, 3))[:, :, 0] * 0.2
-    expected = logits.masked_fill(~decode.listed(case)[:, None], -torch.inf).logsumexp(2)
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.cpu().double(), expected, atol=5e-6, rtol=0)
+    keys, values, bias = decode.beside(case)
+    group = shape.heads // shape.kv_heads
+    query, key, value, keys, values = (
+        part.cpu().double()
+        for part in (*(case[name] for name in ("query", "key", "value")), keys, values)
+    )
+    key, value = torch.cat([key, keys], 2), torch.cat([value, values], 2)
+    seen = decode.listed(case)[:, None].expand(-1, shape.kv_heads, -1)
+    added = torch.zeros(seen.shape).double().masked_fill(~seen, -torch.inf)
+    added = torch.cat([added, bias.double()], 2)
+    key, value, added = (part.repeat_interleave(group, 1) for part in (key, value, added))
+    weights = ((query @ key.transpose(2, 3)) * 0.2 + added[:, :, None]).softmax(-1)
+    assert result.dtype == dtype
+    atol = 2 * KERNEL[dtype][0]
+    torch.testing.assert_close(result.cpu().double(), weights @ value, atol=atol, rtol=0)
+
+
+def _check_means(shape, dtype, means, tolerances=KERNEL):
+    """Group by group, of the tokens that are not in the fixation."""
+    case = decode.draw(shape, dtype)
+    given = decode.grouped(case)
+    keys, values, bias = (part.cpu().double() for part in means)
+    for b, h in itertools.product(range(shape.batch), range(shape.kv_heads)):
+        kept = case["rows"][b][case["rows_mask"][b]].tolist()
+        for g in range(decode.GROUPS):
+            tokens = (given["member"][b, h] == g).nonzero()[:, 0].tolist()
+            tokens = [token for token in tokens if token not in kept]
+            assert bias[b, h, g] == pytest.approx(math.log(len(tokens)) if tokens else -math.inf)
+            for part, mean in ((case["key"], keys), (case["value"], values)):
+                if tokens:
+                    expected = part[b, h, tokens].double().mean(0)
+                    atol = 2 * tolerances[dtype][0]
+                    torch.testing.assert_close(mean[b, h, g], expected, atol=atol, rtol=0)
 
 
 def _check(shape, dtype, sparse, focal, weights, tolerances):
@@ -59,6 +89,10 @@ def test_the_references_are_attention_with_minus_infinity(shape, dtype):
     sparse = decode.sparse(case, kernels.sparse_decode_reference)
     focal, weights = decode.focal(case, kernels.focal_decode_reference)
     _check(shape, dtype, sparse, focal, weights, PLAIN)
+    if dtype == torch.float32:
+        own = decode.beside(case)
+        _check_beside(shape, dtype, decode.sparse(case, kernels.sparse_decode_reference, own))
+    _check_means(shape, dtype, summaries.summaries_reference(**decode.grouped(case)))
 
 
 # ---- interpreted ---------------------------------------------------------------------------------
@@ -79,7 +113,9 @@ def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits,
         interpreted[f"{splits} {dtype} {number} {what}"] for what in ("sparse", "focal", "weights")
     ]
     _check(SMALL[number], dtype, *result, KERNEL)
-    _check_lse(SMALL[number], dtype, interpreted[f"{splits} {dtype} {number} lse"])
+    _check_beside(SMALL[number], dtype, interpreted[f"{splits} {dtype} {number} beside"])
+    means = [interpreted[f"{splits} {dtype} {number} means {place}"] for place in range(3)]
+    _check_means(SMALL[number], dtype, means)
 
 
 STATIC_CACHE = "test_fastocr.py::test_static_cache_gives_what_the_dynamic_one_gives[qwen2_5_vl]"
@@ -126,8 +162,8 @@ def test_they_compile_without_a_gpu(capabilities, cases, tmp_path):
     printed = programs.run("compile_decode", ",".join(capabilities), *cases, **variables).stdout
     made = [line.split(",") for line in printed.splitlines()]
     expected = [(capability, case.split(":")[0]) for capability in capabilities for case in cases]
-    assert [(capability, dtype) for capability, dtype, _, _ in made[::4]] == expected
-    assert len(made) == 4 * len(expected) and all(int(size) > 0 for _, _, size, _ in made)
+    assert [(capability, dtype) for capability, dtype, _, _ in made[::5]] == expected
+    assert len(made) == 5 * len(expected) and all(int(size) > 0 for _, _, size, _ in made)
     assert max(int(shared) for *_, shared in made) <= 99 * 1024  # of the smallest such GPU
 
 
@@ -150,7 +186,14 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
     hidden = _on_gpu(decode.hidden(case, case["mask"][:, 0, 0]))
     focal, weights = decode.focal(hidden, kernels.focal_decode)
     _check(shape, dtype, sparse, focal, weights, KERNEL)
-    _check_lse(shape, dtype, decode.sparse(_on_gpu(case), kernels.sparse_decode_lse)[1])
+    own = tuple(part.cuda() for part in decode.beside(case))
+    _check_beside(shape, dtype, decode.sparse(_on_gpu(case), kernels.sparse_decode, own))
+    given = {
+        name: part.cuda() if isinstance(part, torch.Tensor) else part
+        for name, part in decode.grouped(case).items()
+    }
+    given["sums"] = tuple(part.cuda() for part in given["sums"])
+    _check_means(shape, dtype, summaries.summaries(**given))
 
 
 @pytest.mark.gpu
@@ -221,6 +264,7 @@ def test_bytes_moved_are_those_of_the_tensors():
         ({"dense_mask": torch.ones(2, 4, dtype=torch.bool)}, r"dense_mask of shape \(2, 10\)"),
         ({"query": torch.zeros(2, 4, 1, 64).double()}, "one dtype.*float64"),
         ({"rows_mask": torch.zeros(2, 3)}, "added to the logits; convert them"),
+        ({"beside": (torch.zeros(2, 2, 3, 64),) * 2 + (torch.zeros(2, 1, 3),)}, "each key head"),
     ],
 )
 def test_errors_name_what_is_expected(changes, words):

@@ -85,7 +85,42 @@ def draw(shape, dtype, seed=0):
     }
 
 
-def sparse(case, function):
+GROUPS = 21
+
+
+def grouped(case):
+    """The prompt's rows in groups: arguments of :mod:`compress.kernels.summaries`, by name."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = int(case["dense"][0])
+    member = torch.randint(GROUPS, (*case["key"].shape[:2], prompt), generator=generator)
+    share = torch.nn.functional.one_hot(member, GROUPS).float().transpose(2, 3)
+    key, value = (case[name][:, :, :prompt].float() for name in ("key", "value"))
+    rows = case["rows"]
+    return {
+        "key": case["key"],
+        "value": case["value"],
+        "rows": torch.cat([rows, rows[:, :1]], 1).int(),  # and others behind them
+        "index": rows,
+        "valid": None if case["rows_mask"].all() else case["rows_mask"],
+        "member": member,
+        "sums": (share @ key, share @ value, share.sum(3)),
+    }
+
+
+def beside(case):
+    """Rows that every key head has beside the cache, one of them hidden."""
+    generator = torch.Generator().manual_seed(2)
+    own = *case["key"].shape[:2], GROUPS
+    parts = [
+        torch.randn(*own, case[name].shape[3], generator=generator).to(case[name].dtype)
+        for name in ("key", "value")
+    ]
+    bias = torch.randn(own, generator=generator)
+    bias[..., 3] = -torch.inf
+    return *parts, bias
+
+
+def sparse(case, function, *beside):
     """Through ``function``; masks of ones are left out."""
     start, stop = case["dense"].tolist()
     rows_mask, mask = case["rows_mask"], case["mask"][:, 0, 0, start:stop]
@@ -95,6 +130,7 @@ def sparse(case, function):
         (start, stop),
         None if mask.all() else mask,
         0.2,
+        *beside,
     )
 
 

@@ -7,6 +7,7 @@ from triton.runtime import interpreter
 
 from builders import decode
 from compress.kernels import sparse_decode as kernels
+from compress.kernels import summaries
 
 create_dot = interpreter.InterpreterBuilder.create_dot
 
@@ -30,9 +31,11 @@ def main(file: str) -> None:
         for dtype, number in decode.INTERPRETED:
             case, name = decode.draw(decode.SMALL[number], dtype), f"{splits} {dtype} {number}"
             hidden = decode.hidden(case, decode.listed(case))
-            # `sparse_decode` is the first of these two
-            sparse, lse = decode.sparse(hidden, kernels.sparse_decode_lse)
-            outputs |= {f"{name} sparse": sparse, f"{name} lse": lse}
+            outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
+            own = decode.beside(case)
+            outputs[f"{name} beside"] = decode.sparse(hidden, kernels.sparse_decode, own)
+            means = summaries.summaries(**decode.grouped(case))
+            outputs |= {f"{name} means {place}": part for place, part in enumerate(means)}
             hidden = decode.hidden(case, case["mask"][:, 0, 0])
             focal, weights = decode.focal(hidden, kernels.focal_decode)
             outputs |= {f"{name} focal": focal, f"{name} weights": weights}

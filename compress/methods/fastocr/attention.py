@@ -3,8 +3,8 @@
 Three pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
 :func:`peripheral_decode` also summaries of the other visual tokens, and :func:`focal_decode` reads
 all rows and returns the attention over them. On a GPU they are the kernels of
-:mod:`compress.kernels.sparse_decode` (the few summaries are added in plain torch), elsewhere the
-plain torch beside them.
+:mod:`compress.kernels.sparse_decode` and :mod:`compress.kernels.summaries`, elsewhere the plain
+torch beside them.
 
 Shapes: ``query`` is ``(batch, heads, 1, dim)``; ``key`` ``(batch, kv_heads, length, dim)`` and
 ``value`` are those of the cache; ``heads`` is a multiple of ``kv_heads``. A mask is True where
@@ -14,15 +14,15 @@ attended, or is added to the logits.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.kernels import sparse_decode as kernels
+from compress.kernels import summaries as groups
 from compress.kernels.backend import use_triton
 from compress.methods.fastocr.fixation import Fixation
-from compress.methods.fastocr.periphery import Outside, Periphery
+from compress.methods.fastocr.periphery import Periphery
 
 if TYPE_CHECKING:
     from compress.methods.fastocr.state import DecodeState
@@ -74,16 +74,13 @@ def peripheral_decode(
     outside the fixation has the mean key and value of those of its group that are outside too; and
     how many summaries were read, summed over the sequences.
     """
-    fixated = kernels.gathered(key, value, rows[:, : fixation.index.shape[1]])
-    outside = periphery.outside(fixation, *fixated)
-    if _use_kernel("sparse_decode", query, key, value, rows_mask, dense_mask):
-        read = kernels.sparse_decode_lse(
-            query, key, value, rows, rows_mask, dense, dense_mask, scaling
-        )
-        return outside.joined(query, *read, scaling), outside.read()
-    rows, mask = kernels.listed(rows, rows_mask, dense, dense_mask)
-    output = _beside(outside, query, *kernels.gathered(key, value, rows), mask, scaling)
-    return output, outside.read()
+    fast = _use_kernel("sparse_decode", query, key, value, rows_mask, dense_mask)
+    means = groups.summaries if fast else groups.summaries_reference
+    sums = periphery.keys, periphery.values, periphery.sizes
+    beside = means(key, value, rows, fixation.index, fixation.valid, periphery.member, sums)
+    decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
+    output = decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling, beside)
+    return output, (beside[2] > -torch.inf).sum(2).amax(1).sum()
 
 
 def _use_kernel(
@@ -94,30 +91,6 @@ def _use_kernel(
     *masks: torch.Tensor | None,
 ) -> bool:
     return use_triton(kernel, query.device, kernels.why_unsupported(query, key, value, *masks))
-
-
-def _beside(
-    outside: Outside,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Attention to keys, with their mask ``(batch, read)``, and to the summaries behind them."""
-    added = query.new_zeros(len(query), key.shape[2]) if mask is None else mask
-    if added.dtype == torch.bool:
-        added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, -torch.inf)
-    sizes = outside.log_sizes.to(query.dtype)
-    read = added[:, None].expand(-1, sizes.shape[1], -1)
-    output = scaled_dot_product_attention(
-        kernels.packed(query, key.shape[1]),
-        torch.cat([key, outside.keys.to(key.dtype)], 2),
-        torch.cat([value, outside.values.to(value.dtype)], 2),
-        attn_mask=torch.cat([read, sizes], 2)[:, :, None],
-        scale=scaling,
-    )
-    return output.reshape(len(query), query.shape[1], 1, -1)
 
 
 def focal_decode(

@@ -3,7 +3,8 @@
 Our own choice, not the paper's. A fixation of a few per cent cannot follow attention that is spread
 over the whole page, but such attention needs no detail: visual tokens with similar keys and values
 are replaced by their mean, weighted by their number. With all tokens in the fixation nothing is
-left to summarise, and attention is dense.
+left to summarise, and attention is dense. In a step the tokens of the fixation are taken out of
+their groups (:mod:`compress.kernels.summaries`).
 
 Shapes: ``keys`` and ``values`` are ``(batch, kv_heads, visual, dim)``, as in the cache.
 """
@@ -14,53 +15,7 @@ from typing import Self
 import torch
 from torch.nn.functional import one_hot
 
-from compress.methods.fastocr.fixation import Fixation
-
 ROUNDS = 5  # of Lloyd's algorithm; more change nothing that can be measured
-
-
-@dataclass(frozen=True)
-class Outside:
-    """Summaries of the visual tokens that are not in a fixation.
-
-    Parameters
-    ----------
-    keys, values : means, ``(batch, kv_heads, summaries, dim)`` in float32.
-    log_sizes : logarithm of how many tokens each stands for, ``(batch, kv_heads, summaries)``;
-        -inf for none.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    log_sizes: torch.Tensor
-
-    def read(self) -> torch.Tensor:
-        """How many summaries stand for tokens, over all sequences, in the fullest head."""
-        return self.log_sizes.isfinite().sum(2).amax(1).sum()
-
-    def joined(
-        self, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Attention to the summaries and to some rows, from attention to these rows alone.
-
-        With ``l = logaddexp(lse, logsumexp_s(scaling q.k_s + log n_s))`` over the summaries s of
-        n_s tokens it is ``exp(lse - l) output + sum_s exp(scaling q.k_s + log n_s - l) v_s``.
-
-        Parameters
-        ----------
-        query : ``(batch, heads, 1, dim)``; ``heads`` is a multiple of the summaries' heads.
-        output : attention to the rows, ``(batch, heads, 1, dim)``.
-        lse : logsumexp of their logits, ``(batch, heads)``.
-        scaling : of the dot products.
-        """
-        batch, kv_heads, summaries, _ = self.keys.shape
-        packed = query.reshape(batch, kv_heads, -1, query.shape[3]).float()
-        logits = packed @ self.keys.transpose(2, 3) * scaling + self.log_sizes[:, :, None]
-        whole = torch.logaddexp(lse, logits.logsumexp(3).view(lse.shape))[..., None, None]
-        weights = (logits.view(*lse.shape, 1, summaries) - whole).exp()
-        summed = weights.view(logits.shape) @ self.values
-        read = output.float() * (lse[..., None, None] - whole).exp()
-        return (read + summed.view(read.shape)).to(output.dtype)
 
 
 @dataclass(frozen=True)
@@ -96,27 +51,6 @@ class Periphery:
         share = one_hot(member, summaries).float() * valid[:, None, :, None]
         share = share.transpose(2, 3)
         return cls(member, share @ keys, share @ values, share.sum(3))
-
-    def outside(self, fixation: Fixation, keys: torch.Tensor, values: torch.Tensor) -> Outside:
-        """The summaries without the tokens of a fixation.
-
-        Parameters
-        ----------
-        fixation : which tokens to take out.
-        keys, values : of these tokens, ``(batch, kv_heads, kept, dim)``.
-        """
-        index = fixation.index[:, None].expand(-1, self.member.shape[1], -1)
-        groups = one_hot(self.member.gather(2, index), self.sizes.shape[2]).float()
-        if fixation.valid is not None:
-            groups = groups * fixation.valid[:, None, :, None]
-        share = groups.transpose(2, 3)
-        left = (self.sizes - share.sum(3)).round()  # whole numbers but for the sums' rounding
-        count = left.clamp(min=1)[..., None]
-        return Outside(
-            (self.keys - share @ keys.float()) / count,
-            (self.values - share @ values.float()) / count,
-            left.log(),
-        )
 
 
 def cluster(
