@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch.nn.functional import one_hot
 
 ROUNDS = 5  # of Lloyd's algorithm; more change nothing that can be measured
 
@@ -48,8 +47,7 @@ class Periphery:
         """
         keys, values = keys.float(), values.float()
         member = cluster(keys, values, valid, summaries)
-        share = one_hot(member, summaries).float() * valid[:, None, :, None]
-        share = share.transpose(2, 3)
+        share = _shares(member, summaries, valid[:, None, :, None])
         return cls(member, share @ keys, share @ values, share.sum(3))
 
 
@@ -85,10 +83,19 @@ def cluster(
     centres = torch.cat(chosen, 2)
     for _ in range(ROUNDS):
         member = torch.cdist(points, centres).argmin(-1)
-        share = (one_hot(member, groups).float() * real).transpose(2, 3)
+        share = _shares(member, groups, real)
         sizes = share.sum(3, keepdim=True)
         centres = torch.where(sizes > 0, share @ points / sizes.clamp(min=1), centres)
     return torch.cdist(points, centres).argmin(-1)
+
+
+def _shares(member: torch.Tensor, groups: int, real: torch.Tensor) -> torch.Tensor:
+    """1 where a token is in a group, ``(batch, kv_heads, groups, visual)``; 0 for padding.
+
+    torch's ``one_hot`` waits for the device to look whether there are more groups.
+    """
+    inside = member[..., None] == torch.arange(groups, device=member.device)
+    return (inside * real).transpose(2, 3).float()
 
 
 def _spread(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
