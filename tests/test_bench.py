@@ -11,7 +11,7 @@ from transformers.models.unlimited_ocr.modeling_unlimited_ocr import UnlimitedOc
 from typer.testing import CliRunner
 
 from compress.bench import kernels
-from compress.bench.rows import newest, parse_shapes
+from compress.bench.rows import newest, parse_shape
 from compress.bench.timing import CLOCKS, Bench, Ceilings, costliest
 from compress.cli import app
 from compress.common.cost import unet_cost
@@ -191,7 +191,7 @@ def test_a_warning_says_when_macs_fall_and_time_does_not():
 )
 def test_a_shape_that_is_none_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
-        parse_shapes([text], DecodeShape)
+        parse_shape(text, DecodeShape)
 
 
 def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):

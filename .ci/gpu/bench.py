@@ -103,7 +103,7 @@ def main():
     import torch
 
     from compress.bench.cells import describe
-    from compress.bench.rows import ceiling_rows, parse_shapes
+    from compress.bench.rows import ceiling_rows, parse_shape
     from compress.bench.timing import Bench, measure_ceilings
     from compress.eval.tables import append_row
     from compress.methods.gradflow import bench as gradflow
@@ -130,7 +130,7 @@ def main():
             file.write(f"{name}\t{text}\n")
         begin = time.time()
         try:
-            [shape] = parse_shapes([text], known[name].shape)
+            shape = parse_shape(text, known[name].shape)
             if shape.dtype not in dtypes:  # ceilings are of the dtypes that they were measured in
                 dtypes.append(shape.dtype)
                 ceilings = measure_ceilings(where, dtypes)

@@ -22,12 +22,8 @@ SEED = 0  # of weights, keys and pixels: random, as latency does not depend on t
 S = TypeVar("S")
 
 
-def parse_shapes(texts: Sequence[str], kind: type[S]) -> list[S]:
-    """Shapes from ``key=value,key=value`` each; what is left out has its default."""
-    return [_parsed(text, kind) for text in texts]
-
-
-def _parsed(text: str, kind: type[S]) -> S:
+def parse_shape(text: str, kind: type[S]) -> S:
+    """A shape from ``key=value,key=value``; what is left out has its default."""
     values: dict[str, str] = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))

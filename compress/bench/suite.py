@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.bench.rows import Row, ceiling_rows, parse_shapes
+from compress.bench.rows import Row, ceiling_rows, parse_shape
 from compress.bench.timing import Bench, measure_ceilings
 from compress.common.environment import choose_device
 from compress.common.files import write_json
@@ -77,7 +77,8 @@ def bench(
     if crossover is not None:
         check_new_file(crossover)
     where = Bench(choose_device(device), repeats, clock)
-    sizes = parse_shapes(shapes, benchmark.shape) or benchmark.default_shapes(where.device)
+    sizes = [parse_shape(text, benchmark.shape) for text in shapes]
+    sizes = sizes or list(benchmark.default_shapes(where.device))
     rows = read_rows(results) if results is not None else []
     if any("bench" not in row for row in rows):
         raise ValueError(

@@ -51,11 +51,6 @@ def save_runtime(
     base : where the model was loaded from; found by the model's own record when None.
     reference : store the name of ``base`` in place of a copy of its weights.
     overwrite : replace a checkpoint that is there.
-
-    Raises
-    ------
-    FileExistsError : when the folder holds something that is not to be replaced.
-    OSError : when the disk is full or the folder cannot be written.
     """
     content: dict[str, Any] = {
         "methods": [method.model_dump(mode="json") for method in methods],

@@ -45,11 +45,6 @@ def save_slim(
     source : the folder that all parts but the denoiser were read from; they are then copied byte by
         byte, and otherwise written as diffusers and transformers write them.
     overwrite : replace a checkpoint that is there.
-
-    Raises
-    ------
-    FileExistsError : when the folder holds something that is not to be replaced.
-    OSError : when the disk is full or the folder cannot be written.
     """
     free = isinstance(denoiser(pipeline)[1], FreeWidthUNet2DModel)
     kind = type(pipeline).__name__

@@ -161,12 +161,7 @@ class Journal:
 
 
 def _read(path: Path) -> Saved:
-    """Read one state.
-
-    Raises
-    ------
-    ValueError : naming the file, when it is damaged.
-    """
+    """Read one state."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])

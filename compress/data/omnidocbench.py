@@ -171,11 +171,6 @@ def write_omnidocbench(
     folder : new or empty, or with ``overwrite`` one that was written so.
     pages : at least one; the suffix of ``Page.image`` decides the format of the file.
     images : one per page, of the size that the page states.
-
-    Raises
-    ------
-    FileExistsError : when the folder holds something that is not to be replaced.
-    ValueError : for unequal numbers, or an image that has not the stated size.
     """
     if len(pages) != len(images) or not pages:
         raise ValueError(

@@ -101,10 +101,6 @@ def pages_of(
     name : of the file in the names of its pages.
     ranges : first and last number of the pages that are taken; to the end where the last is None.
     dpi : at which a PDF is rendered.
-
-    Raises
-    ------
-    ValueError : when a range goes beyond the file.
     """
     try:
         count = pdf_page_count(path) if is_pdf(path) else 1
@@ -143,12 +139,7 @@ def _ranges(numbers: str) -> list[tuple[int, int | None]]:
 
 
 def text_files(pages: Sequence[OcrPage]) -> dict[str, Path]:
-    """Where the text of each page goes below a folder, by its name: laid out as the files are.
-
-    Raises
-    ------
-    ValueError : when two pages would go to one file.
-    """
+    """Where the text of each page goes below a folder, by its name: laid out as the files are."""
     split = [re.fullmatch(r"(.*?)(?:, page ([0-9]+))?", page.name, re.DOTALL) for page in pages]
     files = [Path(os.path.abspath(match[1])) for match in split if match]
     common = os.path.commonpath([file.parent for file in files]) if files else ""

@@ -114,11 +114,6 @@ def check_image(image: Image.Image, name: str = "the image") -> None:
     ----------
     image : a Pillow image.
     name : how messages call it.
-
-    Raises
-    ------
-    TypeError : when it is no Pillow image.
-    ValueError : when it has no pixels, or more than :data:`MOST_PIXELS`.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(

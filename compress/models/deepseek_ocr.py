@@ -70,12 +70,7 @@ def save_deepseek_ocr(
 def load_deepseek_ocr(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[UnlimitedOcrForConditionalGeneration, DeepseekOcrProcessor]:
-    """Load a folder in the layout of `deepseek-ai/DeepSeek-OCR`; none of its code is run.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError : naming the damaged or missing file, or the missing tensor.
-    """
+    """Load a folder in the layout of `deepseek-ai/DeepSeek-OCR`; none of its code is run."""
     config_file = folder / "config.json"
     stored = stored_tensors(folder)
     with (

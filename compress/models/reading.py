@@ -130,13 +130,7 @@ def open_prompts(
 def page_prompts(
     model: Any, processor: Any, images: Sequence[Image.Image], prompt: str | None = None
 ) -> dict[str, Any]:
-    """Model inputs that ask for the texts of pages, on the model's device.
-
-    Raises
-    ------
-    TypeError, ValueError : for images that cannot be used, or that need more tokens than the model
-        knows positions.
-    """
+    """Model inputs that ask for the texts of pages, on the model's device."""
     family = adapter_for(model.config)
     text = family.read_prompt if prompt is None else prompt
     inputs = to_device(build_prompt(model, processor, images, [text] * len(images)), model.device)

@@ -18,12 +18,6 @@ def read_model(model_class: Any, folder: Path, dtype: torch.dtype, config: Any =
     folder : whose weights are compared with the configuration first.
     dtype : of the parameters.
     config : in place of the folder's own.
-
-    Raises
-    ------
-    FileNotFoundError : when ``config.json``, the weights or one of their files are missing.
-    ValueError : naming the damaged file, or a tensor that is missing or has another shape than the
-        configuration says.
     """
     check_weights(folder, model_class, config)
     arguments = {} if config is None else {"config": config}

@@ -207,13 +207,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Read a model's configuration; refuse what would load other weights or code, or never end.
-
-    Raises
-    ------
-    FileNotFoundError : when there is none.
-    ValueError : naming the file and the setting.
-    """
+    """Read a model's configuration; refuse what would load other weights or code, or never end."""
     if not path.is_file():
         raise FileNotFoundError(
             f"a model folder has a {path.name}; {path.parent} has none; name the folder that has it"

@@ -56,10 +56,6 @@ def read_documents(paths: Sequence[Path], names: Collection[str]) -> dict[Path, 
     """The texts of documents that have a place for each of these tables.
 
     A place is ``<!-- table:NAME -->`` to ``<!-- /table:NAME -->``.
-
-    Raises
-    ------
-    ValueError : for tables that have a place in none of the documents.
     """
     texts = {path: path.read_text(encoding="utf8") for path in paths}
     places = {place[2] for text in texts.values() for place in PLACE.finditer(text)}

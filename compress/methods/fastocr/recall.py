@@ -182,10 +182,6 @@ def summary(sums: Iterable[Sums], keep_visual: float, count: int, curve: int) ->
     sums : of :meth:`Recorder.sums`.
     keep_visual : as the recorders had it.
     count, curve : focal layers to choose, and how far the greedy order is followed.
-
-    Raises
-    ------
-    ValueError : when no sequence had two decode steps.
     """
     totals = [sum(parts) for parts in zip(*sums, strict=True)]
     if not totals or not totals[3]:

@@ -202,11 +202,6 @@ def plan(
     Returns
     -------
     The layout at uniform widths, and what chooses the inner widths if they are free.
-
-    Raises
-    ------
-    ValueError : for widths that cannot be had, or a budget that falls faster than ``max_move``
-        lets masks move.
     """
     layout = build_layout(unet, groups, choose_widths(unet, groups, method.keep_macs))
     steps = method.flow

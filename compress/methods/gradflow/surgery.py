@@ -89,10 +89,6 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     unet : holds the weights, under their dense names and shapes.
     layout : where each unit acts.
     mask : ``(units,)``, 0 or 1, which keeps the layout's number of units in every block.
-
-    Raises
-    ------
-    ValueError : when the mask is not binary or a block keeps another number of units.
     """
     check_mask(layout, mask)
     weights = cut(dict(unet.named_parameters()), layout, mask)

@@ -54,10 +54,6 @@ def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pru
     ------
     Event : "prepare" with the widths, when everything is checked and nothing is written; then one
         for each optimiser step.
-
-    Raises
-    ------
-    ValueError : for an unsupported model, unreachable ``keep_macs`` or impossible schedule.
     """
     check_trainable(job.pipeline)
     _, unet = denoiser(job.pipeline)

@@ -42,10 +42,6 @@ def transport_plan(
     Returns
     -------
     ``(..., kept, pruned)``, in the dtype of the scores; every column sums to at most 1.
-
-    Raises
-    ------
-    ValueError : when no token is kept or none is pruned.
     """
     if scores.ndim < 2 or 0 in scores.shape[-2:]:
         raise ValueError(
