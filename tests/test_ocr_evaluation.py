@@ -1,5 +1,6 @@
 """The OCR suite: pages in, predictions kept, scores out; and the command line around it."""
 
+import gc
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -88,6 +89,18 @@ def test_rendered_pages_come_in_the_fonts_of_training_and_in_the_unseen_one():
         wanted = page(0, index % 3, other if index >= 3 else PAGE, "test")
         assert found.text == wanted.text
         assert found.open().tobytes() == wanted.image.tobytes()
+
+
+def test_rendered_pages_are_drawn_when_they_are_opened():
+    def held():
+        gc.collect()
+        return sum(type(thing) is Image.Image for thing in gc.get_objects())
+
+    before = held()
+    pages = load_pages("builtin:pages", 2, False).pages
+    assert held() == before
+    assert pages[0].open() is not pages[0].open()
+    assert pages[0].open().tobytes() == pages[0].open().tobytes() != pages[1].open().tobytes()
 
 
 def test_a_folder_of_images_with_texts(lines):
