@@ -16,7 +16,7 @@ from compress.methods.base import Shown
 from compress.methods.fastocr.trace import trace
 from compress.methods.rtprune.figures import pruned_page
 from compress.methods.rtprune.pages import EncodedPage, PrunedPage, prune_pages
-from compress.methods.rtprune.transport import similarity, transport_plan
+from compress.methods.rtprune.transport import similarity, transport_plans
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor
 from compress.models.deepseek_ocr_views import MODES, Mode, page_views
 from compress.models.page_pictures import KEPT, MERGED, MOVE, tokens_on_page
@@ -145,7 +145,7 @@ def test_a_page_knows_where_its_tokens_went(transport):
     if transport == "nearest":
         assert targets.tolist() == [kept[i] for i in scores.argmax(0)] and set(mass.tolist()) == {1}
     else:
-        plan = transport_plan(scores)
+        [plan] = transport_plans([scores])
         assert targets.tolist() == [kept[i] for i in plan.argmax(0)]
         torch.testing.assert_close(mass, plan.amax(0))
 

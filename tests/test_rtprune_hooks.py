@@ -26,7 +26,7 @@ from compress.checkpoints.applied import Applied
 from compress.methods.rtprune import RTPrune
 from compress.methods.rtprune.encoder_attention import EncoderRecorder
 from compress.methods.rtprune.ratio import distinctness, keep_fraction, textual_density
-from compress.methods.rtprune.transport import merge, similarity, transport_plan
+from compress.methods.rtprune.transport import merge, similarity, transport_plans
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
 
@@ -99,7 +99,7 @@ def _shortened(model, inputs, keep_tokens, density):
             best = sorted(sorted(range(len(grid)), key=lambda i: (-norms[i], i))[:keep])
             rest = [i for i in range(len(grid)) if i not in best]
             if rest:
-                plan = transport_plan(similarity(x[best], x[rest]))
+                [plan] = transport_plans([similarity(x[best], x[rest])])
                 embeds[where[best]] = merge(x[best], x[rest], plan)
             gone |= {int(where[i]) for i in rest}
             after_newline = False

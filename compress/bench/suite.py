@@ -77,7 +77,7 @@ def bench(
     if crossover is not None:
         check_new_file(crossover)
     where = Bench(choose_device(device), repeats, clock)
-    sizes = [parse_shape(text, benchmark.shape) for text in shapes]
+    sizes: list[Any] = [parse_shape(text, benchmark.shape) for text in shapes]
     sizes = sizes or list(benchmark.default_shapes(where.device))
     rows = read_rows(results) if results is not None else []
     if any("bench" not in row for row in rows):

@@ -39,16 +39,16 @@ def kernels() -> None:
     import torch
 
     from compress.methods.fastocr.attention import focal_decode, sparse_decode
-    from compress.methods.rtprune.transport import transport_plan
+    from compress.methods.rtprune.transport import transport_plans
 
     query, cache = torch.ones(1, 4, 1, 8), torch.ones(1, 2, 5, 8)
     rows = torch.tensor([[0, 1]])
     print(sparse_decode(query, cache, cache, rows, None, (3, 5), None, 0.1).sum().item())
     print(focal_decode(query, cache, cache, None, 0.1)[1].sum().item())
-    transport_plan(torch.ones(2, 3))
+    transport_plans([torch.ones(2, 3)])
     os.environ["COMPRESS_KERNELS"] = "triton"
     try:
-        transport_plan(torch.ones(2, 3))
+        transport_plans([torch.ones(2, 3)])
     except ValueError as error:
         print(error)
 

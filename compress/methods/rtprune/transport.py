@@ -23,10 +23,10 @@ def similarity(kept: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     return left @ right.transpose(-1, -2)
 
 
-def transport_plan(
-    scores: torch.Tensor, dustbin: float = DUSTBIN, iterations: int = ITERATIONS
-) -> torch.Tensor:
-    """How much of each pruned token goes to each kept one.
+def transport_plans(
+    scores: Sequence[torch.Tensor], dustbin: float = DUSTBIN, iterations: int = ITERATIONS
+) -> list[torch.Tensor]:
+    """How much of each pruned token of a page goes to each kept one, for all pages at once.
 
     With M kept and P pruned tokens, a row and a column of score ``dustbin`` are added. The plan
     maximises ``<T, scores> + entropy(T)`` under the marginals 1/(M+P) for every token, P/(M+P) for
@@ -35,28 +35,15 @@ def transport_plan(
 
     Parameters
     ----------
-    scores : similarities, larger for more similar, ``(..., kept, pruned)``.
+    scores : similarities, larger for more similar, ``(kept, pruned)`` of each page, both positive.
     dustbin : score of not being moved; the larger, the less is moved.
     iterations : of Sinkhorn's algorithm, in the log domain, in float32.
 
     Returns
     -------
-    ``(..., kept, pruned)``, in the dtype of the scores; every column sums to at most 1.
+    ``(kept, pruned)`` each, in the dtype of the scores; every column sums to at most 1.
     """
-    if scores.ndim < 2 or 0 in scores.shape[-2:]:
-        raise ValueError(
-            "scores of at least one kept and one pruned token are expected, (..., kept, pruned); "
-            f"got shape {tuple(scores.shape)}; leave a page alone where there is nothing to move"
-        )
-    pages = scores.detach().reshape(-1, *scores.shape[-2:])
-    plans = transport_plans(list(pages), dustbin, iterations)
-    return torch.stack(plans).reshape(scores.shape)
-
-
-def transport_plans(
-    scores: Sequence[torch.Tensor], dustbin: float = DUSTBIN, iterations: int = ITERATIONS
-) -> list[torch.Tensor]:
-    """:func:`transport_plan` for pages of any sizes, ``(kept, pruned)`` each, all at once."""
+    scores = [page.detach() for page in scores]
     columns = max(page.shape[1] for page in scores)
     if use_triton("sinkhorn", scores[0].device, why_unsupported(columns)):
         return _padded(sinkhorn, scores, dustbin, iterations)
@@ -66,7 +53,7 @@ def transport_plans(
 
 
 def _plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
-    """:func:`transport_plan` of one page by POT, ``(kept, pruned)`` in float32."""
+    """:func:`transport_plans` of one page by POT, ``(kept, pruned)`` in float32."""
     from ot.bregman import sinkhorn_log  # takes long to import, and only CPUs need it
 
     rows, columns = scores.shape
