@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.common.settings import MOST_TOGETHER, Fraction, NonNegative, Seed, Tokens
+from compress.common.settings import MOST_TOGETHER, Fraction, NonNegative, Seed
 from compress.eval.metrics import Metric
 from compress.methods.base import Calibrated, Handle, RuntimeMethod, Section, Shown
 
@@ -75,7 +75,7 @@ class FastOCR(RuntimeMethod):
     """A sequence with fewer visual tokens attends to all of them, which costs less than choosing
     among so few. "auto" is what the benchmark measured on the device, 0 where it was not measured;
     0 never switches off. Our own choice."""
-    warmup: Tokens = Field(8, ge=2)
+    warmup: int = Field(8, ge=2, le=131_072)
     """Dense first steps where ``focal_layers`` is "auto"."""
     fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"
     """"dynamic" is the method. The others fix what a layer attends to for the whole answer, at the
