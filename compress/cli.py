@@ -71,12 +71,12 @@ class _Verbs(TyperGroup):
             _fail(error, FAILURE)
         except (MemoryError, RuntimeError) as error:  # torch has no class of its own on a CPU
             lines = (str(error) or "out of memory").splitlines()
-            told = [
+            reasons = [
                 line for line in lines if "out of memory" in line or "not enough memory" in line
             ]
-            if not told:
+            if not reasons:
                 raise
-            error.args = (f"{told[0]}; lower the batch, or what is read or drawn",)
+            error.args = (f"{reasons[0]}; lower the batch, or what is read or drawn",)
             _fail(error, FAILURE)
         except launch.Stopped as error:
             _say(f"error: {error}")
@@ -392,11 +392,11 @@ def read(
     from compress.data.page_files import find_pages
     from compress.runs.reading import read_files
 
-    found = find_pages(files, pages, dpi)
+    sources = find_pages(files, pages, dpi)
     rows = []
     readings = read_files(
         model,
-        found,
+        sources,
         settings,
         batch=batch,
         output=output,
@@ -414,17 +414,17 @@ def read(
                 _say(f"error: {reading.error}")
             elif not as_json and output is None:
                 name = f"== {one_line(page.name)}\n"
-                typer.echo(f"{name}{reading.text}\n" if len(found) > 1 else reading.text)
+                typer.echo(f"{name}{reading.text}\n" if len(sources) > 1 else reading.text)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     failed = sum(row["error"] is not None for row in rows)
     if output is not None:
         before = "" if rows else "already finished; "
-        _say(f"{before}{len(found) - failed} texts in {output}")
+        _say(f"{before}{len(sources) - failed} texts in {output}")
     if failed:
         if len(rows) > 1:
             _say(f"error: {failed} of {len(rows)} pages could not be read")
-        raise typer.Exit(FAILURE if failed < len(found) else USAGE)
+        raise typer.Exit(FAILURE if failed < len(sources) else USAGE)
 
 
 @app.command()

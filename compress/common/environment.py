@@ -19,14 +19,14 @@ def choose_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        wanted = torch.device(device)
-        if wanted.type != "cuda":
-            torch.zeros((), device=wanted).item()  # a device that torch knows may hold nothing
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            torch.zeros((), device=chosen).item()  # a device that torch knows may hold nothing
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"device must be such as cpu or cuda; got {device!r}; choose one that this machine has"
         ) from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {device} was asked for, but torch sees {torch.cuda.device_count() or 'no'} "
             "GPU; use cpu"
