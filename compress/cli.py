@@ -70,7 +70,8 @@ class _Verbs(TyperGroup):
         except OSError as error:
             _fail(error, FAILURE)
         except (MemoryError, RuntimeError) as error:  # torch has no class of its own on a CPU
-            lines = (str(error) or "out of memory").splitlines()
+            told = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
+            lines = told.splitlines()
             reasons = [
                 line for line in lines if "out of memory" in line or "not enough memory" in line
             ]
@@ -231,7 +232,7 @@ def _resume_hint(
         explain(f"error: {error}")
         raise typer.Exit(error.code) from None
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in FULL and not hasattr(error, "__notes__"):
             for note in way():
                 error.add_note(note)
         raise

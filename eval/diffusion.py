@@ -116,7 +116,7 @@ def load_samples(path: Path) -> torch.Tensor | None:
     """Read samples back; None where there are none or the file is damaged, so draw them again."""
     try:
         images = safetensors.torch.load(path.read_bytes())["images"]
-    except (FileNotFoundError, KeyError, safetensors.SafetensorError):
+    except (OSError, KeyError, safetensors.SafetensorError):
         return None
     return images if images.dtype == torch.uint8 and images.dim() == 5 else None
 

@@ -18,8 +18,6 @@ SHIPPED = [p for folder in ("compress", *MAPPED) for p in sorted((ROOT / folder)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # keyword arguments that are data of the caller's, not options that could be misspelt
 KEYWORDS = {
-    # to refuse them in words
-    ("compress/api.py", "apply"),
     ("compress/common/journal.py", "log"),
     # those of what is called
     ("compress/common/files.py", "image_png"),

@@ -100,10 +100,15 @@ def test_features_without_tokens_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "modes"), [((400, 256, 64, 256), ["Tiny", "Base"]), ((400, 196), [])]
+    ("sizes", "modes"),
+    [
+        (((400, 421), (256, 273), (64, 73), (256, 273)), ["Tiny", "Base"]),
+        (((400, 421), (196, 211)), []),
+        (((256, 257),), []),  # DeepSeek-OCR-2, without newlines
+    ],
 )
 def test_pages_of_a_mode_below_large_bring_the_published_figures(sizes, modes):
-    pages = [{"prunable": size} for size in sizes]
+    pages = [{"prunable": grid, "visual_tokens": tokens} for grid, tokens in sizes]
     facts = {"pages": pages, "total": {"visual_tokens": 100, "visual_kept": 80}}
     counts = RTPrune().count([facts])
 

@@ -126,7 +126,7 @@ stage rtprune 80 bash -c 'bench rtprune'
 stage gradflow 80 bash -c 'bench gradflow'
 stage bf16 120 bash -c 'compressed ddpm_gradflow_bf16 --set train.mixed_precision=bf16'
 stage fp32 120 bash -c 'compressed ddpm_gradflow_float32'
-stage reader 80 "$python" "$here/extra.py" reader
+stage reader 120 "$python" "$here/extra.py" reader
 stage more 300 bash -c 'bench more'
 if [ "$GPU_DEVICE" = cuda ]; then
     stage compiled 120 "$python" "$here/extra.py" compiled

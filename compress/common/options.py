@@ -134,5 +134,6 @@ def _plain(annotation: Any) -> Any:
 
 
 def _as_yaml(field: FieldInfo) -> bool:
-    """Whether an option is read as YAML: its field takes more than one type."""
-    return _plain(field.annotation) is None
+    """Whether an option is read as YAML: its field takes several types, or null for its default."""
+    nullable = types.NoneType in get_args(field.annotation) and field.default is not None
+    return nullable or _plain(field.annotation) is None

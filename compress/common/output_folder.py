@@ -224,12 +224,12 @@ def check_same_settings(
     before, now = (_without(settings, unused) for settings in (found, wanted))
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
-        what, way = "settings", "resume it with its own settings"
+        what, way = "other settings", "resume it with its own settings"
         if path.name == "recipe.yaml":
-            what = "recipe"
+            what = "another recipe"
             way = f"go on with: compress run {path} --output {path.parent} --resume"
         raise ValueError(
-            f"what was begun in {path.parent} has another {what}: {', '.join(changed)} changed; "
+            f"what was begun in {path.parent} has {what}: {', '.join(changed)} changed; "
             f"{way}, or start again with --overwrite"
         )
 

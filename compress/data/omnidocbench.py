@@ -42,6 +42,7 @@ _PATHS = {
 
 def _truncated(relations: Any) -> Any:
     """The pairs of those relations that join the parts of one paragraph."""
+    relations = relations or ()
     if not all(isinstance(relation, dict) for relation in relations):
         return relations
     ends = ("source_anno_id", "target_anno_id")
@@ -108,9 +109,11 @@ class Page:
     height: int
     blocks: tuple[Block, ...]
     truncated: Annotated[tuple[tuple[int, int], ...], BeforeValidator(_truncated)] = ()
-    page_no: int = 0
+    page_no: Annotated[int, BeforeValidator(lambda number: number or 0)] = 0
     attribute: Annotated[
-        dict[str, Any], Field(validation_alias=AliasPath("page_info", "page_attribute"))
+        dict[str, Any],
+        BeforeValidator(lambda known: {} if known is None else known),
+        Field(validation_alias=AliasPath("page_info", "page_attribute")),
     ] = field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -19,9 +19,10 @@ class Rows:
         anything else (another order of the sequences, a copy) is copied first. Where a gradient is
         required the two are concatenated, since autograd needs the tensors of earlier steps.
         """
-        if new.requires_grad and torch.is_grad_enabled():
-            return torch.cat([held, new], 2)
         before = held.shape[2] if held.numel() else 0
+        unlike = (held.dtype, held.shape[:2]) != (new.dtype, new.shape[:2])
+        if (before and unlike) or (new.requires_grad and torch.is_grad_enabled()):
+            return torch.cat([held, new], 2)
         rows = before + new.shape[2]
         room = self._room
         if room is None or rows > room.shape[2] or not _begins(room, held):

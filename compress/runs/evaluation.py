@@ -96,7 +96,7 @@ def evaluate_events(
         "model": at.name,
         "base_model": base_model(at),
         "data": source,
-        **settings.model_dump(),
+        **settings.model_dump(mode="json"),
         "model_hash": at.hash,
     }
     if resume:

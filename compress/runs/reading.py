@@ -91,12 +91,14 @@ def read_files(
     settings = settings or ReadSettings()
     where = choose_device(device)
     at = locate(model, "reader")
+    if output is not None:
+        check_apart(output, {"model": at.folder})
     if output is None:
         yield from _read(at, pages, settings, batch, where)
         return
     names = {name: path.as_posix() for name, path in text_files(pages).items()}
     files = {path: name for name, path in names.items()}
-    facts = {"model": at.name, "model_hash": at.hash, **settings.model_dump()}
+    facts = {"model": at.name, "model_hash": at.hash, **settings.model_dump(mode="json")}
     with listed_folder(output, TEXTS, files, facts, resume=resume, overwrite=overwrite) as done:
         left = [page for page in pages if names[page.name] not in done]
         for page, reading in _read(at, left, settings, batch, where) if left else ():

@@ -8,10 +8,10 @@ from compress.common.extras import extra
 
 
 def application(model: str, device: str | None = None) -> Any:
-    """The ASGI application of ``transformers serve``, which knows one model: this one.
+    """The ASGI application of ``transformers serve`` for one model; it refuses to load another.
 
     It speaks OpenAI's protocol, and reads one page at a time: a model with run-time methods has no
-    continuous batching.
+    continuous batching. The routes that load and unload models are not there.
 
     Parameters
     ----------
@@ -42,6 +42,7 @@ def application(model: str, device: str | None = None) -> Any:
             "family, or read folders of pages with compress read"
         )
     manager, state = ModelManager(), GenerationState()
+    manager.force_model = model
     manager.loaded_models[manager.process_model_name(model)] = TimedModel(
         reader.model, timeout_seconds=-1, processor=reader.processor
     )
@@ -50,4 +51,9 @@ def application(model: str, device: str | None = None) -> Any:
         for handler in (ChatCompletionHandler, CompletionHandler, ResponseHandler, SystemOneHandler)
     )
     others = completion, response, TranscriptionHandler(manager, state), systemone
-    return build_server(manager, chat, *others, generation_state=state)
+    served = build_server(manager, chat, *others, generation_state=state)
+    loading = ("/load_model", "/reset")
+    served.router.routes[:] = [
+        route for route in served.router.routes if getattr(route, "path", None) not in loading
+    ]
+    return served

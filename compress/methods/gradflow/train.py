@@ -352,8 +352,7 @@ class PruningRun:
             pin_memory=self.device.type == "cuda",
         )
         try:
-            for examples in loader:
-                yield examples._replace(images=examples.images.to(self.device))
+            yield from loader
         except Exception as error:
             if not workers:
                 raise

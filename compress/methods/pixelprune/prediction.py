@@ -62,7 +62,7 @@ def kept_units(
     kept = _kept(units, sizes, threshold, distance, forced)
     counts = [rows * columns for rows, columns in sizes]
     for stay, image in zip(forced.split(counts), kept.split(counts), strict=True):
-        missing = math.ceil(min_keep * len(image)) - int(image.sum())
+        missing = math.ceil(min_keep * len(image) - 1e-9) - int(image.sum())
         if missing > 0:
             gone = (~image).nonzero()[:, 0]
             # multiples of the golden ratio: evenly spread, without a period that columns could have

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
 
 
-# OmniDocBench overall of DeepSeek-OCR, dense and pruned by the dynamic ratio, by prunable tokens of
-# a page in the modes below Large; as transcribed from version 2 of the paper
+# OmniDocBench overall of DeepSeek-OCR, dense and pruned by the dynamic ratio, by the sides of the
+# grids of its modes below Large; as transcribed from version 2 of the paper
 BELOW_LARGE = {
-    64: ("Tiny", 68.59, 52.09),
-    100: ("Small", 79.61, 64.91),
-    256: ("Base", 84.83, 81.48),
+    8: ("Tiny", 68.59, 52.09),
+    10: ("Small", 79.61, 64.91),
+    16: ("Base", 84.83, 81.48),
 }
 
 
@@ -84,12 +84,15 @@ class RTPrune(RuntimeMethod):
     def count(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """``tokens_kept``: the share of the visual tokens, newlines included, that were kept.
 
-        ``below_large``: the sizes of DeepSeek-OCR's modes below Large that pages were read in.
+        ``below_large``: the sides of the grids of DeepSeek-OCR's modes below Large that pages were
+        read in. The other families have no newlines.
         """
         totals = [batch["total"] for batch in facts]
         before, after = (sum(t[key] for t in totals) for key in ("visual_tokens", "visual_kept"))
-        sizes = {page["prunable"] for batch in facts for page in batch["pages"]}
-        small = sorted(sizes & BELOW_LARGE.keys())
+        pages = [page for batch in facts for page in batch["pages"]]
+        sizes = {(page["prunable"], page["visual_tokens"]) for page in pages}
+        # a row ends in a newline, the page in a separator
+        small = [side for side in BELOW_LARGE if (side**2, side**2 + side + 1) in sizes]
         return {
             **({"tokens_kept": after / before} if before else {}),
             **({"below_large": small} if small else {}),
@@ -97,12 +100,12 @@ class RTPrune(RuntimeMethod):
 
     def warnings(self, counts: Mapping[str, Any]) -> list[str]:
         """What the paper lost in the modes below Large, if pages were read in one."""
-        if not (sizes := counts.get("below_large")):
+        if not (sides := counts.get("below_large")):
             return []
         lost = [
-            f"{dense} to {pruned} in {mode} ({size} tokens)"
-            for size in sizes
-            for mode, dense, pruned in [BELOW_LARGE[size]]
+            f"{dense} to {pruned} in {mode} ({side**2} tokens)"
+            for side in sides
+            for mode, dense, pruned in [BELOW_LARGE[side]]
         ]
         return [
             "below the mode Large rtprune costs DeepSeek-OCR more: published OmniDocBench overall "
