@@ -214,6 +214,13 @@ def test_what_does_not_print_is_escaped_on_stderr(invoke, library, capsys):
     assert capsys.readouterr().err == r"no\n\x1b]0;page\x07.png" + "\n"
 
 
+def test_null_takes_the_place_of_a_default(invoke, library):
+    result = invoke("read", "nowhere.png", "--loop-tokens", "null")
+    assert result.exit_code == 2 and "nowhere.png" in result.stderr, result.stderr
+    result = invoke("read", "nowhere.png", "--loop-tokens", "many")
+    assert result.exit_code == 2 and "--loop-tokens: " in result.stderr
+
+
 def test_options_that_are_no_yaml_are_one_line(invoke, library):
     result = invoke("eval", "m", "--metrics", "[")
     assert result.exit_code == 2 and "--metrics should hold a value as in a recipe" in result.stderr

@@ -497,6 +497,8 @@ def test_an_evaluation_resumes_only_with_its_own_settings(reader, lines, tmp_pat
         evaluate(reader, lines, output, prompt="Read.", resume=True)
     chosen = evaluate(reader, lines, output, resume=True, metrics=("cer", "loop_rate"))
     assert {*chosen["metrics"]} == {"cer", "loop_rate"}
+    again = evaluate(reader, lines, output, resume=True, metrics=("cer", "loop_rate"))
+    assert again == json.loads(json.dumps(chosen))
     assert (output / "predictions.jsonl").read_text() == kept
     with pytest.raises(ValueError, match="metrics changed"):
         evaluate(reader, lines, output, resume=True)

@@ -363,6 +363,16 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+def test_what_is_null_is_not_known(folder):
+    path = folder / "OmniDocBench.json"
+    [page] = json.loads(path.read_text())
+    page["page_info"].update(page_no=None, page_attribute=None)
+    page["extra"]["relation"] = None
+    path.write_text(json.dumps([page]))
+    [found] = read_omnidocbench(folder)
+    assert (found.page_no, found.attribute, found.truncated) == (0, {}, ())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -18,9 +18,11 @@ def test_a_served_page_is_read_as_in_python(tmp_path):
     model, processor, _ = load_reader("builtin:reader-qwen")
     page, text = load_pages("builtin:pages", 1, unseen_font=False).pages[0].open(), "Read it."
     checkpoint = str(tmp_path / "checkpoint")
-    with apply(model, FastOCR(keep_visual=0.2, min_visual=0), processor=processor) as applied:
+    with apply(model, FastOCR(keep_visual=0.02, min_visual=0), processor=processor) as applied:
         applied.save(checkpoint)
-        [expected] = read_pages(model, processor, [page], text, max_new_tokens=8)
+        [expected] = read_pages(model, processor, [page], text, max_new_tokens=40)
+    [dense] = read_pages(model, processor, [page], text, max_new_tokens=40)
+    assert dense.text != expected.text
 
     file = io.BytesIO()
     page.save(file, "PNG")
@@ -31,12 +33,17 @@ def test_a_served_page_is_read_as_in_python(tmp_path):
     ]
     asked = {
         "model": checkpoint,
-        "max_tokens": 8,
+        "max_tokens": 40,
         "temperature": 0,
         "messages": [{"role": "user", "content": content}],
     }
     with TestClient(application(checkpoint, device="cpu")) as client:
         answer = client.post("/v1/chat/completions", json=asked)
+        for other in (f"{checkpoint}/", "builtin:reader-qwen"):
+            refused = client.post("/v1/chat/completions", json=asked | {"model": other})
+            assert refused.status_code == 400 and "pinned" in refused.text
+        for route in ("/load_model", "/reset"):
+            assert client.post(route, json={"model": checkpoint}).status_code == 404
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"] == expected.text
     assert answer.json()["usage"]["completion_tokens"] == expected.new_tokens

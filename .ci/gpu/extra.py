@@ -567,13 +567,14 @@ def reader():
                     readings = dense.read(images, max_new_tokens=20 if TINY else None)
                     seconds = time.perf_counter() - begin
                 texts[key] = [reading.text for reading in readings]
+                references = [page.text or "" for page in pages[: len(images)]]
                 base = texts[f"{variant.split()[0]} cpu float32"]
                 record = {
                     "run": f"{name} {key}",
                     "seconds": round(seconds, 2),
                     "pages_per_second": round(len(images) / seconds, 2),
                     "tokens": sum(reading.new_tokens for reading in readings),
-                    "cer": round(cer([page.text or "" for page in pages[: len(images)]], texts[key]), 4),
+                    "cer": round(cer(references, texts[key]), 4),
                     "same_as_cpu_float32": sum(map(str.__eq__, base, texts[key])),
                     "pages": len(images),
                 }

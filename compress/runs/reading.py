@@ -91,8 +91,6 @@ def read_files(
     settings = settings or ReadSettings()
     where = choose_device(device)
     at = locate(model, "reader")
-    if output is not None:
-        check_apart(output, {"model": at.folder})
     if output is None:
         yield from _read(at, pages, settings, batch, where)
         return
