@@ -611,7 +611,8 @@ def touch():
     import torch
 
     from compress.kernels.sinkhorn import sinkhorn
-    from compress.kernels.sparse_decode import focal_decode, sparse_decode_lse
+    from compress.kernels.sparse_decode import focal_decode, sparse_decode
+    from compress.kernels.summaries import summaries
 
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
@@ -626,7 +627,13 @@ def touch():
             rows = torch.rand(batch, length - 40, device=DEVICE).topk(picked, dim=1).indices
             mask = torch.rand(batch, picked, device=DEVICE) > 0.2
             ranged = torch.rand(batch, 40, device=DEVICE) > 0.2
-            sparse_decode_lse(query, key, value, rows, mask, (length - 40, length), ranged, 0.1)
+            groups, dense = 7, (length - 40, length)
+            member = torch.randint(groups, (batch, kv, length - 40), device=DEVICE)
+            sums = torch.rand(batch, kv, groups, dim, device=DEVICE)
+            filled = torch.full((batch, kv, groups), 1.0 * length, device=DEVICE)
+            beside = summaries(key, value, rows, rows, mask, member, (sums, sums, filled))
+            for extra in (None, beside):
+                sparse_decode(query, key, value, rows, mask, dense, ranged, 0.1, extra)
             focal_decode(query, key, value, None, 0.1)
     scores = torch.rand(3, 67, 31, device=DEVICE)
     sizes = torch.tensor([67, 5, 40], device=DEVICE), torch.tensor([31, 31, 7], device=DEVICE)
