@@ -131,12 +131,12 @@ def _refuse_unknown(method: Any, unknown: Mapping[str, Any]) -> None:
     known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
     kind = named(method) if isinstance(method, str) else type(method)
     settings = [*kind.model_fields] if issubclass(kind, Method) else []
-    told = f"compress.apply takes {', '.join(known)}"
+    message = f"compress.apply takes {', '.join(known)}"
     if settings:
-        told += f", and {kind.__name__} is made with {', '.join(settings)}"
+        message += f", and {kind.__name__} is made with {', '.join(settings)}"
     got = "; ".join(f"{name}{did_you_mean(name, [*known, *settings])}" for name in unknown)
     example = kind.__name__ if settings else "METHOD"
-    raise ValueError(f"{told}; got {got}; give settings as in apply(model, {example}(...))")
+    raise ValueError(f"{message}; got {got}; give settings as in apply(model, {example}(...))")
 
 
 def _kind(value: Any) -> str:

@@ -70,8 +70,8 @@ class _Verbs(TyperGroup):
         except OSError as error:
             _fail(error, FAILURE)
         except (MemoryError, RuntimeError) as error:  # torch has no class of its own on a CPU
-            told = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
-            lines = told.splitlines()
+            text = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
+            lines = text.splitlines()
             reasons = [
                 line for line in lines if "out of memory" in line or "not enough memory" in line
             ]

@@ -33,8 +33,8 @@ def unfinished(name: str) -> str | None:
     >>> unfinished(".report.html.a1b2c3d4.compress-tmp"), unfinished(".report.html.swp")
     ('report.html', None)
     """
-    found = _UNFINISHED.fullmatch(name)
-    return found and found[1]
+    match = _UNFINISHED.fullmatch(name)
+    return match and match[1]
 
 
 def remove(path: Path) -> None:
@@ -73,10 +73,10 @@ def writing(target: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:  # how safetensors says that a disk is full
-        found = re.search(r"os error (\d+)", str(error))
-        if not found:
+        match = re.search(r"os error (\d+)", str(error))
+        if not match:
             raise OSError(f"{target} cannot be written: {error}") from error
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(target)) from error
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError):
             raise
@@ -215,7 +215,7 @@ def walk(folder: Path) -> list[Path]:
     Hidden entries and what systems leave behind are passed over. Links to folders are followed;
     a folder that is reached twice counts once, where it really is if that is below ``folder``.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     seen: set[Path] = set()
     left, linked = [folder] if folder.is_dir() else [], list[Path]()
     while left or linked:
@@ -230,8 +230,8 @@ def walk(folder: Path) -> list[Path]:
             if entry.is_dir():
                 (linked if entry.is_symlink() else left).append(entry)
             elif entry.is_file():
-                found.append(entry)
-    return sorted(found, key=lambda path: natural(path.relative_to(folder).as_posix()))
+                paths.append(entry)
+    return sorted(paths, key=lambda path: natural(path.relative_to(folder).as_posix()))
 
 
 def is_litter(name: str) -> bool:

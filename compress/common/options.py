@@ -98,8 +98,8 @@ def validated(kind: type[S], options: Mapping[str, Any], subject: str = "") -> S
             if problem["type"] == "extra_forbidden":
                 problems.append(f"{option} is not for {subject or kind.__name__}; leave it out")
             else:
-                told = problem["msg"].removeprefix("Value error, ")
-                problems.append(f"{option}: {told}; got {problem['input']!r}")
+                message = problem["msg"].removeprefix("Value error, ")
+                problems.append(f"{option}: {message}; got {problem['input']!r}")
         raise ValueError("; ".join(problems)) from error
 
 

@@ -100,8 +100,8 @@ def check_apart(folder: Path, inputs: Mapping[str, str | Path]) -> None:
     ValueError : naming both, wherever links lead.
     """
     target = Path(os.path.realpath(folder))
-    for name, given in inputs.items():
-        path = os.path.expanduser(str(given).removeprefix("folder:"))
+    for name, source in inputs.items():
+        path = os.path.expanduser(str(source).removeprefix("folder:"))
         for real in _read_with(Path(path)):
             if target == real or target in real.parents or real in target.parents:
                 what = (
@@ -141,18 +141,22 @@ def not_ours(folder: Path) -> list[str]:
 
 
 def _not_ours(folder: Path, patterns: Sequence[str], below: str = "") -> list[str]:
-    found = []
+    unknown = []
     for path in sorted((folder / below).iterdir()):
         name = path.relative_to(folder).as_posix()
         inside = any(p.startswith(f"{name}/") or fnmatchcase(f"{name}/", p) for p in patterns)
         if _is_folder(path):
             if inside:
-                found += _not_ours(folder, patterns, name)
+                unknown += _not_ours(folder, patterns, name)
             elif not _is_leftover(folder, path, patterns):
-                found.append(name)
-        elif not (path.is_symlink() and inside) and not _is_leftover(folder, path, patterns):
-            found += [] if any(fnmatchcase(name, pattern) for pattern in patterns) else [name]
-    return found
+                unknown.append(name)
+        elif not (
+            (path.is_symlink() and inside)
+            or _is_leftover(folder, path, patterns)
+            or any(fnmatchcase(name, pattern) for pattern in patterns)
+        ):
+            unknown.append(name)
+    return unknown
 
 
 def _is_folder(path: Path) -> bool:
@@ -188,10 +192,10 @@ def _is_leftover(folder: Path, entry: Path, patterns: Sequence[str] = ()) -> boo
     """
     if entry == folder / LOCK:
         return entry.is_file() and entry.stat().st_size == 0
-    wanted = unfinished(entry.name)
-    if wanted is None:
+    target = unfinished(entry.name)
+    if target is None:
         return False
-    name = entry.with_name(wanted).relative_to(folder).as_posix()
+    name = entry.with_name(target).relative_to(folder).as_posix()
     return any(fnmatchcase(name, pattern) for pattern in (*NAMES, CHECKPOINT, *patterns))
 
 
@@ -201,14 +205,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def check_same_settings(
-    path: Path, wanted: Mapping[str, Any], unused: Collection[str] = ("output",)
+    path: Path, current: Mapping[str, Any], unused: Collection[str] = ("output",)
 ) -> None:
     """Half a run with each of two settings is a run with neither: refuse to resume other ones.
 
     Parameters
     ----------
     path : YAML file of the settings that the folder was begun with; nothing is checked without it.
-    wanted : those of now.
+    current : those of now.
     unused : dotted keys that may differ, since what is there does not depend on them.
 
     Raises
@@ -218,10 +222,10 @@ def check_same_settings(
     if not path.is_file():
         return
     with foreign(path, "the settings of a run", "restore it, or start again with --overwrite"):
-        found = yaml.safe_load(path.read_text(encoding="utf8"))
-    if not isinstance(found, dict):
+        stored = yaml.safe_load(path.read_text(encoding="utf8"))
+    if not isinstance(stored, dict):
         return
-    before, now = (_without(settings, unused) for settings in (found, wanted))
+    before, now = (_without(settings, unused) for settings in (stored, current))
     changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if changed:
         what, way = "other settings", "resume it with its own settings"

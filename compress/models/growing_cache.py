@@ -49,10 +49,10 @@ def growing_caches(model: Any) -> Iterator[None]:
     """
 
     def prepare(original: Any, config: Any, model_kwargs: dict[str, Any], *others: Any) -> None:
-        given = cache_in(model_kwargs)
+        passed = cache_in(model_kwargs)
         original(config, model_kwargs, *others)
         made = cache_in(model_kwargs)
-        if made is not given and type(made) is DynamicCache and not made.offloading:
+        if made is not passed and type(made) is DynamicCache and not made.offloading:
             made.layers = [_growing(layer) for layer in made.layers]
 
     with replaced_method(model, "_prepare_cache_for_generation", prepare):

@@ -63,6 +63,6 @@ class LoopStopper(StoppingCriteria):
         new = input_ids[:, self.prompt :]
         self.stopped = self.stopped.to(new.device)
         if new.shape[1] >= self.least and new.shape[1] % EVERY == 0:
-            found = ends_in_loop(new, self.least) & (self.stopped < 0)
-            self.stopped = self.stopped.masked_fill(found, new.shape[1])
+            looping = ends_in_loop(new, self.least) & (self.stopped < 0)
+            self.stopped = self.stopped.masked_fill(looping, new.shape[1])
         return self.stopped >= 0

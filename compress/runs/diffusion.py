@@ -200,8 +200,8 @@ class DiffusionRun:
             )
         models = {name: denoiser(pipeline)[1] for name, pipeline in pipelines.items()}
         if settings.wants(*SPEED):
-            for name, found in _speed(models, settings, self.device).items():
-                values[name] |= found
+            for name, speed in _speed(models, settings, self.device).items():
+                values[name] |= speed
         table = diffusion.side_by_side(values["dense"], values["compressed"])
         table = {name: entry for name, entry in table.items() if settings.wants(name)}
         if self.lacking:
@@ -357,8 +357,8 @@ def _with_distances(
         | {"better": DIFFUSION[name].better, "unit": DIFFUSION[name].unit, "how": NO_WEIGHTS}
         for name in fidelity.metric_names(fidelity.INCEPTION)
     }
-    found = {**table, **rows}
-    return {name: found[name] for name in DIFFUSION if name in found}
+    measured = {**table, **rows}
+    return {name: measured[name] for name in DIFFUSION if name in measured}
 
 
 def _extractor(data: str) -> str:
@@ -406,8 +406,8 @@ def floor(data: str, samples: int) -> dict[str, float]:
     if data != BUILTIN_DATA:
         return {}
     halves = [diffusion.reference_images(digits(half)[0]) for half in ("a", "b")]
-    found = fidelity.floor(*halves, count=samples)
-    return {name: found[name] for name in ("fid_digits", "kid_digits")}
+    distances = fidelity.floor(*halves, count=samples)
+    return {name: distances[name] for name in ("fid_digits", "kid_digits")}
 
 
 @distributed.explained()

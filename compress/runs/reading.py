@@ -42,12 +42,12 @@ def as_known(at: ModelFolder, pages: Sequence[OcrPage]) -> list[OcrPage]:
     base = base_model(at)
     if not base.startswith("builtin:"):
         return list(pages)
-    said: list[str] = []
+    warned: list[str] = []
 
     def opened(page: OcrPage) -> Image.Image:
         image = page.open()
-        if image.size not in RENDERED_SIZES and not said:
-            said.append(page.name)
+        if image.size not in RENDERED_SIZES and not warned:
+            warned.append(page.name)
             logger.warning(
                 "%s was trained on small rendered pages alone; %s has %dx%d pixels, and what it "
                 "reads there means nothing; name another model for pages of your own",

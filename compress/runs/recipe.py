@@ -345,8 +345,8 @@ def _known_paths(
         if name not in ("method", "compare"):
             yield from (f"{name}.{key}" for key in _fields(field.annotation))
             continue
-        given = data.get(name)
-        for place, method in enumerate(given if isinstance(given, list) else [given]):
+        value = data.get(name)
+        for place, method in enumerate(value if isinstance(value, list) else [value]):
             keys = _fields(METHODS.get(_name(method))) or ("name",)
             yield from (f"{name}.{key}" for key in keys)
             yield from (f"{name}[{place}].{key}" for key in keys)
@@ -416,8 +416,8 @@ def _place(path: Path_, lines: Lines) -> str:
 
 def _line_number(problem: str) -> float:
     """Sort key: the order of the file, then the command line."""
-    found = re.match(r"line (\d+),", problem)
-    return int(found[1]) if found else float("inf")
+    place = re.match(r"line (\d+),", problem)
+    return int(place[1]) if place else float("inf")
 
 
 def _dotted(path: Path_) -> str:

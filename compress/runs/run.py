@@ -177,8 +177,8 @@ def _next_step(error: Exception, recipe: Recipe | ReaderRecipe, folder: Path) ->
             f"of {changes}, or measure it by itself with: compress eval "
             f"{shlex.quote(str(checkpoint))} --data {shlex.quote(recipe.data)}"
         )
-    told = "--resume" in str(error) or "--overwrite" in str(error)
-    if told or not any((folder / name).exists() for name in PROGRESS):
+    explained = "--resume" in str(error) or "--overwrite" in str(error)
+    if explained or not any((folder / name).exists() for name in PROGRESS):
         return ""
     return f"what was done is kept in {folder}; once the cause is removed, go on with --resume"
 

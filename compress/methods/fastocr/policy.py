@@ -141,15 +141,15 @@ class FocalPolicy:
         """Choose the fixation of the layers below; see `AttentionPolicy`."""
         if self.recorder is not None:
             return self.recorder.observe(layer, scores)
-        before, found = self.chosen, self._choose(scores)
+        before, fixation = self.chosen, self._choose(scores)
         if before is None:
-            self.current = self.chosen = found
+            self.current = self.chosen = fixation
             return 0
         self.current = before
         is_focal = self.is_focal[layer]
         if self.min_mass and self.step:
             mass = kept_mass(shares(scores), before)
-        index = found.index
+        index = fixation.index
         if not all(is_focal):
             index = torch.where(self._rows(is_focal)[:, None], index, before.index)
         before.index.copy_(index)
