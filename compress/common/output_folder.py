@@ -123,10 +123,22 @@ def _read_with(path: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield real
-        for folder, folders, files in os.walk(real):
-            left += [p for p in (Path(folder, n) for n in (*folders, *files)) if p.is_symlink()]
+        left += _links_below(real)
         with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
             left.append(expand(read_json(real / CHECKPOINT_FACTS)["weights"]["model"]))
+
+
+def _links_below(folder: str | Path) -> Iterator[Path]:
+    """The links in a folder and those below it; data may be millions of files, so none is opened.
+
+    What cannot be listed is left out, as is a file in place of a folder.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry)
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _links_below(entry.path)
 
 
 def is_finished(folder: Path) -> bool:
