@@ -232,7 +232,7 @@ def _resume_hint(
         explain(f"error: {error}")
         raise typer.Exit(error.code) from None
     except OSError as error:
-        if error.errno in FULL and not hasattr(error, "__notes__"):
+        if error.errno in FULL:
             for note in way():
                 error.add_note(note)
         raise
