@@ -52,8 +52,13 @@ def test_ranges_that_are_none(folder, numbers):
 def test_pages_that_a_file_does_not_have(folder):
     with pytest.raises(ValueError, match="doc.pdf has 5 pages, and page 7 is asked for"):
         find_pages([folder / "doc.pdf"], "1-3,7")
-    with pytest.raises(ValueError, match="page9.png has 1 page, and page 2"):
+    with pytest.raises(ValueError, match="are chosen .2.; got none"):
         find_pages([folder / "page9.png"], "2")
+
+
+def test_numbers_of_pages_are_of_files_that_may_have_several(folder):
+    found = find_pages([folder / "page9.png", folder / "doc.pdf"], "2")
+    assert names(found, folder) == ["page9.png", "doc.pdf, page 2"]
 
 
 def test_a_pdf_is_rendered_at_a_resolution_and_no_larger_than_images_may_be(folder):

@@ -45,7 +45,8 @@ def find_pages(
     Parameters
     ----------
     paths : images, PDFs, and folders of both, nested as they like.
-    numbers : of the pages that are taken of each file, such as "1-3,7" or "5-"; all when None.
+    numbers : of the pages that are taken of each PDF, TIFF and GIF, such as "1-3,7" or "5-"; all
+        when None. Of the other images there is one page, which is taken.
     dpi : at which a PDF is rendered.
 
     Raises
@@ -73,8 +74,18 @@ def find_pages(
                 f"an image, a PDF or a folder of them is expected at {path}; there is no such "
                 "file; check the path"
             )
-    ranges = _ranges(numbers) if numbers is not None else [(1, None)]
-    return [page for file in files for page in pages_of(file, str(file), ranges, dpi)]
+    every: list[tuple[int, int | None]] = [(1, None)]
+    ranges = every if numbers is None else _ranges(numbers)
+    if numbers is not None and not any(map(_may_have_pages, files)):
+        raise ValueError(
+            f"PDFs, TIFFs or GIFs are expected where pages are chosen ({numbers}); got none; leave "
+            "the numbers out"
+        )
+    return [
+        page
+        for file in files
+        for page in pages_of(file, str(file), ranges if _may_have_pages(file) else every, dpi)
+    ]
 
 
 def is_page_file(path: Path) -> bool:
@@ -85,6 +96,10 @@ def is_page_file(path: Path) -> bool:
 def is_pdf(path: Path) -> bool:
     """Whether a file is a PDF, by its suffix."""
     return path.suffix.lower() == ".pdf"
+
+
+def _may_have_pages(path: Path) -> bool:
+    return is_pdf(path) or path.suffix.lower() in FRAMED
 
 
 def pages_of(
