@@ -174,6 +174,15 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Name what does not fit its tag; PyYAML lets what it meets there pass."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, IndexError, KeyError, ValueError) as error:
+            kind, value = node.tag.rpartition(":")[2], f"{node.value!r:.60}"
+            problem = f"{value} does not fit its tag !!{kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever YAML 1.1 or `_Loader` would not read back as text."""
