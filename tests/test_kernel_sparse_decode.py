@@ -224,13 +224,18 @@ def test_a_decode_step_does_not_wait_for_the_gpu(capture):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
+            with pytest.raises(RuntimeError, match="synchronizing"):  # so a wait would show
+                query.sum().item()
             if capture:
-                with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                    step()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    outputs = step()
+                graph.replay()
             else:
-                step()
+                outputs = step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert len(outputs) == layers and all(part.isfinite().all() for part in outputs)
 
 
 # ---- the rest ------------------------------------------------------------------------------------

@@ -553,6 +553,7 @@ def reader():
                 {"dense compiled": []} if place != "cpu" else {}
             )
             images = every[:16] if place == "cpu" else every  # the CPU is the reference alone
+            references = [page.text or "" for page in pages[: len(images)]]
             for variant, methods in (variants | compiled).items():
                 static = "static" if variant in compiled else None
                 dense.model.generation_config.cache_implementation = static
@@ -567,7 +568,6 @@ def reader():
                     readings = dense.read(images, max_new_tokens=20 if TINY else None)
                     seconds = time.perf_counter() - begin
                 texts[key] = [reading.text for reading in readings]
-                references = [page.text or "" for page in pages[: len(images)]]
                 base = texts[f"{variant.split()[0]} cpu float32"]
                 record = {
                     "run": f"{name} {key}",
