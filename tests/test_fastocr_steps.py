@@ -8,10 +8,12 @@ from builders import fastocr
 from builders.counting import Counted, Tape
 from builders.fastocr import PAGES, TEXTS, write
 from compress.methods.fastocr import FastOCR
+from compress.methods.fastocr.policy import make_policy
+from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import cache_argument
 from compress.models.generation import replaced_method
 from compress.models.growing_cache import growing_caches
-from compress.models.visual import build_prompt, text_model
+from compress.models.visual import build_prompt, text_model, visual_layouts
 
 STEPS = 9
 
@@ -146,6 +148,26 @@ def test_a_sparse_layer_is_given_no_mask_where_nothing_is_hidden(intern, monkeyp
     with FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
         write(model, inputs, 3)
     assert given == [(torch.int32, None, None)] * len(given) and given
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_a_prompt_adds_few_operators_to_a_dense_one(intern, pages):
+    """What is known of its pages is computed on the host, and goes to the device by one copy."""
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:pages], TEXTS[:pages])
+    method = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0)
+    with growing_caches(model):
+        dense, *_ = _steps(model, inputs)
+    with method.attach(model):
+        ours, *_ = _steps(model, inputs)
+    # the ids of images, the tiles of each page, the guard's flags
+    assert ours.total - dense.total <= 2 + pages and ours.waits == dense.waits
+    layouts, meta = visual_layouts(model, inputs), torch.device("meta")
+    with Counted() as counted:
+        tokens = VisualTokens.of(layouts, inputs["input_ids"].shape[1], meta)
+        make_policy(method, tokens, 4)
+    padded = 0 if pages == 1 else 1  # which places of the fixations are padding
+    assert counted.operators == {"_to_copy": 1 + padded, "zeros": 1}
 
 
 def test_a_step_adds_few_operators_to_a_dense_one(intern):

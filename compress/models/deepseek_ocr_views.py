@@ -124,13 +124,13 @@ def view_tokens(view: int, rows: int, columns: int, newline: bool) -> torch.Tens
     With ``newline``, every row ends in a token of column -1.
     """
     width = columns + newline
-    tokens = torch.empty(rows, width, 3, dtype=torch.long)
+    tokens = np.empty((rows, width, 3), np.int64)
     tokens[..., 0] = view
-    tokens[..., 1] = torch.arange(rows)[:, None]
-    tokens[..., 2] = torch.arange(width)
+    tokens[..., 1] = np.arange(rows)[:, None]
+    tokens[..., 2] = np.arange(width)
     if newline:
         tokens[:, -1, 2] = NEWLINE
-    return tokens.flatten(0, 1)
+    return torch.from_numpy(tokens.reshape(-1, 3))
 
 
 def page_tokens(side: int, crop: int, grid: tuple[int, int]) -> torch.Tensor:

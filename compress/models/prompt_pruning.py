@@ -21,7 +21,7 @@ from compress.common.stages import stage
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.generation import checked_generation, replaced_method
 from compress.models.shortened_prompt import ShortenedPrompt, attended_tokens, pages_in, shortened
-from compress.models.visual import VISUAL_LAYOUTS, VisualLayout, layouts_of, text_model
+from compress.models.visual import VISUAL_LAYOUTS, layouts_of, text_model
 
 
 class Page(Protocol):
@@ -228,12 +228,7 @@ class PromptPruning(Generic[P]):
             "position_ids": ids.gather(-1, source.expand(*ids.shape[:-2], -1, -1)),
             **_deepstack(kwargs, stays, source, mask),
             cache_argument(text_model(self.model)): self._cache(prompt, kwargs),
-            VISUAL_LAYOUTS: [
-                VisualLayout(
-                    *(part.to(ids.device) for part in (at.positions, at.grid, at.image_of))
-                )
-                for at in layouts
-            ],
+            VISUAL_LAYOUTS: layouts,
         }
 
     def _cache(self, prompt: ShortenedPrompt, kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -27,7 +28,7 @@ VISUAL_LAYOUTS = "visual_layouts"
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """The visual tokens of one sequence of a batch, in their order.
+    """The visual tokens of one sequence of a batch, in their order; all of it on the CPU.
 
     Parameters
     ----------
@@ -55,7 +56,12 @@ class VisualLayout:
         kept : position in this sequence of each one in the new sequence, -1 for new padding,
             ``(length,)``.
         """
-        positions, tokens = (kept[:, None] == self.positions).nonzero().unbind(1)
+        # one place more, which is nobody's: index -1, of new padding, is that one
+        token_at = torch.full((int(torch.cat([kept, self.positions]).max()) + 2,), -1)
+        token_at[self.positions] = torch.arange(len(self.positions))
+        tokens = token_at[kept]
+        positions = (tokens >= 0).nonzero()[:, 0]
+        tokens = tokens[positions]
         return VisualLayout(positions, self.grid[tokens], self.image_of[tokens])
 
     def followed_by(self, later: "VisualLayout", length: int) -> "VisualLayout":
@@ -125,7 +131,8 @@ class Adapter:
             images are. Without the latter (of images that are encoded already) no token has a
             place.
         """
-        is_visual = inputs["input_ids"] == config.image_token_id
+        # the only thing to wait for a device for
+        is_visual = (inputs["input_ids"] == config.image_token_id).cpu()
         runs = _runs(is_visual)
         grids = self.cells(config, inputs, runs) if runs else None
         return unplaced(is_visual) if grids is None else layouts_of(is_visual, grids)
@@ -134,8 +141,7 @@ class Adapter:
 def unplaced(is_visual: torch.Tensor) -> list[VisualLayout]:
     """The layout of each sequence of ``(batch, length)`` bool, where no token has a place."""
     layouts = []
-    for row in is_visual:
-        positions = row.nonzero()[:, 0]
+    for positions in _positions(is_visual):
         nowhere = positions.new_tensor([0, SEPARATOR, SEPARATOR]).expand(len(positions), -1)
         layouts.append(VisualLayout(positions, nowhere, torch.zeros_like(positions)))
     return layouts
@@ -152,16 +158,15 @@ def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[V
     """
     layouts = []
     left = list(grids)
-    for row in is_visual:
-        positions = row.nonzero()[:, 0]
-        images = [torch.empty(0, 3, dtype=torch.long)]
+    for positions in _positions(is_visual):
+        images = [np.empty((0, 3), np.int64)]
         while left and sum(map(len, images)) < len(positions):
-            images.append(left.pop(0))
-        grid = torch.cat(images).to(positions.device)
+            images.append(left.pop(0).numpy())
+        grid = torch.from_numpy(np.concatenate(images))
         if len(grid) != len(positions):
             break
-        image_of = [torch.full((len(image),), number) for number, image in enumerate(images, -1)]
-        layouts.append(VisualLayout(positions, grid, torch.cat(image_of).to(positions.device)))
+        image_of = np.repeat(np.arange(-1, len(images) - 1), [len(image) for image in images])
+        layouts.append(VisualLayout(positions, grid, torch.from_numpy(image_of)))
     if left or len(layouts) != len(is_visual):
         raise ValueError(
             f"the sequences have places for {is_visual.sum(1).tolist()} visual tokens; got images "
@@ -171,13 +176,16 @@ def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[V
     return layouts
 
 
+def _positions(is_visual: torch.Tensor) -> list[torch.Tensor]:
+    """Where each row of ``(batch, length)`` bool is True, on the CPU."""
+    return [torch.from_numpy(np.flatnonzero(row)) for row in is_visual.cpu().numpy()]
+
+
 def _runs(is_visual: torch.Tensor) -> list[int]:
     """Lengths of the runs of True in each row of ``(batch, length)``, through the batch."""
-    lengths = []
-    for row in is_visual:
-        edges = torch.nn.functional.pad(row.int(), (1, 1)).diff().nonzero()[:, 0]
-        lengths += (edges[1::2] - edges[::2]).tolist()
-    return lengths
+    padded = np.pad(is_visual.numpy(), ((0, 0), (1, 1))).astype(np.int8)
+    edges = np.flatnonzero(np.diff(padded))
+    return (edges[1::2] - edges[::2]).tolist()  # type: ignore[no-any-return]
 
 
 # ---- layouts ---------------------------------------------------------------------------------

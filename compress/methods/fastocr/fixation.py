@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -86,8 +87,8 @@ def filled(budgets: Sequence[int], device: torch.device) -> torch.Tensor | None:
     """Which places of a fixation are not padding, ``(batch, largest)``; None where none is."""
     if len(set(budgets)) == 1:
         return None
-    places = torch.arange(max(budgets, default=0))
-    return (places < torch.tensor(budgets)[:, None]).to(device)
+    places = np.arange(max(budgets, default=0)) < np.array(budgets)[:, None]
+    return torch.from_numpy(places).to(device, non_blocking=True)
 
 
 def top_k(

@@ -191,11 +191,11 @@ class FocalPolicy:
 def _padded_neighbours(tokens: VisualTokens, radius: int) -> torch.Tensor:
     """:func:`neighbours` of every sequence, ``(batch, visual, around)``; padding's are itself."""
     near = [neighbours(layout.grid, layout.image_of, radius) for layout in tokens.layouts]
-    alone = torch.arange(tokens.rows.shape[1], device=tokens.rows.device)[:, None]
+    alone = torch.arange(tokens.rows.shape[1])[:, None]
     padded = alone.expand(len(near), -1, (2 * radius + 1) ** 2).clone()
     for row, own in zip(padded, near, strict=True):
-        row[: len(own)] = own.to(row.device)
-    return padded
+        row[: len(own)] = own
+    return padded.to(tokens.rows.device, non_blocking=True)
 
 
 class FixedPolicy:

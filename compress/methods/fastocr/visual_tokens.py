@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 
 from compress.models.visual import VisualLayout
@@ -64,15 +65,28 @@ class VisualTokens:
     ) -> Self:
         """Those of a prompt with these layouts and this length; see the class."""
         counts = [len(layout.positions) for layout in layouts]
-        rows = torch.nn.utils.rnn.pad_sequence(
-            [layout.positions.to(device) for layout in layouts], batch_first=True
-        )
-        size = torch.tensor(counts, device=device)[:, None]
-        valid = torch.arange(max(counts), device=device) < size
-        visual = torch.zeros(len(counts), length, dtype=torch.bool, device=device)
-        for row, layout in zip(visual, layouts, strict=True):
-            row[layout.positions.to(device)] = True
-        # False sorts first, and the sort is stable: the others in their order
-        text = visual.int().argsort(dim=1, stable=True)[:, : length - min(counts)].int()
-        text_valid = torch.arange(text.shape[1], device=device) < length - size
-        return cls(layouts, length, counts, rows, valid, rows.int(), text, text_valid, min_visual)
+        rows = np.zeros((len(counts), max(counts)), np.int64)
+        text = np.zeros((len(counts), length - min(counts)), np.int32)
+        for row, layout in enumerate(layouts):
+            positions = layout.positions.numpy()
+            rows[row, : len(positions)] = positions
+            text[row, : length - len(positions)] = np.delete(np.arange(length), positions)
+        size = np.array(counts)[:, None]
+        valid = np.arange(rows.shape[1]) < size
+        text_valid = np.arange(text.shape[1]) < length - size
+        moved = _moved([rows, valid, rows.astype(np.int32), text, text_valid], device)
+        return cls(layouts, length, counts, *moved, min_visual)
+
+
+def _moved(parts: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Arrays as tensors on a device, by one copy, which is not waited for."""
+    order = sorted(range(len(parts)), key=lambda n: -parts[n].itemsize)  # so that each is aligned
+    packed = np.concatenate([parts[n].reshape(-1).view(np.uint8) for n in order])
+    memory = torch.from_numpy(packed).to(device, non_blocking=True)
+    moved, begin = {}, 0
+    for n in order:
+        part = parts[n]
+        dtype = torch.from_numpy(part).dtype
+        moved[n] = memory[begin : begin + part.nbytes].view(dtype).view(part.shape)
+        begin += part.nbytes
+    return [moved[n] for n in range(len(parts))]
