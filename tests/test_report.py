@@ -64,6 +64,7 @@ def make_run(folder: Path, *, seed: int = 0, shift: float = 1.0, oneshot: bool =
         "criterion_seconds": 0.0 if oneshot else 21.3,
         "criterion_share": None if oneshot else 0.092,
         "returned_channels": 0 if oneshot else masks[-1]["returned"],
+        "surgery": {"binarise_jump": 0.0123},
     }
     widths = [
         {"level": f"block_out_channels[{i}]", "dense": dense, "compressed": slim}
@@ -224,6 +225,7 @@ def test_page_lets_a_signature_break_between_its_parts(tmp_path):
 
 def test_page_tells_the_flow_and_the_surgery(page):
     assert "14 times a channel came back" in page.text
+    assert "changed the validation loss by +1.2%, within the aim of at most 5%" in page.text
     assert "9.2% of the training time, within the aim" in page.text
     assert "masked network 0.0761, slim network 0.0763" in page.text
     assert "3.1e-06" in page.text
@@ -283,6 +285,7 @@ def test_report_of_a_oneshot_run_leaves_the_flow_out(tmp_path):
         "samples_compressed",
     }
     assert "What was removed" in page.text and "came back" not in page.text
+    assert "changed the validation loss" not in page.text
     assert "criterion took" not in page.text and "masked network" not in page.text
 
 

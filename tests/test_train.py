@@ -150,6 +150,31 @@ def test_report_facts(finished, name):
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize("name", ["soft", "hard", "one-shot magnitude"])
+def test_the_validation_loss_is_logged_through_the_run(finished, name):
+    run, _, pruned, unet, _ = finished(name)
+    flow = 0 if name.startswith("one-shot") else STEPS
+    dense, *logged = rows(run, "validation")
+    assert (dense["net"], dense["step"]) == ("dense", 0)
+    nets = ["masked"] * flow + ["averaged"] * (STEPS + RECOVER - flow)
+    assert [(row["step"], row["net"]) for row in logged] == list(enumerate(nets, start=1))
+    images = run.data.held_out
+    for row, model in ((dense, unet.eval()), (logged[-1], pruned.model)):
+        loss = validation_loss(lambda x, t, m=model: m(x, t).sample, images, run.scheduler, draws=1)
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_validation_losses_are_20_at_most_and_cost_little():
+    long = start(gradflow(steps=40, max_move=0.5), training(steps=61))
+    assert long.validate_every == 6  # 101 steps
+
+
+def test_the_jump_at_binarisation_is_its_share_of_the_loss(finished):
+    facts = finished("soft")[2].report["surgery"]
+    before, after = facts["loss_before_binarise"], facts["loss_after_binarise"]
+    assert facts["binarise_jump"] == pytest.approx((after - before) / before)
+
+
 # ---- the mask ------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from compress.eval.metrics import number_text
 from compress.methods.base import Figure, RunRecord, Section
 
 CRITERION_SHARE_AIM = 0.15
+JUMP_AIM = 0.05
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -66,6 +67,13 @@ def _flow_notes(run: RunRecord) -> list[str]:
     if ranks:
         notes.append(
             f"Median rank correlation of successive criterion estimates: {np.median(ranks):.2f}."
+        )
+    jump = facts.get("surgery", {}).get("binarise_jump")
+    if jump is not None and updates:
+        verdict = "within" if jump <= JUMP_AIM else "above"
+        notes.append(
+            f"Making the masks binary changed the validation loss by {jump:+.1%}, {verdict} the "
+            f"aim of at most {JUMP_AIM:.0%}."
         )
     share = facts.get("criterion_share")
     if share is not None:

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 WARM_UP = 20
 COMPARED = 64
+# validation losses that are logged over a run, each on COMPARED images: a few per cent of its time
+VALIDATIONS = 20
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -136,6 +138,7 @@ class PruningRun:
         )
         self.flow_steps = method.flow.steps if method.flow else 0
         self.total_steps = method.steps + training.steps
+        self.validate_every = math.ceil(self.total_steps / VALIDATIONS)
         self.teacher = Teacher(self.dense, training.distill, training.distill_features, layout)
         self.train_seconds = 0.0
         self.surgery_facts: dict[str, Any] = {}
@@ -167,6 +170,8 @@ class PruningRun:
         if self.training.trackers:
             self.accelerator.init_trackers("compress")
         if self.stage == "flow":
+            if self.step == 0:
+                self._log_validation("dense", self.dense)
             if self.flow_steps:
                 yield from self._steps("flow", self.flow_steps)
             else:
@@ -201,6 +206,8 @@ class PruningRun:
                 stage=stage, step=self.step, **values, seconds=round(self.train_seconds, 3)
             )
             self.accelerator.log(values, step=self.step)
+            if self.step % self.validate_every == 0 or self.step == self.total_steps:
+                self._validate()
             if self.step % self.training.save_every == 0 or self.step == self.total_steps:
                 self._save()
             yield Event(stage, self.step - first, stop - first, values)
@@ -242,9 +249,11 @@ class PruningRun:
         with sharding.whole(soft):
             before = self._held_out_loss(soft)
             switched = self.mask_scheduler.binarise(soft, self.step)
+            after = self._held_out_loss(soft)
             self.surgery_facts = {
                 "loss_before_binarise": before,
-                "loss_after_binarise": self._held_out_loss(soft),
+                "loss_after_binarise": after,
+                "binarise_jump": after / before - 1,
                 "switched_norms": switched,
             }
 
@@ -382,11 +391,23 @@ class PruningRun:
         examples = stacked(pairs[i] for i in range(min(count, len(pairs))))
         return examples._replace(images=examples.images.to(self.device))
 
-    def _held_out_loss(self, model: nn.Module) -> float:
-        """Validation loss on at most 256 held-out images with one noise draw: cheap."""
+    def _validate(self) -> None:
+        """Log the validation loss of what trains: the masked network, then the average."""
+        if self.stage == "flow":
+            with sharding.whole(self._plain()):
+                self._log_validation("masked", self._plain())
+        else:
+            self._log_validation("averaged", self._averaged().to(self.device))
+
+    def _log_validation(self, net: str, model: nn.Module) -> None:
+        loss = self._held_out_loss(model, COMPARED)
+        self.journal.log(stage="validation", step=self.step, net=net, loss=loss)
+
+    def _held_out_loss(self, model: nn.Module, count: int = VALIDATED_AT_ONCE) -> float:
+        """Validation loss on the first held-out images with one noise draw: cheap."""
         training = model.training
         model.eval()
-        held_out = self._held_out(VALIDATED_AT_ONCE)
+        held_out = self._held_out(count)
         # called on the class: accelerate's own forward enters autocast
         call = partial(type(model).forward, model)
         loss = validation_loss(
