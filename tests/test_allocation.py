@@ -227,11 +227,13 @@ def test_masked_equals_slim(name, widths, granularity):
     layout = allocator.layout(scores(uniform))
     soft = SoftUNet(unet, uniform).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     assert isinstance(slim, FreeWidthUNet2DModel)
     assert dict(slim.config.inner_widths) == layout.inner
+    # a class of its own has the dense sinusoid, whatever its first level
+    assert slim.time_proj.num_channels == unet.config.block_out_channels[0] > layout.widths[0]
+    assert slim.config.freq_shift == unet.config.freq_shift
     with torch.no_grad():
         sample, timestep = models.inputs(unet)
         masked, cut = soft(sample, timestep), slim(sample, timestep).sample

@@ -70,14 +70,14 @@ def masked_output(soft: SoftUNet, inputs: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_is_dense_at_ones_and_slim_when_binary(name, tmp_path):
-    unet, groups, layout = prepared(name)
+    original, groups, layout = prepared(name)
+    unet = models.narrowed(original, layout)
     soft = SoftUNet(unet, layout).eval()
     inputs = random_inputs(unet)
     with torch.no_grad():
         dense = unet(**inputs).sample
     assert (masked_output(soft, inputs) - dense).abs().max() <= TOLERANCE
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     slim = surgery.perform(unet, layout, soft.mask).eval()
     with torch.no_grad():
@@ -92,10 +92,10 @@ def test_masked_is_dense_at_ones_and_slim_when_binary(name, tmp_path):
         assert torch.equal(loaded(**inputs).sample, expected)
     # what a dry run predicts from the config alone
     with torch.device("meta"):
-        predicted = UNet2DConditionModel.from_config(surgery.slim_config(unet, layout))
+        predicted = UNet2DConditionModel.from_config(surgery.slim_config(original, layout))
     cost = unet_cost(slim)
     assert unet_cost(predicted) == cost
-    assert MacModel(unet, groups)(np.array([layout.widths]))[0] == cost.macs
+    assert MacModel(original, groups)(np.array([layout.widths]))[0] == cost.macs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +135,7 @@ def test_cost_agrees_with_torchs_flop_counter(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_slim_config_is_plain_and_keeps_the_text_side(name):
     unet, _, layout = prepared(name)
-    config = surgery.slim_config(unet, layout)
+    config = surgery.slim_config(models.narrowed(unet, layout), layout)
     assert set(config) <= set(inspect.signature(UNet2DConditionModel.__init__).parameters)
     changed = {key for key, value in config.items() if unet.config[key] != value}
     allowed = {"block_out_channels", "time_embedding_dim", "freq_shift", "attention_head_dim"}
@@ -146,7 +146,7 @@ def test_slim_config_is_plain_and_keeps_the_text_side(name):
 def test_an_int_keeps_the_heads_and_a_list_keeps_the_head_size():
     for name, heads, sizes in (("sd1", [4, 4, 4], [2, 6, 6]), ("sd2", [1, 3, 3], [8, 8, 8])):
         unet, _, layout = prepared(name)
-        slim = surgery.perform(unet, layout, models.binary_mask(layout))
+        slim = surgery.perform(models.narrowed(unet, layout), layout, models.binary_mask(layout))
         for i, block in enumerate(slim.down_blocks[:2]):
             attention = block.attentions[0].transformer_blocks[0].attn2
             assert attention.heads == heads[i]
@@ -158,7 +158,7 @@ def test_the_halves_of_geglu_and_every_feed_forward_follow_the_level():
     unet, groups, layout = prepared("sd1")
     hidden = [group for group in groups if group.expansion == 4]
     assert len(hidden) == sum(name.endswith("ff.net.2") for name, _ in unet.named_modules())
-    slim = surgery.perform(unet, layout, models.binary_mask(layout))
+    slim = surgery.perform(models.narrowed(unet, layout), layout, models.binary_mask(layout))
     for name, module in slim.named_modules():
         if name.endswith("ff.net.2"):
             assert module.in_features == 4 * module.out_features
@@ -166,11 +166,11 @@ def test_the_halves_of_geglu_and_every_feed_forward_follow_the_level():
 
 def test_sdxls_first_level_takes_only_widths_that_keep_the_frequency_shift():
     unet = models.build_condition("sdxl")
-    assert legal_widths(unet)[0] == [8, 16]  # every second frequency
+    assert legal_widths(unet)[0] == [4, 8, 16]  # every fourth frequency, every other one
     assert legal_widths(models.build_condition("sd2"))[0] == [8, 16]  # heads of 8
     assert legal_widths(models.build_condition("sd1"))[0] == [4, 8, 12, 16]  # 4 heads, any size
     unet, _, layout = prepared("sdxl")
-    assert surgery.slim_config(unet, layout)["freq_shift"] == unet.config.freq_shift
+    assert models.narrowed(unet, layout).config.freq_shift == unet.config.freq_shift
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def expected_loss(unet, student, kept, weights, sample, timestep):
 def test_a_slim_students_features_are_compared_with_the_kept_channels():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     mask, weights = models.binary_mask(layout), (0.3, 0.7)
-    slim = surgery.perform(unet, layout, mask).eval()
+    slim = surgery.perform(models.narrowed(unet, layout), layout, mask).eval()
     teacher = Teacher(unet, *weights, layout)
     sample, timestep = models.inputs(unet)
     predicted, features = watched(teacher, slim, slim, sample, timestep)
@@ -109,9 +109,9 @@ def test_a_slim_students_features_are_compared_with_the_kept_channels():
 
 def test_a_masked_student_is_worth_what_its_slim_self_is():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
-    teacher, soft = Teacher(unet, 0.3, 0.7, layout), SoftUNet(unet, layout)
+    teacher = Teacher(unet, 0.3, 0.7, layout)
+    soft = SoftUNet(models.narrowed(unet, layout), layout)
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
     sample, timestep = models.inputs(unet)
     losses = [
@@ -137,7 +137,7 @@ def test_a_change_in_a_removed_channel_does_not_count():
 def test_hooks_are_removed_and_gradients_reach_the_student_only():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     teacher, mask = Teacher(unet, 1.0, 1.0, layout), models.binary_mask(layout)
-    slim = surgery.perform(unet, layout, mask)
+    slim = surgery.perform(models.narrowed(unet, layout), layout, mask)
     sample, timestep = models.inputs(unet)
     predicted, features = watched(teacher, slim, slim, sample, timestep)
     teacher.loss(sample, timestep, predicted, features, mask).backward()

@@ -92,9 +92,9 @@ def write_source(name, folder):
 
 def slim_unet(unet, groups, method):
     layout, _ = plan(unet, groups, method)
+    unet = models.narrowed(unet, layout)
     soft = SoftUNet(unet, layout).eval()
     soft.mask.copy_(models.binary_mask(layout))
-    soft.sinusoid_scale.zero_()
     soft.adopt_slim_membership()
     return soft, surgery.perform(unet, layout, soft.mask).eval()
 

@@ -5,13 +5,12 @@ import itertools
 
 import pytest
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from torch.nn import functional as F
 
 from builders import models
 from compress.common.cost import unet_cost
 from compress.methods.gradflow import surgery
-from compress.methods.gradflow.layout import build_layout, kept_frequencies
+from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet, masked_group_norm
 from compress.methods.gradflow.unets import find_groups
 from compress.methods.gradflow.widths import choose_widths
@@ -42,9 +41,8 @@ UNALIGNED = [
 
 def compared(unet, layout, *, switch: bool = True, seed: int = 0) -> tuple[float, float]:
     """Largest difference of masked and slim, and the slim output's mean size."""
-    soft = SoftUNet(unet, layout).eval()
+    soft = SoftUNet(models.narrowed(unet, layout), layout).eval()
     soft.mask.copy_(models.binary_mask(layout, seed))
-    soft.sinusoid_scale.zero_()
     if switch:
         soft.adopt_slim_membership()
     slim = surgery.perform(soft.unet, layout, soft.mask).eval()
@@ -56,7 +54,6 @@ def compared(unet, layout, *, switch: bool = True, seed: int = 0) -> tuple[float
 
 @pytest.mark.parametrize(("name", "widths"), [*ALIGNED, *UNALIGNED])
 def test_masked_with_ones_is_dense(name, widths):
-    # whatever the slim widths are: nothing goes before the mask moves, no sinusoid value either
     unet, layout = models.build(name), models.layout(name, widths)
     sample, timestep = models.inputs(unet)
     with torch.no_grad():
@@ -95,7 +92,7 @@ def test_masked_equals_slim_for_every_sinusoid(flip, freq_shift):
     changes = {"flip_sin_to_cos": flip, "freq_shift": freq_shift, "block_out_channels": (24, 16)}
     unet = models.build("no_attention", **changes)
     groups = find_groups(unet)
-    for first in (20, 16, 12):  # neighbouring frequencies, neighbouring, every other one
+    for first in (20, 16, 12):  # every frequency, every one, every one or every other one
         layout = build_layout(unet, groups, (first, 8))
         assert compared(unet, layout)[0] <= TOLERANCE
 
@@ -139,7 +136,7 @@ def test_a_removed_channel_cannot_come_back_through_its_producer():
     assert torch.allclose(before, after, atol=TOLERANCE)
 
 
-def reference_forward(unet, layout, mask, sinusoid_scale, sample, timestep):
+def reference_forward(unet, layout, mask, sample, timestep):
     """The masked net by hooks on activations: no weight is touched, no layout table is read."""
     unet = copy.deepcopy(unet)
     modules = dict(unet.named_modules())
@@ -172,12 +169,6 @@ def reference_forward(unet, layout, mask, sinusoid_scale, sample, timestep):
             )
         elif name.endswith("to_q") and unet.config.attention_head_dim is None:
             module.register_forward_hook(lambda module, _, output, factor=factor: output * factor)
-    kept = torch.full((unet.config.block_out_channels[0] // 2,), sinusoid_scale)
-    count = layout.widths[0] // 2
-    kept[kept_frequencies(len(kept), count, unet.config.freq_shift)[0]] = 1
-    modules["time_embedding.linear_1"].register_forward_pre_hook(
-        lambda _, args: args[0] * kept.repeat(2).to(args[0])
-    )
     return unet(sample, timestep).sample
 
 
@@ -206,9 +197,8 @@ def test_fractional_masks_act_once_at_every_consumers_input(name, widths):
     sample, timestep = models.inputs(unet)
     with torch.no_grad():
         soft = SoftUNet(unet, layout).double()
-        soft.sinusoid_scale.fill_(0.375)
         actual = soft(sample.double(), timestep, mask)
-        expected = reference_forward(unet, layout, mask, 0.375, sample.double(), timestep)
+        expected = reference_forward(unet, layout, mask, sample.double(), timestep)
     assert (actual - expected).abs().max() < 1e-10
 
 
@@ -260,29 +250,6 @@ def test_statistics_are_float32_under_autocast(dtype):
         assert torch.allclose(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_kept_frequencies_are_columns_of_the_dense_sinusoid():
-    timesteps = torch.arange(0, 1000, 37)
-    for half, shift, flip in itertools.product((4, 12, 16, 64), (0, 1), (False, True)):
-        dense = get_timestep_embedding(timesteps, 2 * half, flip, shift)
-        for count in range(1, half + 1):
-            kept, slim_shift = kept_frequencies(half, count, shift)
-            assert len(kept) == count and kept == sorted(set(kept)) and kept[-1] < half
-            slim = get_timestep_embedding(timesteps, 2 * count, flip, slim_shift)
-            expected = dense[:, kept + [half + k for k in kept]]
-            stride = kept[1] - kept[0] if count > 1 else 1
-            if stride & (stride - 1) == 0:
-                assert torch.equal(slim, expected)  # division by a power of two is exact
-            else:
-                # one rounding of an exponent of up to ln(10000), times up to 1000 timesteps
-                assert (slim - expected).abs().max() < 1e-4
-
-
-def test_kept_frequencies_span_the_range():
-    assert kept_frequencies(12, 12, 1) == (list(range(12)), 1.0)
-    assert kept_frequencies(16, 8, 0)[0] == list(range(0, 16, 2))
-    assert kept_frequencies(16, 12, 0) == (list(range(12)), -4.0)
-
-
 def test_the_given_unet_is_never_changed():
     unet, layout = models.build("plain"), models.layout("plain", (4, 8))
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
@@ -293,6 +260,8 @@ def test_the_given_unet_is_never_changed():
     optimizer = torch.optim.SGD(soft.parameters(), lr=0.1)
     soft(*models.inputs(unet)).square().mean().backward()
     optimizer.step()
+    soft = SoftUNet(models.narrowed(unet, layout), layout)
+    soft.mask.copy_(models.binary_mask(layout))
     surgery.perform(soft.unet, layout, soft.mask)
     assert [(name, type(module)) for name, module in unet.named_modules()] == names
     assert not unet.training

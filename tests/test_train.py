@@ -207,31 +207,6 @@ def test_the_mask_keeps_to_its_budget_in_every_block(finished, name):
         assert rows(run, "mask")[k]["budget"] == pytest.approx(float(mask.mean()), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["soft", "soft cubic", "hard"])
-def test_sinusoid_values_fade_as_the_budget_falls(finished, name):
-    run = finished(name)[0]
-    cubic = name == "soft cubic"
-    updates = run.mask_scheduler.binarised_at
-    shares = [(k + 1) / updates for k in range(updates)]
-    removed = [1 - (1 - p) ** 3 if cubic else 3 * p**2 - 2 * p**3 for p in shares]
-    faded = [row["sinusoid_scale"] for row in rows(run, "mask")]
-    assert faded == pytest.approx([1 - share for share in removed], abs=1e-6)
-
-
-def test_the_soft_stage_begins_at_the_dense_model_and_ends_without_faded_values():
-    dense = tiny_unet().eval()
-    images, times = torch.randn(3, 1, 8, 8), torch.tensor([0, 20, 49])
-    run = start(gradflow(), unet=dense)
-    soft = run.model.eval()
-    with torch.no_grad():
-        assert torch.allclose(soft(images, times), dense(images, times).sample, atol=1e-5)
-    soft.train()
-    events = run.events()
-    for _ in range(STEPS):
-        next(events)
-    assert run.mask_scheduler.state.binary and soft.sinusoid_scale == 0
-
-
 def count_returns(masks: torch.Tensor) -> int:
     low, found = torch.zeros(masks.shape[1], dtype=torch.bool), 0
     for mask in masks:

@@ -1,7 +1,8 @@
 """A UNet2DModel whose inner widths differ from layer to layer.
 
 diffusers' own class has one width per level. Here each resnet's hidden width (between its two
-convolutions) and each attention's inner width (its heads) are entries of the configuration.
+convolutions), each attention's inner width (its heads) and the width of the timestep sinusoid are
+entries of the configuration.
 
 Checkpoints carry a copy of this file, for those who have diffusers but not this package: it imports
 nothing else.
@@ -13,6 +14,7 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -30,6 +32,7 @@ class FreeWidthUNet2DModel(UNet2DModel):
     ----------
     inner_widths : by the name of a resnet or attention module, such as
         ``down_blocks.0.resnets.1``; modules that are not named have the width of their level.
+    sinusoid_width : values of the timestep sinusoid; None is the width of the first level.
     plain : the parameters of UNet2DModel.
 
     Raises
@@ -38,10 +41,17 @@ class FreeWidthUNet2DModel(UNet2DModel):
         divide.
     """
 
-    def __init__(self, inner_widths: Mapping[str, int] | None = None, **plain: Any) -> None:
+    def __init__(
+        self,
+        inner_widths: Mapping[str, int] | None = None,
+        sinusoid_width: int | None = None,
+        **plain: Any,
+    ) -> None:
         super().__init__(**plain)
         widths = dict(inner_widths or {})
-        self.register_to_config(inner_widths=widths)
+        self.register_to_config(inner_widths=widths, sinusoid_width=sinusoid_width)
+        if sinusoid_width is not None:
+            _set_sinusoid_width(self, sinusoid_width)
         modules = dict(self.named_modules())
         for name, width in widths.items():
             module = modules.get(name)
@@ -70,6 +80,14 @@ def inner_width(module: nn.Module) -> int:
     if isinstance(module, Attention):
         return module.to_q.out_features
     raise ValueError(f"a resnet or an attention has an inner width; got {type(module).__name__}")
+
+
+def _set_sinusoid_width(unet: UNet2DModel, width: int) -> None:
+    old = unet.time_proj
+    unet.time_proj = Timesteps(width, old.flip_sin_to_cos, old.downscale_freq_shift)
+    labelled = unet.config.class_embed_type == "timestep"
+    for reader in (unet.time_embedding, *([unet.class_embedding] if labelled else [])):
+        reader.linear_1 = nn.Linear(width, reader.linear_1.out_features)
 
 
 def _set_hidden_width(name: str, resnet: ResnetBlock2D, width: int) -> None:

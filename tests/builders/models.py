@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from compress.data.batches import Batch, noise_and_timesteps
-from compress.methods.gradflow.groups import ChannelGroup
+from compress.methods.gradflow import sinusoid
+from compress.methods.gradflow.groups import ChannelGroup, UNet
 from compress.methods.gradflow.layout import Layout, build_layout
 from compress.methods.gradflow.unets import find_groups
 from compress.models.builtin.train_ddpm_digits import build_unet
@@ -155,6 +156,11 @@ def inputs(unet: UNet2DModel, batch: int = 2) -> tuple[torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(2)
     shape = (batch, unet.config.in_channels, height, width)
     return torch.randn(shape, generator=generator), torch.tensor([3, 700, 250, 999][:batch])
+
+
+def narrowed(unet: UNet, layout: Layout, timesteps: int = 1000) -> UNet:
+    """The model with the sinusoid of the slim one, where pruning starts."""
+    return sinusoid.narrowed(unet, layout.widths[0], timesteps)
 
 
 def binary_mask(layout: Layout, seed: int = 0) -> torch.Tensor:

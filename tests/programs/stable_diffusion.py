@@ -61,6 +61,7 @@ def cut(folder: Path) -> None:
     from compress.checkpoints.slim import save_slim
     from compress.methods.gradflow import GradFlow, surgery
     from compress.methods.gradflow.allocation import plan
+    from compress.methods.gradflow.sinusoid import narrowed
     from compress.methods.gradflow.unets import find_groups
     from compress.models.loading import load_pipeline
 
@@ -71,7 +72,8 @@ def cut(folder: Path) -> None:
     mask = torch.zeros(layout.units)
     for block, count in enumerate(layout.keep_counts.tolist()):
         mask[(layout.block == block).nonzero().squeeze(1)[:count]] = 1
-    pipeline.register_modules(unet=surgery.perform(unet, layout, mask))
+    first = narrowed(unet, layout.widths[0], pipeline.scheduler.config.num_train_timesteps)
+    pipeline.register_modules(unet=surgery.perform(first, layout, mask))
     save_slim(pipeline, folder / "slim", {}, source=folder / "dense")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 

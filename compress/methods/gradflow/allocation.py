@@ -21,6 +21,7 @@ from compress.methods.gradflow.coarse import coarsen
 from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout, build_layout
 from compress.methods.gradflow.widths import choose_widths
+from compress.models.free_width import FreeWidthUNet2DModel
 
 if TYPE_CHECKING:
     from compress.methods.gradflow.method import ChannelPruning
@@ -129,7 +130,8 @@ class Allocator:
                 f"{type(unet).__name__}; choose allocation 'uniform'"
             )
         with torch.device("meta"):
-            slim = UNet2DModel.from_config(surgery.slim_config(unet, layout))
+            sinusoid = unet.time_proj.num_channels
+            slim = FreeWidthUNet2DModel({}, sinusoid, **surgery.slim_config(unet, layout))
         self.uniform = layout
         self.free = _free_widths(slim, layout)
         total, uniform = unet_cost(unet).macs, unet_cost(slim)

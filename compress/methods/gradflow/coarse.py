@@ -28,7 +28,7 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
     channels : the most that share a mask; 1 changes nothing.
     """
     sizes = layout.sizes()
-    coarse_of = torch.empty(layout.units + 2, dtype=torch.long)
+    coarse_of = torch.empty(layout.units + 1, dtype=torch.long)
     groups, offsets, units = [], [], 0
     keep_counts = layout.keep_counts.clone()
     for group, offset in zip(layout.groups, layout.offsets, strict=True):
@@ -39,9 +39,9 @@ def coarsen(layout: Layout, channels: int = COARSE_CHANNELS) -> Layout:
         groups.append(dataclasses.replace(group, unit=group.unit * together))
         offsets.append(units)
         units += group.units // together
-    coarse_of[-2:] = torch.tensor([units, units + 1])
+    coarse_of[-1] = units
     block = torch.empty(units, dtype=torch.long)
-    block[coarse_of[:-2]] = layout.block
+    block[coarse_of[:-1]] = layout.block
 
     def moved(tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: coarse_of[index] for name, index in tables.items()}

@@ -10,7 +10,6 @@ from torch import nn
 from compress.methods.gradflow.groups import (
     ChannelGroup,
     UNet,
-    dense_widths,
     narrowed_queries,
     out_width,
 )
@@ -20,9 +19,8 @@ from compress.methods.gradflow.groups import (
 class Layout:
     """All masks of a model in one vector of units, and where each entry acts.
 
-    The index tensors point into ``[mask, 1, sinusoid_scale]``: position ``units``
-    stands for a channel that is never masked, ``units + 1`` for a sinusoid value that the slim
-    model lacks.
+    The index tensors point into ``[mask, 1]``: position ``units`` stands for a channel that is
+    never masked.
 
     Attributes
     ----------
@@ -35,7 +33,6 @@ class Layout:
     queries : index tensors of ``to_q`` layers whose heads get narrower; their outputs are masked.
     unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
     widths : the slim model's ``block_out_channels``.
-    freq_shift : of the slim model's sinusoid, which has every r-th frequency.
     inner : the slim model's inner widths where they are free, by resnet or attention module.
     """
 
@@ -50,39 +47,15 @@ class Layout:
     queries: dict[str, torch.Tensor]
     unaligned: tuple[str, ...]
     widths: tuple[int, ...]
-    freq_shift: float
     inner: dict[str, int] = field(default_factory=dict)
 
-    def extend(
-        self, mask: torch.Tensor, sinusoid_scale: torch.Tensor | float = 0.0
-    ) -> torch.Tensor:
-        """``[mask, 1, sinusoid_scale]``, the vector that the index tensors point into.
-
-        ``sinusoid_scale`` multiplies the sinusoid values that the slim model lacks: 1 in the dense
-        model, 0 in the slim one.
-        """
-        ends = mask.new_ones(2)
-        ends[1] = sinusoid_scale
-        return torch.cat([mask, ends])
+    def extend(self, mask: torch.Tensor) -> torch.Tensor:
+        """``[mask, 1]``, the vector that the index tensors point into."""
+        return torch.cat([mask, mask.new_ones(1)])
 
     def sizes(self) -> torch.Tensor:
         """Units per block, ``(blocks,)``."""
         return torch.bincount(self.block, minlength=len(self.keep_counts))
-
-
-def kept_frequencies(half: int, kept: int, shift: float) -> tuple[list[int], float]:
-    """Which of the sinusoid's frequencies a narrower ``Timesteps`` can reproduce.
-
-    Frequency ``i`` of ``half`` is ``10000 ** (-i / (half - shift))``. Every ``r``-th one is again
-    such a series, with ``half' - shift' = (half - shift) / r``; ``r`` is the largest stride that
-    leaves ``kept`` frequencies, so that the kept ones span as much of the range as they can.
-
-    Returns
-    -------
-    The kept indices and the ``freq_shift`` that reproduces them (negative is legal).
-    """
-    stride = max(1, (half - 1) // max(1, kept - 1)) if kept < half else 1
-    return [stride * i for i in range(kept)], kept - (half - shift) / stride
 
 
 def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[int]) -> Layout:
@@ -107,15 +80,6 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
                 table[slot.module] = torch.full((_width(modules[slot.module], slot.side),), units)
             index = offset + torch.tensor(slot.channels) // group.unit
             table[slot.module][torch.tensor(slot.positions)] = index
-    half = dense_widths(unet)[0] // 2
-    kept, freq_shift = kept_frequencies(half, widths[0] // 2, unet.config.freq_shift)
-    if len(kept) < half:
-        removed = torch.ones(half, dtype=torch.bool)
-        removed[kept] = False
-        columns = torch.full((2 * half,), units)
-        columns[removed.repeat(2)] = units + 1
-        for reader in sinusoid_readers(unet):
-            tables["in"][reader] = columns
     block, keep_counts, unaligned = _blocks(unet, groups, offsets, units, widths)
     return Layout(
         groups=tuple(groups),
@@ -129,15 +93,7 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
         queries={name: tables["out"][name] for name in narrowed_queries(unet)},
         unaligned=unaligned,
         widths=tuple(widths),
-        freq_shift=freq_shift,
     )
-
-
-def sinusoid_readers(unet: UNet) -> tuple[str, ...]:
-    """The layers that read the sinusoid as wide as the first level."""
-    if unet.config.class_embed_type == "timestep":  # a label goes through the same sinusoid
-        return ("time_embedding.linear_1", "class_embedding.linear_1")
-    return ("time_embedding.linear_1",)
 
 
 def _width(module: Any, side: str) -> int:

@@ -142,7 +142,6 @@ class MaskScheduler:
                 flow.block_sums(high.clamp(max=1), self.block, blocks),
             )
         before, gamma = soft.mask.clone(), method.gamma * progress
-        soft.sinusoid_scale.fill_(1 - removed)
         if method.process == "hard":
             kept = budget.ceil().long()
             soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
@@ -162,7 +161,6 @@ class MaskScheduler:
         undecided = (soft.mask > 0.05) & (soft.mask < 0.95)
         return {
             "budget": (budget.sum() / self.sizes.sum()).item(),
-            "sinusoid_scale": 1 - removed,
             "gamma": gamma,
             "max_move": (soft.mask - before).abs().max().item(),
             "undecided": undecided.float().mean().item(),
@@ -232,7 +230,6 @@ class MaskScheduler:
         soft.mask.copy_(
             flow.binarise(soft.mask, self.state.scores, self.block, self.state.keep_counts)
         )
-        soft.sinusoid_scale.zero_()
         self.state.binary = True
         self._follow(soft.mask, step)
         return soft.adopt_slim_membership()

@@ -90,18 +90,18 @@ class MaskedNorm(nn.Module):
 class SoftUNet(nn.Module):
     """A UNet evaluated at f(theta * m), the network that trains while the flow moves m.
 
-    Works on a deep copy; parameters keep their names under ``unet.``. Its buffers are ``mask``
-    ``(units,)`` and ``sinusoid_scale`` ``()``, which multiplies the values of the timestep sinusoid
-    that the slim model lacks. Both start at 1, where the network is the dense one.
+    Works on a deep copy; parameters keep their names under ``unet.``. Its buffer ``mask``
+    ``(units,)`` starts at 1, where the network is the given one.
 
     Parameters
     ----------
-    unet : the dense model, not modified.
+    unet : the dense model, not modified; with the sinusoid of the slim one, from
+        :func:`compress.methods.gradflow.sinusoid.narrowed`, the masked network is the slim one
+        when the mask is binary.
     layout : where each unit acts.
     """
 
     mask: torch.Tensor
-    sinusoid_scale: torch.Tensor
 
     def __init__(self, unet: UNet, layout: Layout) -> None:
         super().__init__()
@@ -112,7 +112,6 @@ class SoftUNet(nn.Module):
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 setattr(self.unet.get_submodule(parent), attribute, MaskedNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
-        self.register_buffer("sinusoid_scale", torch.ones(()), persistent=False)
         columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
         self._columns = {
             name: index for name, index in columns.items() if bool((index != layout.units).any())
@@ -120,7 +119,7 @@ class SoftUNet(nn.Module):
 
     def effective(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters and buffers that carry the mask, by name: theta * m."""
-        extended = self.layout.extend(mask, self.sinusoid_scale)
+        extended = self.layout.extend(mask)
         parameters = dict(self.unet.named_parameters())
         changed: dict[str, torch.Tensor] = {}
         for name, index in self._columns.items():

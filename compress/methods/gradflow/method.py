@@ -101,9 +101,7 @@ class GradFlow(ChannelPruning):
     gamma: float = Field(1.0, ge=0)
     """Final weight of the term that drives masks to 0 or 1; it grows from 0."""
     budget: Literal["s_shaped", "cubic"] = "s_shaped"
-    """Shape of the budget's fall. The values of the timestep sinusoid that the slim model lacks
-    are scaled down by the same schedule (our choice: removed at once, they alone raise the loss as
-    much as one-shot pruning does)."""
+    """Shape of the budget's fall."""
     settle: float = Field(0.1, ge=0, lt=1)
     """Share of the soft stage after binarisation, when weights train on the binary mask."""
     max_move: float = Field(None, gt=0, le=1, validate_default=True)

@@ -13,7 +13,14 @@ from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 
 
 def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
-    """The configuration of the slim UNet: plain diffusers keys only."""
+    """The configuration of the slim UNet: plain diffusers keys only.
+
+    Parameters
+    ----------
+    unet : the dense model; where its widths are not free, with the sinusoid of the slim one, from
+        :func:`compress.methods.gradflow.sinusoid.narrowed`.
+    layout : where each unit acts.
+    """
     # without diffusers' notes of where it came from
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     config["block_out_channels"] = tuple(layout.widths)
@@ -30,8 +37,6 @@ def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
         ]
     # the embedding keeps its width, which diffusers would otherwise derive from the first level
     config["time_embedding_dim"] = unet.time_embedding.linear_2.out_features
-    shift = layout.freq_shift
-    config["freq_shift"] = int(shift) if float(shift).is_integer() else shift
     return config
 
 
@@ -47,7 +52,8 @@ def slim_unet(unet: UNet, layout: Layout) -> UNet:
     """The slim UNet with weights of its own: a plain one unless its inner widths are free."""
     config = slim_config(unet, layout)
     if layout.inner:
-        return FreeWidthUNet2DModel(inner_widths=layout.inner, **config)
+        sinusoid = unet.time_proj.num_channels
+        return FreeWidthUNet2DModel(layout.inner, sinusoid, **config)
     return type(unet).from_config(config)
 
 
@@ -86,7 +92,7 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
 
     Parameters
     ----------
-    unet : holds the weights, under their dense names and shapes.
+    unet : holds the weights, under their dense names and shapes, and the slim model's sinusoid.
     layout : where each unit acts.
     mask : ``(units,)``, 0 or 1, which keeps the layout's number of units in every block.
     """

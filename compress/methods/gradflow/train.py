@@ -27,6 +27,7 @@ from compress.methods.gradflow.groups import UNet, dense_widths
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.mask_scheduler import MaskScheduler, MaskState
 from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.sinusoid import narrowed
 from compress.methods.gradflow.unets import find_groups
 from compress.models.objective import (
     VALIDATED_AT_ONCE,
@@ -126,6 +127,9 @@ class PruningRun:
         self.inputs.to(self.device)
         self.groups = find_groups(unet)
         layout, allocator = plan(unet, self.groups, method)
+        # what training starts from; a class with free widths can have the whole sinusoid
+        length = self.scheduler.config.num_train_timesteps
+        self.first = unet if allocator else narrowed(unet, layout.widths[0], length)
         self.mask_scheduler = MaskScheduler(
             method,
             layout,
@@ -429,7 +433,7 @@ class PruningRun:
                 self.ema[name].lerp_(p, 1 - decay)
 
     def _averaged(self) -> UNet:
-        slim = surgery.slim_unet(self.dense, self.layout)
+        slim = surgery.slim_unet(self.first, self.layout)
         slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
         return slim.eval()
 
@@ -475,9 +479,9 @@ class PruningRun:
             masks = {name: t.to(self.device) for name, t in saved.part("masks").items()}
             self.mask_scheduler.state = MaskState.restored(masks, saved.facts["masks"])
         if self.stage == "flow":
-            model: Any = SoftUNet(self.dense, self.layout)
+            model: Any = SoftUNet(self.first, self.layout)
         else:
-            model = surgery.slim_unet(self.dense, self.layout)
+            model = surgery.slim_unet(self.first, self.layout)
         if saved is not None:
             weights = saved.part("model")
             with torch.no_grad():
@@ -503,7 +507,6 @@ class PruningRun:
         if self.stage == "flow":
             soft = self._plain()
             soft.mask.copy_(masks["mask"])
-            soft.sinusoid_scale.copy_(masks["sinusoid_scale"])
             if self.mask_scheduler.state.binary:
                 soft.adopt_slim_membership()
 
@@ -533,7 +536,7 @@ class PruningRun:
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
         masks = self.mask_scheduler.state.tensors() | {"kept": self.kept}
         if self.stage == "flow":
-            masks |= {"mask": self._plain().mask, "sinusoid_scale": self._plain().sinusoid_scale}
+            masks["mask"] = self._plain().mask
         tensors |= {f"masks/{n}": t for n, t in masks.items()}
         tensors = sharding.gathered(tensors, keep=self.accelerator.is_main_process)
         scaler = self.accelerator.scaler

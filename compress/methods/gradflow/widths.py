@@ -16,7 +16,7 @@ from compress.methods.gradflow.groups import (
     level_of,
     whole_heads,
 )
-from compress.methods.gradflow.layout import kept_frequencies, sinusoid_readers
+from compress.methods.gradflow.sinusoid import frequency_shifts, readers
 
 # as large as the largest is what keeps at most this share of the MACs less
 AS_LARGE = 0.03
@@ -48,7 +48,7 @@ def legal_widths(unet: UNet) -> list[list[int]]:
     if unet.config.get("addition_embed_type") == "text_time":
         # the sinusoid of SDXL's sizes and crops has the same freq_shift, which must not change
         shift, half = unet.config.freq_shift, dense[0] // 2
-        legal[0] = [w for w in legal[0] if kept_frequencies(half, w // 2, shift)[1] == shift]
+        legal[0] = [w for w in legal[0] if shift in frequency_shifts(half, w // 2, shift)]
     return legal
 
 
@@ -66,7 +66,7 @@ class MacModel:
                 counts = sides.setdefault((slot.module, slot.side), np.zeros(levels))
                 counts[group.level] += len(slot.positions)
         # the sinusoid that feeds the embeddings is as wide as the first level
-        for reader in sinusoid_readers(unet):
+        for reader in readers(unet):
             sides[reader, "in"] = np.eye(levels)[0] * dense[0]
         # every channel count is (dense channels per level) . (kept share per level) + a constant
         self._dense = np.array(dense, dtype=float)
