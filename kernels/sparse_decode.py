@@ -598,10 +598,12 @@ def focal_decode_reference(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    reduce: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`focal_decode` in plain torch, on any device: same arguments, same result.
 
-    A mask may also be added to the logits.
+    A mask may also be added to the logits, and ``reduce`` may be "max" instead of the mean over the
+    heads.
     """
     logits = (packed(query, key.shape[1]) @ key.transpose(2, 3)).float() * scaling
     if mask is not None and mask.dtype == torch.bool:
@@ -610,7 +612,8 @@ def focal_decode_reference(
         logits = logits + mask
     weights = logits.softmax(-1)
     output = weights.to(value.dtype) @ value
-    return output.reshape(*query.shape[:3], -1), weights.mean((1, 2))
+    over_heads = weights.amax((1, 2)) if reduce == "max" else weights.mean((1, 2))
+    return output.reshape(*query.shape[:3], -1), over_heads
 
 
 def packed(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

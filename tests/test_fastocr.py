@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 import compress.methods.fastocr.state
 from builders import fastocr
-from builders.fastocr import PAGES, TEXTS, write
+from builders.fastocr import PAGES, TEXTS, paper, write
 from builders.vlm import FAMILIES
 from compress.checkpoints.runtime import load_runtime
 from compress.methods.fastocr import FastOCR
@@ -76,9 +76,21 @@ def qwen():
 class Oracle:
     """The method written once more, for one sequence without padding."""
 
-    def __init__(self, positions, keep, focal=(), reuse=True, min_mass=0.0, fixed=None):
-        self.positions, self.focal = positions, focal
-        self.kept = budget(keep, len(positions))
+    def __init__(
+        self,
+        positions,
+        keep,
+        focal=(),
+        dense=(),
+        least=0,
+        reuse=True,
+        min_mass=0.0,
+        fixed=None,
+        head_reduce="mean",
+    ):
+        self.positions, self.focal, self.dense = positions, focal, dense
+        self.kept = min(len(positions), max(budget(keep, len(positions)), least))
+        self.head_reduce = head_reduce
         self.reuse, self.min_mass, self.fixed = reuse, min_mass, fixed
         self.step, self.last, self.open = -1, None, False
         self.own = {}
@@ -96,7 +108,9 @@ class Oracle:
         if query.shape[2] == 1:
             if layer == 0:
                 self.step, self.open = self.step + 1, False
-            seen = self.seen(layer, logits.softmax(-1)[0, :, 0].mean(0)[self.positions])
+            heads = logits.softmax(-1)[0, :, 0]
+            weights = heads.amax(0) if self.head_reduce == "max" else heads.mean(0)
+            seen = self.seen(layer, weights[self.positions])
             hidden = [p for i, p in enumerate(self.positions) if i not in seen]
             logits[..., hidden] = -torch.inf
             self.attended.append(len(self.positions) - len(hidden))
@@ -107,6 +121,8 @@ class Oracle:
         everything = set(range(len(self.positions)))
         share = (weights / weights.sum()).tolist()
         best = sorted(everything, key=lambda i: -share[i])
+        if self.fixed == "oracle":
+            return set(best[: self.kept]) if self.step else everything
         if self.fixed:
             if self.step == 0:
                 self.own[layer] = self.fixed(layer, best)
@@ -118,7 +134,12 @@ class Oracle:
                 self.open = True
             self.last = set(best[: self.kept])
             return everything
-        if self.step == 0 or self.open or (layer < min(self.focal) and not self.reuse):
+        if (
+            self.step == 0
+            or self.open
+            or layer in self.dense
+            or (layer < min(self.focal) and not self.reuse)
+        ):
             return everything
         return self.last
 
@@ -150,7 +171,7 @@ def _check(model, rows, result, atol=1e-5, **settings):
     for inputs, tokens, logits in zip(rows, *result, strict=True):
         positions = visual_layouts(model, inputs)[0].positions.tolist()
         mine = dict(settings)
-        if "fixed" in mine:
+        if callable(mine.get("fixed")):
             mine["fixed"] = mine["fixed"](len(positions))
         oracle = Oracle(positions, **mine)
         length = inputs["input_ids"].shape[1]
@@ -193,7 +214,7 @@ def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, dense, 
     name, model, _, inputs = family
     tokens, logits = dense
     gathered = _spied(monkeypatch)
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
         found_tokens, found_logits = write(model, inputs)
         facts = handle.facts()
     assert torch.equal(found_tokens, tokens)
@@ -210,7 +231,7 @@ def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, dense, 
 def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
     name, model, processor, inputs = family
     steps = 4
-    with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
+    with paper(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
         result = write(model, inputs, steps)
         facts = handle.facts()
     oracles = _check(model, _alone(model, processor), result, keep=0.05, focal=focal)
@@ -225,7 +246,7 @@ def test_the_window_over_the_answer_slides(focal):
     # without padding: transformers' dense logits of a padded batch are off once the window slides
     model, processor = fastocr.model("unlimited_ocr")
     inputs = _alone(model, processor)[0]
-    with FastOCR(keep_visual=0.05, focal_layers=focal).attach(model):
+    with paper(keep_visual=0.05, focal_layers=focal).attach(model):
         result = write(model, inputs, 12)  # the window has 8
     _check(model, [inputs], result, keep=0.05, focal=focal)
 
@@ -245,7 +266,7 @@ def test_leaving_restores_everything_after_an_error_too(family):
         )
 
     before = state()
-    with pytest.raises(KeyError, match="mine"), FastOCR(focal_layers=[0]).attach(model):
+    with pytest.raises(KeyError, match="mine"), paper(focal_layers=[0]).attach(model):
         assert all(new > old for new, old in zip(state()[0], before[0], strict=True))
         assert set(state()[1]) == {NAME}
         assert "fastocr" not in json.dumps(model.config.to_dict(), default=str)
@@ -272,7 +293,7 @@ def test_long_answers_are_counted_to_the_last_step():
 def test_static_cache_gives_what_the_dynamic_one_gives(family, monkeypatch):
     _, model, _, inputs = family
     gathered = _spied(monkeypatch)
-    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+    with paper(keep_visual=0.1, focal_layers=[1]).attach(model):
         dynamic_tokens, dynamic = write(model, inputs, 3)
         of_dynamic = [*gathered]
         static_tokens, static = write(model, inputs, 3, cache_implementation="static")
@@ -295,7 +316,7 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
         }
         for backend in ("torch", "triton"):
             monkeypatch.setenv("COMPRESS_KERNELS", backend)
-            with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+            with paper(keep_visual=0.1, focal_layers=[1]).attach(model):
                 result[backend] = write(model, inputs)
     finally:
         model.cpu()
@@ -316,7 +337,7 @@ def test_on_a_gpu_the_kernels_write_what_plain_torch_writes(family, monkeypatch)
 )
 def test_knobs_on_four_layers(qwen, knobs):
     model, processor, inputs = qwen
-    with FastOCR(keep_visual=0.1, **knobs).attach(model) as handle:
+    with paper(keep_visual=0.1, **knobs).attach(model) as handle:
         result = write(model, inputs, 6)
         facts = handle.facts()
     settings = {**knobs, "focal": knobs["focal_layers"]}
@@ -333,10 +354,10 @@ def test_knobs_on_four_layers(qwen, knobs):
 @pytest.mark.parametrize("fixation", ["static", "random", "window"])
 def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
     model, processor, inputs = qwen
-    with FastOCR(keep_visual=0.05, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=0.05, focal_layers=[1]).attach(model) as handle:
         write(model, inputs, 6)
         dynamic = handle.facts()
-    with FastOCR(keep_visual=0.05, focal_layers=[1], fixation=fixation, seed=5).attach(
+    with paper(keep_visual=0.05, focal_layers=[1], fixation=fixation, seed=5).attach(
         model
     ) as handle:
         result = write(model, inputs, 6)
@@ -346,7 +367,7 @@ def test_fixed_fixations_attend_to_the_same_mean_number(qwen, fixation):
     assert len(set(facts["attended_by_layer"])) == 1
 
     def fixed(tokens):
-        kept = same_mean_budget(0.05, tokens, 4, 1)
+        kept = same_mean_budget(budget(0.05, tokens), tokens, 4, 1)
 
         def choose(layer, best):
             if fixation == "static":
@@ -412,12 +433,12 @@ def test_a_second_turn_on_the_same_cache(family, later):
         return first, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     dense = list(_conversation(model, turns(*rows)))
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model):
         all_visual = list(_conversation(model, turns(*rows)))
     for (tokens, logits, _), (same, close, _) in zip(dense, all_visual, strict=True):
         assert torch.equal(same, tokens)
         torch.testing.assert_close(close, logits, atol=1e-4, rtol=0)
-    with FastOCR(keep_visual=0.05, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=0.05, focal_layers=[1]).attach(model) as handle:
         sparse = list(_conversation(model, turns(*rows)))
         assert handle.facts()["steps"] == 6 * len(rows)
     assert not torch.allclose(sparse[1][1], dense[1][1], atol=1e-3)
@@ -445,7 +466,7 @@ def test_inputs_that_generate_takes_without_what_processors_add(family, extras):
         left_out |= {"pixel_values", "image_grid_thw"}
     inputs = {key: value for key, value in inputs.items() if key not in left_out}
     tokens, logits = write(model, inputs)
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
         same, close = write(model, inputs)
         visual = (inputs["input_ids"] == model.config.image_token_id).sum()
         assert handle.facts()["visual_tokens"] == visual > 4
@@ -459,7 +480,7 @@ def test_inputs_that_generate_takes_without_what_processors_add(family, extras):
 def test_with_all_tokens_in_the_fixation_the_periphery_is_empty(family, dense):
     name, model, processor, inputs = family
     tokens, logits = dense
-    method = FastOCR(keep_visual=1.0, focal_layers=[1], periphery=4)
+    method = paper(keep_visual=1.0, focal_layers=[1], periphery=4)
     with method.attach(model) as handle:
         found_tokens, found_logits = write(model, inputs)
         assert handle.facts()["attended_by_layer"] == [1.0, 1.0]
@@ -471,7 +492,7 @@ def test_a_summary_for_every_token_is_dense_decoding(qwen):
     model, processor, inputs = qwen
     tokens, logits = write(model, inputs)
     most = max(len(layout.positions) for layout in visual_layouts(model, inputs))
-    with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=most).attach(model) as handle:
+    with paper(keep_visual=0.05, focal_layers=[1], periphery=most).attach(model) as handle:
         found_tokens, found_logits = write(model, inputs)
         attended = handle.facts()["attended_by_layer"]
     assert torch.equal(found_tokens, tokens)
@@ -486,9 +507,7 @@ def test_summaries_are_counted_and_bring_the_answer_nearer_to_dense(qwen):
     kept = sum(budget(0.05, size) for size in sizes)
     errors = {}
     for summaries in (0, 8):
-        with FastOCR(keep_visual=0.05, focal_layers=[1], periphery=summaries).attach(
-            model
-        ) as handle:
+        with paper(keep_visual=0.05, focal_layers=[1], periphery=summaries).attach(model) as handle:
             _, result = write(model, inputs, 2)
             facts = handle.facts()
         errors[summaries] = (result - dense[:, :2]).abs().mean().item()
@@ -502,7 +521,7 @@ def test_fixed_fixations_read_as_many_summaries(qwen):
     model, processor, inputs = qwen
     shares = {}
     for fixation in ("dynamic", "static"):
-        method = FastOCR(keep_visual=0.05, focal_layers=[1], periphery=8, fixation=fixation)
+        method = paper(keep_visual=0.05, focal_layers=[1], periphery=8, fixation=fixation)
         with method.attach(model) as handle:
             write(model, inputs, 6)
             shares[fixation] = handle.facts()["attended"]
@@ -521,7 +540,7 @@ def test_several_images_in_a_prompt(qwen):
 
     both, one = f"{image}and{image}", f"read {image}"
     inputs = build([PAGES[0], PAGES[1], PAGES[2]], [both, one])
-    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+    with paper(keep_visual=0.1, focal_layers=[1]).attach(model):
         result = write(model, inputs)
     rows = [build(PAGES[:2], [both]), build(PAGES[2:], [one])]
     _check(model, rows, result, keep=0.1, focal=[1])
@@ -531,7 +550,7 @@ def test_dilation_stays_inside_the_budget_and_chooses_otherwise(qwen):
     model, _, inputs = qwen
     seen = []
     for dilate in (0, 1):
-        with FastOCR(keep_visual=0.1, focal_layers=[1], dilate=dilate).attach(model) as handle:
+        with paper(keep_visual=0.1, focal_layers=[1], dilate=dilate).attach(model) as handle:
             logits = write(model, inputs)[1]
             seen.append((handle.facts()["attended_by_layer"], logits))
     assert seen[0][0] == seen[1][0]
@@ -548,7 +567,7 @@ def test_prompts_without_an_image(qwen):
         )
         tokens, logits = write(model, inputs)
         for focal in ([1], "auto"):
-            with FastOCR(keep_visual=0.1, focal_layers=focal, warmup=2).attach(model) as handle:
+            with paper(keep_visual=0.1, focal_layers=focal, warmup=2).attach(model) as handle:
                 result = write(model, inputs)
                 assert bool(handle.facts()["steps"]) is bool(images)
             torch.testing.assert_close(result[1][:1], logits[:1], atol=1e-5, rtol=0)
@@ -557,7 +576,7 @@ def test_prompts_without_an_image(qwen):
 def test_a_conversation_without_an_image_is_dense(intern):
     model = intern[0]
     first, second = torch.tensor([[20, 21, 22]]), torch.tensor([[23, 24]])
-    with FastOCR(focal_layers=[1]).attach(model), torch.no_grad():
+    with paper(focal_layers=[1]).attach(model), torch.no_grad():
         cache = cache_in(model(input_ids=first, use_cache=True))
         result = model(input_ids=second, **{cache_argument(model): cache}).logits
     with torch.no_grad():
@@ -576,7 +595,7 @@ def test_sampling_and_several_answers_of_a_prompt(qwen):
         )
 
     dense = sample()
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
         assert torch.equal(sample(), dense)
         assert handle.facts()["steps"] == 4 * 4
 
@@ -603,14 +622,14 @@ def _step(model, inputs, cache, tokens, step):
 def test_a_decoding_loop_of_calls_and_counts_of_single_steps(intern):
     model, _, inputs = intern
     tokens, logits = write(model, inputs)
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model):
         cache = _read(model, inputs)
         for step in range(4):
             result = _step(model, inputs, cache, tokens, step)
             torch.testing.assert_close(result, logits[:, step], atol=1e-4, rtol=0)
     sizes = [len(layout.positions) for layout in visual_layouts(model, inputs)]
     kept = sum(budget(0.1, size) for size in sizes) / sum(sizes)
-    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
         cache = _read(model, inputs)
         assert handle.facts()["attended"] is None
         for step in range(3):
@@ -623,7 +642,7 @@ def test_a_decoding_loop_of_calls_and_counts_of_single_steps(intern):
 
 def test_prompts_of_one_model_are_decoded_in_turns(intern):
     model, _, inputs = intern
-    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model):
+    with paper(keep_visual=0.1, focal_layers=[1]).attach(model):
         tokens, logits = write(model, inputs, 3)
         caches = [_read(model, inputs), _read(model, inputs)]
         for step in range(3):
@@ -634,7 +653,7 @@ def test_prompts_of_one_model_are_decoded_in_turns(intern):
 
 def test_a_state_ends_with_its_cache(qwen):
     model, _, inputs = qwen
-    with FastOCR(focal_layers=[1]).attach(model) as handle, torch.no_grad():
+    with paper(focal_layers=[1]).attach(model) as handle, torch.no_grad():
         out = model(**inputs, use_cache=True)
         assert len(handle.states) == 1
         model(**inputs, use_cache=False)  # scoring leaves no request behind
@@ -648,7 +667,7 @@ def test_half_precision(qwen):
     model, _ = fastocr.model("qwen2_5_vl", layers=4)
     model = model.to(torch.bfloat16)
     tokens, logits = write(model, inputs, 1)
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model):
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model):
         _, result = write(model, inputs, 1)
     torch.testing.assert_close(result, logits, atol=3e-2 * logits.abs().max().item(), rtol=0)
 
@@ -659,14 +678,14 @@ def test_half_precision(qwen):
 def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
     model, processor, inputs = qwen
     calibrations = [
-        calibrate(model, [page], keep_visual=0.1, max_new_tokens=4)  # 3 steps
+        calibrate(paper(keep_visual=0.1, focal_by="recall"), model, [page], 4)  # 3 steps
         for page in _alone(model, processor)
     ]
-    with FastOCR(keep_visual=0.1, warmup=3).attach(model) as handle:
+    with paper(keep_visual=0.1, warmup=3).attach(model) as handle:
         held = DynamicCache(config=text_model(model).config)
         result = write(model, inputs, 6, **{cache_argument(model): held})
         [state] = handle.states.values()
-        assert state.policy.focal == [of_page.focal_layers for of_page in calibrations]
+        assert state.policy.focal == [list(of_page.focal_layers) for of_page in calibrations]
         facts = handle.facts()
     dense = write(model, inputs, 6)
     torch.testing.assert_close(result[1][:, :3], dense[1][:, :3], atol=1e-5, rtol=0)
@@ -680,6 +699,7 @@ def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
         {"focal_layers": "auto"},
         {"focal_layers": "auto", "min_mass": 0.1, "periphery": 4},
         {"focal_layers": "auto", "reuse": False},
+        {"focal_layers": "auto", "dense_layers": "auto", "min_fixation": 9},
         {"focal_layers": "auto", "fixation": "static"},
         {"focal_layers": [1], "min_visual": 100},
         {"focal_layers": "auto", "min_visual": 100, "fixation": "window"},
@@ -689,7 +709,7 @@ def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
 def test_an_answer_does_not_depend_on_its_batch(knobs):
     model, processor = fastocr.model("qwen2_5_vl", layers=14)  # of which two are focal
     inputs = build_prompt(model, processor, PAGES, TEXTS)
-    method = FastOCR(keep_visual=0.05, warmup=2, **knobs)
+    method = paper(keep_visual=0.05, warmup=2, **knobs)
     with method.attach(model) as handle:
         tokens, logits = write(model, inputs, 6)
         together = handle.facts()
@@ -704,22 +724,70 @@ def test_an_answer_does_not_depend_on_its_batch(knobs):
 
 def test_calibration_on_a_model(qwen):
     model, processor, inputs = qwen
-    once = calibrate(model, [inputs], keep_visual=0.1, count=2, max_new_tokens=5)
-    assert once.steps == 4 * len(PAGES) and len(once.focal_layers) == 2
+    method = paper(keep_visual=0.1, focal_by="recall")
+    once = calibrate(method, model, [inputs], max_new_tokens=5)
+    assert once.steps == 4 * len(PAGES) and once.focal_layers == once.order[:1]
     recall = torch.tensor(once.recall)
     # a layer's own choice keeps most of its attention
     assert (recall.diagonal() >= recall - 1e-6).all()
     assert list(once.curve) == sorted(once.curve) and once.curve[-1] == pytest.approx(1)
     # page by page is the same mean
-    apart = calibrate(model, _alone(model, processor), 0.1, count=2, max_new_tokens=5)
+    apart = calibrate(method, model, _alone(model, processor), max_new_tokens=5)
     torch.testing.assert_close(torch.tensor(apart.recall), recall, atol=1e-5, rtol=0)
     torch.testing.assert_close(
         torch.tensor(apart.previous), torch.tensor(once.previous), atol=1e-5, rtol=0
     )
-    everything = calibrate(model, [inputs], keep_visual=1.0, max_new_tokens=3)
+    everything = calibrate(paper(keep_visual=1.0), model, [inputs], max_new_tokens=3)
     torch.testing.assert_close(torch.tensor(everything.recall), torch.ones(4, 4))
     json.dumps(asdict(once))
-    FastOCR(focal_layers=once.focal_layers)
+    paper(focal_layers=once.focal_layers)
+
+
+@pytest.mark.parametrize(
+    "knobs, oracle",
+    [
+        ({"dense_layers": [0], "min_fixation": 9}, {"dense": [0], "least": 9}),
+        ({"dense_layers": [3], "head_reduce": "max"}, {"dense": [3], "head_reduce": "max"}),
+        ({"fixation": "oracle", "min_fixation": 9}, {"fixed": "oracle", "least": 9}),
+    ],
+    ids=str,
+)
+def test_dense_layers_the_floor_and_the_bound(qwen, knobs, oracle):
+    model, processor, inputs = qwen
+    with paper(keep_visual=0.05, focal_layers=[1], **knobs).attach(model) as handle:
+        result = write(model, inputs, 4)
+        facts = handle.facts()
+    oracles = _check(model, _alone(model, processor), result, keep=0.05, **{"focal": [1]} | oracle)
+    offered = sum(len(oracle.positions) for oracle in oracles) * 4
+    attended = [sum(sum(oracle.attended[layer::4]) for oracle in oracles) for layer in range(4)]
+    assert facts["attended_by_layer"] == [number / offered for number in attended]
+
+
+def test_calibration_finds_dense_layers_and_focal_ones_by_loss(qwen):
+    model, _, inputs = qwen
+    focus = calibrate(paper(keep_visual=0.1, focal_by="recall"), model, [inputs], 4).focus
+    least = sorted(focus)[1] + 1e-6  # so that two of four are below
+    method = FastOCR(keep_visual=0.1, min_fixation=0, min_focus=least)
+    found = calibrate(method, model, [inputs], 4)
+    assert found.dense_layers == tuple(n for n in range(4) if focus[n] < least)
+    [tried] = found.losses  # one round, of the two others
+    assert [n for n in range(4) if tried[n] is None] == list(found.dense_layers)
+    best = min((loss, n) for n, loss in enumerate(tried) if loss is not None)
+    assert found.focal_layers == (best[1],) and found.loss == best[0]
+    assert [found.attended_by_layer[n] for n in (*found.dense_layers, best[1])] == [1, 1, 1]
+    # the loss is that of the dense model's answer, token by token
+    tokens, _ = write(model, inputs, 3)
+    settings = {"focal_layers": found.focal_layers, "dense_layers": found.dense_layers}
+    length = inputs["input_ids"].shape[1]
+
+    def forced(row, ids):
+        return [tokens[row, len(ids) - length].item()]
+
+    with method.model_copy(update=settings).attach(model):
+        _, logits = write(model, inputs, 3, prefix_allowed_tokens_fn=forced)
+    expected = -logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).mean().item()
+    assert found.loss == pytest.approx(expected, rel=1e-5)
+    assert calibrate(method.model_copy(update=settings), model, [inputs], 4).focal_by is None
 
 
 def test_calibration_stops_counting_at_the_end_of_an_answer(qwen):
@@ -731,8 +799,7 @@ def test_calibration_stops_counting_at_the_end_of_an_answer(qwen):
     )
     model.generation_config.eos_token_id = [end]
     try:
-        assert calibrate(model, [inputs], max_new_tokens=6).steps <= expected
-        counted = calibrate(model, [inputs], max_new_tokens=6).steps
+        counted = calibrate(paper(), model, [inputs], max_new_tokens=6).steps
     finally:
         model.generation_config.eos_token_id = None
     assert counted == expected
@@ -749,7 +816,7 @@ def test_two_threads_with_two_models_give_each_its_own_output():
         ("glm_ocr", {"keep_visual": 0.1, "focal_layers": [0]}),
     ):
         model, processor = fastocr.model(family)
-        jobs.append((model, build_prompt(model, processor, PAGES, TEXTS), FastOCR(**knobs)))
+        jobs.append((model, build_prompt(model, processor, PAGES, TEXTS), paper(**knobs)))
 
     def run(model, inputs, method):
         with method.attach(model) as handle:
@@ -842,7 +909,7 @@ def test_stacks_with_a_method_that_shortens_the_prompt(order):
     dense_tokens, dense = write(model, inputs)
     assert not torch.allclose(logits, dense, atol=1e-3)
     for keep in (1.0, 0.1):
-        methods = [shortener, FastOCR(keep_visual=keep, focal_layers=[1])]
+        methods = [shortener, paper(keep_visual=keep, focal_layers=[1])]
         if order == "fastocr outside":
             methods.reverse()
         with methods[0].attach(model) as outer, methods[1].attach(model) as inner:
@@ -864,7 +931,7 @@ def test_a_shortened_prompt_that_is_not_announced_is_refused():
     inputs = build_prompt(model, processor, PAGES, TEXTS)
     shortener = Shortener(announce=False)
     shortener.layouts = visual_layouts(model, inputs)
-    with shortener.attach(model), FastOCR(focal_layers=[1]).attach(model):
+    with shortener.attach(model), paper(focal_layers=[1]).attach(model):
         with pytest.raises(ValueError, match="FastOCR expects the .*visual_layouts"):
             write(model, inputs)
 
@@ -885,7 +952,7 @@ def test_a_shortened_prompt_that_is_not_announced_is_refused():
 )
 def test_modes_that_move_the_cache_are_refused(qwen, settings, words):
     model, _, inputs = qwen
-    with FastOCR(focal_layers=[1]).attach(model), pytest.raises(ValueError, match=words):
+    with paper(focal_layers=[1]).attach(model), pytest.raises(ValueError, match=words):
         model.generate(**inputs, max_new_tokens=2, **settings)
 
 
@@ -894,7 +961,7 @@ def test_a_cache_that_did_not_grow_here_is_refused(qwen):
     one = {"input_ids": torch.tensor([[20]] * 3)}
     with torch.no_grad():
         old = cache_in(model(**inputs, use_cache=True))
-        with FastOCR(focal_layers=[1]).attach(model):
+        with paper(focal_layers=[1]).attach(model):
             with pytest.raises(ValueError, match="FastOCR expects a cache with the 0 tokens"):
                 model(**one, **{cache_argument(model): old})
             cache = cache_in(model(**inputs, use_cache=True))
@@ -911,10 +978,10 @@ def test_a_cache_that_did_not_grow_here_is_refused(qwen):
 
 def test_the_same_method_twice_is_refused(qwen):
     model, _, _ = qwen
-    with FastOCR(focal_layers=[1]).attach(model):
-        with pytest.raises(ValueError, match="already"), FastOCR().attach(model):
+    with paper(focal_layers=[1]).attach(model):
+        with pytest.raises(ValueError, match="already"), paper().attach(model):
             pass
-    with FastOCR(focal_layers=[1]).attach(model):
+    with paper(focal_layers=[1]).attach(model):
         pass
 
 
@@ -934,16 +1001,16 @@ def test_the_same_method_twice_is_refused(qwen):
 )
 def test_impossible_knobs(knobs, words):
     with pytest.raises(ValueError, match=words):
-        FastOCR(**knobs)
+        paper(**knobs)
 
 
 def test_a_focal_layer_that_the_model_does_not_have(qwen):
     with pytest.raises(ValueError, match=r"model's 4, counted from 0; got \[1, 4\]"):
-        FastOCR(focal_layers=[1, 4]).attach(qwen[0])
-    with pytest.raises(ValueError, match="between 1 and the model's 4 layers; got 5"):
-        calibrate(qwen[0], [], count=5)
+        paper(focal_layers=[1, 4]).attach(qwen[0])
+    with pytest.raises(ValueError, match=r"dense_layers .* model's 4, .* got \[4\]"):
+        paper(dense_layers=[4]).attach(qwen[0])
     with pytest.raises(ValueError, match="at least two decode steps; got 0"):
-        calibrate(qwen[0], [])
+        calibrate(paper(), qwen[0], [])
 
 
 # ---- families without an adapter ---------------------------------------------------------------
@@ -976,7 +1043,7 @@ def test_preflight_passes_a_family_without_an_adapter():
     with pytest.raises(ValueError, match="no adapter"):
         visual_layouts(model, inputs)
     preflight(model, inputs)
-    with FastOCR(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=0.1, focal_layers=[1]).attach(model) as handle:
         write(model, inputs)
         assert handle.facts()["attended"] < 0.8
 
@@ -1023,7 +1090,7 @@ def test_the_preflight_of_a_family_runs_once(cache):
         return [layer.self_attn.config._attn_implementation for layer in decoder(model).layers]
 
     names = implementations()
-    with FastOCR(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
+    with paper(keep_visual=1.0, focal_layers=[1]).attach(model) as handle:
         with _counted(model) as lengths:
             assert torch.equal(sample(), dense)  # nothing is drawn from the random generator
             # a dense and a full answer of two steps each, then the caller's
@@ -1040,7 +1107,7 @@ def test_a_family_that_fails_its_preflight_is_refused_by_its_first_answer():
     _ignoring_keywords(model, 1)
     before = write(model, inputs)
     words = {"input_ids": torch.tensor([[20, 21, 22]])}
-    with FastOCR(keep_visual=0.1, focal_layers=[0]).attach(model):
+    with paper(keep_visual=0.1, focal_layers=[0]).attach(model):
         model.generate(**words, max_new_tokens=2)  # no image: nothing is chosen from
         for _ in range(2):
             with pytest.raises(ValueError, match="layers 1 do not call transformers' attention"):
@@ -1054,7 +1121,7 @@ def test_a_checkpoint_of_a_family_without_an_adapter_is_loaded(tmp_path):
     model, inputs = _qwen2_vl()
     _, processor = fastocr.model("qwen2_5_vl")
     dense = write(model, inputs)[1]
-    method = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0)
+    method = paper(keep_visual=0.1, focal_layers=[1], min_visual=0)
     with compress.apply(model, method) as applied:
         expected = write(model, inputs)
         applied.save(tmp_path / "runtime", processor)
@@ -1075,7 +1142,7 @@ def test_a_checkpoint_of_a_family_without_an_adapter_is_loaded(tmp_path):
 
 def test_calls_of_the_model_are_refused_before_the_preflight():
     model, inputs = _qwen2_vl()
-    with FastOCR(focal_layers=[1]).attach(model) as handle, torch.no_grad():
+    with paper(focal_layers=[1]).attach(model) as handle, torch.no_grad():
         with pytest.raises(ValueError, match="FastOCR has no adapter.*generate once before a loop"):
             model(**inputs, use_cache=True)
         model.generate(**inputs, max_new_tokens=1)
@@ -1113,8 +1180,8 @@ def test_models_that_cannot_be_served_are_refused_with_what_they_lack():
     )
     llama = LlamaForCausalLM(config)
     with pytest.raises(ValueError, match="'llama' lacks an image_token_id"):
-        FastOCR().attach(llama)
+        paper().attach(llama)
     model, _ = _qwen2_vl()
     model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="keeps the prompt in all layers.*sliding_attention"):
-        FastOCR().attach(model)
+        paper().attach(model)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from builders import fastocr
+from builders.fastocr import paper
 from compress.eval.tables import read_rows
-from compress.methods.fastocr import FastOCR
 from compress.methods.fastocr.bench import crossovers
 from compress.methods.fastocr.crossover import SHIPPED, crossover, read_table
 from compress.models.visual import build_prompt, visual_layouts
@@ -29,7 +29,7 @@ def test_below_min_visual_it_is_the_dense_model(qwen, fixation, caplog):
     settings = {"keep_visual": 0.2, "focal_layers": (1,), "fixation": fixation}
     with (
         caplog.at_level(logging.WARNING),
-        FastOCR(**settings, min_visual=max(counts) + 1).attach(model) as handle,
+        paper(**settings, min_visual=max(counts) + 1).attach(model) as handle,
     ):
         for _ in range(2):
             ids, off = write(model, inputs)
@@ -39,9 +39,9 @@ def test_below_min_visual_it_is_the_dense_model(qwen, fixation, caplog):
     assert facts["attended"] == 1.0 and facts["steps"] == 2 * 4 * len(counts)
     assert [r for r in caplog.messages if "switched itself off" in r] == caplog.messages[:1]
     # each sequence goes by its own number
-    with FastOCR(**settings, min_visual=0).attach(model) as handle:
+    with paper(**settings, min_visual=0).attach(model) as handle:
         on = write(model, inputs)[1]
-    with FastOCR(**settings, min_visual=max(counts)).attach(model) as handle:
+    with paper(**settings, min_visual=max(counts)).attach(model) as handle:
         mixed = write(model, inputs)[1]
         assert handle.facts()["switched_off"] == 1 and handle.facts()["attended"] < 1
     for row, count in enumerate(counts):
@@ -55,7 +55,7 @@ def test_auto_is_looked_up_by_device(qwen, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CROSSOVERS", str(table))
     for least, off in ((10_000, 3), (0, 0)):
         table.write_text(json.dumps({"cpu": {"min_visual": least}}))
-        with FastOCR(keep_visual=0.2, focal_layers=(1,)).attach(model) as handle:
+        with paper(keep_visual=0.2, focal_layers=(1,)).attach(model) as handle:
             write(model, inputs)
             assert handle.facts()["switched_off"] == off
     assert crossover(torch.device("cpu"), {}) == (0, "nothing was measured on cpu")

@@ -51,14 +51,16 @@ def _top_k(scores, budgets, near=None):
 @pytest.mark.parametrize("tokens", [0, 1, 7, 100, 257, 1000])
 @pytest.mark.parametrize("percent", [1, 3, 5, 7, 10, 20, 29, 50, 58, 100])
 def test_budget_is_the_exact_fraction_rounded_up(percent, tokens):
-    assert budget(percent / 100, tokens) == -(-percent * tokens // 100)
+    exact = -(-percent * tokens // 100)
+    assert budget(percent / 100, tokens) == exact
+    assert budget(percent / 100, tokens, 9) == min(tokens, max(exact, 9))
 
 
 def test_same_mean_budget_includes_the_dense_layers():
     for tokens, layers, dense in [(300, 8, 1), (1001, 28, 4), (16, 2, 1)]:
         mean = (dense * tokens + (layers - dense) * budget(0.05, tokens)) / layers
-        assert same_mean_budget(0.05, tokens, layers, dense) == math.ceil(mean)
-    assert same_mean_budget(1.0, 300, 8, 1) == 300
+        assert same_mean_budget(budget(0.05, tokens), tokens, layers, dense) == math.ceil(mean)
+    assert same_mean_budget(300, 300, 8, 1) == 300
 
 
 def test_visual_scores_are_the_attention_on_the_page_alone():

@@ -1,17 +1,20 @@
 """Recall matrices and the greedy choice, against loops and exhaustive search."""
 
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
 
+from compress.methods.fastocr.fixation import budget
 from compress.methods.fastocr.recall import (
+    Recalls,
     Recorder,
     choose_focal_layers,
     default_count,
     mean_recall,
+    means,
     recalls,
-    summary,
 )
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.visual import VisualLayout
@@ -43,7 +46,7 @@ def _steps(counts, steps, seed=0):
 
 
 def _recorded(counts, scores, keep):
-    recorder = Recorder(_tokens(*counts), LAYERS, keep)
+    recorder = Recorder(_tokens(*counts), LAYERS, partial(budget, keep))
     for step in scores:
         recorder.start_step()
         for layer, scores_of_layer in enumerate(step):
@@ -67,7 +70,8 @@ def test_mean_recall_by_hand():
 def test_greedy_choice(seed):
     layers = 6
     recall, previous = _matrices(layers, seed)
-    order, curve = choose_focal_layers(recall, previous, layers)
+    found = Recalls(recall, previous, 1)
+    order, curve = choose_focal_layers(found, layers)
     assert sorted(order) == list(range(layers)) and curve[-1] == 1
     best = max(mean_recall([layer], recall, previous) for layer in range(layers))
     assert curve[0] == best
@@ -79,13 +83,20 @@ def test_greedy_choice(seed):
         )
         everything = [mean_recall(s, recall, previous) for s in combinations(range(layers), count)]
         assert curve[count - 1] <= max(everything)
-    assert choose_focal_layers(recall, previous, 2) == (order[:2], curve[:2])
+    assert choose_focal_layers(found, 2) == (order[:2], curve[:2])
+    # dense layers keep all, and are not chosen
+    rest, values = choose_focal_layers(found, layers, dense=[0, 3])
+    assert sorted(rest) == [1, 2, 4, 5] and values[-1] == 1
+    assert values[0] == max(mean_recall([n], recall, previous, [0, 3]) for n in rest)
 
 
 def test_a_layer_that_serves_all_is_chosen_first():
     recall = [[1.0, 0.2, 0.2, 0.2], [0.2, 1.0, 0.9, 0.9], [0.3, 0.3, 1.0, 0.3], [0.1] * 3 + [1.0]]
     previous = [[0.5] * 4] * 4
-    assert choose_focal_layers(recall, previous, 1)[0] == (1,)
+    found = Recalls(recall, previous, 1)
+    assert choose_focal_layers(found, 1)[0] == (1,)
+    assert len(choose_focal_layers(found, 1, dense=range(4))[0]) == 1  # where none is left, any
+    assert found.unfocused(0.5) == () and found.unfocused(1.1) == (0, 1, 2, 3)
 
 
 def test_default_count_is_a_seventh():
@@ -119,18 +130,17 @@ def test_recorder_compares_every_layer_with_every_choice_now_and_a_step_ago():
                     if step + 1 < length:
                         previous[i, j] += scores[step + 1, j, row, best].sum() / 4
     recorder = _recorded(counts, scores, keep)
-    result = summary([recorder.sums(lengths)], keep, 1, LAYERS)
+    result = means([recorder.sums(lengths)])
     torch.testing.assert_close(torch.tensor(result.recall), recall)
     torch.testing.assert_close(torch.tensor(result.previous), previous)
     assert result.steps == 6
-    assert result.focal_layers == result.order[:1]
     # recorders add up
     parts = [recorder.sums([4, 0, 0]), recorder.sums([0, 2, 0])]
-    again = summary(parts, keep, 1, LAYERS)
+    again = means(parts)
     torch.testing.assert_close(torch.tensor(again.recall), recall)
 
 
 def test_no_step_to_compare_with_the_one_before():
     recorder = _recorded([4], _steps([4], 1), 0.5)
     with pytest.raises(ValueError, match="at least two decode steps; got 1 steps"):
-        summary([recorder.sums([1])], 0.5, 1, 1)
+        means([recorder.sums([1])])

@@ -6,8 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from builders import fastocr
 from builders.counting import Counted, Tape
-from builders.fastocr import PAGES, TEXTS, write
-from compress.methods.fastocr import FastOCR
+from builders.fastocr import PAGES, TEXTS, paper, write
 from compress.methods.fastocr.policy import make_policy
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import cache_argument
@@ -60,7 +59,7 @@ def test_a_step_waits_for_nothing(name, pages, cache):
         return [step.waits for step in steps[1:]]
 
     dense = waits()  # transformers looks whether a mask of a padded batch hides anything
-    assert waits(FastOCR(keep_visual=0.1, focal_layers=[1], periphery=4)) == dense
+    assert waits(paper(keep_visual=0.1, focal_layers=[1], periphery=4)) == dense
     assert pages == 3 or not any(dense)
 
 
@@ -110,7 +109,7 @@ def _answer(model, inputs, method, cache, recorded=None):
 def test_a_recorded_step_is_replayed_at_later_ones(intern, pages, knobs):
     model, processor = intern
     inputs = build_prompt(model, processor, PAGES[:pages], TEXTS[:pages])
-    method = FastOCR(keep_visual=0.1, min_visual=0, **knobs)
+    method = paper(keep_visual=0.1, min_visual=0, **knobs)
 
     def answer(recorded=None):
         length = inputs["input_ids"].shape[1] + STEPS
@@ -126,7 +125,7 @@ def test_a_step_over_a_growing_cache_cannot_be_replayed(intern):
     """The control: what is recorded there has the length of its own step."""
     model, processor = intern
     inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
-    method, caches = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0), []
+    method, caches = paper(keep_visual=0.1, focal_layers=[1], min_visual=0), []
     for _ in range(2):
         caches.append(DynamicCache(config=text_model(model).config))
     expected, _ = _answer(model, inputs, method, caches[0])
@@ -145,7 +144,7 @@ def test_a_sparse_layer_is_given_no_mask_where_nothing_is_hidden(intern, monkeyp
 
     monkeypatch.setattr(sparse, spy)
     inputs = build_prompt(model, processor, [PAGES[0]] * 2, [TEXTS[0]] * 2)
-    with FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
+    with paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
         write(model, inputs, 3)
     assert given == [(torch.int32, None, None)] * len(given) and given
 
@@ -155,7 +154,7 @@ def test_a_prompt_adds_few_operators_to_a_dense_one(intern, pages):
     """What is known of its pages is computed on the host, and goes to the device by one copy."""
     model, processor = intern
     inputs = build_prompt(model, processor, PAGES[:pages], TEXTS[:pages])
-    method = FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0)
+    method = paper(keep_visual=0.1, focal_layers=[1], min_visual=0)
     with growing_caches(model):
         dense, *_ = _steps(model, inputs)
     with method.attach(model):
@@ -175,7 +174,7 @@ def test_a_step_adds_few_operators_to_a_dense_one(intern):
     inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
     with growing_caches(model):
         dense = _steps(model, inputs)
-    with FastOCR(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
+    with paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
         ours = _steps(model, inputs)
     added = ours[-1].total - dense[-1].total
     assert added == ours[-2].total - dense[-2].total

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicLayer
 
 from builders import fastocr
 from builders.counting import Counted
+from builders.fastocr import paper
 from builders.vlm import FAMILIES
-from compress.methods.fastocr import FastOCR
 from compress.models import growing_rows
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.generation import replaced_method
@@ -111,7 +111,7 @@ def test_a_cache_that_is_given_or_asked_for_by_name_stays_what_it_is(family):
     model, inputs = family
     mine = DynamicCache(config=model.config.get_text_config())
     kinds = [type(layer) for layer in mine.layers]
-    with FastOCR(focal_layers=[1], min_visual=0).attach(model):
+    with paper(focal_layers=[1], min_visual=0).attach(model):
         _answer(model, inputs, 2, **{cache_argument(model): mine})
         assert [type(layer) for layer in mine.layers] == kinds
         static = cache_in(_answer(model, inputs, 2, cache_implementation="static")[0])

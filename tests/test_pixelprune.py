@@ -12,7 +12,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.vision_utils import get_vision_window_index
 
 from builders import vlm
-from compress import FastOCR, PixelPrune
+from builders.fastocr import paper
+from compress import PixelPrune
 from compress.checkpoints.applied import Applied
 from compress.methods.base import Shown
 from compress.methods.pixelprune.encoder import FAMILIES, unit_pixels
@@ -492,7 +493,7 @@ def test_half_precision_drops_the_same_units():
 @pytest.mark.parametrize("first", ["pixelprune", "fastocr"])
 def test_fastocr_with_all_tokens_leaves_pixelprune_as_it_is(family, inputs, first):
     _, model, _ = family
-    pruning, fixating = PixelPrune(), FastOCR(keep_visual=1.0, focal_layers=[1], min_visual=0)
+    pruning, fixating = PixelPrune(), paper(keep_visual=1.0, focal_layers=[1], min_visual=0)
     result = []
     both = [pruning, fixating] if first == "pixelprune" else [fixating, pruning]
     for methods in ([pruning], both):

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from transformers import UnlimitedOcrImageProcessor
 
 from builders import ocr
-from compress import FastOCR, RTPrune
+from builders.fastocr import paper
+from compress import RTPrune
 from compress.checkpoints.applied import Applied
 from compress.methods.base import Shown
 from compress.methods.fastocr.trace import trace
@@ -236,7 +237,7 @@ def test_the_film_is_over_what_rtprune_left():
     model = ocr.deepseek_ocr()
     model.generation_config.eos_token_id = None
     processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
-    pruning, looking = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=0.2, focal_layers=(0,))
+    pruning, looking = RTPrune(keep_tokens=0.5), paper(keep_visual=0.2, focal_layers=(0,))
     inputs = dict(processor([PAGE], ["read"]))
     with Applied(model, [pruning]) as applied:
         _, layout, seen = trace(looking, model, inputs, 5)
@@ -255,7 +256,7 @@ def test_the_film_is_over_what_rtprune_left():
 def test_a_film_that_cannot_be_drawn_has_words(monkeypatch):
     model = ocr.deepseek_ocr()
     processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)
-    looking = FastOCR(keep_visual=0.2, focal_layers=(0,))
+    looking = paper(keep_visual=0.2, focal_layers=(0,))
     monkeypatch.setattr("compress.methods.fastocr.figures.NEW_TOKENS", 2)
     figures, [note] = figures_of(looking, model, processor, prompt=None)
     assert figures == {} and note.startswith("The fixation while the page is written: every step")

@@ -93,7 +93,7 @@ def recipe_of(tmp_path, model, pages, method, **extra):
     return path
 
 
-FAST = {"name": "fastocr", "keep_visual": 0.2}
+FAST = {"name": "fastocr", "keep_visual": 0.2, "min_fixation": 0, "dense_layers": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -284,12 +284,13 @@ def test_every_variant_read_the_same_pages_and_was_counted(finished):
         assert [p.page for p in read] == ["0.png", "1.png", "2.png"]
         assert ("attended" in row) == (row["variant"] != "dense")
     by_name = dict(zip(names, rows, strict=True))
-    everything = by_name["fastocr keep_visual=1.0"]
+    name = "fastocr keep_visual=1.0 min_fixation=0 dense_layers=none"
+    everything = by_name[name]
     assert everything["attended"] == 1
     # one focal layer of eight, the others at a fifth, the first step dense
     assert 0.3 < by_name["compressed"]["attended"] < 0.6
     dense = read_predictions(finished.folder / "predictions/dense.jsonl")
-    all_kept = read_predictions(finished.folder / "predictions/fastocr keep_visual=1.0.jsonl")
+    all_kept = read_predictions(finished.folder / f"predictions/{name}.jsonl")
     assert [p.text for p in dense] == [p.text for p in all_kept]
     assert everything["accuracy_retention"]["value"] == 1
 
@@ -545,8 +546,8 @@ def test_variants_have_names_of_their_own(tmp_path, qwen, pages):
     assert [v.name for v in variants(recipe)] == [
         "dense",
         "compressed",
-        "fastocr keep_visual=0.2",
-        "fastocr keep_visual=0.2 #2",
+        "fastocr keep_visual=0.2 min_fixation=0 dense_layers=none",
+        "fastocr keep_visual=0.2 min_fixation=0 dense_layers=none #2",
         "rtprune keep_tokens=0.5 select=norm",
     ]
     assert variant_name(RTPrune()) == "rtprune"
@@ -580,13 +581,16 @@ def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, 
         arguments = ["calibrate", str(qwen), "--output", str(tmp_path / "c"), "--data", str(pages)]
         return CliRunner().invoke(app, [*arguments, "--pages", "2", "--max-new-tokens", "4", *more])
 
-    found = calibrate("--keep-visual", "0.2", "--periphery", "3", "--json")
+    knobs = ["--keep-visual", "0.2", "--min-fixation", "0", "--dense-layers", "[0]"]
+    found = calibrate(*knobs, "--json")
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
-    assert len(facts["curve"]) == 8 and facts["curve"] == sorted(facts["curve"])
+    assert len(facts["curve"]) == 7 and facts["curve"] == sorted(facts["curve"])
+    assert facts["dense_layers"] == [0] and facts["attended_by_layer"][0] == 1
     _, _, applied = load_reader(tmp_path / "c")
     focal = tuple(facts["focal_layers"])
-    assert applied.methods[0] == FastOCR(keep_visual=0.2, periphery=3, focal_layers=focal)
+    expected = FastOCR(keep_visual=0.2, min_fixation=0, dense_layers=(0,), focal_layers=focal)
+    assert applied.methods[0] == expected
     stored = json.loads((tmp_path / "c" / "compress.json").read_text())
     assert stored["calibration"] == {"fastocr": facts}
     again = calibrate()

@@ -30,8 +30,13 @@ def metrics():
     return {
         "comparison": [
             row("dense", [], 1.0),
-            row("compressed", [{"name": "fastocr"}], 0.98, attended=0.17),
-            row("other", [{"name": "fastocr", "fixation": "static"}], 0.71234, attended=0.18),
+            row("compressed", [{"name": "fastocr", "min_fixation": 0}], 0.98, attended=0.17),
+            row(
+                "other",
+                [{"name": "fastocr", "min_fixation": 0, "fixation": "static"}],
+                0.71234,
+                attended=0.18,
+            ),
         ],
         "calibration": {"focal_layers": [2]},
         "run": {"model": MODEL, "model_hash": weights(MODEL), "pages": 64, "device": "cpu"},
@@ -67,7 +72,7 @@ def test_a_recipe_is_run_once_and_its_variants_become_rows(metrics, tmp_path, mo
 
 def test_every_table_of_a_recipe_measures_64_pages_and_each_variant_once(tmp_path):
     recipes = [table.jobs[0].name for table in reader.recipe_tables(tmp_path, tmp_path)]
-    assert len(recipes) == 4
+    assert len(recipes) == 5
     for recipe in map(load_recipe, recipes):
         assert isinstance(recipe, ReaderRecipe) and recipe.evaluate.samples >= 64
         variants = {repr(method) for method in [*recipe.method, *recipe.compare]}

@@ -21,7 +21,7 @@ from transformers.modeling_flash_attention_utils import (
 )
 
 from builders import ocr
-from compress import FastOCR
+from builders.fastocr import paper
 from compress.checkpoints.applied import Applied
 from compress.methods.rtprune import RTPrune
 from compress.methods.rtprune.encoder_attention import EncoderRecorder
@@ -468,7 +468,7 @@ def test_half_precision_is_close_to_float32(prompt, dtype, keep_tokens):
 def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(prompt, family, first):
     model = getattr(ocr, family)()
     inputs = ocr.deepseek2_prompt(["read"]) if family == "deepseek_ocr2" else prompt
-    pruning, fixating = RTPrune(keep_tokens=0.5), FastOCR(keep_visual=1.0, focal_layers=[1])
+    pruning, fixating = RTPrune(keep_tokens=0.5), paper(keep_visual=1.0, focal_layers=[1])
     result = []
     for methods in ([pruning], [pruning, fixating] if first == "rtprune" else [fixating, pruning]):
         with Applied(model, methods) as applied:

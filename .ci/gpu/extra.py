@@ -316,7 +316,13 @@ def generation(model_name, visual, batch, new=48, compiled=False):
     dtype: Literal["float32", "bfloat16"] = "float32" if TINY else "bfloat16"
     shape = DecodeShape(model=model_name, visual=visual, batch=batch, text=16, dtype=dtype)
     model = built(lambda: _model(shape), getattr(torch, dtype), DEVICE)
-    method = FastOCR(keep_visual=shape.keep_visual, focal_layers=shape.focal, min_visual=0)
+    method = FastOCR(
+        keep_visual=shape.keep_visual,
+        focal_layers=shape.focal,
+        dense_layers="none",
+        min_fixation=0,
+        min_visual=0,
+    )
     side = 2 * round(visual**0.5)
     ids = torch.full((batch, visual + 18), 7, device=DEVICE)
     ids[:, 0], ids[:, 1 : visual + 1], ids[:, visual + 1] = 4, 2, 5
@@ -531,9 +537,14 @@ def reader():
     from compress.methods.base import RuntimeMethod
 
     count = 2 if TINY else 64
-    fastocr = FastOCR(keep_visual=0.1, min_visual=0, periphery=64)
+    fastocr = FastOCR(
+        keep_visual=0.1, min_visual=0, min_fixation=0, dense_layers="none", periphery=64
+    )
     rtprune = RTPrune(keep_tokens=0.85)
-    both: list[RuntimeMethod] = [rtprune, FastOCR(keep_visual=0.2, min_visual=0)]
+    both: list[RuntimeMethod] = [
+        rtprune,
+        FastOCR(keep_visual=0.2, min_visual=0, min_fixation=0, dense_layers="none"),
+    ]
     qwen: dict[str, list[RuntimeMethod]] = {"dense": [], "fastocr": [fastocr]}
     deepseek: dict[str, list[RuntimeMethod]] = {"dense": [], "rtprune": [rtprune], "both": both}
     places = [("cpu", torch.float32)]

@@ -359,10 +359,12 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
 
 
 def with_calibration(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]) -> RuntimeMethod:
-    """The method with the settings that were measured for it, if it left any open."""
+    """The method with the settings that were measured for it, in place of those it left open."""
     if not method.needs_calibration():
         return method
-    return type(method)(**method.model_dump() | calibrated[method.name].settings)
+    found = calibrated[method.name].settings
+    left_open = {knob: found[knob] for knob in found if getattr(method, knob) == "auto"}
+    return type(method)(**method.model_dump() | left_open)
 
 
 # ---- measurement -----------------------------------------------------------------------------

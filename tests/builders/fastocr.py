@@ -3,6 +3,7 @@
 import torch
 
 from builders import vlm
+from compress.methods.fastocr import FastOCR
 
 PAGES = [*vlm.PAGES, vlm.page(200, 300, 2)]
 TEXTS = [*vlm.TEXTS, "OCR: "]
@@ -11,6 +12,11 @@ TEXTS = [*vlm.TEXTS, "OCR: "]
 def model(family, layers=2):
     built, processor = vlm.build(family, layers)
     return fill(built), processor
+
+
+def paper(**settings):
+    """The method as published: no dense layers, and no floor, which small pages are below."""
+    return FastOCR(**{"min_fixation": 0, "dense_layers": "none"} | settings)
 
 
 def fill(model):

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from compress.kernels import sparse_decode as kernels
 from compress.kernels import summaries as groups
 from compress.kernels.backend import use_triton
-from compress.methods.fastocr.fixation import Fixation
+from compress.methods.fastocr.fixation import Fixation, HeadReduce
 from compress.methods.fastocr.periphery import Periphery
 
 if TYPE_CHECKING:
@@ -99,11 +99,15 @@ def focal_decode(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    head_reduce: HeadReduce = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`compress.kernels.sparse_decode.focal_decode`, on any device and with any mask."""
-    fast = _use_kernel("focal_decode", query, key, value, mask)
-    decode = kernels.focal_decode if fast else kernels.focal_decode_reference
-    return decode(query, key, value, mask, scaling)
+    """:func:`compress.kernels.sparse_decode.focal_decode`, on any device and with any mask.
+
+    ``head_reduce`` may be "max", too, for the highest weight of a head, in plain torch.
+    """
+    if head_reduce == "mean" and _use_kernel("focal_decode", query, key, value, mask):
+        return kernels.focal_decode(query, key, value, mask, scaling)
+    return kernels.focal_decode_reference(query, key, value, mask, scaling, head_reduce)
 
 
 def _attention(

@@ -101,11 +101,42 @@ def film(frames: Sequence[Image.Image]) -> bytes:
 
 
 def calibration_sections(facts: Mapping[str, Any]) -> list[Section]:
-    """The recall that the focal layers were chosen by."""
+    """Which layers are dense or focal, why, and what each of them reads."""
     caption = "Calibration: recall between layers, and by the number of focal layers"
-    return [
-        Section("Focal layers", figures=[Figure("recall", recall_plot(facts), caption, "wide")])
+    figure = Figure("recall", recall_plot(facts), caption, "wide")
+    return [Section("Dense and focal layers", layer_notes(facts), [figure])]
+
+
+def layer_notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a calibration found, layer by layer, in words.
+
+    Parameters
+    ----------
+    facts : of :class:`compress.methods.fastocr.calibration.Calibration`.
+    """
+    roles = dict.fromkeys(facts["dense_layers"], ", dense")
+    roles |= dict.fromkeys(facts["focal_layers"], ", focal")
+    shares = zip(facts["focus"], facts["attended_by_layer"], strict=True)
+    layers = [
+        f"layer {n}{roles.get(n, '')}: {focus:.0%} and {read:.0%}"
+        for n, (focus, read) in enumerate(shares)
     ]
+    notes = [
+        "Share of each layer's attention over visual tokens that lies on its own choice, and of "
+        f"the visual tokens that it then reads: {'; '.join(layers)}. {facts['attended']:.1%} are "
+        f"read in all. Where dense_layers is auto, layers with less than {facts['min_focus']:.0%} "
+        "on their own choice are dense."
+    ]
+    if facts["losses"]:
+        rounds = [
+            ", ".join(f"layer {n} {loss:.4f}" for n, loss in enumerate(tried) if loss is not None)
+            for tried in facts["losses"]
+        ]
+        notes.append(
+            "Focal layers were added by the loss, mean -log p of the dense model's answers under "
+            f"the method: {'; then '.join(rounds)}."
+        )
+    return notes
 
 
 @styled

@@ -7,9 +7,12 @@ fixation; shorter ones are padded, and a mask marks what is not padding. Scores 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+
+HeadReduce = Literal["mean", "max"]
 
 
 @dataclass(frozen=True)
@@ -36,25 +39,32 @@ class Fixation:
         return self.index.numel() if self.valid is None else self.valid.sum()
 
 
-def budget(keep: float, tokens: int) -> int:
+def budget(keep: float, tokens: int, least: int = 0) -> int:
     """Number of visual tokens in a fixation: the smallest integer not below ``keep * tokens``.
+
+    Parameters
+    ----------
+    keep, tokens : the share, and of how many.
+    least : the floor; all tokens where there are no more.
 
     >>> budget(0.05, 300), budget(0.05, 301), budget(0.07, 100)
     (15, 16, 7)
+    >>> budget(0.05, 300, 128), budget(0.05, 100, 128)
+    (128, 100)
     """
-    return math.ceil(keep * tokens - 1e-9)  # 0.07 * 100 is a little more than 7
+    # 0.07 * 100 is a little more than 7
+    return min(tokens, max(math.ceil(keep * tokens - 1e-9), least))
 
 
-def same_mean_budget(keep: float, tokens: int, layers: int, dense: int, periphery: int = 0) -> int:
+def same_mean_budget(kept: int, tokens: int, layers: int, dense: int, periphery: int = 0) -> int:
     """Tokens per layer of a baseline without dense layers that attends to as many on average.
 
     Parameters
     ----------
-    keep, tokens : as in :func:`budget`, of the layers that are not dense.
+    kept, tokens : how many of the tokens a layer that is not dense attends to.
     layers, dense : of the text model; how many of them attend to all tokens.
     periphery : summaries that every layer which is not dense reads as well, in both methods.
     """
-    kept = budget(keep, tokens)
     around = min(periphery, tokens - kept)
     mean = math.ceil((dense * tokens + (layers - dense) * (kept + around)) / layers)
     return max(mean - around, 1) if tokens else 0

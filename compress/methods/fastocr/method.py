@@ -55,9 +55,26 @@ class FastOCR(RuntimeMethod):
     keep_visual: Fraction = 0.05
     """Fraction of a sequence's visual tokens that a layer that is not focal attends to; rounded up.
     """
+    min_fixation: NonNegative = 128
+    """Visual tokens that such a layer attends to at least, or all where there are fewer. Our own
+    choice, after TidalDecode and Kascade; 0 is the paper."""
     focal_layers: Literal["auto"] | Layers = "auto"
-    """Layers that attend to all, as calibration measured them; "auto" chooses a seventh of the
-    layers for each page, in its first ``warmup`` steps."""
+    """Layers that attend to all and choose for those below, as calibration measured them; "auto"
+    chooses a seventh of the layers for each page, in its first ``warmup`` steps."""
+    focal_by: Literal["loss", "recall"] = "loss"
+    """How calibration chooses ``focal_layers``: "loss" adds those with which the dense model's
+    answers stay the likeliest under these settings, our own choice, after IndexCache; "recall",
+    which is cheaper, those on whose choice the other layers' attention lies."""
+    dense_layers: Literal["auto", "none"] | Layers = "auto"
+    """Layers that attend to all and choose for none: "auto" takes those without a focus, see
+    ``min_focus``, by calibration or in a page's first ``warmup`` steps. Our own choice, after
+    TidalDecode, OmniKV and Kascade; "none" is the paper."""
+    min_focus: float = Field(0.3, ge=0, le=1)
+    """Where ``dense_layers`` is "auto": a layer is dense when less than this share of its attention
+    over visual tokens lies on its own choice."""
+    head_reduce: Literal["mean", "max"] = "mean"
+    """How the attention of a focal layer's heads to a token becomes one score. "max" is our own
+    choice, after DELTA, and has no kernel."""
     dilate: int = Field(0, ge=0, le=1_000)
     """Rows and columns around the best tokens that replace the last ones; the number of tokens
     stays. Our own choice."""
@@ -76,11 +93,13 @@ class FastOCR(RuntimeMethod):
     among so few. "auto" is what the benchmark measured on the device, 0 where it was not measured;
     0 never switches off. Our own choice."""
     warmup: int = Field(8, ge=2, le=131_072)
-    """Dense first steps where ``focal_layers`` is "auto"."""
-    fixation: Literal["dynamic", "static", "random", "window"] = "dynamic"
-    """"dynamic" is the method. The others fix what a layer attends to for the whole answer, at the
-    same mean number of attended tokens, without focal layers: "static" is each layer's own top-k of
-    the last dense step, "random" a draw per layer, "window" the last ones in reading order."""
+    """Dense first steps where ``focal_layers`` or ``dense_layers`` is "auto"."""
+    fixation: Literal["dynamic", "static", "random", "window", "oracle"] = "dynamic"
+    """"dynamic" is the method. Three fix what a layer attends to for the whole answer, at the same
+    mean number of attended tokens, without focal and dense layers: "static" is each layer's own
+    top-k of the last dense step, "random" a draw per layer, "window" the last ones in reading
+    order. "oracle" is a bound: each layer's own top-k of the step itself. It reads all tokens to
+    find them, and counts what it then attends to."""
     seed: Seed = 0
     """Seed of the random fixation."""
 
@@ -97,6 +116,10 @@ class FastOCR(RuntimeMethod):
     def label(self) -> str:
         """The fixation, and the other knobs that are not the paper's, but not its size."""
         parts: list[str] = [self.name if self.fixation == "dynamic" else self.fixation]
+        if self.fixation == "dynamic" and self.dense_layers not in ("auto", "none"):
+            parts.append(f"{', '.join(map(str, self.dense_layers))} dense")
+        if self.head_reduce != "mean":
+            parts.append(f"{self.head_reduce} over heads")
         if not self.reuse:
             parts.append("no reuse")
         for word, value in (
@@ -109,8 +132,9 @@ class FastOCR(RuntimeMethod):
         return ", ".join(parts)
 
     def kept(self) -> str:
-        """The fraction of the visual tokens in the fixation."""
-        return f"{self.keep_visual:.2%}".replace(".00%", "%")
+        """The fraction of the visual tokens in the fixation, and its floor."""
+        share = f"{self.keep_visual:.2%}".replace(".00%", "%")
+        return f"{share}, at least {self.min_fixation}" if self.min_fixation else share
 
     def count(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Put together the counts of several batches.
@@ -152,13 +176,13 @@ class FastOCR(RuntimeMethod):
         ]
 
     def needs_calibration(self) -> bool:
-        """Whether the focal layers are left open."""
-        return self.focal_layers == "auto"
+        """Whether the focal or the dense layers are left open."""
+        return "auto" in (self.focal_layers, self.dense_layers)
 
     def calibrate(
         self, model: Any, batches: Sequence[Mapping[str, Any]], max_new_tokens: int
     ) -> Calibrated:
-        """Choose the focal layers of ``model`` while it answers densely.
+        """Find the dense and focal layers of ``model`` while it answers.
 
         Raises
         ------
@@ -166,14 +190,19 @@ class FastOCR(RuntimeMethod):
         """
         from compress.methods.fastocr.calibration import calibrate
 
-        result = calibrate(model, batches, self.keep_visual, max_new_tokens=max_new_tokens)
-        recall = [f"{value:.4f} with {n}" for n, value in enumerate(result.curve, start=1)]
+        result = calibrate(self, model, batches, max_new_tokens)
+        focal = ", ".join(map(str, result.focal_layers))
         lines = [
-            f"mean recall  {', '.join(recall)} focal layers",
-            f"order        {', '.join(map(str, result.order))}",
-            f"chosen       {', '.join(map(str, result.focal_layers))}",
+            f"focus        {_listed(result.focus)}: of each layer's attention on its own choice",
+            f"dense        {', '.join(map(str, result.dense_layers)) or 'none'}",
+            f"focal        {focal}{f', by {result.focal_by}' if result.focal_by else ''}",
+            f"read         {_listed(result.attended_by_layer)}: {result.attended:.1%} in all",
         ]
-        return Calibrated({"focal_layers": result.focal_layers}, asdict(result), lines)
+        settings = {
+            "focal_layers": result.focal_layers,
+            "dense_layers": result.dense_layers or "none",
+        }
+        return Calibrated(settings, asdict(result), lines)
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
         """Let ``model`` decode so until the context is left, which restores everything.
@@ -187,16 +216,18 @@ class FastOCR(RuntimeMethod):
         ValueError : when the model cannot be served, or has no such focal layer.
         """
         from compress.methods.fastocr.hooks import attached, decoder
-        from compress.methods.fastocr.policy import make_policy
+        from compress.methods.fastocr.policy import listed, make_policy
         from compress.methods.fastocr.preflight import preflight
         from compress.models.visual import ADAPTERS
 
         layers = len(decoder(model).layers)
-        if self.focal_layers != "auto" and max(self.focal_layers) >= layers:
-            raise ValueError(
-                f"focal_layers should be among the model's {layers}, counted from 0; got "
-                f"{list(self.focal_layers)}; calibrate on this model"
-            )
+        for name in ("focal_layers", "dense_layers"):
+            chosen = listed(getattr(self, name)) or [0]
+            if max(chosen) >= layers:
+                raise ValueError(
+                    f"{name} should be among the model's {layers}, counted from 0; got {chosen}; "
+                    "calibrate on this model"
+                )
         has_adapter = model.config.model_type in ADAPTERS
         return attached(
             model, partial(make_policy, self), None if has_adapter else preflight, self.min_visual
@@ -220,3 +251,7 @@ class FastOCR(RuntimeMethod):
         from compress.methods.fastocr.bench import BENCHMARK
 
         return BENCHMARK
+
+
+def _listed(shares: Sequence[float]) -> str:
+    return " ".join(f"{share:.0%}" for share in shares)

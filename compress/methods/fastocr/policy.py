@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from compress.methods.fastocr.fixation import (
     Fixation,
+    HeadReduce,
     budget,
     filled,
     kept_mass,
@@ -19,7 +20,12 @@ from compress.methods.fastocr.fixation import (
     shares,
     top_k,
 )
-from compress.methods.fastocr.recall import Recorder, default_count, summary
+from compress.methods.fastocr.recall import (
+    Recorder,
+    choose_focal_layers,
+    default_count,
+    means,
+)
 from compress.methods.fastocr.visual_tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -32,21 +38,23 @@ class AttentionPolicy(Protocol):
     Attributes
     ----------
     periphery : summaries per key head of what a layer does not attend to; 0 is none.
+    head_reduce : of the heads' attention, where scores are needed.
     """
 
     periphery: int
+    head_reduce: HeadReduce
 
     def start_step(self) -> None:
         """Begin a decode step."""
 
+    def needs_scores(self, layer: int) -> bool:
+        """Whether :meth:`observe` is to be called with the layer's scores, before it attends."""
+
     def fixation(self, layer: int) -> Fixation | None:
         """The visual tokens that a layer attends to; None is all."""
 
-    def needs_scores(self, layer: int) -> bool:
-        """Whether :meth:`observe` is to be called with the scores of a dense layer."""
-
     def observe(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
-        """Take a layer's attention over the visual tokens, ``(batch, visual)``.
+        """Take a layer's attention over all visual tokens, ``(batch, visual)``.
 
         Returns
         -------
@@ -60,9 +68,12 @@ class FocalPolicy:
     Parameters
     ----------
     tokens, layers : of the batch; layers of its model.
-    keep : fraction of a sequence's visual tokens in the fixation.
+    keep, least : fraction of a sequence's visual tokens in the fixation, and its floor in tokens.
     focal : layers that are dense and choose the fixation of those below; None finds those of each
         sequence in its first ``warmup`` steps, which are dense.
+    dense : other layers that attend to all; None finds them in these steps, too.
+    min_focus : share of a layer's attention that its own choice must hold where ``dense`` is None.
+    head_reduce : of the attention of a focal layer's heads.
     warmup : at least 2.
     dilate : rows and columns around the best tokens that replace the last ones.
     min_mass : the guard: below it the rest of a step is dense.
@@ -77,6 +88,10 @@ class FocalPolicy:
         *,
         keep: float,
         focal: Sequence[int] | None,
+        least: int = 0,
+        dense: Sequence[int] | None = (),
+        min_focus: float = 0.0,
+        head_reduce: HeadReduce = "mean",
         warmup: int = 2,
         dilate: int = 0,
         min_mass: float = 0.0,
@@ -85,18 +100,24 @@ class FocalPolicy:
     ) -> None:
         self.tokens = tokens
         self.periphery = periphery
-        self.keep = keep
+        self.head_reduce = head_reduce
+        self.given = focal, dense
+        self.min_focus = min_focus
         self.warmup = warmup
         self.min_mass = min_mass
         self.reuse = reuse
         self.step = -1
-        self.budgets = tokens.budgets(partial(budget, keep))
+        size = partial(budget, keep, least=least)
+        self.budgets = tokens.budgets(size)
         device = tokens.rows.device
         self.valid = filled(self.budgets, device)
         self.near = _padded_neighbours(tokens, dilate) if dilate else None
-        self.recorder = Recorder(tokens, layers, keep) if focal is None else None
         self.layers = layers
-        self._set_focal([] if focal is None else [focal] * len(tokens.counts))
+        self.recorder = None
+        if focal is None or dense is None:
+            self.recorder = Recorder(tokens, layers, size, head_reduce)
+        else:
+            self._set_layers([(focal, dense)] * len(tokens.counts))
         # by the last focal layer; always in the same memory, as a graph that is replayed wants it
         self.chosen: Fixation | None = None
         self.current: Fixation | None = None  # the same, with all tokens of refreshed sequences
@@ -109,7 +130,7 @@ class FocalPolicy:
         if self.recorder is not None and self.step < self.warmup:
             self.recorder.start_step()
         elif self.recorder is not None:
-            self._set_focal(
+            self._set_layers(
                 [self._found(self.recorder, row) for row in range(len(self.tokens.counts))]
             )
             last = [self.recorder.scores[max(own)][row] for row, own in enumerate(self.focal)]
@@ -164,22 +185,31 @@ class FocalPolicy:
             self.current = opened(before, self.refreshed, self.tokens.valid)
         return refreshes.sum()
 
-    def _set_focal(self, focal: Sequence[Sequence[int]]) -> None:
-        """The focal layers of each sequence, and the layers that are dense for it."""
-        self.focal = focal
-        self.is_focal = [[layer in own for own in focal] for layer in range(self.layers)]
+    def _set_layers(self, sets: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """The focal layers of each sequence, and the others that are dense for it."""
+        self.focal = [focal for focal, _ in sets]
+        self.is_focal = [[layer in focal for focal, _ in sets] for layer in range(self.layers)]
         self.is_dense = [
-            [layer in own or not (self.reuse or layer > min(own)) for own in focal]
+            [
+                layer in focal or layer in dense or not (self.reuse or layer > min(focal))
+                for focal, dense in sets
+            ]
             for layer in range(self.layers)
         ]
 
-    def _found(self, recorder: Recorder, row: int) -> Sequence[int]:
-        """The focal layers of one sequence; without visual tokens any would do."""
+    def _found(self, recorder: Recorder, row: int) -> tuple[Sequence[int], Sequence[int]]:
+        """The focal and dense layers of one sequence; without visual tokens any would do."""
+        focal, dense = self.given
         count = default_count(self.layers)
         if not self.tokens.counts[row]:
-            return range(count)
+            return focal or range(count), dense or ()
         steps = [self.warmup * (row == other) for other in range(len(self.tokens.counts))]
-        return summary([recorder.sums(steps)], self.keep, count, count).focal_layers
+        found = means([recorder.sums(steps)])
+        if dense is None:
+            dense = found.unfocused(self.min_focus)
+        if focal is None:
+            focal = sorted(choose_focal_layers(found, count, dense)[0])
+        return focal, dense
 
     def _rows(self, flags: Sequence[bool]) -> torch.Tensor:
         return torch.tensor(flags, device=self.tokens.rows.device)
@@ -206,12 +236,18 @@ class FixedPolicy:
     choose : a layer's fixation from its scores in the last dense step.
     dense_steps : first steps that are dense, as many as the method has.
     periphery : summaries per key head of what a layer does not attend to.
+    head_reduce : of the attention of a layer's heads.
     """
 
     def __init__(
-        self, choose: Callable[[int, torch.Tensor], Fixation], dense_steps: int, periphery: int
+        self,
+        choose: Callable[[int, torch.Tensor], Fixation],
+        dense_steps: int,
+        periphery: int,
+        head_reduce: HeadReduce = "mean",
     ) -> None:
         self.periphery = periphery
+        self.head_reduce = head_reduce
         self.choose = choose
         self.dense_steps = dense_steps
         self.step = -1
@@ -235,32 +271,56 @@ class FixedPolicy:
         return 0
 
 
+class OraclePolicy(FixedPolicy):
+    """The bound: every layer attends to its own choice of the same step, for which it reads all."""
+
+    def needs_scores(self, layer: int) -> bool:
+        """True: a choice is made in every layer and step."""
+        return True
+
+
+def listed(layers: Literal["auto", "none"] | Sequence[int]) -> list[int] | None:
+    """A setting of layers as a list in order; None where it is to be found."""
+    if layers == "auto":
+        return None
+    return [] if layers == "none" else sorted({*map(int, layers)})
+
+
 def make_policy(method: "FastOCR", tokens: VisualTokens, layers: int) -> AttentionPolicy:
     """The policy for a new batch of prompts, of a model with so many layers."""
-    focal = None if method.focal_layers == "auto" else sorted(set(method.focal_layers))
+    focal, dense = listed(method.focal_layers), listed(method.dense_layers)
+    size = partial(budget, method.keep_visual, least=method.min_fixation)
     if method.fixation == "dynamic":
         return FocalPolicy(
             tokens,
             layers,
             keep=method.keep_visual,
             focal=focal,
+            least=method.min_fixation,
+            dense=dense,
+            min_focus=method.min_focus,
+            head_reduce=method.head_reduce,
             warmup=method.warmup,
             dilate=method.dilate,
             min_mass=method.min_mass,
             reuse=method.reuse,
             periphery=method.periphery,
         )
-    dense = default_count(layers) if focal is None else len(focal)
-    budgets = tokens.budgets(
-        lambda count: same_mean_budget(method.keep_visual, count, layers, dense, method.periphery)
-    )
+    unlimited = {*(focal or range(default_count(layers))), *(dense or ())}
+
+    def mean_size(count: int) -> int:
+        return same_mean_budget(size(count), count, layers, len(unlimited), method.periphery)
+
+    budgets = tokens.budgets(size if method.fixation == "oracle" else mean_size)
     device = tokens.rows.device
 
     def choose(layer: int, scores: torch.Tensor) -> Fixation:
-        if method.fixation == "static":
-            return top_k(scores, max(budgets), filled(budgets, device))
         if method.fixation == "random":
             return random_fixation(tokens.counts, budgets, method.seed + layer).to(device)
-        return last_fixation(tokens.counts, budgets).to(device)
+        if method.fixation == "window":
+            return last_fixation(tokens.counts, budgets).to(device)
+        return top_k(scores, max(budgets), filled(budgets, device))
 
-    return FixedPolicy(choose, 1 if focal else method.warmup, method.periphery)
+    kind = OraclePolicy if method.fixation == "oracle" else FixedPolicy
+    open_steps = 1 if focal and dense is not None else method.warmup
+    return kind(choose, open_steps, method.periphery, method.head_reduce)

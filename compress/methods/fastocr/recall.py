@@ -3,14 +3,13 @@
 It decides which layers are focal: those whose choice serves the others best.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from compress.methods.fastocr.fixation import Fixation, budget, filled, shares, top_k
+from compress.methods.fastocr.fixation import Fixation, HeadReduce, filled, shares, top_k
 from compress.methods.fastocr.visual_tokens import VisualTokens
 
 Matrix = Sequence[Sequence[float]]
@@ -18,28 +17,24 @@ Sums = tuple[torch.Tensor, torch.Tensor, int, int]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What dense decoding showed, and the focal layers that follow from it.
+class Recalls:
+    """What dense decoding showed.
 
     Parameters
     ----------
-    keep_visual : size of the fixations that were compared, as a fraction.
-    focal_layers : the choice, in ascending order.
-    order : layers in the order of the greedy choice.
-    curve : mean recall with the first one, the first two, ... of ``order``.
     recall : ``recall[i][j]`` is the share of layer j's attention over visual tokens that lies on
         the top-k of layer i, mean over steps.
     previous : the same with the top-k that layer i had in the step before.
     steps : decode steps that were recorded, summed over pages.
     """
 
-    keep_visual: float
-    focal_layers: tuple[int, ...]
-    order: tuple[int, ...]
-    curve: tuple[float, ...]
     recall: Matrix
     previous: Matrix
     steps: int
+
+    def unfocused(self, least: float) -> tuple[int, ...]:
+        """Layers whose own top-k holds less than this share of their attention."""
+        return tuple(n for n, row in enumerate(self.recall) if row[n] < least)
 
 
 def default_count(layers: int) -> int:
@@ -65,25 +60,55 @@ def recalls(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return chosen @ scores.transpose(1, 2)
 
 
-def mean_recall(focal: Sequence[int], recall: Matrix, previous: Matrix) -> float:
+def mean_recall(
+    focal: Sequence[int], recall: Matrix, previous: Matrix, dense: Sequence[int] = ()
+) -> float:
     """Mean over the layers of the attention that is kept.
 
-    A focal layer keeps all. Another one keeps what lies on the choice of the nearest focal layer
-    above it, or, where there is none above, of the last focal layer in the step before. Matrices as
-    in :class:`Calibration`.
+    A focal or dense layer keeps all. Another one keeps what lies on the choice of the nearest focal
+    layer above it, or, where there is none above, of the last focal layer in the step before.
+    Matrices as in :class:`Recalls`.
     """
     total = 0.0
     for layer in range(len(recall)):
         above = [other for other in focal if other < layer]
-        if layer in focal:
+        if layer in focal or layer in dense:
             total += 1
         else:
             total += recall[max(above)][layer] if above else previous[max(focal)][layer]
     return total / len(recall)
 
 
+def candidates(layers: int, dense: Collection[int]) -> list[int]:
+    """Layers that can be focal: those that are not dense anyway, or all where none is left."""
+    return [n for n in range(layers) if n not in dense] or list(range(layers))
+
+
+def greedy(
+    layers: Sequence[int], count: int, worth: Callable[[tuple[int, ...]], float]
+) -> tuple[tuple[int, ...], list[dict[int, float]]]:
+    """Add layers one by one, each time the one with which ``worth`` is highest.
+
+    Parameters
+    ----------
+    layers : to choose from.
+    count : how many, at most.
+    worth : of a set of layers; of equals the first layer is added.
+
+    Returns
+    -------
+    The layers in the order of the choice, and in each round what every layer was worth.
+    """
+    order: tuple[int, ...] = ()
+    rounds = []
+    for _ in range(min(count, len(layers))):
+        rounds.append({n: worth((*order, n)) for n in layers if n not in order})
+        order = (*order, max(rounds[-1], key=rounds[-1].__getitem__))
+    return order, rounds
+
+
 def choose_focal_layers(
-    recall: Matrix, previous: Matrix, count: int
+    found: Recalls, count: int, dense: Sequence[int] = ()
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Add layers greedily, each time the one with which the mean recall is highest.
 
@@ -91,16 +116,12 @@ def choose_focal_layers(
     -------
     The layers in the order of the choice, and the mean recall after each.
     """
-    order: tuple[int, ...] = ()
-    curve: tuple[float, ...] = ()
-    for _ in range(count):
-        value, layer = max(
-            (mean_recall((*order, layer), recall, previous), -layer)
-            for layer in range(len(recall))
-            if layer not in order
-        )
-        order, curve = (*order, -layer), (*curve, value)
-    return order, curve
+    order, rounds = greedy(
+        candidates(len(found.recall), dense),
+        count,
+        lambda focal: mean_recall(focal, found.recall, found.previous, dense),
+    )
+    return order, tuple(max(values.values()) for values in rounds)
 
 
 class Recorder:
@@ -109,15 +130,23 @@ class Recorder:
     Parameters
     ----------
     tokens, layers : of the batch; layers of its model.
-    keep : size of the choices that are compared, as a fraction of a sequence's visual tokens.
+    size : of the choices that are compared, where a sequence has so many visual tokens.
+    head_reduce : of the attention of a layer's heads.
     """
 
     periphery = 0
 
-    def __init__(self, tokens: VisualTokens, layers: int, keep: float) -> None:
+    def __init__(
+        self,
+        tokens: VisualTokens,
+        layers: int,
+        size: Callable[[int], int],
+        head_reduce: HeadReduce = "mean",
+    ) -> None:
+        self.head_reduce = head_reduce
         self.layers = layers
         self.counts = tokens.counts
-        self.budgets = tokens.budgets(partial(budget, keep))
+        self.budgets = tokens.budgets(size)
         valid = filled(self.budgets, tokens.rows.device)
         self.valid = None if valid is None else valid.repeat_interleave(layers, 0)
         self.recall: list[torch.Tensor] = []  # one per step, (batch, layers, layers)
@@ -174,14 +203,12 @@ def _first(matrices: Sequence[torch.Tensor], row: int, steps: int) -> torch.Tens
     return sum((matrix[row].cpu() for matrix in matrices[: max(steps, 0)]), 0)
 
 
-def summary(sums: Iterable[Sums], keep_visual: float, count: int, curve: int) -> Calibration:
-    """Choose focal layers from what was recorded.
+def means(sums: Iterable[Sums]) -> Recalls:
+    """What was recorded, as means; of :meth:`Recorder.sums`.
 
-    Parameters
-    ----------
-    sums : of :meth:`Recorder.sums`.
-    keep_visual : as the recorders had it.
-    count, curve : focal layers to choose, and how far the greedy order is followed.
+    Raises
+    ------
+    ValueError : when no answer has two decode steps.
     """
     totals = [sum(parts) for parts in zip(*sums, strict=True)]
     if not totals or not totals[3]:
@@ -189,9 +216,4 @@ def summary(sums: Iterable[Sums], keep_visual: float, count: int, curve: int) ->
             "calibration needs a page whose answer has at least two decode steps; got "
             f"{totals[2] if totals else 0} steps in all; give pages with text, or more new tokens"
         )
-    recall = (totals[0] / totals[2]).tolist()
-    previous = (totals[1] / totals[3]).tolist()
-    order, values = choose_focal_layers(recall, previous, curve)
-    return Calibration(
-        keep_visual, tuple(sorted(order[:count])), order, values, recall, previous, totals[2]
-    )
+    return Recalls((totals[0] / totals[2]).tolist(), (totals[1] / totals[3]).tolist(), totals[2])

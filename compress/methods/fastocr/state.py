@@ -147,19 +147,21 @@ class DecodeState:
         scaling: float,
     ) -> torch.Tensor:
         """Attention of a decode step; shapes as in :mod:`compress.methods.fastocr.attention`."""
-        fixation = self.policy.fixation(layer)
-        needs_scores = self.policy.needs_scores(layer)
-        if fixation is None or needs_scores:
-            # a dense layer is computed in the same way whether or not its scores are needed
-            output, weights = focal_decode(query, key, value, mask, scaling)
-        if needs_scores:
+        dense = None
+        if self.policy.needs_scores(layer):
+            reduce = self.policy.head_reduce
+            dense, weights = focal_decode(query, key, value, mask, scaling, reduce)
             valid = None if self.tokens.even else self.tokens.valid
             scores = visual_scores(weights, self.tokens.rows, valid)
             self.counts.refresh(self.policy.observe(layer, scores))
             self._last = ()
+        fixation = self.policy.fixation(layer)
         if fixation is None:
             self.counts.attend(layer, sum(self.tokens.counts))
-            return output
+            if dense is None:
+                # computed in the same way whether or not the scores are needed
+                dense, _ = focal_decode(query, key, value, mask, scaling)
+            return dense
         read, attended = self._read(fixation, key.shape[2], mask)
         self.counts.attend(layer, attended)
         if not self.policy.periphery:

@@ -20,7 +20,7 @@ class _RecordedPolicy:
 
     def __init__(self, policy: AttentionPolicy, layers: int) -> None:
         self.policy = policy
-        self.periphery = policy.periphery
+        self.periphery, self.head_reduce = policy.periphery, policy.head_reduce
         self.start_step, self.needs_scores = policy.start_step, policy.needs_scores
         self.observe = policy.observe
         self.last = layers - 1
