@@ -4,14 +4,16 @@
 ``dustbin`` added; marginals 1/(M+P) for every row and column, P/(M+P) for the row and M/(M+P) for
 the column that were added. The result is ``(M+P) T`` without the two (SuperGlue, arXiv 1911.11763).
 
-Sinkhorn's algorithm in the log domain alternates ``u = log a - logsumexp_j(S + v)`` and
-``v = log b - logsumexp_i(S + u)``. One program solves one problem and reads the scores once an
-iteration: as soon as ``u`` of some rows is known, they enter a running logsumexp of the columns.
-The dustbins are two scalars; nothing is padded in memory.
+Sinkhorn's algorithm alternates ``u = a / (K v)`` and ``v = b / (K^T u)`` with
+``K = exp(S - dustbin)``: one exponential an element, where the log domain takes two in every
+iteration. It is as exact as long as no score is further than :data:`FARTHEST` from the dustbin, and
+cosines are not; beyond, they count as that far. One program solves one problem. Where ``K`` fits
+its registers, it reads the scores once and stays there; larger problems compute it tile by tile in
+every iteration, from the L2 cache where the scores fit. As soon as ``u`` of some rows is known,
+they enter the sums of the columns. The dustbins are two scalars; nothing is padded in memory.
 
-**Bytes.** The scores must be read and the plan written (:func:`bytes_moved`): 8 an element. Each
-iteration reads the scores again, from the L2 cache where they fit, and takes two exponentials an
-element; with more than a few iterations memory is not what bounds it.
+**Bytes.** The scores must be read and the plan written (:func:`bytes_moved`): 8 an element. An
+iteration adds up all elements twice, over rows and over columns, so memory is not what bounds it.
 """
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
@@ -20,16 +22,38 @@ import torch
 
 from compress.kernels.backend import jit, tl
 
-LARGEST = 8192  # elements of a tile: with 8 warps, 32 in the registers of each thread
-WARPS = 8
+LARGEST = 8192  # columns that are supported
+WARPS = 16
+ACROSS = 8  # columns of a thread, at least
+HELD = 64  # elements of a tile in the registers of a thread
+FARTHEST = tl and tl.constexpr(80.0)  # exp of it, and of its negative, is a float32
 
 
 @jit()
-def _row_potentials(scores, v, v_bin, log_token, dustbin):  # type: ignore[no-untyped-def]
-    z = scores + v[None, :]
-    top = tl.maximum(tl.max(z, 1), dustbin + v_bin)
-    mass = tl.sum(tl.exp(z - top[:, None]), 1) + tl.exp(dustbin + v_bin - top)
-    return log_token - top - tl.log(mass)
+def _affinity(  # type: ignore[no-untyped-def]
+    scores_ptr, row, column, rows, columns, n_columns, dustbin
+):
+    """``K`` of a tile, 0 where the problem does not use it."""
+    inside = (row < rows) & (column < columns)
+    above = tl.load(scores_ptr + row.to(tl.int64) * n_columns + column, mask=inside, other=0.0)
+    above = tl.minimum(tl.maximum(above - dustbin, -FARTHEST), FARTHEST)
+    return tl.where(inside, tl.exp(above), 0.0)
+
+
+@jit()
+def _over_columns(x):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True)
+
+
+@jit()
+def _over_rows(x):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@jit()
+def _row_scales(affinity, row, rows, v, v_bin, each):  # type: ignore[no-untyped-def]
+    """``u`` of some rows; 0 of those that the problem does not have."""
+    return tl.where(row < rows, each / (_over_columns(affinity * v) + v_bin), 0.0)
 
 
 @jit()
@@ -37,64 +61,64 @@ def _sinkhorn_kernel(  # type: ignore[no-untyped-def]
     scores_ptr,  # (problems, n_rows, n_columns) float32
     rows_ptr,  # (problems,) int32: rows in use
     columns_ptr,  # (problems,) int32
-    plan_ptr,  # (problems, n_rows, n_columns) float32, zeros
+    plan_ptr,  # (problems, n_rows, n_columns) float32
     n_rows,
     n_columns,
     dustbin,
     iterations,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,  # of a thread
+    COLUMNS: tl.constexpr,
+    DOWN: tl.constexpr,  # threads
+    ALONG: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
+    # A tile is (ROWS, COLUMNS, DOWN, ALONG): the last two are spread over threads, which sum the
+    # others up before they exchange anything.
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.load(rows_ptr + problem)
     columns = tl.load(columns_ptr + problem)
     total = (rows + columns).to(tl.float32)
-    log_token = -tl.log(total)
-    log_row_bin = tl.log(columns.to(tl.float32)) + log_token
-    log_column_bin = tl.log(rows.to(tl.float32)) + log_token
-    start = problem * n_rows * n_columns
-    column = tl.arange(0, BLOCK_COLUMNS)
-    used = column < columns
-    v = tl.where(used, 0.0, -float("inf"))
-    v_bin = 0.0
+    each = 1.0 / total
+    scores_ptr += problem * n_rows * n_columns
+    plan_ptr += problem * n_rows * n_columns
+    row = tl.arange(0, ROWS)[:, None, None, None] * DOWN + tl.arange(0, DOWN)[None, None, :, None]
+    column = tl.arange(0, COLUMNS)[None, :, None, None] * ALONG + tl.arange(0, ALONG)
+    if ONE_TILE:
+        held = _affinity(scores_ptr, row, column, rows, columns, n_columns, dustbin)
+    v = tl.where(column < columns, 1.0, 0.0)
+    v_bin = 1.0
     v_before = v  # the last u is computed from it again, which is cheaper than storing it
     v_bin_before = v_bin
     for _ in range(iterations):
-        top = tl.maximum(tl.max(v, 0), v_bin)
-        u_bin = (
-            log_row_bin - dustbin - top - tl.log(tl.sum(tl.exp(v - top), 0) + tl.exp(v_bin - top))
-        )
-        best = tl.zeros([BLOCK_COLUMNS], tl.float32) + dustbin + u_bin
-        mass = tl.zeros([BLOCK_COLUMNS], tl.float32) + 1.0
-        bin_best = dustbin + u_bin
-        bin_mass = 1.0
-        for first in range(0, rows, BLOCK_ROWS):
-            row = first + tl.arange(0, BLOCK_ROWS)
-            where = start + row[:, None] * n_columns + column[None, :]
-            inside = (row < rows)[:, None] & used[None, :]
-            scores = tl.load(scores_ptr + where, mask=inside, other=-float("inf"))
-            u = _row_potentials(scores, v, v_bin, log_token, dustbin)
-            u = tl.where(row < rows, u, -float("inf"))
-            moved = scores + u[:, None]
-            higher = tl.maximum(best, tl.max(moved, 0))
-            mass = mass * tl.exp(best - higher) + tl.sum(tl.exp(moved - higher[None, :]), 0)
-            best = higher
-            bin_higher = tl.maximum(bin_best, dustbin + tl.max(u, 0))
-            bin_mass = bin_mass * tl.exp(bin_best - bin_higher)
-            bin_mass += tl.sum(tl.exp(dustbin + u - bin_higher), 0)
-            bin_best = bin_higher
+        u_bin = columns * each / (tl.sum(v) + v_bin)
+        reach = tl.zeros([1, COLUMNS, 1, ALONG], tl.float32) + u_bin
+        mass = u_bin
+        if ONE_TILE:
+            u = _row_scales(held, row, rows, v, v_bin, each)
+            reach += _over_rows(held * u)
+            mass += tl.sum(u)
+        else:
+            for first in range(0, rows, ROWS * DOWN):
+                affinity = _affinity(
+                    scores_ptr, first + row, column, rows, columns, n_columns, dustbin
+                )
+                u = _row_scales(affinity, first + row, rows, v, v_bin, each)
+                reach += _over_rows(affinity * u)
+                mass += tl.sum(u)
         v_before = v
         v_bin_before = v_bin
-        v = tl.where(used, log_token - best - tl.log(mass), -float("inf"))
-        v_bin = log_column_bin - bin_best - tl.log(bin_mass)
-    for first in range(0, rows, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        where = start + row[:, None] * n_columns + column[None, :]
-        inside = (row < rows)[:, None] & used[None, :]
-        scores = tl.load(scores_ptr + where, mask=inside, other=-float("inf"))
-        u = _row_potentials(scores, v_before, v_bin_before, log_token, dustbin)
+        v = tl.where(column < columns, each / reach, 0.0)
+        v_bin = rows * each / mass
+    for first in range(0, n_rows, ROWS * DOWN):
+        if ONE_TILE:
+            affinity = held
+        else:
+            affinity = _affinity(scores_ptr, first + row, column, rows, columns, n_columns, dustbin)
+        u = _row_scales(affinity, first + row, rows, v_before, v_bin_before, each)
         tl.store(
-            plan_ptr + where, tl.exp(scores + u[:, None] + v[None, :] - log_token), mask=inside
+            plan_ptr + (first + row).to(tl.int64) * n_columns + column,
+            affinity * u * v * total,
+            mask=(first + row < n_rows) & (column < n_columns),
         )
 
 
@@ -136,10 +160,8 @@ def sinkhorn(
         )
     if reason := why_unsupported(scores.shape[2]):
         raise ValueError(f"{reason}; got {scores.shape[2]}; prune fewer tokens of a page")
-    block_columns = _next_power_of_2(scores.shape[2])
-    block_rows = min(_next_power_of_2(scores.shape[1]), LARGEST // block_columns)
     scores = scores.contiguous()
-    plan = torch.zeros_like(scores)
+    plan = torch.empty_like(scores)
     with torch.cuda.device_of(scores):
         _sinkhorn_kernel[(problems,)](
             scores,
@@ -150,8 +172,7 @@ def sinkhorn(
             scores.shape[2],
             dustbin,
             iterations,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
+            **tile(*scores.shape[1:]),
             num_warps=WARPS,
         )
     return plan
@@ -160,6 +181,18 @@ def sinkhorn(
 def why_unsupported(columns: int) -> str | None:
     """Why the kernel cannot solve problems with so many columns; None where it can."""
     return f"at most {LARGEST} columns fit a tile" if columns > LARGEST else None
+
+
+def tile(rows: int, columns: int) -> dict[str, int]:
+    """Sides of a tile for problems of this size: of all of it where the registers hold that."""
+    columns = _next_power_of_2(columns)
+    along = min(max(columns // ACROSS, ACROSS), 32 * WARPS)
+    down, across = 32 * WARPS // along, max(columns // along, 1)
+    needed = _next_power_of_2(-(-rows // down))
+    one = across * needed <= HELD
+    held = needed if one else max(HELD // 2 // across, 1)
+    sides = {"ROWS": held, "COLUMNS": across, "DOWN": down, "ALONG": along}
+    return sides | {"ONE_TILE": one}
 
 
 def bytes_moved(rows: torch.Tensor, columns: torch.Tensor) -> int:

@@ -51,21 +51,36 @@ def test_the_reference_is_pot():
     _check(plan, _by_pot(scores, rows, columns), rows, columns)
 
 
-def test_interpreted_it_is_pot(tmp_path):
+def test_interpreted_it_is_the_reference(tmp_path):
+    from compress.kernels.sinkhorn import sinkhorn_reference
+
     scores, rows, columns = _problems(SIZES)
     given, made = tmp_path / "given", tmp_path / "made"
     save_file({"scores": scores, "rows": rows.clone(), "columns": columns.clone()}, given)
     programs.run("interpret_sinkhorn", given, made, TRITON_INTERPRET="1")
-    plan = load_file(made)["plan"]
-    _check(plan, _by_pot(scores, rows, columns), rows, columns)
+    reference = sinkhorn_reference(scores, rows, columns, 0.2, 10).double()
+    expected = [
+        plan[:m, :p] for plan, m, p in zip(reference, rows.tolist(), columns.tolist(), strict=True)
+    ]
+    for plan in load_file(made).values():  # of one tile, and of several
+        _check(plan, expected, rows, columns)
 
 
-def test_it_compiles_without_a_gpu(tmp_path):
+@pytest.mark.parametrize(
+    "cases",
+    [
+        ["90:340:60"],
+        pytest.param(["80:340:60", "90:1000:156", "90:9:2000"], marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_it_compiles_without_a_gpu_and_spills_nothing(cases, tmp_path):
     variables = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    printed = programs.run("compile_sinkhorn", **variables).stdout
+    printed = programs.run("compile_sinkhorn", *cases, **variables).stdout
     made = [line.split() for line in printed.splitlines()]
-    assert [capability for capability, _ in made] == ["80", "90", "90"]
-    assert all(int(size) > 0 for _, size in made)
+    assert [capability for capability, *_ in made] == [case[:2] for case in cases]
+    for _, size, _, registers, spilled in made:
+        assert int(size) > 0 and int(registers) <= 128 and int(spilled) == 0
 
 
 @pytest.mark.gpu

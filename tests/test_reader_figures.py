@@ -146,7 +146,7 @@ def test_a_page_knows_where_its_tokens_went(transport):
     if transport == "nearest":
         assert targets.tolist() == [kept[i] for i in scores.argmax(0)] and set(mass.tolist()) == {1}
     else:
-        [plan] = transport_plans([scores])
+        [plan] = transport_plans(scores[None])
         assert targets.tolist() == [kept[i] for i in plan.argmax(0)]
         torch.testing.assert_close(mass, plan.amax(0))
 

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +22,16 @@ from transformers.modeling_flash_attention_utils import (
 )
 
 from builders import ocr
+from builders.counting import Counted
 from builders.fastocr import paper
 from compress.checkpoints.applied import Applied
 from compress.methods.rtprune import RTPrune
 from compress.methods.rtprune.encoder_attention import EncoderRecorder
+from compress.methods.rtprune.pages import EncodedPage, prune_pages
 from compress.methods.rtprune.ratio import distinctness, keep_fraction, textual_density
 from compress.methods.rtprune.transport import merge, similarity, transport_plans
 from compress.models.cache_argument import cache_argument, cache_in
+from compress.models.deepseek_ocr_views import view_tokens
 from compress.models.visual import VISUAL_LAYOUTS, text_model, visual_layouts
 
 STEPS = 7
@@ -99,7 +103,7 @@ def _shortened(model, inputs, keep_tokens, density):
             best = sorted(sorted(range(len(grid)), key=lambda i: (-norms[i], i))[:keep])
             rest = [i for i in range(len(grid)) if i not in best]
             if rest:
-                [plan] = transport_plans([similarity(x[best], x[rest])])
+                [plan] = transport_plans(similarity(x[best], x[rest])[None])
                 embeds[where[best]] = merge(x[best], x[rest], plan)
             gone |= {int(where[i]) for i in rest}
             after_newline = False
@@ -308,6 +312,51 @@ def test_a_batch_of_different_pages_is_one_by_one(deepseek, keep_tokens):
     assert len(fractions) == (8 if keep_tokens == "dynamic" else 1)
     if keep_tokens == "dynamic":  # so that the batch is padded
         assert len({len(page.kept_indices) for page in batch}) > 2
+
+
+def _moved(scores, *sizes):
+    """In place of POT, which goes from page to page on a CPU."""
+    return scores.softmax(1)
+
+
+@pytest.mark.parametrize("keep_tokens", [0.6, "dynamic"])
+def test_a_batch_takes_as_many_operators_and_waits_as_a_page(deepseek, keep_tokens, monkeypatch):
+    copies, on_cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr("compress.methods.rtprune.pages.transport_plans", _moved)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copies.append(x.shape) or on_cpu(x))
+    seen = []
+    for count in (1, 5):
+        pages = [ocr.page(200, 200, seed, 0.3) for seed in range(count)]
+        inputs = ocr.deepseek_prompt(pages, ["a"] * count)
+        counts = []
+        for method in (None, RTPrune(keep_tokens=keep_tokens)):
+            copies.clear()
+            with Counted() as counted, method.attach(deepseek) if method else nullcontext():
+                deepseek(**inputs)
+            counts.append((counted.of_numbers.total(), len(copies)))
+        dense, ours = counts
+        seen.append((ours[0] - dense[0], ours[1] - dense[1]))
+    # what is visual and what is padding; the order of the tokens and the ratios
+    assert [copied for _, copied in seen] == [2, 2]
+    assert seen[0][0] <= (50 if keep_tokens == "dynamic" else 25)
+    # pages that keep different numbers of tokens give the text model a mask
+    assert seen[1][0] - seen[0][0] <= (8 if keep_tokens == "dynamic" else 0)
+
+
+@pytest.mark.gpu
+def test_the_device_is_waited_for_once():
+    generator = torch.Generator().manual_seed(0)
+    grid = view_tokens(0, 12, 12, True)
+    features = [torch.randn(len(grid), 64, generator=generator).cuda() for _ in range(4)]
+    density = torch.rand(4, generator=generator).cuda()
+    pages = [EncodedPage(grid, each) for each in density]
+    for _ in range(2):  # the first compiles
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prune_pages(RTPrune(), pages, features, [], torch.zeros(64).cuda())
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
 
 
 # ---- laws --------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from compress.methods.rtprune.selection import drop_adjacent_newlines, left_over, select
+from compress.methods.rtprune.baselines import divprune
+from compress.methods.rtprune.selection import by_norm, drop_adjacent_newlines, left_over
 from compress.methods.rtprune.transport import (
     merge,
     nearest_plan,
@@ -14,8 +15,13 @@ from compress.methods.rtprune.transport import (
 
 def transport_plan(scores, **options):
     """The plans of pages of one size, ``(..., kept, pruned)``."""
-    pages = list(scores.reshape(-1, *scores.shape[-2:]))
-    return torch.stack(transport_plans(pages, **options)).reshape(scores.shape)
+    pages = scores.reshape(-1, *scores.shape[-2:])
+    return transport_plans(pages, **options).reshape(scores.shape)
+
+
+def select(features, keep):
+    """The tokens that stay, in their order."""
+    return by_norm(features)[..., :keep].sort(dim=-1).values
 
 
 def superglue(scores, dustbin=0.2, iterations=100):
@@ -63,12 +69,12 @@ def test_norms_of_halves_are_taken_in_float32():
 @pytest.mark.parametrize("keep", [0, 4])
 def test_more_tokens_than_there_are_cannot_be_kept(keep):
     with pytest.raises(ValueError, match=f"1 to 3 tokens.*keep={keep}"):
-        select(torch.zeros(2, 3, 4), keep)
+        divprune(torch.zeros(3, 4), keep)
 
 
 def test_tokens_and_newlines_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"\(\.\.\., tokens, dim\) are expected; got \(4,\)"):
-        select(torch.zeros(4), 1)
+        by_norm(torch.zeros(4))
     with pytest.raises(
         ValueError, match=r"of one page are expected, \(kept,\); got shape \(2, 3\)"
     ):
@@ -133,18 +139,23 @@ def test_nothing_is_moved_twice_and_a_full_dustbin_moves_nothing():
 def test_a_batch_is_one_by_one_and_keeps_its_dtype():
     scores = torch.rand(2, 3, 4, 5)
     plans = transport_plan(scores)
-    ragged = [torch.rand(4, 3), torch.rand(2, 6).bfloat16()]
+    halves = torch.rand(2, 6).bfloat16()
     for scores_of, plan in zip(scores.flatten(0, 1), plans.flatten(0, 1), strict=True):
         assert torch.equal(transport_plan(scores_of), plan)
-    for scores_of, plan in zip(ragged, transport_plans(ragged), strict=True):
-        assert torch.equal(transport_plan(scores_of), plan) and plan.dtype == scores_of.dtype
+    assert transport_plan(halves).dtype == halves.dtype
+    ragged = torch.full((2, 4, 6), torch.nan)  # padding is not read, and nothing is moved to it
+    ragged[0, :, :3], ragged[1, :2] = scores[0, 0, :, :3], halves.float()
+    plans = transport_plans(ragged, [4, 2], [3, 6])
+    assert torch.equal(plans[0, :, :3], transport_plan(ragged[0, :, :3]))
+    assert torch.equal(plans[1, :2], transport_plan(ragged[1, :2]))
+    assert plans[0, :, 3:].eq(0).all() and plans[1, 2:].eq(0).all()
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_what_it_is_on_the_cpu():
-    pages = [torch.rand(340, 60) * 2 - 1, torch.rand(57, 900) * 2 - 1]
-    for plan, page in zip(transport_plans([p.cuda() for p in pages]), pages, strict=True):
-        torch.testing.assert_close(plan.cpu(), transport_plan(page), rtol=1e-4, atol=0)
+    scores, sizes = torch.rand(2, 340, 900) * 2 - 1, ([340, 57], [60, 900])
+    plans = transport_plans(scores.cuda(), *sizes)
+    torch.testing.assert_close(plans.cpu(), transport_plans(scores, *sizes), rtol=1e-4, atol=0)
 
 
 # ---- merging -----------------------------------------------------------------------------------

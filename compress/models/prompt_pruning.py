@@ -54,14 +54,38 @@ class Prompt(Generic[P]):
     embeds: torch.Tensor
     is_text: torch.Tensor
 
+    def taken(self, where: Sequence[tuple[int, torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """The embeddings at some of these places, ``(tokens, dim)`` each, by one gather."""
+        index = flat_index(where, self.embeds)
+        return self.embeds.flatten(0, 1).index_select(0, index).split([len(at) for _, at in where])
+
+
+def flat_index(where: Sequence[tuple[int, torch.Tensor]], embeds: torch.Tensor) -> torch.Tensor:
+    """Places of sequences as rows of ``embeds.flatten(0, 1)``, on its device, not waited for."""
+    index = torch.cat([row * embeds.shape[1] + positions for row, positions in where])
+    return index.to(embeds.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a page.
+
+    Parameters
+    ----------
+    kept : which of its tokens stay, ascending, on the CPU, ``(kept,)``.
+    changed : those among them that change, on the CPU, ``(changed,)``, and what they become,
+        ``(changed, dim)``; None where none does.
+    """
+
+    kept: torch.Tensor
+    changed: tuple[torch.Tensor, torch.Tensor] | None = None
+
 
 # the arguments of get_image_features, behind itself, to its output and one page for each of its
 # features
 Encode = Callable[..., tuple[Any, Sequence[P]]]
-# for each page of a prompt which tokens stay, ascending, on the CPU, and what they become, where
-# they change, ``(kept, dim)``; None where all stay as they are
-Choice = tuple[torch.Tensor, torch.Tensor | None] | None
-Choose = Callable[[Prompt[P]], Sequence[Choice]]
+# for each page of a prompt; None where all of it stays as it is
+Choose = Callable[[Prompt[P]], Sequence[Choice | None]]
 
 
 @dataclass
@@ -191,8 +215,9 @@ class PromptPruning(Generic[P]):
             )
         embeds = kwargs["inputs_embeds"]
         batch, length, dim = embeds.shape
-        attended = attended_tokens(kwargs.get("attention_mask"), batch, length)
-        is_visual = (call.input_ids == self.model.config.image_token_id).cpu()
+        is_visual = call.input_ids == self.model.config.image_token_id
+        attended = attended_tokens(kwargs.get("attention_mask"), is_visual)
+        attended, is_visual = torch.stack([attended, is_visual]).cpu()
         encoded = call.encoded.pooler_output
         if any(features not in self.pages for features in encoded):
             raise ValueError(
@@ -205,17 +230,21 @@ class PromptPruning(Generic[P]):
         choices = self.choose(Prompt(pages, where, embeds, attended & ~is_visual))
         if all(choice is None for choice in choices):
             return kwargs
-        stays, embeds = attended.clone(), embeds.clone()
+        stays, changed = attended.clone(), []
         for (row, positions), choice in zip(where, choices, strict=True):
             if choice is not None:
-                kept, values = choice
                 stays[row, positions] = False
-                stays[row, positions[kept]] = True
-                if values is not None:
-                    embeds[row, positions[kept]] = values
+                stays[row, positions[choice.kept]] = True
+                if choice.changed is not None:
+                    tokens, values = choice.changed
+                    changed.append(((row, positions[tokens]), values))
+        if changed:
+            places, values = zip(*changed, strict=True)
+            embeds = embeds.clone()
+            embeds.flatten(0, 1).index_copy_(0, flat_index(places, embeds), torch.cat(values))
         source = shortened(stays, attended, self.method)
         layouts = [layout.of_kept(row) for layout, row in zip(layouts, source, strict=True)]
-        source, stays = source.to(embeds.device), stays.to(embeds.device)
+        source = source.to(embeds.device, non_blocking=True)
         mask, source = source >= 0, source.clamp(min=0)
         ids = kwargs.get("position_ids")
         ids = torch.arange(length, device=embeds.device)[None] if ids is None else ids
@@ -253,7 +282,7 @@ def _deepstack(
     if kwargs.get("visual_pos_masks") is None:
         return {}
     visual = kwargs["visual_pos_masks"]
-    kept = stays[visual]
+    kept = stays.to(visual.device, non_blocking=True)[visual]
     return {
         "visual_pos_masks": visual.gather(1, source) & mask,
         "deepstack_visual_embeds": [

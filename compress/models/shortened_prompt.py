@@ -74,23 +74,23 @@ class ShortenedPrompt:
         return kwargs | {"attention_mask": mask.long(), "position_ids": ids}
 
 
-def attended_tokens(mask: Any, batch: int, length: int) -> torch.Tensor:
-    """Which tokens of a prompt are not padding, ``(batch, length)`` bool, on the CPU.
+def attended_tokens(mask: Any, of_prompt: torch.Tensor) -> torch.Tensor:
+    """Which tokens of a prompt are not padding, bool, as ``of_prompt`` in shape and device.
 
     Parameters
     ----------
     mask : of a call of the decoder: None, ``(batch, length)``, or, from ``generate`` with a static
         cache, ``(batch, 1, length, cache)`` in a dict by layer type.
-    batch, length : of the prompt.
+    of_prompt : any ``(batch, length)``.
     """
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
+        return torch.ones_like(of_prompt, dtype=torch.bool)
     if mask.ndim == 4:  # of the last token; added to the scores unless it is boolean
-        mask = mask[:, 0, -1, :length]
+        mask = mask[:, 0, -1, : of_prompt.shape[1]]
         mask = mask if mask.dtype == torch.bool else mask == 0
-    return mask.bool().cpu()
+    return mask.bool().to(of_prompt.device)
 
 
 def pages_in(layouts: Sequence[VisualLayout]) -> list[tuple[int, torch.Tensor]]:

@@ -139,7 +139,7 @@ class Adapter:
 
 
 def unplaced(is_visual: torch.Tensor) -> list[VisualLayout]:
-    """The layout of each sequence of ``(batch, length)`` bool, where no token has a place."""
+    """The layout of each sequence of ``(batch, length)`` bool on the CPU; no token has a place."""
     layouts = []
     for positions in _positions(is_visual):
         nowhere = positions.new_tensor([0, SEPARATOR, SEPARATOR]).expand(len(positions), -1)
@@ -152,7 +152,7 @@ def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[V
 
     Parameters
     ----------
-    is_visual : which tokens are visual, ``(batch, length)`` bool.
+    is_visual : which tokens are visual, ``(batch, length)`` bool, on the CPU.
     grids : (view, row, column) of the tokens of each image, in their order through the batch,
         ``(tokens, 3)``.
     """
@@ -177,8 +177,8 @@ def layouts_of(is_visual: torch.Tensor, grids: Sequence[torch.Tensor]) -> list[V
 
 
 def _positions(is_visual: torch.Tensor) -> list[torch.Tensor]:
-    """Where each row of ``(batch, length)`` bool is True, on the CPU."""
-    return [torch.from_numpy(np.flatnonzero(row)) for row in is_visual.cpu().numpy()]
+    """Where each row of ``(batch, length)`` bool is True."""
+    return [torch.from_numpy(np.flatnonzero(row)) for row in is_visual.numpy()]
 
 
 def _runs(is_visual: torch.Tensor) -> list[int]:
@@ -196,10 +196,9 @@ def _mosaic_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Te
     if inputs.get("pixel_values") is None:
         return None
     side, crop = _tokens_a_side(config, inputs)
-    grids = [
-        map(int, inputs["patches_grid"][page]) if count else (1, 1)
-        for page, count in enumerate(crop_counts(inputs))
-    ]
+    counts = crop_counts(inputs)
+    sizes = _listed(inputs["patches_grid"]) if any(counts) else counts
+    grids = [size if count else (1, 1) for size, count in zip(sizes, counts, strict=True)]
     return [page_tokens(side, crop, (columns, rows)) for columns, rows in grids]
 
 
@@ -207,7 +206,12 @@ def crop_counts(inputs: Inputs) -> list[int]:
     """DeepSeek-OCR and its relatives: crops of each page, which only pages with crops need say."""
     if inputs.get("pixel_values_local") is None:
         return [0] * len(inputs["pixel_values"])
-    return [int(count) for count in inputs["num_local_patches"]]
+    return [int(count) for count in _listed(inputs["num_local_patches"])]
+
+
+def _listed(numbers: Any) -> list[Any]:
+    """Numbers of the inputs, which a device is waited for at most once."""
+    return numbers.tolist() if torch.is_tensor(numbers) else list(numbers)
 
 
 def _query_cells(config: Any, inputs: Inputs, runs: list[int]) -> list[torch.Tensor] | None:

@@ -21,13 +21,14 @@ class Counted(TorchDispatchMode):
     Attributes
     ----------
     operators : how often each was called.
+    of_numbers : those among them that take or make floating-point numbers: not indices alone.
     written : bytes, of new tensors and of what is changed in place.
     waits : names of the operators that wait for the device.
     """
 
     def __init__(self):
         super().__init__()
-        self.operators, self.written, self.waits = Counter(), 0, []
+        self.operators, self.of_numbers, self.written, self.waits = Counter(), Counter(), 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,6 +49,8 @@ class Counted(TorchDispatchMode):
             wrote = sum(p.nbytes for p in fresh if p.untyped_storage().data_ptr() not in old)
         if wrote or name in WAITS:
             self.operators[name] += 1
+            tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, result)))
+            self.of_numbers[name] += any(part.is_floating_point() for part in tensors)
         self.written += wrote
         return result
 

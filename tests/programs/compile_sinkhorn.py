@@ -1,10 +1,16 @@
-"""Compile the Sinkhorn kernel without a GPU; prints a line of capability and size for each."""
+"""Compile the Sinkhorn kernel without a GPU: ``compile_sinkhorn.py 90:340:60 ...``.
+
+A line of capability and :func:`usage` for each capability, rows and columns.
+"""
+
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels.sinkhorn import WARPS, _sinkhorn_kernel
+from builders.binaries import usage
+from compress.kernels import sinkhorn as kernels
 
 SIGNATURE = {
     "scores_ptr": "*fp32",
@@ -15,19 +21,18 @@ SIGNATURE = {
     "n_columns": "i32",
     "dustbin": "fp32",
     "iterations": "i32",
-    "BLOCK_ROWS": "constexpr",
-    "BLOCK_COLUMNS": "constexpr",
 }
 
 
 def main(capability: int, rows: int, columns: int) -> None:
-    blocks = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
-    source = ASTSource(_sinkhorn_kernel, signature=SIGNATURE, constexprs=blocks)
+    sides = kernels.tile(rows, columns)
+    signature = SIGNATURE | dict.fromkeys(sides, "constexpr")
+    source = ASTSource(kernels._sinkhorn_kernel, signature=signature, constexprs=sides)
     target = GPUTarget("cuda", capability, 32)
-    binary = triton.compile(source, target=target, options={"num_warps": WARPS})
-    print(capability, len(binary.asm["cubin"]))
+    binary = triton.compile(source, target=target, options={"num_warps": kernels.WARPS})
+    print(capability, *usage(binary))
 
 
 if __name__ == "__main__":
-    for case in ((80, 128, 64), (90, 128, 64), (90, 4, 2048)):
-        main(*case)
+    for case in sys.argv[1:]:
+        main(*map(int, case.split(":")))

@@ -8,10 +8,13 @@ from compress.kernels import sinkhorn as kernels
 
 
 def main(file: str, plan: str) -> None:
-    kernels.LARGEST = 256  # two tiles for 19 rows
     problems = load_file(file)
-    tensors = (problems[name] for name in ("scores", "rows", "columns"))
-    save_file({"plan": kernels.sinkhorn(*tensors, 0.2, 100)}, plan)
+    tensors = [problems[name] for name in ("scores", "rows", "columns")]
+    kernels.WARPS = 1
+    plans = {"held": kernels.sinkhorn(*tensors, 0.2, 10)}
+    kernels.HELD = 2  # several tiles for 19 rows
+    plans["tiles"] = kernels.sinkhorn(*tensors, 0.2, 10)
+    save_file(plans, plan)
 
 
 if __name__ == "__main__":

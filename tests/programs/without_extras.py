@@ -45,10 +45,10 @@ def kernels() -> None:
     rows = torch.tensor([[0, 1]])
     print(sparse_decode(query, cache, cache, rows, None, (3, 5), None, 0.1).sum().item())
     print(focal_decode(query, cache, cache, None, 0.1)[1].sum().item())
-    transport_plans([torch.ones(2, 3)])
+    transport_plans(torch.ones(1, 2, 3))
     os.environ["COMPRESS_KERNELS"] = "triton"
     try:
-        transport_plans([torch.ones(2, 3)])
+        transport_plans(torch.ones(1, 2, 3))
     except ValueError as error:
         print(error)
 

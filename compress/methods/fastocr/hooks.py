@@ -342,7 +342,7 @@ def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:
     """Where the visual tokens of a prompt are; without an adapter their positions alone."""
     if model.config.model_type in ADAPTERS:
         return visual_layouts(model, inputs)
-    return unplaced(inputs["input_ids"] == model.config.image_token_id)
+    return unplaced((inputs["input_ids"] == model.config.image_token_id).cpu())
 
 
 @contextmanager

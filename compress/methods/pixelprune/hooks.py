@@ -121,4 +121,4 @@ class _Pages:
 
     def choose(self, prompt: Prompt[PrunedPage]) -> list[Choice]:
         """The units that were encoded."""
-        return [(page.kept, None) for page in prompt.pages]
+        return [Choice(page.kept) for page in prompt.pages]

@@ -7,7 +7,7 @@ ascending; as many as RTPrune keeps, and newlines and separators stay as with RT
 import torch
 import torch.nn.functional as F
 
-from compress.methods.rtprune.selection import check_keep, largest, left_over
+from compress.methods.rtprune.selection import check_keep, left_over, ranked
 
 CONTEXTUAL_SHARE = 10 / 64  # VisionZip's setting: 54 dominant and 10 contextual tokens of 64
 EXHAUSTED = 1e-5  # share of a token that the selected ones do not span, below which it counts as 0
@@ -126,7 +126,7 @@ def visionzip(
     check_keep(features, keep)
     count = len(features)
     contextual = round(keep * CONTEXTUAL_SHARE)
-    dominant = largest(attention.float(), keep - contextual)
+    dominant = ranked(attention.float())[: keep - contextual].sort().values
     if not contextual:
         return dominant, features[dominant]
     others = left_over(dominant, count)

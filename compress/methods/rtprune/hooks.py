@@ -61,26 +61,25 @@ class _Pages:
             )
         return output, pages
 
-    def choose(self, prompt: Prompt[EncodedPage]) -> list[Choice]:
+    def choose(self, prompt: Prompt[EncodedPage]) -> list[Choice | None]:
         """Prune each page, those that several sequences share once."""
         first: dict[int, int] = {}
         for number, page in enumerate(prompt.pages):
             first.setdefault(id(page), number)
         numbers = list(first.values())
+        where = [prompt.where[number] for number in numbers]
         instructions = []
-        for row, positions in (prompt.where[number] for number in numbers):
-            text = prompt.is_text[row].nonzero()[:, 0]
-            instructions.append(prompt.embeds[row, text[text > positions[-1]]])
+        if self.method.select == "cdpruner":
+            for row, positions in where:
+                text = prompt.is_text[row].nonzero()[:, 0]
+                instructions.append(prompt.embeds[row, text[text > positions[-1]]])
         pruned = prune_pages(
             self.method,
             [prompt.pages[number] for number in numbers],
-            [prompt.embeds[prompt.where[number]] for number in numbers],
+            prompt.taken(where),
             instructions,
             self.model.model.multi_modal_projector.bias,
         )
         self.handle.pages += [page for page, _ in pruned]
-        choices: dict[int, Choice] = {
-            of_page: None if values is None else (page.kept_indices, values)
-            for of_page, (page, values) in zip(first, pruned, strict=True)
-        }
+        choices = {of_page: choice for of_page, (_, choice) in zip(first, pruned, strict=True)}
         return [choices[id(page)] for page in prompt.pages]

@@ -1,19 +1,28 @@
 """One page from its visual tokens to those that stay: the selection of :class:`RTPrune`, applied.
 
-The indices are computed on the CPU: a GPU would have to be waited for at every step.
+What stays is decided on the CPU, for all pages at once: a GPU would have to be waited for at every
+step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from compress.common.stages import stage
 from compress.methods.rtprune.baselines import cdpruner, divprune, random_tokens, visionzip
 from compress.methods.rtprune.ratio import distinctness, keep_fraction
-from compress.methods.rtprune.selection import drop_adjacent_newlines, left_over, select
-from compress.methods.rtprune.transport import merge, nearest_plan, similarity, transport_plans
+from compress.methods.rtprune.selection import by_norm, drop_adjacent_newlines
+from compress.methods.rtprune.transport import (
+    merge,
+    nearest_plan,
+    one_by_one,
+    similarity,
+    transport_plans,
+)
+from compress.models.prompt_pruning import Choice
 
 if TYPE_CHECKING:
     from compress.methods.rtprune.method import RTPrune
@@ -132,8 +141,11 @@ def prune_pages(
     features: Sequence[torch.Tensor],
     instructions: Sequence[torch.Tensor],
     bias: torch.Tensor,
-) -> list[tuple[PrunedPage, torch.Tensor | None]]:
+) -> list[tuple[PrunedPage, Choice | None]]:
     """Select what stays of each page, and merge the rest into it.
+
+    Pages of one size are computed together. The device is waited for once: for the order and the
+    ratios of all pages, and, where a peer selects, for what it selected.
 
     Parameters
     ----------
@@ -145,129 +157,189 @@ def prune_pages(
 
     Returns
     -------
-    For each page what is left and the features of that, ``(kept, dim)``; None where all stays as it
-    is.
+    For each page what is left, and the same for whoever shortens the prompt; None where all stays
+    as it is.
     """
-    plans = [_plan(method, page, f) for page, f in zip(pages, features, strict=True)]
-    choices = [
-        None if plan.keep == plan.count else _choose(method, plan, page, f, words, bias)
-        for plan, page, f, words in zip(plans, pages, features, instructions, strict=True)
-    ]
-    merged: list[Merged | None] = [None] * len(plans)
+    groups = _groups(pages, features)
+    plans = _plans(method, pages, groups)
+    if method.select in ("rtprune", "norm"):
+        for plan in plans.values():
+            if plan.keep < len(plan.on_page):
+                plan.kept = np.sort(plan.order[: plan.keep])
+    else:
+        _select_by_peer(method, pages, groups, plans, instructions, bias)
     if method.select == "rtprune" and method.merge:
         with stage("merge"):
-            choices, merged = _merged(method, plans, features, choices)
-    return [
-        _pruned(plan, page, f, choice, into)
-        for plan, page, f, choice, into in zip(plans, pages, features, choices, merged, strict=True)
-    ]
+            for group in groups:
+                _merge(method, group, plans)
+    return [_pruned(page, plans[number]) for number, page in enumerate(pages)]
 
 
 @dataclass(frozen=True)
+class _Group:
+    """Pages of one size.
+
+    Parameters
+    ----------
+    numbers : which pages.
+    on_page : their prunable tokens, ``(prunable,)``, on the CPU.
+    tokens : features of these, ``(pages, prunable, dim)``.
+    """
+
+    numbers: Sequence[int]
+    on_page: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass
 class _Plan:
-    """Of one page: its prunable tokens ``(prunable,)``, and how many to keep of them."""
+    """Of one page: what is known of it, and what becomes of its prunable tokens.
+
+    Parameters
+    ----------
+    on_page : the prunable tokens, ``(prunable,)``.
+    order : which of them, the largest norm first.
+    keep, fraction, density, distinctness : how many are to stay, and why.
+    kept : those that stay, ascending; None where all do.
+    values : what these become, ``(kept, dim)``, where they change.
+    merged : where the others went.
+    """
 
     on_page: torch.Tensor
+    order: np.ndarray
     keep: int
     fraction: float
-    density: float | None
-    distinctness: float | None
-
-    @property
-    def count(self) -> int:
-        return len(self.on_page)
-
-
-Choice = tuple[torch.Tensor, torch.Tensor]  # indices among the prunable tokens, features there
+    density: float | None = None
+    distinctness: float | None = None
+    kept: np.ndarray | None = None
+    values: torch.Tensor | None = None
+    merged: Merged | None = None
 
 
-def _plan(method: "RTPrune", page: EncodedPage, features: torch.Tensor) -> _Plan:
-    on_page = (page.grid[:, 2] >= 0).nonzero()[:, 0]
-    measured: list[float | None] = [None, None]
-    if page.density is None:
-        fraction = float(method.keep_tokens)
-    else:
-        s = distinctness(features[on_page].float())
-        ratio = torch.stack([keep_fraction(page.density, s), page.density, s]).tolist()
-        fraction, *measured = ratio
-    keep = min(max(1, int(len(on_page) * fraction)), len(on_page))
-    return _Plan(on_page, keep, fraction, *measured)
+def _groups(pages: Sequence[EncodedPage], features: Sequence[torch.Tensor]) -> list[_Group]:
+    by_grid: dict[bytes, list[int]] = {}
+    for number, page in enumerate(pages):
+        by_grid.setdefault(page.grid.numpy().tobytes(), []).append(number)
+    groups = []
+    for numbers in by_grid.values():
+        on_page = (pages[numbers[0]].grid[:, 2] >= 0).nonzero()[:, 0]
+        tokens = torch.stack([features[number] for number in numbers])
+        there = on_page.to(tokens.device, non_blocking=True)
+        groups.append(_Group(numbers, on_page, tokens.index_select(1, there)))
+    return groups
 
 
-def _choose(
+def _plans(
+    method: "RTPrune", pages: Sequence[EncodedPage], groups: Sequence[_Group]
+) -> dict[int, _Plan]:
+    """How many tokens of each page stay; here the device is waited for."""
+    measured = [
+        _measured(group, [pages[number].density for number in group.numbers]) for group in groups
+    ]
+    known = torch.cat([facts.flatten() for facts in measured]).cpu()
+    plans = {}
+    for group, own in zip(groups, known.split([facts.numel() for facts in measured]), strict=True):
+        count = len(group.on_page)
+        facts = own.view(len(group.numbers), -1)
+        ratios = facts[:, count:].view(torch.float32).tolist()
+        for number, order, ratio in zip(group.numbers, facts.numpy(), ratios, strict=True):
+            fraction, *measures = ratio or [float(method.keep_tokens)]
+            keep = min(max(1, int(count * fraction)), count)
+            plans[number] = _Plan(group.on_page, order[:count], keep, fraction, *measures)
+    return plans
+
+
+def _measured(group: _Group, densities: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """What the host has to know, ``(pages, facts)`` int32.
+
+    The tokens' order, and, as the bits of float32, where the ratio is dynamic: the fraction to
+    keep, density and distinctness.
+    """
+    facts = [by_norm(group.tokens).int()]
+    known = [density for density in densities if density is not None]
+    if known:
+        density, differ = torch.stack(known).float(), distinctness(group.tokens.float())
+        ratios = torch.stack([keep_fraction(density, differ), density, differ], 1)
+        facts.append(ratios.view(torch.int32))
+    return torch.cat(facts, 1)
+
+
+def _select_by_peer(
     method: "RTPrune",
-    plan: _Plan,
-    page: EncodedPage,
-    features: torch.Tensor,
-    words: torch.Tensor,
+    pages: Sequence[EncodedPage],
+    groups: Sequence[_Group],
+    plans: Mapping[int, _Plan],
+    instructions: Sequence[torch.Tensor],
     bias: torch.Tensor,
-) -> Choice:
-    prunable = features[plan.on_page]
-    if method.select == "visionzip":
-        attention, keys = cast(tuple[torch.Tensor, torch.Tensor], page.attention)
-        indices, values = visionzip(prunable, plan.keep, attention, keys, bias)
-        return indices.cpu(), values
-    if method.select == "divprune":
-        indices = divprune(prunable, plan.keep)
-    elif method.select == "cdpruner":
-        indices = cdpruner(prunable, plan.keep, words)
-    elif method.select == "random":
-        indices = random_tokens(prunable, plan.keep, page.seed)
-    else:
-        indices = select(prunable, plan.keep)
-    return indices.cpu(), prunable[indices]
+) -> None:
+    """Page by page, as peers are published."""
+    selected: dict[int, torch.Tensor] = {}
+    for group in groups:
+        for number, tokens in zip(group.numbers, group.tokens, strict=True):
+            page, plan = pages[number], plans[number]
+            if plan.keep == len(plan.on_page):
+                continue
+            if method.select == "visionzip":
+                attention, keys = cast(tuple[torch.Tensor, torch.Tensor], page.attention)
+                selected[number], plan.values = visionzip(tokens, plan.keep, attention, keys, bias)
+            elif method.select == "divprune":
+                selected[number] = divprune(tokens, plan.keep)
+            elif method.select == "cdpruner":
+                selected[number] = cdpruner(tokens, plan.keep, instructions[number])
+            else:
+                selected[number] = random_tokens(tokens, plan.keep, page.seed)
+    if not selected:
+        return
+    indices = torch.cat(list(selected.values())).cpu().split([*map(len, selected.values())])
+    for number, kept in zip(selected, indices, strict=True):
+        plans[number].kept = kept.numpy()
 
 
-def _merged(
-    method: "RTPrune",
-    plans: Sequence[_Plan],
-    features: Sequence[torch.Tensor],
-    choices: Sequence[Choice | None],
-) -> tuple[list[Choice | None], list[Merged | None]]:
-    """The choices with features that the other tokens are merged into, and where these went."""
-    results = list(choices)
-    merged: list[Merged | None] = [None] * len(results)
-    pruned_pages = {number: choice for number, choice in enumerate(choices) if choice is not None}
-    if not pruned_pages:
-        return results, merged
-    left = [
-        features[n][plans[n].on_page[left_over(indices, plans[n].count)]]
-        for n, (indices, _) in pruned_pages.items()
+def _merge(method: "RTPrune", group: _Group, plans: Mapping[int, _Plan]) -> None:
+    """Give the kept tokens of a group's pages what the others are, and note where these went.
+
+    Pages that keep different numbers are padded with any tokens, which nothing is moved to or from.
+    """
+    count = len(group.on_page)
+    found = [(place, plans[number].kept) for place, number in enumerate(group.numbers)]
+    parts = [
+        (place, kept, np.delete(np.arange(count), kept))
+        for place, kept in found
+        if kept is not None
     ]
-    scores = [
-        similarity(kept, pruned)
-        for (_, kept), pruned in zip(pruned_pages.values(), left, strict=True)
-    ]
+    if not parts:
+        return
+    rows, columns = ([len(part[which]) for part in parts] for which in (1, 2))
+    index = np.zeros((len(parts), max(rows) + max(columns)), np.int64)
+    for at, (place, kept, pruned) in zip(index, parts, strict=True):
+        at[: len(kept)] = kept
+        at[max(rows) : max(rows) + len(pruned)] = pruned
+        at += place * count
+    there = torch.from_numpy(index.ravel()).to(group.tokens.device, non_blocking=True)
+    picked = group.tokens.flatten(0, 1).index_select(0, there).unflatten(0, index.shape)
+    stay, leave = picked.split([max(rows), max(columns)], 1)
+    scores = similarity(stay, leave)
     if method.transport == "optimal":
-        moves = transport_plans(scores)
+        moves = transport_plans(scores, rows, columns)
     else:
-        moves = [nearest_plan(page) for page in scores]
-    for (number, (indices, kept)), pruned, move in zip(
-        pruned_pages.items(), left, moves, strict=True
-    ):
-        results[number] = indices, merge(kept, pruned, move, method.merge)
-        mass, target = move.max(dim=0)
-        merged[number] = Merged(target, mass)
-    return results, merged
+        moves = one_by_one(nearest_plan, scores, rows, columns)
+    values = merge(stay, leave, moves, method.merge)
+    masses, targets = moves.max(dim=1)
+    for at, (place, kept, pruned) in enumerate(parts):
+        plan = plans[group.numbers[place]]
+        plan.values = values[at, : len(kept)]
+        plan.merged = Merged(targets[at, : len(pruned)], masses[at, : len(pruned)])
 
 
-def _pruned(
-    plan: _Plan,
-    page: EncodedPage,
-    features: torch.Tensor,
-    choice: Choice | None,
-    merged: Merged | None,
-) -> tuple[PrunedPage, torch.Tensor | None]:
+def _pruned(page: EncodedPage, plan: _Plan) -> tuple[PrunedPage, Choice | None]:
     everything = torch.arange(len(page.grid))
     measured = plan.fraction, plan.density, plan.distinctness
-    if choice is None:
+    if plan.kept is None:
         return PrunedPage(page.grid, everything, *measured), None
-    kept, values = choice
-    stays = torch.ones(len(page.grid), dtype=torch.bool)
-    stays[plan.on_page] = False
-    stays[plan.on_page[kept]] = True
+    kept = plan.on_page[torch.from_numpy(plan.kept)]
+    stays = page.grid[:, 2] < 0
+    stays[kept] = True
     newlines = ((page.grid[:, 2] < 0) & (page.grid[:, 1] >= 0)).nonzero()[:, 0]
     indices = drop_adjacent_newlines(everything[stays], newlines)
-    features = features.clone()
-    features[plan.on_page[kept]] = values
-    return PrunedPage(page.grid, indices, *measured, merged), features[indices]
+    pruned = PrunedPage(page.grid, indices, *measured, plan.merged)
+    return pruned, Choice(indices, None if plan.values is None else (kept, plan.values))

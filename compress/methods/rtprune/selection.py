@@ -6,31 +6,23 @@ Tokens that the decoder attends to first have a large norm.
 import torch
 
 
-def select(features: torch.Tensor, keep: int) -> torch.Tensor:
-    """The ``keep`` tokens with the largest L2 norm, in the order of the page.
-
-    Of equal norms, the one that comes first on the page stays.
-
-    Parameters
-    ----------
-    features : of the prunable tokens, ``(..., tokens, dim)``.
-    keep : how many stay, 1 to ``tokens``.
+def by_norm(features: torch.Tensor) -> torch.Tensor:
+    """The tokens ``(..., tokens, dim)`` by their L2 norm, those that stay first.
 
     Returns
     -------
-    Indices of the tokens that stay, ascending, ``(..., keep)``.
+    Their indices, ``(..., tokens)``; of equal norms the one that comes first on the page is first.
     """
-    check_keep(features, keep)
-    return largest(features.float().norm(dim=-1), keep)
+    check_features(features)
+    return ranked(features.float().norm(dim=-1))
 
 
-def largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices of the ``keep`` largest scores ``(..., tokens)``, ascending, ``(..., keep)``.
+def ranked(scores: torch.Tensor) -> torch.Tensor:
+    """Indices of scores ``(..., tokens)``, the largest first, of equal ones the first.
 
-    Of equal scores the first ones: ``topk`` would take any of them, and others in a batch.
+    ``topk`` would take any of these, and others in a batch.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    return order[..., :keep].sort(dim=-1).values
+    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def check_keep(features: torch.Tensor, keep: int) -> None:

@@ -6,6 +6,7 @@ on a GPU, the kernel of ``compress.kernels.sinkhorn``, or the plain torch beside
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,12 @@ def similarity(kept: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 
 def transport_plans(
-    scores: Sequence[torch.Tensor], dustbin: float = DUSTBIN, iterations: int = ITERATIONS
-) -> list[torch.Tensor]:
+    scores: torch.Tensor,
+    kept: Sequence[int] | None = None,
+    pruned: Sequence[int] | None = None,
+    dustbin: float = DUSTBIN,
+    iterations: int = ITERATIONS,
+) -> torch.Tensor:
     """How much of each pruned token of a page goes to each kept one, for all pages at once.
 
     With M kept and P pruned tokens, a row and a column of score ``dustbin`` are added. The plan
@@ -35,21 +40,41 @@ def transport_plans(
 
     Parameters
     ----------
-    scores : similarities, larger for more similar, ``(kept, pruned)`` of each page, both positive.
+    scores : similarities, larger for more similar, ``(pages, kept, pruned)``, both positive.
+    kept, pruned : how many each page has, at least 1; what is behind them is padding. None is all.
     dustbin : score of not being moved; the larger, the less is moved.
     iterations : of Sinkhorn's algorithm, in the log domain, in float32.
 
     Returns
     -------
-    ``(kept, pruned)`` each, in the dtype of the scores; every column sums to at most 1.
+    ``(pages, kept, pruned)``, in the dtype of the scores, 0 in padding; every column sums to at
+    most 1.
     """
-    scores = [page.detach() for page in scores]
-    columns = max(page.shape[1] for page in scores)
-    if use_triton("sinkhorn", scores[0].device, why_unsupported(columns)):
-        return _padded(sinkhorn, scores, dustbin, iterations)
-    if scores[0].is_cuda:  # POT would go from page to page
-        return _padded(sinkhorn_reference, scores, dustbin, iterations)
-    return [_plan_by_pot(page.float(), dustbin, iterations).to(page.dtype) for page in scores]
+    pages, rows, columns = scores.shape
+    kept, pruned = kept or [rows] * pages, pruned or [columns] * pages
+    known = scores.detach().float()
+    if use_triton("sinkhorn", scores.device, why_unsupported(columns)):
+        solve = sinkhorn
+    elif scores.is_cuda:  # POT would go from page to page
+        solve = sinkhorn_reference
+    else:
+        by_pot = partial(_plan_by_pot, dustbin=dustbin, iterations=iterations)
+        return one_by_one(by_pot, known, kept, pruned).to(scores.dtype)
+    sizes = torch.tensor([kept, pruned], dtype=torch.int32).to(scores.device, non_blocking=True)
+    return solve(known, *sizes, dustbin, iterations).to(scores.dtype)
+
+
+def one_by_one(
+    plan_of: Callable[[torch.Tensor], torch.Tensor],
+    scores: torch.Tensor,
+    kept: Sequence[int],
+    pruned: Sequence[int],
+) -> torch.Tensor:
+    """The plans of pages, each from its own scores ``(kept, pruned)``; as `transport_plans`."""
+    plans = torch.zeros_like(scores)
+    for plan, page, rows, columns in zip(plans, scores, kept, pruned, strict=True):
+        plan[:rows, :columns] = plan_of(page[:rows, :columns])
+    return plans
 
 
 def _plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch.Tensor:
@@ -65,25 +90,6 @@ def _plan_by_pot(scores: torch.Tensor, dustbin: float, iterations: int) -> torch
         source / total, target / total, cost, 1.0, numItermax=iterations, stopThr=0, warn=False
     )
     return torch.as_tensor(plan).to(scores)[:-1, :-1] * total
-
-
-def _padded(
-    solve: Callable[..., torch.Tensor],
-    scores: Sequence[torch.Tensor],
-    dustbin: float,
-    iterations: int,
-) -> list[torch.Tensor]:
-    """The plans of all pages at once, by either function of ``compress.kernels.sinkhorn``."""
-    sizes = torch.tensor([page.shape for page in scores], device=scores[0].device)
-    rows, columns = (max(page.shape[side] for page in scores) for side in (0, 1))
-    padded = torch.stack(
-        [F.pad(s.float(), (0, columns - s.shape[1], 0, rows - s.shape[0])) for s in scores]
-    )
-    plans = solve(padded, sizes[:, 0], sizes[:, 1], dustbin, iterations)
-    return [
-        plan[: page.shape[0], : page.shape[1]].to(page.dtype)
-        for plan, page in zip(plans, scores, strict=True)
-    ]
 
 
 def nearest_plan(scores: torch.Tensor) -> torch.Tensor:
