@@ -96,3 +96,32 @@ def test_readers_are_evaluated_once(tmp_path, monkeypatch):
     text = table.render()
     assert f"| `{MODEL}` | 50.00% [40.00%, 60.00%] |" in text
     assert "64 held-out pages of `builtin:pages`" in text
+
+
+def test_curves_are_lines_of_several_files_by_share(tmp_path):
+    def row(methods, share, retention, tokens):
+        return {
+            "model": MODEL,
+            "methods": methods,
+            "attended": share,
+            "accuracy_retention": value(retention, retention - 0.01, retention + 0.01),
+            "metrics": {"new_tokens": value(tokens), "loop_rate": value(0.25)},
+        }
+
+    def method(keep, fixation):
+        return [{"name": "fastocr", "keep_visual": keep, "min_fixation": 0, "fixation": fixation}]
+
+    for file, fixation in (("a", "window"), ("b", "random")):
+        append_row(tmp_path / file, row([], 1, 1.0, 200))
+        for share, retention in ((0.5, 0.99), (0.3, 0.985), (0.2, 0.5)):
+            append_row(tmp_path / file, row(method(share, fixation), share, retention, 100))
+    chosen = {
+        "last": {"file": "a", "method": "window"},
+        "drawn, 30%": {"file": "b", "method": "random", "keep": "30%"},
+        "best": {"file": "b", "method": "oracle"},
+    }
+    content = {"least": 0.987, "curves": chosen, "note": "Pages."}
+    lines = reader.curves("c", content, tmp_path).render().splitlines()
+    assert lines[2] == "| last | 20% | 20.0% | 50.00% [49.00%, 51.00%] | 50% | 25% |"
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| last"] * 3 + ["| drawn, 30%"]
+    assert lines[7] == "Smallest share here that keeps 99%: last: 50.0%; drawn, 30%: none. Pages."

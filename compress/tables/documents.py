@@ -40,6 +40,7 @@ def all_tables(results: Path, runs: Path) -> dict[str, Table]:
             reader.collection(name, content, results)
             for name, content in declared["collections"].items()
         ),
+        *(reader.curves(name, content, results) for name, content in declared["curves"].items()),
         *bench.tables(results),
     ]
     tables = {table.name: table for table in measured}

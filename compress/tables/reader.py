@@ -65,6 +65,43 @@ def collection(name: str, content: Mapping[str, Any], results: Path) -> Table:
     return Table(name, body)
 
 
+def curves(name: str, content: Mapping[str, Any], results: Path) -> Table:
+    """What is retained at which share of the visual tokens, of variants in several files of rows.
+
+    A curve is the lines of a file that say what is declared of it.
+    """
+    columns: dict[str, Cell] = {
+        "policy": lambda line: line["policy"],
+        "keep": lambda line: line["keep"],
+        "read": lambda line: f"{line['used']:.1%}",
+        "accuracy retention": lambda line: _percent(line["accuracy_retention"]),
+        "tokens written": lambda line: f"{line['written']:.0%}",
+        "loops": lambda line: f"{line['metrics']['loop_rate']['value']:.0%}",
+    }
+
+    def body(_: Sequence[Row]) -> str:
+        lines, reached = [], []
+        for policy, chosen in content["curves"].items():
+            rows = read_rows(results / chosen["file"])
+            facts = {key: value for key, value in chosen.items() if key != "file"}
+            points = [line for line in variants(rows) if has(**facts)(line)]
+            if not points:
+                continue
+            [dense] = [_written(row) for row in rows if not row["methods"]]
+            points = [p | {"policy": policy, "written": _written(p) / dense} for p in points]
+            lines += sorted(points, key=lambda p: p["used"])
+            enough = [
+                p["used"] for p in points if p["accuracy_retention"]["value"] >= content["least"]
+            ]
+            reached.append(f"{policy}: {f'{min(enough):.1%}' if enough else 'none'}")
+        return (
+            f"{cell_table(lines, columns)}\n\nSmallest share here that keeps "
+            f"{content['least']:.0%}: {'; '.join(reached)}. {content['note']}"
+        )
+
+    return Table(name, body)
+
+
 def _evaluate(model: str, runs: Path) -> Run[list[Row]]:
     folder = run_folder(runs, "readers", model)
     settings = OcrEvaluation(batch=32, unseen_font=True)
@@ -125,6 +162,11 @@ def _readers(rows: Sequence[Row]) -> str:
         f"{cell_table(rows, columns)}\n\n{pages}, and as many in a font that no training page has; "
         "95% intervals over pages."
     )
+
+
+def _written(row: Row) -> float:
+    """Tokens of an answer, mean over the pages."""
+    return float(row["metrics"]["new_tokens"]["value"])
 
 
 def _metric(name: str, row: Row) -> str:
