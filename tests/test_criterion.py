@@ -15,6 +15,7 @@ from compress.methods.gradflow.criterion import (
     diff_pruning_scores,
     exact_hvp,
     finite_hvp,
+    fisher_scores,
     full_precision,
     mean_gradient,
     norm,
@@ -140,12 +141,16 @@ def test_full_precision_turns_tf32_and_autocast_off_and_back(flags):
 
 
 def score(soft, scheduler, data, criterion, **settings):
+    if criterion == "fisher":
+        return fisher_scores(soft, scheduler, data)
     if criterion == "diff_pruning":
         return diff_pruning_scores(soft, scheduler, data, threshold=0.05, timesteps=2)
     return raw_scores(soft, scheduler, data, criterion=criterion, **settings)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "gradient_flow", "lookahead", "diff_pruning"])
+@pytest.mark.parametrize(
+    "criterion", ["fisher", "taylor", "gradient_flow", "lookahead", "diff_pruning"]
+)
 def test_scoring_ignores_dropout_and_restores_the_mode(criterion):
     soft, scheduler, data = softened(double=False, dropout=0.5)
     before = {name: p.detach().clone() for name, p in parameters_of(soft).items()}
@@ -338,6 +343,24 @@ def test_absolute_scores_sum_absolute_values_over_slices(criterion):
     assert torch.allclose(actual.double(), expected, rtol=1e-5)
     finite = score(soft, scheduler, data, criterion, hvp="finite", horizon=0.01)
     assert torch.allclose(finite, actual, rtol=0.02)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_fisher_is_the_root_mean_square_of_the_mask_gradients_of_minibatches(parts):
+    soft, scheduler, data = softened()
+    data = data + data[::-1]
+    scores = fisher_scores(soft, scheduler, data, parts=parts)
+    step, loss = 1e-5, denoising_loss(soft, scheduler)
+    for index, group, _ in units_to_try(soft.layout)[::3]:
+        kept, ends = soft.mask[index].clone(), []
+        for sign in (1, -1):
+            soft.mask[index] = kept + sign * step
+            with torch.no_grad():
+                ends.append(torch.stack([loss(batch) for batch in data]))
+        soft.mask[index] = kept
+        slopes = ((ends[0] - ends[1]) / (2 * step)).view(-1, parts).mean(1)
+        expected = slopes.square().mean().sqrt().item()
+        assert scores[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-9), group.name
 
 
 def test_mean_gradient_is_the_gradient_of_the_mean_loss():

@@ -278,9 +278,10 @@ def test_the_steepest_fall_is_the_largest_of_all(schedule):
 
 def test_max_move_follows_the_steps_unless_it_is_set():
     assert GradFlow().max_move == GradFlow(steps=100).max_move == 0.1
-    assert GradFlow(steps=20).max_move == 0.34375  # 4 updates: f(0.5) - f(0.25)
+    four = {"steps": 20, "update_every": 5}
+    assert GradFlow(**four).max_move == 0.34375  # 4 updates: f(0.5) - f(0.25)
     assert GradFlow(steps=1).max_move == 1
-    assert GradFlow(steps=20, budget="cubic", max_move=None).max_move == 0.578125
+    assert GradFlow(**four, budget="cubic", max_move=None).max_move == 0.578125
     assert GradFlow(steps=20, max_move=0.2).max_move == 0.2
     with pytest.raises(ValueError, match="^GradFlow: steps: Input .*; got 'many'; correct it$"):
         GradFlow(steps="many")

@@ -14,12 +14,13 @@ from builders.events import finish
 from compress.common.events import drain
 from compress.data.sources import load_images
 from compress.methods.gradflow import GradFlow, OneShot
+from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.training import Training
 from compress.models.objective import validation_loss
 
 WIDTHS = (4, 8)
-ONE_SHOT = ("diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")
+ONE_SHOT = ("fisher", "diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead")
 STEPS, RECOVER = 5, 2
 
 
@@ -245,10 +246,48 @@ def test_a_hard_mask_is_binary_and_only_falls(finished):
 
 def test_estimates_are_compared_with_the_one_before(finished):
     ranks = [row["spearman"] for row in rows(finished("soft")[0], "mask")]
-    # an estimate at every second update; the first one has nothing to be compared with
-    fresh = ranks[::2]
-    assert fresh[0] is None and all(-1 <= r <= 1 for r in fresh[1:])
+    # the first has nothing to be compared with; every optimiser step gives the next one
+    assert ranks[0] is None and all(-1 <= r <= 1 for r in ranks[1:])
+    # passes of its own at every second update
+    ranks = [row["spearman"] for row in rows(finished("soft cubic")[0], "mask")]
+    assert ranks[0] is None and all(-1 <= r <= 1 for r in ranks[2::2])
     assert all(r is None for r in ranks[1::2])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_optimiser_step_gives_the_masks_gradient_of_its_batch(parts, monkeypatch):
+    run = start(gradflow(), training(distill=0.0, gradient_accumulation=parts))
+    learnt = []
+    monkeypatch.setattr(run.mask_scheduler, "learn", learnt.append)
+    examples = next(run._examples(0, 0, 1))
+    batches = list(run._micro_batches(examples, 0, 0))
+    mask = run._plain().mask.clone().requires_grad_()
+    loss = scoring.denoising_loss(run._plain(), run.scheduler, mask)
+    (expected,) = torch.autograd.grad(sum(loss(b) for b in batches) / parts, mask)
+    run._optimise(examples)
+    torch.testing.assert_close(learnt[0], expected, atol=1e-7, rtol=1e-4)
+
+
+def test_scores_follow_the_mask_gradients_of_the_steps_since_the_last_update():
+    run = start(gradflow(update_every=2, steps=6, score_ema=0.75))
+    scheduler, soft = run.mask_scheduler, run._plain()
+    scheduler.move(soft, 0)
+    first = scheduler.state.scores.clone()
+    gradients = torch.randn(3, run.layout.units, dtype=torch.double)
+    # a step that overflowed in float16 counts as none
+    for gradient in (*gradients[:2], torch.full_like(gradients[0], torch.inf)):
+        scheduler.learn(gradient)
+    scheduler.move(soft, 2)
+    fresh = scoring.normalise(gradients[:2].square().mean(0).sqrt(), run.layout, "fisher")
+    expected = 0.75 * first + 0.25 * fresh.float()
+    torch.testing.assert_close(scheduler.state.scores, expected)
+    scheduler.learn(gradients[2])
+    scheduler.move(soft, 4)
+    fresh = scoring.normalise(gradients[2].abs(), run.layout, "fisher")
+    torch.testing.assert_close(scheduler.state.scores, 0.75 * expected + 0.25 * fresh.float())
+    # with nothing learnt the order stays
+    kept = scheduler.state.last_scores
+    assert torch.equal(scheduler._learnt_scores(), kept)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "magnitude", "random"])

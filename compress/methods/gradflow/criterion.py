@@ -193,6 +193,30 @@ def per_unit(
     return total[: layout.units]
 
 
+def fisher_scores(
+    soft: SoftUNet, scheduler: SchedulerMixin, batches: Sequence[Batch], *, parts: int = 1
+) -> torch.Tensor:
+    """Keep-scores ``sqrt(E (dL/dm)^2)`` of all units: the diagonal of the Fisher information.
+
+    Near a minimum the mean of the mask's gradient is noise, and its square over minibatches is
+    proportional to the curvature, so to what removing the unit costs (optimal brain damage; Theis
+    et al., arXiv 1801.05787, on other nets). Every optimiser step of a soft stage gives the same
+    gradient for nothing.
+
+    Parameters
+    ----------
+    batches, parts : as in :func:`diff_pruning_scores`; one gradient per minibatch.
+    """
+    squares = torch.zeros_like(soft.mask, dtype=torch.float64)
+    minibatches = [batches[first : first + parts] for first in range(0, len(batches), parts)]
+    with _criterion_passes(soft):
+        for minibatch in minibatches:
+            mask = soft.mask.detach().clone().requires_grad_()
+            loss = denoising_loss(soft, scheduler, mask)
+            squares += mean_gradient(loss, {"mask": mask}, minibatch)[0]["mask"].double().square()
+    return (squares / len(minibatches)).sqrt().to(soft.mask.dtype)
+
+
 def raw_scores(
     soft: SoftUNet,
     scheduler: SchedulerMixin,

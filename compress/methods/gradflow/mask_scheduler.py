@@ -17,7 +17,7 @@ from compress.methods.gradflow.coarse import COARSE_REFRESH
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.schedule import removed_share
-from compress.parallel import sharding
+from compress.parallel import distributed, sharding
 
 if TYPE_CHECKING:
     from compress.methods.gradflow.method import ChannelPruning
@@ -32,16 +32,19 @@ Tensors = dict[str, torch.Tensor]
 class MaskState:
     """The scheduler's state between steps; saved and restored with the run.
 
-    ``scores`` compare units of one layer, ``shared_scores`` those of all layers.
+    ``scores`` compare units of one layer, ``shared_scores`` those of all layers; ``squares`` sum
+    those of the mask's gradients over the ``learnt`` optimiser steps since the last mask update.
     """
 
-    _TENSORS: ClassVar = ("scores", "last_scores", "low", "keep_counts", "shared_scores")
+    _TENSORS: ClassVar = ("scores", "last_scores", "low", "keep_counts", "shared_scores", "squares")
 
     scores: torch.Tensor
     last_scores: torch.Tensor
     low: torch.Tensor
     keep_counts: torch.Tensor
     shared_scores: torch.Tensor
+    squares: torch.Tensor
+    learnt: int = 0
     returned: int = 0
     binary: bool = False
     estimates: int = 0
@@ -56,7 +59,7 @@ class MaskState:
 
     def facts(self) -> dict[str, Any]:
         """The rest of the state, as JSON values."""
-        names = ("returned", "binary", "estimates", "seconds", "trace_steps")
+        names = ("learnt", "returned", "binary", "estimates", "seconds", "trace_steps")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
@@ -99,12 +102,18 @@ class MaskScheduler:
         self.block = layout.block.to(device)
         self.sizes = layout.sizes().to(device).float()
         flow_knobs = method.flow
-        self.horizon = method.horizon or step_rate * (flow_knobs.update_every if flow_knobs else 1)
+        between = flow_knobs.update_every * flow_knobs.criterion_every if flow_knobs else 1
+        self.horizon = method.horizon or step_rate * between
         # the optimiser step before which the mask becomes binary
         self.binarised_at = flow_knobs.binarised_at if flow_knobs else 0
         zeros = torch.zeros(layout.units, device=device)
         self.state = MaskState(
-            zeros, zeros.clone(), zeros.bool(), layout.keep_counts.to(device), zeros.clone()
+            zeros,
+            zeros.clone(),
+            zeros.bool(),
+            layout.keep_counts.to(device),
+            zeros.clone(),
+            zeros.double(),
         )
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(layout.units, generator=generator)[:TRACED_UNITS]
@@ -128,9 +137,12 @@ class MaskScheduler:
         if method.granularity == "coarse":
             every *= COARSE_REFRESH
         rank = None
-        if update % every == 0:
-            # keep counts are fixed in the second half, so that the masks can reach them
-            rank = self.estimate(soft, reallocate=progress <= LAST_REALLOCATION or update == 0)
+        # keep counts are fixed in the second half, so that the masks can reach them
+        reallocate = update == 0 or (update % every == 0 and progress <= LAST_REALLOCATION)
+        if update and self.learns:
+            rank = self._refresh(self._learnt_scores(), soft.mask, reallocate=reallocate)
+        elif update % every == 0:
+            rank = self.estimate(soft, reallocate=reallocate)
         removed = removed_share(progress, method.budget)
         budget = self.sizes - removed * (self.sizes - self.state.keep_counts)
         if self.allocator is not None:
@@ -141,7 +153,7 @@ class MaskScheduler:
                 flow.block_sums(low.clamp(min=0), self.block, blocks),
                 flow.block_sums(high.clamp(max=1), self.block, blocks),
             )
-        before, gamma = soft.mask.clone(), method.gamma * progress
+        before, gamma = soft.mask.clone(), method.gamma * progress**2
         if method.process == "hard":
             kept = budget.ceil().long()
             soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
@@ -177,15 +189,43 @@ class MaskScheduler:
         reallocate : whether free inner widths are chosen anew.
         """
         started = time.perf_counter()
-        state, method = self.state, self.method
-        batches = self.batches(state.estimates)
+        batches = self.batches(self.state.estimates)
         with sharding.whole(soft):
             raw = self._raw_scores(soft, batches)
+        rank = self._refresh(raw, soft.mask, reallocate=reallocate)
+        self.state.seconds += time.perf_counter() - started
+        return rank
+
+    @property
+    def learns(self) -> bool:
+        """Whether optimiser steps have something to :meth:`learn` from."""
+        moves = self.method.flow is not None and not self.state.binary
+        return moves and self.method.criterion == "fisher"
+
+    def learn(self, gradient: torch.Tensor) -> None:
+        """Take in the loss's gradient by the mask ``(units,)`` of a process's share of a step."""
+        gradient = distributed.mean({"mask": gradient.double()})["mask"]
+        # float16 overflows where the loss is scaled too high; such a step is not taken
+        if bool(gradient.isfinite().all()):
+            self.state.squares += gradient.square()
+            self.state.learnt += 1
+
+    def _learnt_scores(self) -> torch.Tensor:
+        """The scores of the optimiser steps since the last update; those of before if none."""
+        state = self.state
+        squares, state.squares = state.squares, torch.zeros_like(state.squares)
+        count, state.learnt = state.learnt, 0
+        return (squares / count).sqrt().float() if count else state.last_scores
+
+    def _refresh(
+        self, raw: torch.Tensor, mask: torch.Tensor, *, reallocate: bool
+    ) -> float | None:
+        state, method = self.state, self.method
         fresh = scoring.normalise(raw, self._layout, method.criterion)
         shared = scoring.normalise(raw, self._layout, "lookahead")
         rank = None
         if state.estimates and method.flow:
-            alive = soft.mask > 0.05
+            alive = mask > 0.05
             rank = flow.spearman(state.last_scores[alive], fresh[alive])
             decay = method.flow.score_ema
             state.scores = decay * state.scores + (1 - decay) * fresh
@@ -198,18 +238,16 @@ class MaskScheduler:
             )
         state.last_scores = fresh
         state.estimates += 1
-        state.seconds += time.perf_counter() - started
         return None if rank is None or math.isnan(rank) else rank
 
     def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
         method = self.method
+        parts = len(batches) // method.criterion_batches
+        if method.criterion == "fisher":
+            return scoring.fisher_scores(soft, self.scheduler, batches, parts=parts)
         if method.criterion == "diff_pruning":
             return scoring.diff_pruning_scores(
-                soft,
-                self.scheduler,
-                batches,
-                threshold=method.score_threshold,
-                parts=len(batches) // method.criterion_batches,
+                soft, self.scheduler, batches, threshold=method.score_threshold, parts=parts
             )
         return scoring.raw_scores(
             soft,

@@ -33,7 +33,7 @@ class ChannelPruning(WeightMethod):
     """Hessian-vector products by "finite" difference, or "exact" double backward (slower)."""
     horizon: Positive | None = None
     """Horizon of the lookahead criterion, in learning rate x SGD steps; null is the learning rate
-    times the optimiser steps between two mask updates."""
+    times the optimiser steps between two estimates."""
     allocation: Literal["uniform", "global"] = "uniform"
     """"uniform" keeps one ratio per level, so that the result is a plain diffusers model; "global"
     lets each resnet and attention have an inner width of its own, chosen by score per MAC under the
@@ -81,25 +81,31 @@ class GradFlow(ChannelPruning):
     paper: ClassVar[str] = "Pruning for Sparse Diffusion Models based on Gradient Flow, 2501.09464"
 
     name: Literal["gradflow"] = "gradflow"
-    criterion: Literal["gradient_flow", "lookahead", "taylor", "magnitude", "random"] = "taylor"
-    """What scores a channel."""
+    criterion: Literal[
+        "fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random"
+    ] = "fisher"
+    """What scores a channel. "fisher" is estimated on the dense model, and from then on by every
+    optimiser step, whose backward pass gives the mask's gradient for nothing; the others take
+    passes of their own."""
     process: Literal["soft", "hard"] = "soft"
     """"soft" moves the mask continuously; "hard" removes channels for good, a few at each mask
     update (the classical iterative baseline)."""
     steps: Count = 300
     """Optimiser steps of the soft stage."""
-    update_every: Count = 5
+    update_every: Count = 1
     """Optimiser steps between mask updates."""
-    criterion_every: Count = 6
-    """Mask updates between criterion estimates."""
-    criterion_batches: Batch = 2
+    criterion_every: Count = 30
+    """Mask updates between estimates of a criterion that takes passes of its own, and between
+    choices of free inner widths."""
+    criterion_batches: Batch = 16
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
-    score_ema: float = Field(0.7, ge=0, lt=1)
+    score_ema: float = Field(0.9, ge=0, lt=1)
     """Weight of the past in the scores' running mean."""
     flow_rate: Positive = 0.1
     """Step size of the flow, in masks per unit of normalised score."""
-    gamma: float = Field(1.0, ge=0)
-    """Final weight of the term that drives masks to 0 or 1; it grows from 0."""
+    gamma: float = Field(2.0, ge=0)
+    """Final weight of the term that drives masks to 0 or 1; it grows as the square of the time, so
+    that the masks are nearly binary long before they are made so."""
     budget: Literal["s_shaped", "cubic"] = "s_shaped"
     """Shape of the budget's fall."""
     settle: float = Field(0.1, ge=0, lt=1)
@@ -163,7 +169,7 @@ class OneShot(ChannelPruning):
 
     name: Literal["oneshot"] = "oneshot"
     criterion: Literal[
-        "diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead"
+        "diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead", "fisher"
     ] = "diff_pruning"
     """What scores a channel."""
     steps: NonNegative = 300

@@ -78,10 +78,11 @@ def _predicted(
     noisy: torch.Tensor,
     timesteps: torch.Tensor,
     condition: Mapping[str, Any],
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The prediction of a UNet or a soft UNet: ``call`` is the forward pass of ``model``."""
     if isinstance(model, SoftUNet):
-        return call(noisy, timesteps, condition=condition)
+        return call(noisy, timesteps, mask, condition)
     return call(noisy, timesteps, **condition).sample
 
 
@@ -227,13 +228,17 @@ class PruningRun:
             first = process * len(examples.images)
             images = flipped(examples.images, self.training.seed, self.step, first)
             examples = examples._replace(images=images)
+        learns = self.stage == "flow" and self.mask_scheduler.learns
+        mask = self._mask().detach().clone().requires_grad_() if learns else None
+        # of this step's gradients, whose optimiser step may change it
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
         total = 0.0
         for batch in self._micro_batches(examples, self.training.seed, self.step):
             with self.accelerator.accumulate(self.model):
                 noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
                 with self.teacher.watch(self._unet()) as features:
                     predicted = _predicted(
-                        self.model, self._plain(), noisy, batch.timesteps, batch.condition
+                        self.model, self._plain(), noisy, batch.timesteps, batch.condition, mask
                     )
                 loss = F.mse_loss(predicted.float(), prediction_target(self.scheduler, batch))
                 loss = loss + self.teacher.loss(
@@ -245,6 +250,8 @@ class PruningRun:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += loss.item() / self.training.gradient_accumulation
+        if mask is not None:
+            self.mask_scheduler.learn(mask.grad / scale)
         return distributed.mean_value(total, self.device)
 
     # ---- binarisation and surgery -----------------------------------------------------------
