@@ -276,8 +276,9 @@ def test_the_steepest_fall_is_the_largest_of_all(schedule):
         assert steepest_fall(updates, schedule) == pytest.approx(largest, rel=1e-12)
 
 
-def test_max_move_follows_the_steps_unless_it_is_set():
+def test_update_every_and_max_move_follow_the_steps_unless_they_are_set():
     assert GradFlow().max_move == GradFlow(steps=100).max_move == 0.1
+    assert [GradFlow(steps=n).update_every for n in (5, 199, 300, 10_000)] == [1, 1, 3, 100]
     four = {"steps": 20, "update_every": 5}
     assert GradFlow(**four).max_move == 0.34375  # 4 updates: f(0.5) - f(0.25)
     assert GradFlow(steps=1).max_move == 1

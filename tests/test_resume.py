@@ -131,7 +131,7 @@ def stopped(left, tmp_path):
 @pytest.mark.parametrize("name", ["steps", "updates"])
 def test_a_state_before_the_second_estimate_is_saved(tmp_path, name):
     # at first the scores and the estimate that they come from are one tensor
-    method = SOFT if name == "steps" else GradFlow(**SOFT.model_dump() | {"criterion_every": 100})
+    method = SOFT if name == "steps" else GradFlow(**SOFT.model_dump() | {"criterion": "taylor"})
     leave(start(tmp_path, False, method=method, save_every=1).events(), 1)
     assert start(tmp_path, True, method=method).step == 1
 

@@ -217,9 +217,7 @@ class MaskScheduler:
         count, state.learnt = state.learnt, 0
         return (squares / count).sqrt().float() if count else state.last_scores
 
-    def _refresh(
-        self, raw: torch.Tensor, mask: torch.Tensor, *, reallocate: bool
-    ) -> float | None:
+    def _refresh(self, raw: torch.Tensor, mask: torch.Tensor, *, reallocate: bool) -> float | None:
         state, method = self.state, self.method
         fresh = scoring.normalise(raw, self._layout, method.criterion)
         shared = scoring.normalise(raw, self._layout, "lookahead")

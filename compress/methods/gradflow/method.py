@@ -81,9 +81,9 @@ class GradFlow(ChannelPruning):
     paper: ClassVar[str] = "Pruning for Sparse Diffusion Models based on Gradient Flow, 2501.09464"
 
     name: Literal["gradflow"] = "gradflow"
-    criterion: Literal[
-        "fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random"
-    ] = "fisher"
+    criterion: Literal["fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random"] = (
+        "fisher"
+    )
     """What scores a channel. "fisher" is estimated on the dense model, and from then on by every
     optimiser step, whose backward pass gives the mask's gradient for nothing; the others take
     passes of their own."""
@@ -92,8 +92,9 @@ class GradFlow(ChannelPruning):
     update (the classical iterative baseline)."""
     steps: Count = 300
     """Optimiser steps of the soft stage."""
-    update_every: Count = 1
-    """Optimiser steps between mask updates."""
+    update_every: Count = Field(None, validate_default=True)
+    """Optimiser steps between mask updates, over which "fisher" averages. By default a hundredth of
+    the soft stage."""
     criterion_every: Count = 30
     """Mask updates between estimates of a criterion that takes passes of its own, and between
     choices of free inner widths."""
@@ -115,8 +116,13 @@ class GradFlow(ChannelPruning):
     steepest fall of the budget needs where there are few updates."""
     granularity: Literal["fine", "coarse"] = "fine"
     """"fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels together and
-    estimates the criterion a third as often (the journal extension's variant; both numbers are our
-    choice)."""
+    estimates a criterion that takes passes of its own a third as often (the journal extension's
+    variant; both numbers are our choice)."""
+
+    @field_validator("update_every", mode="before")
+    @classmethod
+    def _follow_steps(cls, value: Any, info: ValidationInfo) -> Any:
+        return max(1, info.data.get("steps", 0) // 100) if value is None else value
 
     @field_validator("max_move", mode="before")
     @classmethod
