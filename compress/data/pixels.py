@@ -5,7 +5,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import IO, Literal, Protocol, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -13,6 +13,20 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from compress.common.foreign import foreign
 
 Mode = Literal["RGB", "L"]
+
+
+class Stored(Protocol):
+    """What holds bytes under a name, as ``pathlib.Path`` does; ``str`` gives the name."""
+
+    @property
+    def suffix(self) -> str:
+        """End of the name, with the dot."""
+        ...
+
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """A new handle."""
+        ...
+
 
 # what files are taken for: Pillow would hand an EPS to Ghostscript, a program that it carries
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")
@@ -25,7 +39,7 @@ REMEDY = "convert, restore or remove the file"
 BITS, PHOTOMETRIC = 258, 262
 
 
-def open_image(path: str | Path, mode: Mode = "RGB", frame: int = 0) -> Image.Image:
+def open_image(path: str | Stored, mode: Mode = "RGB", frame: int = 0) -> Image.Image:
     """Read an image file as :func:`upright` pixels.
 
     Parameters
@@ -47,13 +61,21 @@ def open_image(path: str | Path, mode: Mode = "RGB", frame: int = 0) -> Image.Im
         return upright(file, mode)
 
 
-def frame_count(path: str | Path) -> int:
+def image_size(path: Stored, frame: int = 0) -> tuple[int, int]:
+    """Width and height of an image as it is stored; nothing is decoded."""
+    with _opened(path) as file:
+        if frame:
+            file.seek(frame)
+        return file.size
+
+
+def frame_count(path: str | Stored) -> int:
     """Number of images in a file."""
     with _opened(path) as file:
         return int(getattr(file, "n_frames", 1))
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: Stored) -> bool:
     """Whether a file is an image: by its suffix, or else by its header."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return True
@@ -63,12 +85,12 @@ def is_image(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Stored) -> Iterator[Image.Image]:
     """An image file; whatever goes wrong with it names it."""
-    with warnings.catch_warnings(), foreign(path, f"an image ({', '.join(FORMATS)})", REMEDY):
+    with warnings.catch_warnings(), foreign(str(path), f"an image ({', '.join(FORMATS)})", REMEDY):
         warnings.simplefilter("ignore")  # of odd metadata, and of sizes below the limit
         # a handle, since Pillow 13 garbles a turned TIFF that it maps into memory by its name
-        with Path(path).open("rb") as handle:
+        with (Path(path) if isinstance(path, str) else path).open("rb") as handle:
             try:
                 file = Image.open(handle, formats=FORMATS)
             except UnidentifiedImageError:

@@ -11,15 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.models.unlimited_ocr.image_processing_unlimited_ocr import (
+    get_optimal_tiled_canvas,
+)
 
 from compress.data.pixels import check_image, upright
-from compress.models.deepseek_ocr_views import SEPARATOR, padded_box, page_tokens, view_tokens
+from compress.models.deepseek_ocr_views import (
+    SEPARATOR,
+    crop_grid,
+    padded_box,
+    page_tokens,
+    view_tokens,
+)
 
 Inputs = Mapping[str, Any]
 Cells = Callable[[Any, Inputs, list[int]], list[torch.Tensor] | None]
 Prompt = Callable[[Any, Sequence[Image.Image], Sequence[str]], Mapping[str, Any]]
 Box = tuple[float, float, float, float]
 Places = Callable[[Any, int, int], dict[int, Box]]
+Counted = Callable[[Any, int, int], int]
 
 # The keyword under which the text model is given the layouts of its prompt. A method that shortens
 # the prompt replaces them by the layouts of what remains; a method that needs them takes these.
@@ -113,6 +123,7 @@ class Adapter:
         general models our own choice.
     places : (processor, width and height of a page) to the boxes on that page of the views whose
         rows and columns are places, as :class:`ViewOnPage` has them; none for other views.
+    tokens : (processor, width and height of a page) to the number of its visual tokens.
     """
 
     name: str
@@ -120,6 +131,7 @@ class Adapter:
     prompt: Prompt
     read_prompt: str
     places: Places
+    tokens: Counted
 
     def layouts(self, config: Any, inputs: Inputs) -> list[VisualLayout]:
         """The layout of each sequence of a batch.
@@ -298,6 +310,56 @@ def _unlimited_places(processor: Any, width: int, height: int) -> dict[int, Box]
     return {0: page if stretched else padded_box(width, height), 1: page}
 
 
+# ---- how many tokens a page of some size has ------------------------------------------------
+
+
+def _own_tokens(processor: Any, width: int, height: int) -> int:
+    """DeepSeek-OCR."""
+    crop = processor.mode.crop
+    return len(processor.page_tokens(crop_grid(width, height, crop) if crop else (1, 1)))
+
+
+def _unlimited_tokens(processor: Any, width: int, height: int) -> int:
+    """Unlimited-OCR: the same, as transformers' image processor is set."""
+    images, grid = processor.image_processor, (1, 1)
+    pixels = processor.patch_size * processor.downsample_ratio
+    if images.crop_to_patches and max(width, height) > images.tile_size:
+        tile = images.tile_size, images.tile_size
+        grid = get_optimal_tiled_canvas(
+            (height, width), tile, images.min_patches, images.max_patches
+        )
+    side = max(images.size["height"], images.size["width"])
+    return len(page_tokens(-(-side // pixels), -(-images.tile_size // pixels), grid))
+
+
+def _query_tokens(processor: Any, width: int, height: int) -> int:
+    """DeepSeek-OCR-2."""
+    images = processor.image_processor
+    pixels = processor.patch_size * processor.downsample_ratio
+    side, crop = (-(-size // pixels) for size in (images.size["height"], images.tile_size))
+    crops = int(images.get_number_of_image_patches(height, width, {})) - 1
+    return side * side + crops * crop * crop + 1
+
+
+def _merged_tokens(processor: Any, width: int, height: int) -> int:
+    """Qwen-VL and similar: patches, merged."""
+    images = processor.image_processor
+    return int(images.get_number_of_image_patches(height, width, {})) // images.merge_size**2
+
+
+def _tile_tokens(processor: Any, width: int, height: int) -> int:
+    """InternVL, whose processor cuts pages into tiles unless told otherwise."""
+    cut = {"crop_to_patches": True}
+    tiles = int(processor.image_processor.get_number_of_image_patches(height, width, cut))
+    return tiles * int(processor.image_seq_length)
+
+
+def _got_tokens(processor: Any, width: int, height: int) -> int:
+    """GOT-OCR2: one tile, unless its image processor cuts the page."""
+    tiles = int(processor.image_processor.get_number_of_image_patches(height, width, {}))
+    return tiles * int(getattr(processor, "num_image_tokens", 256))  # below transformers 5.23
+
+
 # ---- prompts ---------------------------------------------------------------------------------
 
 
@@ -357,19 +419,35 @@ ADAPTERS = {
         lambda processor, images, texts: processor(images, texts),
         "Free OCR.",
         _own_places,
+        _own_tokens,
     ),
     "unlimited_ocr": Adapter(
-        "Unlimited-OCR", _mosaic_cells, _chat_prompt, "document parsing.", _unlimited_places
+        "Unlimited-OCR",
+        _mosaic_cells,
+        _chat_prompt,
+        "document parsing.",
+        _unlimited_places,
+        _unlimited_tokens,
     ),
     "deepseek_ocr2": Adapter(  # a token is a query, which has no place
-        "DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR.", lambda *_: {}
+        "DeepSeek-OCR-2", _query_cells, _plain_prompt, "Free OCR.", lambda *_: {}, _query_tokens
     ),
-    "qwen2_5_vl": Adapter("Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
-    "qwen3_vl": Adapter("Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
-    "internvl": Adapter("InternVL3", _tile_cells, _chat_prompt, _TRANSCRIBE, _whole_page),
-    "paddleocr_vl": Adapter("PaddleOCR-VL", _merged_cells, _chat_prompt, "OCR:", _whole_page),
-    "glm_ocr": Adapter("GLM-OCR", _merged_cells, _chat_prompt, "Text Recognition:", _whole_page),
-    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt, "OCR: ", _whole_page),
+    "qwen2_5_vl": Adapter(
+        "Qwen2.5-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page, _merged_tokens
+    ),
+    "qwen3_vl": Adapter(
+        "Qwen3-VL", _merged_cells, _chat_prompt, _TRANSCRIBE, _whole_page, _merged_tokens
+    ),
+    "internvl": Adapter(
+        "InternVL3", _tile_cells, _chat_prompt, _TRANSCRIBE, _whole_page, _tile_tokens
+    ),
+    "paddleocr_vl": Adapter(
+        "PaddleOCR-VL", _merged_cells, _chat_prompt, "OCR:", _whole_page, _merged_tokens
+    ),
+    "glm_ocr": Adapter(
+        "GLM-OCR", _merged_cells, _chat_prompt, "Text Recognition:", _whole_page, _merged_tokens
+    ),
+    "got_ocr2": Adapter("GOT-OCR2", _tile_cells, _got_prompt, "OCR: ", _whole_page, _got_tokens),
 }
 
 
