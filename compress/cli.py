@@ -12,9 +12,9 @@ import shlex
 import signal
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -23,15 +23,22 @@ from compress.common.extras import MissingExtraError, extra
 from compress.common.foreign import one_line
 from compress.common.options import options_of, taken, validated
 from compress.common.output_folder import MARKER, PROGRESS, check_apart, check_target
-from compress.common.settings import MOST_PROCESSES, MOST_TOGETHER, inputs_of
+from compress.common.settings import MOST_PROCESSES, inputs_of
 from compress.data.columns import Columns
-from compress.eval.settings import Calibration, OcrEvaluation, ReadSettings, Sampling
+from compress.eval.settings import (
+    Calibration,
+    OcrEvaluation,
+    PageFiles,
+    ReadSettings,
+    Sampling,
+)
 from compress.methods.registry import RUNTIME_METHODS
 from compress.parallel import launch
 
 if TYPE_CHECKING:
     from compress.doctor import Check
     from compress.methods.base import Event
+    from compress.runs.reading import Record
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 USER_ERRORS = (
@@ -50,6 +57,7 @@ ARGUMENTS = "compress.arguments"
 CALIBRATING = {name: kind for name, kind in RUNTIME_METHODS.items() if kind.calibrated}
 OPEN = {setting for kind in CALIBRATING.values() for setting in kind.calibrated}
 
+T = TypeVar("T")
 logger = logging.getLogger("compress")
 
 
@@ -157,12 +165,10 @@ def run(
 ) -> None:
     """Compress, recover, export, evaluate and report, as a recipe says."""
     _check_resume(resume, overwrite)
-    from compress.runs.recipe import ReaderRecipe, load_recipe
+    from compress.runs.recipe import load_recipe
 
     typed = load_recipe(recipe, overrides or ())
     several = launch.needed(processes)
-    if several and isinstance(typed, ReaderRecipe):
-        raise ValueError(f"readers run on one process; got --processes {processes}")
     folder = Path(output or typed.output or "")
     if not dry_run and not launch.rank():  # before torch is imported, which takes seconds
         inputs = inputs_of(typed)
@@ -323,9 +329,7 @@ def evaluate(
             "pipeline; leave it out, and write the metrics with --json > metrics.json"
         )
     several = launch.needed(processes)
-    if several and at.kind == "reader":
-        raise ValueError(f"readers run on one process; got --processes {processes}")
-    if several:
+    if several and at.kind != "reader":
         launch.launch(processes, context.meta[ARGUMENTS])
         return
     if at.kind == "reader":
@@ -337,7 +341,12 @@ def evaluate(
             at, folder, settings, data=data, resume=resume, overwrite=overwrite, device=device
         )
         with _resume_hint(context, folder):
+            if several:
+                launch.launch(processes, context.meta[ARGUMENTS])
+                return
             _follow(events)
+        if launch.rank():
+            return
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf8"))["metrics"]
     else:
         from compress.runs.diffusion import BUILTIN_DATA, evaluate_pipeline
@@ -356,76 +365,96 @@ def evaluate(
 
 
 @app.command()
-@options_of(ReadSettings)
+@options_of(ReadSettings, PageFiles)
 def read(
     context: typer.Context,
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Images, PDFs, or folders of them.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="Images, PDFs, .tar shards, folders of them, .jsonl lists of paths, hub:NAME.",
+        ),
     ],
     options: dict[str, Any],
     model: Annotated[
         str, typer.Option(help="A folder, builtin:NAME or a hub id.")
     ] = "builtin:reader-qwen",
-    pages: Annotated[
-        str | None,
-        typer.Option(help="Pages of each PDF or TIFF, such as 1-3,7 or 5-; all by default."),
-    ] = None,
-    dpi: Annotated[float, typer.Option(help="Resolution of the pages of a PDF.")] = 144,
-    batch: Annotated[
-        int, typer.Option(min=1, max=MOST_TOGETHER, help="Pages that are read together.")
-    ] = 1,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the texts, a .md file for each page, instead of stdout."),
+        typer.Option(help="Folder for the texts, as JSON lines, instead of stdout."),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     device: Device = None,
+    processes: Processes = 1,
 ) -> None:
     """Print the text of page images and PDFs, or write it to files."""
+    files = validated(PageFiles, taken(options, PageFiles))
     settings = validated(ReadSettings, options)
     _check_resume(resume, overwrite)
-    if output is None and (resume or overwrite):
-        raise ValueError("--resume and --overwrite are for the folder of --output; name it")
+    several = launch.needed(processes)
+    for_folders = {
+        "--resume": resume,
+        "--overwrite": overwrite,
+        "--processes": several or launch.launched(),
+        "--batch-tokens": files.batch_tokens,
+        "--markdown": files.markdown,
+    }
+    if output is None and (unused := [name for name, value in for_folders.items() if value]):
+        raise ValueError(f"{', '.join(unused)} is for the folder of --output; name it")
     _check_versions()
     _hide_library_output()
-    from compress.data.page_files import find_pages
-    from compress.runs.reading import read_files
+    from compress.runs import reading
 
-    sources = find_pages(files, pages, dpi)
+    if output is not None:
+        with _resume_hint(context, output, (MARKER,)):
+            if several:
+                launch.launch(processes, context.meta[ARGUMENTS])
+                record = reading.record_of(output)
+            else:
+                begun = {"resume": resume, "overwrite": overwrite, "device": device}
+                record = _follow(
+                    reading.read_to_folder(model, sources, output, settings, files, **begun)
+                )
+        if launch.speaks():
+            _print_record(record, output, as_json)
+        # a launcher would take a code of its own for the end of the job
+        if record.failed and not launch.launched():
+            raise typer.Exit(FAILURE if record.done else USAGE)
+        return
+    from compress.data.page_files import find_pages
+
+    pages = list(find_pages(sources, files.pages, files.dpi))
     rows = []
-    readings = read_files(
-        model,
-        sources,
-        settings,
-        batch=batch,
-        output=output,
-        resume=resume,
-        overwrite=overwrite,
-        device=device,
-    )
-    with contextlib.nullcontext() if output is None else _resume_hint(context, output, (MARKER,)):
-        for page, reading in readings:
-            facts = {"text": reading.text, "error": reading.error, "loop": reading.loop}
-            rows.append({"page": page.name, **facts})
-            if reading.loop:
-                _say(f"warning: {page.name} was stopped: its text ends in a loop")
-            if reading.error:
-                _say(f"error: {reading.error}")
-            elif not as_json and output is None:
-                name = f"== {one_line(page.name)}\n"
-                typer.echo(f"{name}{reading.text}\n" if len(sources) > 1 else reading.text)
+    for page, read_text in reading.read_files(
+        model, pages, settings, batch=files.batch, device=device
+    ):
+        facts = {"text": read_text.text, "error": read_text.error, "loop": read_text.loop}
+        rows.append({"page": page.name, **facts})
+        if read_text.loop:
+            _say(f"warning: {page.name} was stopped: its text ends in a loop")
+        if read_text.error:
+            _say(f"error: {read_text.error}")
+        elif not as_json:
+            name = f"== {one_line(page.name)}\n"
+            typer.echo(f"{name}{read_text.text}\n" if len(pages) > 1 else read_text.text)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     failed = sum(row["error"] is not None for row in rows)
-    if output is not None:
-        before = "" if rows else "already finished; "
-        _say(f"{before}{len(sources) - failed} texts in {output}")
     if failed:
         if len(rows) > 1:
             _say(f"error: {failed} of {len(rows)} pages could not be read")
-        raise typer.Exit(FAILURE if failed < len(sources) else USAGE)
+        raise typer.Exit(FAILURE if failed < len(pages) else USAGE)
+
+
+def _print_record(record: "Record", output: Path, as_json: bool) -> None:
+    _say(f"{len(record.done)} texts in {output}")
+    if record.failed:
+        _say(f"error: {len(record.failed)} pages could not be read; their rows say why")
+    if as_json:
+        counts = {"folder": str(output), "read": len(record.done), "failed": record.failed}
+        typer.echo(json.dumps(counts, indent=2))
 
 
 @app.command()
@@ -674,8 +703,18 @@ def _hide_library_output() -> None:
         warnings.simplefilter("ignore")
 
 
-def _follow(events: Iterable["Event"]) -> None:
+def _follow(events: Generator["Event", None, T]) -> T:
     """Show progress on stderr: bars on a terminal, a line now and then elsewhere."""
+    results: list[T] = []
+
+    def kept() -> Iterator["Event"]:
+        results.append((yield from events))
+
+    _show(kept())
+    return results[0]
+
+
+def _show(events: Iterable["Event"]) -> None:
     if launch.rank():
         for _ in events:
             pass

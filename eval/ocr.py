@@ -17,6 +17,7 @@ from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import Accuracy
 from compress.eval.text_metrics import TextScores, ocean_scores, text_scores
 from compress.eval.values import Value, page_mean, ratio_of_sums, resampled_sums, share
+from compress.parallel import distributed
 
 # rules -> in which order Ocean-OCR's metrics get prediction and label
 OCEAN_ORDERS = {
@@ -77,7 +78,7 @@ Times = list[tuple[int, float]]
 def predict(
     data: OcrData, read: Read, batch: int, file: Path, times: Times | None = None
 ) -> Iterator[int]:
-    """Read the pages that ``file`` lacks, and append to it after every batch.
+    """Read the pages that ``file`` lacks, on all processes, and append to it after every batch.
 
     Parameters
     ----------
@@ -92,20 +93,24 @@ def predict(
     Number of pages read so far, those of earlier sittings counted.
     """
     times = [] if times is None else times
-    done = {prediction.page for prediction in read_predictions(file)}
+    done = distributed.from_main(lambda: {one.page for one in read_predictions(file)})
     left = [page for page in data.pages if page.name not in done]
     count = len(data.pages) - len(left)
     yield count
-    for first in range(0, len(left), batch):
-        chosen = left[first : first + batch]
-        begun = time.perf_counter()
-        predictions = read(chosen)
-        times.append((len(chosen), time.perf_counter() - begun))
+    batches = [left[first : first + batch] for first in range(0, len(left), batch)]
+    begun = time.perf_counter()
+    for number, predictions in enumerate(distributed.shared_out(batches, read)):
+        pages, seconds = len(predictions), time.perf_counter() - begun
+        if number % distributed.processes():  # read while the one before was
+            pages, seconds = pages + times[-1][0], seconds + times.pop()[1]
+        times.append((pages, seconds))
         lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions]
-        with file.open("a", encoding="utf8") as out:
-            out.write("".join(lines))
-        count += len(chosen)
+        if distributed.is_main():
+            with file.open("a", encoding="utf8") as out:
+                out.write("".join(lines))
+        count += len(predictions)
         yield count
+        begun = time.perf_counter()
 
 
 def speed(times: Times, seed: int = 0) -> dict[str, Value]:

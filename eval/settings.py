@@ -6,7 +6,16 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from compress.common.settings import MOST, READS, Batch, Count, Pages, Settings, Tokens
+from compress.common.settings import (
+    MOST,
+    MOST_PROCESSES,
+    READS,
+    Batch,
+    Count,
+    Pages,
+    Settings,
+    Tokens,
+)
 from compress.eval.metrics import DIFFUSION, OCR, PASS_RATE, UNSEEN_FONT, Metric
 
 T = TypeVar("T")
@@ -121,6 +130,25 @@ class ReadSettings(Settings):
         return self.model_dump(
             include={"prompt", "max_new_tokens", "loop_tokens", "no_repeat_ngram"}
         )
+
+
+class PageFiles(Settings):
+    """Which pages of files are read, and how they are put together."""
+
+    pages: str | None = None
+    """Pages of each PDF, TIFF or GIF, such as 1-3,7 or 5-; all when null."""
+    dpi: float = 144
+    """Resolution of the pages of a PDF."""
+    batch: Batch = 1
+    """Pages that are read together, in their order."""
+    batch_tokens: Count | None = None
+    """Visual tokens of a batch, padding counted, in place of a number of pages: pages of like size
+    are put together."""
+    workers: int = Field(2, ge=0, le=MOST_PROCESSES)
+    """Processes that open images and render PDFs while the model reads, of each process that
+    reads."""
+    markdown: bool = False
+    """Whether each page gets a .md file of its text, too."""
 
 
 class OcrEvaluation(ReadSettings, _Choice):

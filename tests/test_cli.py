@@ -139,7 +139,6 @@ def test_recipes_as_text_and_as_json(invoke):
         (["nowhere.yaml"], ["no recipe nowhere.yaml", "ddpm_gradflow"]),
         (["ddpm_gradflow", "--set", "method.keep_mac=1"], ["nearest known key: method.keep_macs"]),
         (["ddpm_gradflow", "--set", "method.keep_macs=-1", "--set", "sed=1"], ["2 problems"]),
-        (["reader_fastocr", "--processes", "4"], ["one process", "got --processes 4"]),
         (["ddpm_gradflow", "--resume", "--overwrite"], ["choose one"]),
     ],
 )

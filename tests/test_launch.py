@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders.programs import rank_of
+
 COMMAND = (sys.executable, "-P", "-m", "compress.cli")
 RECIPE = """
 model: builtin:ddpm-digits
@@ -124,17 +126,6 @@ def test_the_tasks_of_srun_give_the_run_of_one_process(place, alone):
     same(alone, place / "srun")
 
 
-def child_of(launcher: int, rank: int) -> int:
-    found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
-    for line in found.splitlines()[1:]:
-        child, parent = map(int, line.split())
-        if parent == launcher:
-            names = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if f"RANK={rank}".encode() in names:
-                return child
-    raise LookupError(f"no process with rank {rank} under {launcher}")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "at", "rank", "again"),
@@ -155,7 +146,7 @@ def test_a_killed_process_ends_the_job_which_goes_on(place, alone, stage, at, ra
         for line in process.stderr:
             said.append(line)
             if not killed and line.startswith(f"{stage}  {at}"):
-                os.kill(child_of(process.pid, rank), signal.SIGKILL)
+                os.kill(rank_of(process.pid, rank), signal.SIGKILL)
                 killed = True
     assert process.returncode == 1 and killed, said
     assert f"error: process {rank} of 2 was killed by SIGKILL" in said[-1]

@@ -257,7 +257,7 @@ def test_reading_goes_on_where_it_was_killed(tmp_path):
 
 
 def test_pages_per_second_leave_the_first_batch_out(tmp_path, monkeypatch):
-    clock = iter([0, 9, 10, 12, 20, 21])
+    clock = iter([0, 9, 10, 12, 20, 21, 22])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     times = []
     data = pages_of(*"abcde")
@@ -560,44 +560,55 @@ def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path, m
     assert heads == [f"== {name}" for name in [*names, f"{tmp_path / 'doc.pdf'}, page 1"]]
     assert f"error: {lines / '2.png'} should hold an image" in found.stderr
     assert "1 of 5 pages could not be read" in found.stderr
-    written = run(*asked, "--output", tmp_path / "texts")
+    texts = tmp_path / "texts"
+    to_files = (*asked, "--markdown", "--workers", 0, "--output", texts)
+    written = run(*to_files)
     assert written.exit_code == 1 and not written.stdout
-    files = sorted((tmp_path / "texts").rglob("*.md"))
-    assert [path.relative_to(tmp_path / "texts").as_posix() for path in files] == [
+    assert "4 texts in" in written.stderr and "1 pages could not be read" in written.stderr
+    files = sorted(texts.rglob("*.md"))
+    assert [path.relative_to(texts).as_posix() for path in files] == [
         *("doc_page_1.md", "lines/0.md", "lines/1.md", "lines/3.md")
     ]
     assert files[1].read_text() in found.stdout
-    again = run(*asked, "--output", tmp_path / "texts")
+    record = texts / "pages-0000.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [row["page"] for row in rows if row["error"]] == [str(lines / "2.png")]
+    assert all(row["flags"] == ["truncated"] for row in rows if not row["error"])
+    again = run(*to_files)
     assert again.exit_code == 2 and "go on with --resume, replace it with --over" in again.stderr
-    # the pages that are left, and no more
-    kept = {path: path.stat().st_mtime_ns for path in files}
-    texts = [path.read_text() for path in files]
+    # the pages that are left, and no more: a cut row is no row, and a failure is none twice
+    kept = record.read_bytes()
+    record.write_bytes(kept + b'{"page": "half')
     files[1].unlink()
     (files[1].parent / ".0.md.abcdefgh.compress-tmp").write_text("half")
+    assert run(*to_files, "--resume").exit_code == 1
+    assert record.read_bytes() == kept and [*sorted(texts.rglob("*.md"))] == files
     Image.new("L", (70, 40)).save(lines / "2.png")
-    resumed = run(*asked, "--output", tmp_path / "texts", "--resume")
+    resumed = run(*to_files, "--resume")
     assert resumed.exit_code == 0 and "5 texts in" in resumed.stderr, resumed.stderr
-    assert [path.read_text() for path in files] == texts
-    assert [path for path in files if path.stat().st_mtime_ns != kept[path]] == [files[1]]
-    assert len([p for p in (tmp_path / "texts").rglob("*") if p.is_file()]) == 1 + 5
+    assert record.read_bytes().startswith(kept) and record.read_bytes().count(b"\n") == 6
+    assert len([p for p in texts.rglob("*") if p.is_file()]) == 2 + 5
     with monkeypatch.context() as without:
         without.setattr("compress.runs.reading.open_reader", None)
-        done = run(*asked, "--output", tmp_path / "texts", "--resume")
-        assert done.exit_code == 0 and "already finished; 5 texts in" in done.stderr
+        done = run(*to_files, "--resume")
+        assert done.exit_code == 0 and "5 texts in" in done.stderr
         Image.new("L", (70, 40)).save(tmp_path / "more.png")
         for changes, what in (
-            ((tmp_path / "more.png",), "what is read"),
+            ((tmp_path / "more.png",), "sources"),
             (("--prompt", "Read."), "prompt"),
         ):
-            other = run(*asked, *changes, "--output", tmp_path / "texts", "--resume")
+            other = run(*to_files, *changes, "--resume")
             assert other.exit_code == 2 and f"differs in {what}; go on" in other.stderr
         files[1].with_suffix(".txt").write_text("mine")
         for option in ("--resume", "--overwrite"):
-            foreign = run(*asked, "--output", tmp_path / "texts", option)
+            foreign = run(*to_files, option)
             assert foreign.exit_code == 2 and "and also lines/0.txt; move" in foreign.stderr
     files[1].with_suffix(".txt").unlink()
-    replaced = run(*asked, "--output", tmp_path / "texts", "--overwrite")
-    assert replaced.exit_code == 0 and all(p.stat().st_mtime_ns > kept[p] for p in files)
+    replaced = run(*asked, "--output", texts, "--overwrite")
+    assert replaced.exit_code == 0 and not list(texts.rglob("*.md")), replaced.stderr
+    assert record.read_bytes().count(b"\n") == 5 and not (texts / "lines").exists()
+    for options in (("--markdown",), ("--resume",), ("--batch-tokens", 9)):
+        assert "is for the folder of --output; name it" in run(*asked, *options).stderr
 
 
 def test_eval_prints_a_table(reader, lines, tmp_path):

@@ -1,9 +1,14 @@
 """Pages of files: which there are, and that none is open before it is asked for."""
 
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
-from compress.data.page_files import find_pages, pdf_page, text_files
+from compress.data.page_files import common_root, find_pages, pdf_page, text_file
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def test_a_folder_is_searched_and_files_of_several_pages_are_taken_apart(folder)
         *(f"scan.tif, page {k}" for k in range(1, 4)),
     ]
     # once, however often it is named
-    assert len(find_pages([folder, folder / "page9.png"])) == 11
+    assert len(list(find_pages([folder, folder / "page9.png"]))) == 11
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,7 @@ def test_a_folder_is_searched_and_files_of_several_pages_are_taken_apart(folder)
     [("1-3", [1, 2, 3]), ("5, 1-2", [1, 2, 5]), ("4-", [4, 5]), ("3", [3]), ("2-2,2", [2])],
 )
 def test_ranges_of_pages(folder, numbers, wanted):
-    found = find_pages([folder / "doc.pdf"], numbers)
+    found = list(find_pages([folder / "doc.pdf"], numbers))
     assert names(found, folder) == [f"doc.pdf, page {k}" for k in wanted]
     red = [page.open().getpixel((9, 9))[0] for page in found]
     assert red == pytest.approx([20 * (k - 1) for k in wanted], abs=3)
@@ -46,14 +51,14 @@ def test_ranges_of_pages(folder, numbers, wanted):
 @pytest.mark.parametrize("numbers", ["0", "3-1", "-2", "a", "", "1,,2", "1-2-3", "1.5"])
 def test_ranges_that_are_none(folder, numbers):
     with pytest.raises(ValueError, match="pages are numbers from 1"):
-        find_pages([folder / "doc.pdf"], numbers)
+        list(find_pages([folder / "doc.pdf"], numbers))
 
 
 def test_pages_that_a_file_does_not_have(folder):
     with pytest.raises(ValueError, match="doc.pdf has 5 pages, and page 7 is asked for"):
-        find_pages([folder / "doc.pdf"], "1-3,7")
+        list(find_pages([folder / "doc.pdf"], "1-3,7"))
     with pytest.raises(ValueError, match="are chosen .2.; got none"):
-        find_pages([folder / "page9.png"], "2")
+        list(find_pages([folder / "page9.png"], "2"))
 
 
 def test_numbers_of_pages_are_of_files_that_may_have_several(folder):
@@ -62,7 +67,7 @@ def test_numbers_of_pages_are_of_files_that_may_have_several(folder):
 
 
 def test_a_pdf_is_rendered_at_a_resolution_and_no_larger_than_images_may_be(folder):
-    assert find_pages([folder / "doc.pdf"], "1", dpi=288)[0].open().size == (240, 360)
+    assert next(find_pages([folder / "doc.pdf"], "1", dpi=288)).open().size == (240, 360)
     assert pdf_page(folder / "doc.pdf", 1, longest=1288).size[1] == 1288
     with pytest.raises(ValueError, match="page 1 of .*doc.pdf should have 1 to .* pixels"):
         pdf_page(folder / "doc.pdf", 1, dpi=20_000)
@@ -80,17 +85,80 @@ def test_damaged_files_are_pages_whose_opening_names_them(folder):
 
 def test_paths_without_pages(folder):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        find_pages([folder / "nowhere"])
+        list(find_pages([folder / "nowhere"]))
     (folder / "notes" / "a.png").unlink()
     with pytest.raises(ValueError, match="notes should hold page images or PDFs"):
-        find_pages([folder / "notes"])
+        list(find_pages([folder / "notes"]))
 
 
 def test_texts_are_laid_out_as_the_files_are(folder):
-    found = text_files(find_pages([folder], "1"))
-    assert sorted(map(str, found.values())) == [
-        *("doc_page_1.md", "notes/a.md", "page10.md", "page9.md", "scan_page_1.md")
-    ]
-    Image.new("L", (4, 4)).save(folder / "page9.jpg")
-    with pytest.raises(ValueError, match="page9.jpg and .*page9.png would both become page9.md"):
-        text_files(find_pages([folder]))
+    def texts(*sources):
+        root = common_root(sources)
+        return sorted(str(text_file(page.name, root)) for page in find_pages(sources, "1"))
+
+    assert texts(folder) == ["doc_page_1.md", "notes/a.md", "page10.md", "page9.md",
+                             "scan_page_1.md"]  # fmt: skip
+    assert texts(folder / "notes", folder / "doc.pdf") == ["doc_page_1.md", "notes/a.md"]
+    # wherever a list leads, texts stay below their folder
+    assert text_file("/else/where/a.png", folder) == Path("else/where/a.md")
+    assert text_file(f"{folder}/../../a.png", folder).is_absolute() is False
+
+
+def test_lists_of_paths(folder):
+    listed = folder / "some.jsonl"
+    listed.write_text('"page9.png"\n{"path": "doc.pdf"}\n\n"gone.png"\n"page9.png"\n')
+    pages = list(find_pages([listed], "4-"))
+    assert names(pages, folder) == ["page9.png", "doc.pdf, page 4", "doc.pdf, page 5", "gone.png"]
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        pages[-1].open()
+    listed.write_text('"page9.png"\n{"file": 1}\n')
+    with pytest.raises(ValueError, match="some.jsonl, line 2 should hold a path, or an object"):
+        list(find_pages([listed]))
+
+
+def shard(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def test_shards_are_read_where_they_are_and_are_damaged_by_themselves(folder):
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    shard(folder / "0.tar", files | {"page9.json": b"{}", "._page9.png": b"", "bad.png": b"?"})
+    pages = list(find_pages([folder / "0.tar"], "2"))
+    inside = ["bad.png", "doc.pdf, page 2", "page10.png", "page9.png", "scan.tif, page 2"]
+    assert sorted(names(pages, folder / "0.tar")) == inside
+    for page in pages:
+        if "bad" in page.name:
+            with pytest.raises(ValueError, match="0.tar/bad.png should hold an image"):
+                page.open()
+        else:
+            again = pickle.loads(pickle.dumps(page))
+            assert again.open().size == again.size()
+            assert again.open().getpixel((9, 9))[0] == pytest.approx(20, abs=3)
+    whole = (folder / "0.tar").read_bytes()
+    (folder / "0.tar").write_bytes(whole[:-20_000])
+    *first, last = find_pages([folder / "0.tar"])
+    assert len(first) > 2 and last.name == str(folder / "0.tar")
+    with pytest.raises(ValueError, match="0.tar should hold a tar archive"):
+        last.open()
+    for name in ("../out.png", "/out.png", "a/../../out.png"):
+        shard(folder / "0.tar", {name: files["page9.png"]})
+        (page,) = find_pages([folder / "0.tar"])
+        with pytest.raises(ValueError, match="out.png leads out of it"):
+            page.open()
+
+
+def test_a_data_set_is_streamed_without_a_page_being_decoded(folder):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"scan": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"scan": [str(folder / "page9.png")] * 3, "text": list("abc")}
+    (folder / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "set" / "train.parquet")
+    pages = list(find_pages([f"hub:{folder / 'set'}"]))
+    assert [page.name.rpartition("/")[2] for page in pages] == ["00000000", "00000001", "00000002"]
+    assert pages[2].open().size == pages[2].size() == (60, 90)
+    root = common_root([f"hub:{folder / 'set'}"])
+    assert str(text_file(pages[0].name, root)) == "00000000.md"

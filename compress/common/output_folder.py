@@ -8,7 +8,7 @@ written into; with it, nothing is removed but the names that compress writes.
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from importlib.metadata import version
@@ -369,60 +369,84 @@ def new_folder(folder: Path, kind: str, *, overwrite: bool = False) -> Iterator[
 
 
 @contextlib.contextmanager
-def listed_folder(
+def recorded_folder(
     folder: Path,
     kind: str,
-    files: Mapping[str, str],
     facts: Mapping[str, Any],
+    written: Callable[[Mapping[str, Any]], Iterable[str]],
     *,
     resume: bool,
     overwrite: bool,
-) -> Iterator[set[str]]:
-    """Hold a folder whose files are written one by one; yield the names of those that are there.
+) -> Iterator[None]:
+    """Hold a folder that is filled file by file, and that knows of each file before it is there.
 
     Parameters
     ----------
     folder : new or empty, or one that was begun so, with ``resume`` or ``overwrite``.
     kind : of what is written, such as "set of texts".
-    files : all names that will be written, and what each is made of.
-    facts : what the files depend on besides.
-    resume : go on; the files, what they are made of and the facts must be those of before.
+    facts : what the files depend on.
+    written : facts of earlier sittings to the names of the files that they may have written.
+    resume : go on; the facts must be those of before.
     overwrite : start again.
 
     Raises
     ------
     FileExistsError : when the folder holds something that is not to be replaced, or is in use.
-    ValueError : to resume with others.
+    ValueError : to resume with other facts.
     """
-    marker = _marker(kind) | {"files": dict(files), "facts": dict(facts)}
+    marker = _marker(kind) | {"facts": dict(facts)}
     with locked(folder):
-        begun = bool(_listed(folder, kind))
-        if begun and not resume and not overwrite:
+        begun = read_json(folder / MARKER) if _is_marked(folder) else {}
+        if begun.get("kind") != kind:
+            check_replaceable(folder, kind, overwrite=False)
+        elif not resume and not overwrite:
             raise FileExistsError(
                 f"{folder} holds a {kind} of compress; go on with --resume, replace it with "
                 "--overwrite, or choose another folder"
             )
-        check_replaceable(folder, kind, overwrite=True)
-        if begun and resume:
-            before = read_json(folder / MARKER)
-            changed = ["what is read"] if before.get("files") != marker["files"] else []
-            then = before.get("facts", {})
-            changed += [key for key, fact in facts.items() if then.get(key) != fact]
-            if changed:
+        else:
+            then = begun.get("facts", {})
+            names = {MARKER, *written(then)}
+            _check_known(folder, names, kind)
+            changed = [key for key, fact in marker["facts"].items() if then.get(key) != fact]
+            if resume and changed:
                 raise ValueError(
                     f"what was begun in {folder} differs in {', '.join(changed)}; go on with the "
                     "same, start again with --overwrite, or choose another folder"
                 )
+            for name in _names_below(folder):
+                if name not in names or (not resume and name != MARKER):
+                    (folder / name).unlink()
+            inner = {above for name in names for above in (folder / name).parents}
+            for path in sorted(inner - {folder, *folder.parents}, reverse=True):
+                with contextlib.suppress(OSError):  # it holds something, or there is none
+                    path.rmdir()
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in sorted(folder.rglob("*"), reverse=True) if begun else ():
-            if _is_leftover(folder, entry, [*map(escape, files)]) or (
-                not resume and not _is_folder(entry)
-            ):
-                remove(entry)
-            elif not resume:
-                entry.rmdir()
         write_json(folder / MARKER, marker)
-        yield {name for name in files if (folder / name).is_file()}
+        yield
+
+
+def _names_below(folder: Path) -> Iterator[str]:
+    """What lies in a folder and those below it but folders, whatever it is called."""
+    for above, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(above, name))]
+        for name in (*files, *links):
+            yield os.path.relpath(os.path.join(above, name), folder)
+
+
+def _check_known(folder: Path, names: Collection[str], kind: str) -> None:
+    """Refuse a folder that holds more than these files, and what a kill left of them."""
+    others = []
+    for name in _names_below(folder):
+        target = unfinished(os.path.basename(name))
+        whole = name if target is None else os.path.join(os.path.dirname(name), target)
+        if whole not in names:
+            others.append(name)
+    if others:
+        raise FileExistsError(
+            f"{folder} holds a {kind} of compress, and also {_some(sorted(others))}; move that "
+            "away, or choose another folder"
+        )
 
 
 def check_replaceable(folder: Path, kind: str, *, overwrite: bool) -> None:

@@ -1,6 +1,8 @@
-"""Files that hold pages: images, PDFs and folders of both, each page opened when it is needed."""
+"""Files that hold pages: images, PDFs, folders, archives, lists; each opened when it is needed."""
 
 import contextlib
+import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +14,19 @@ from typing import Any
 from PIL import Image
 
 from compress.common.extras import extra
-from compress.common.files import walk
-from compress.data.pixels import FRAMED, check_size, frame_count, is_image, open_image
+from compress.common.files import json_lines, walk
+from compress.common.foreign import foreign
+from compress.data.page_archives import HUB, Damaged, hub_rows, members
+from compress.data.pixels import (
+    FRAMED,
+    IMAGE_SUFFIXES,
+    Stored,
+    check_size,
+    frame_count,
+    image_size,
+    is_image,
+    open_image,
+)
 
 MOST_DPI = 4_800
 DPI = 144.0  # at which DeepSeek-OCR's own script renders a PDF
@@ -29,81 +42,124 @@ class OcrPage:
     open : gives the image.
     text : what stands on it; None where a benchmark has tests instead, or nobody knows.
     unseen_font : whether it is set in the font that no training page has.
+    size : gives width and height in pixels and decodes nothing; None where nobody needs them.
     """
 
     name: str
     open: Callable[[], Image.Image]
     text: str | None = None
     unseen_font: bool = False
+    size: Callable[[], tuple[int, int]] | None = None
 
 
 def find_pages(
-    paths: Sequence[str | Path], numbers: str | None = None, dpi: float = DPI
-) -> list[OcrPage]:
-    """The pages of files and folders, in their order; no image is held.
+    sources: Sequence[str | Path], numbers: str | None = None, dpi: float = DPI
+) -> Iterator[OcrPage]:
+    """The pages of sources, in their order and one by one: there may be millions.
 
     Parameters
     ----------
-    paths : images, PDFs, and folders of both, nested as they like.
+    sources : images, PDFs, WebDataset shards (``.tar``, not compressed), folders of these, nested
+        as they like; lists of paths, a ``.jsonl`` with a path or an object with "path" in each
+        line, from the list's own folder; or ``hub:NAME``, the train split of a data set.
     numbers : of the pages that are taken of each PDF, TIFF and GIF, such as "1-3,7" or "5-"; all
         when None. Of the other images there is one page, which is taken.
     dpi : at which a PDF is rendered.
 
     Raises
     ------
-    FileNotFoundError : when a path does not exist.
+    FileNotFoundError : when a source does not exist.
     ValueError : for a resolution beyond use, a folder without pages, numbers that cannot be read,
-        or a page that a file does not have. A damaged file is one page, whose opening raises.
-    MissingExtraError : without pypdfium2 for PDFs.
+        a page that a file does not have, or a list that is none. A damaged file, and one that a
+        list names in vain, is one page, whose opening raises.
+    MissingExtraError : without pypdfium2 for PDFs, or `datasets` for the hub.
     """
     if not 1 <= dpi <= MOST_DPI:
         raise ValueError(f"dpi should be from 1 to {MOST_DPI}; got {dpi}; choose another")
-    files: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = [file for file in walk(path) if is_page_file(file)]
-            if not inside:
-                raise ValueError(
-                    f"{path} should hold page images or PDFs; it holds none; check the path"
-                )
-            files.update(dict.fromkeys(inside))
-        elif path.exists():
-            files[path] = None
-        else:
-            raise FileNotFoundError(
-                f"an image, a PDF or a folder of them is expected at {path}; there is no such "
-                "file; check the path"
-            )
     every: list[tuple[int, int | None]] = [(1, None)]
     ranges = every if numbers is None else _ranges(numbers)
-    if numbers is not None and not any(map(_may_have_pages, files)):
+    several = False
+    for file in _files(sources):
+        several = several or _may_have_pages(file)
+        taken = ranges if _may_have_pages(file) else every
+        yield from pages_of(file, str(file), taken, dpi)
+    if numbers is not None and not several:
         raise ValueError(
             f"PDFs, TIFFs or GIFs are expected where pages are chosen ({numbers}); got none; leave "
             "the numbers out"
         )
-    return [
-        page
-        for file in files
-        for page in pages_of(file, str(file), ranges if _may_have_pages(file) else every, dpi)
-    ]
 
 
-def is_page_file(path: Path) -> bool:
+def _files(sources: Sequence[str | Path]) -> Iterator[Stored]:
+    """The files of sources, each once."""
+    folders = {Path(os.path.realpath(one)) for one in sources if os.path.isdir(one)}
+    for source in dict.fromkeys(map(str, sources)):
+        path = Path(source)
+        if source.startswith(HUB):
+            yield from hub_rows(source)
+        elif path.is_dir():
+            inside = [file for file in walk(path) if is_page_file(file) or _is_archive(file)]
+            if not inside:
+                raise ValueError(
+                    f"{path} should hold page images or PDFs; it holds none; check the path"
+                )
+            if not folders & set(Path(os.path.realpath(path)).parents):
+                yield from itertools.chain.from_iterable(map(_inside, inside))
+        elif not path.exists():
+            raise FileNotFoundError(
+                f"an image, a PDF or a folder of them is expected at {path}; there is no such "
+                "file; check the path"
+            )
+        elif not folders & set(Path(os.path.realpath(path)).parents):
+            listed = _listed(path) if path.suffix.lower() == ".jsonl" else [path]
+            yield from itertools.chain.from_iterable(map(_inside, listed))
+
+
+def _inside(path: Path) -> Iterator[Stored]:
+    """A file, or those of an archive; one that is damaged stands for what it no longer gives."""
+    if not _is_archive(path):
+        yield path
+        return
+    try:
+        yield from (file for file in members(path) if is_pdf(file) or _has_image_name(file))
+    except (ValueError, OSError) as error:
+        yield Damaged(str(path), str(error))
+
+
+def _listed(path: Path) -> list[Path]:
+    """The paths of a list, each once."""
+    paths: dict[Path, None] = {}
+    for number, line in json_lines(path):
+        with foreign(f"{path}, line {number}", "a path, or an object with a path", "correct it"):
+            content = json.loads(line)
+            paths[path.parent / (content["path"] if isinstance(content, dict) else content)] = None
+    return list(paths)
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
+def _has_image_name(file: Stored) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_page_file(path: Stored) -> bool:
     """Whether a file is an image or a PDF."""
     return is_pdf(path) or is_image(path)
 
 
-def is_pdf(path: Path) -> bool:
+def is_pdf(path: Stored) -> bool:
     """Whether a file is a PDF, by its suffix."""
     return path.suffix.lower() == ".pdf"
 
 
-def _may_have_pages(path: Path) -> bool:
+def _may_have_pages(path: Stored) -> bool:
     return is_pdf(path) or path.suffix.lower() in FRAMED
 
 
 def pages_of(
-    path: Path,
+    path: Stored,
     name: str,
     ranges: Sequence[tuple[int, int | None]] = ((1, None),),
     dpi: float = DPI,
@@ -131,10 +187,21 @@ def pages_of(
         )
     chosen = [n for n in range(1, count + 1) if any(a <= n <= (b or count) for a, b in ranges)]
     if is_pdf(path):
-        return [OcrPage(f"{name}, page {n}", partial(pdf_page, path, n, dpi)) for n in chosen]
+        return [
+            OcrPage(
+                f"{name}, page {n}",
+                partial(pdf_page, path, n, dpi),
+                size=partial(_pdf_page_size, path, n, dpi),
+            )
+            for n in chosen
+        ]
     named = count > 1
     return [
-        OcrPage(f"{name}, page {n}" if named else name, partial(open_image, path, frame=n - 1))
+        OcrPage(
+            f"{name}, page {n}" if named else name,
+            partial(open_image, path, frame=n - 1),
+            size=partial(image_size, path, n - 1),
+        )
         for n in chosen
     ]
 
@@ -153,31 +220,37 @@ def _ranges(numbers: str) -> list[tuple[int, int | None]]:
     return ranges
 
 
-def text_files(pages: Sequence[OcrPage]) -> dict[str, Path]:
-    """Where the text of each page goes below a folder, by its name: laid out as the files are."""
-    split = [re.fullmatch(r"(.*?)(?:, page ([0-9]+))?", page.name, re.DOTALL) for page in pages]
-    files = [Path(os.path.abspath(match[1])) for match in split if match]
-    common = os.path.commonpath([file.parent for file in files]) if files else ""
-    named: dict[Path, str] = {}
-    for page, file, match in zip(pages, files, split, strict=True):
-        number = f"_page_{match[2]}" if match and match[2] else ""
-        target = file.relative_to(common).with_name(f"{file.stem}{number}.md")
-        if (other := named.setdefault(target, page.name)) != page.name:
-            raise ValueError(
-                f"each page should have a file of its own; {other} and {page.name} would both "
-                f"become {target}; read them into folders of their own"
-            )
-    return {name: target for target, name in named.items()}
+def text_file(name: str, root: Path) -> Path:
+    """Where the text of a page goes below a folder: laid out as the files are below ``root``.
+
+    >>> text_file("/scans/a/doc.pdf, page 2", Path("/scans"))
+    PosixPath('a/doc_page_2.md')
+    """
+    split = re.fullmatch(r"(.*?)(?:, page ([0-9]+))?", name, re.DOTALL)
+    whole, number = split.groups() if split else (name, None)
+    file = Path(os.path.abspath(whole))
+    # a list may name files anywhere
+    below = file.relative_to(root if root in file.parents else file.anchor)
+    return below.with_name(f"{file.stem}{f'_page_{number}' if number else ''}.md")
 
 
-def pdf_page_count(path: Path) -> int:
+def common_root(sources: Sequence[str | Path]) -> Path:
+    """The folder below which the files of sources lie."""
+    whole = [os.path.abspath(source) for source in sources]
+    above = [
+        path if os.path.isdir(path) or HUB in path else os.path.dirname(path) for path in whole
+    ]
+    return Path(os.path.commonpath(above))
+
+
+def pdf_page_count(path: Stored) -> int:
     """Number of pages of a PDF."""
     with _pdf(path) as document:
         return len(document)
 
 
 def pdf_page(
-    path: Path, number: int, dpi: float | None = None, longest: int | None = None
+    path: Stored, number: int, dpi: float | None = None, longest: int | None = None
 ) -> Image.Image:
     """Render a page of a PDF.
 
@@ -206,11 +279,18 @@ def pdf_page(
         return sheet.render(scale=scale).to_pil().convert("RGB")
 
 
+def _pdf_page_size(path: Stored, number: int, dpi: float) -> tuple[int, int]:
+    with _pdf(path) as document:
+        width, height = document[number - 1].get_size()
+        return round(width * dpi / 72), round(height * dpi / 72)
+
+
 @contextlib.contextmanager
-def _pdf(path: Path) -> Iterator[Any]:
+def _pdf(path: Stored) -> Iterator[Any]:
     pypdfium2 = import_pypdfium2()
     try:
-        with pypdfium2.PdfDocument(path) as document:
+        content = path if isinstance(path, Path) else path.open("rb").read()
+        with pypdfium2.PdfDocument(content) as document:
             yield document
     except pypdfium2.PdfiumError as error:
         raise ValueError(

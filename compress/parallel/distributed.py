@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 
 # the others wait while the main process alone measures and writes; a dead one is noticed at once
 PATIENCE = timedelta(hours=4)
+NO_LIMIT = timedelta(days=365)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # what torch says when a collective finds nobody at the other end
 BROKEN = ("gloo", "NCCL", "Connection", "store", "socket")
@@ -38,13 +39,14 @@ class ProcessesDifferError(OSError):
     """What must be the same on every process is not."""
 
 
-def join(device: str) -> str:
+def join(device: str, patience: timedelta = PATIENCE) -> str:
     """Join the other processes that the environment tells of; returns this process's device.
 
     Parameters
     ----------
     device : what was asked for, or chosen; a GPU without a number where there are several
         processes, since each takes its own.
+    patience : how long a process waits for the others.
 
     Raises
     ------
@@ -61,7 +63,7 @@ def join(device: str) -> str:
             f"every process takes its own GPU, so expected cpu or cuda; got --device {device}; "
             "choose GPUs with CUDA_VISIBLE_DEVICES"
         )
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=patience)
     if state.distributed_type not in SUPPORTED:
         raise ValueError(
             "expected processes that share data (DDP) or cut weights by FSDP; accelerate's "

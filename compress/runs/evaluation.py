@@ -1,5 +1,6 @@
 """Evaluate any reader: read pages, keep the predictions, score and report them."""
 
+import contextlib
 import logging
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
@@ -27,6 +28,7 @@ from compress.eval.settings import OcrEvaluation, ReadSettings
 from compress.methods.base import Event, RuntimeMethod
 from compress.models.locate import ModelFolder, locate
 from compress.models.reading import try_pages
+from compress.parallel import distributed
 from compress.reports.reader import write_ocr_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.reading import as_known, open_reader
@@ -83,13 +85,28 @@ def evaluate_events(
     FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
     """
     settings = settings or OcrEvaluation(unseen_font=True)
-    where = choose_device(device)
-    check_target(output, resume=resume, overwrite=overwrite)
+    with distributed.explained():
+        where = distributed.join(choose_device(device))
+        return (yield from _evaluate(model, output, settings, data, where, resume, overwrite))
+
+
+def _evaluate(
+    model: str | Path | ModelFolder,
+    output: Path,
+    settings: OcrEvaluation,
+    data: str | None,
+    where: str,
+    resume: bool,
+    overwrite: bool,
+) -> Generator[Event, None, dict[str, Any]]:
+    main = distributed.is_main()  # of several processes only this one touches the folder
     at = locate(model, "reader")
     source = data or default_pages(at)
-    check_apart(output, {"model": at.folder, "data": source})
+    if main:
+        check_target(output, resume=resume, overwrite=overwrite)
+        check_apart(output, {"model": at.folder, "data": source})
     pages = load_pages(source, settings.samples, settings.unseen_font)
-    pages = replace(pages, pages=tuple(as_known(at, pages.pages)))
+    pages = replace(pages, pages=tuple(as_known(at)(pages.pages)))
     if pages.annotations is not None:
         ocr.check_accuracy(pages)
     facts = {
@@ -99,31 +116,39 @@ def evaluate_events(
         **settings.model_dump(mode="json"),
         "model_hash": at.hash,
     }
-    if resume:
+    if resume and main:
         # what was read does not depend on how it is scored
         scoring = () if is_finished(output) else ("metrics", "strict")
         check_same_settings(output / SETTINGS, facts, scoring)
-    if resume and is_finished(output):
-        tidy(output)
+    if resume and distributed.from_main(lambda: is_finished(output)):
+        distributed.from_main(lambda: tidy(output))
         yield Event("done", 1, 1, message=f"already finished; report in {output / 'report.html'}")
-        return read_json(output / "metrics.json")
+        return distributed.from_main(lambda: read_json(output / "metrics.json"))
     network, processor, methods = open_reader(at, settings, where)
     applied = Applied(network, methods) if methods else None
     read = page_reader(network, processor, settings, applied)
-    with claim(output, "evaluation", resume=resume, overwrite=overwrite):
-        write_text(output / SETTINGS, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+    claimed = claim(output, "evaluation", resume=resume, overwrite=overwrite)
+    with claimed if main else contextlib.nullcontext():
+        text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+        distributed.from_main(lambda: write_text(output / SETTINGS, text))
         times: ocr.Times = []
         for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS, times):
             yield Event("read", count, len(pages.pages))
         run = {
             **facts,
             "pages": len(pages.pages),
+            "processes": distributed.processes(),
             **created(where),
             "versions": versions_of(PACKAGES),
         }
-        metrics = {**_score(pages, output, settings, methods, times), "run": run}
-        write_json(output / "metrics.json", metrics)
-        write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
+
+        def scored() -> dict[str, Any]:
+            metrics = {**_score(pages, output, settings, methods, times), "run": run}
+            write_json(output / "metrics.json", metrics)
+            write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
+            return metrics
+
+        metrics = distributed.from_main(scored)
     yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
     return metrics
 

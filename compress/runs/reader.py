@@ -22,6 +22,7 @@ from compress.models.locate import locate
 from compress.models.reading import open_prompts
 from compress.models.visual import adapter_for
 from compress.models.weights import stored_tensors
+from compress.parallel import distributed
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.evaluation import PACKAGES, page_reader
@@ -74,7 +75,7 @@ class ReaderRun:
         ocr.check_accuracy(self.data)
         self.at = locate(recipe.model, "reader")
         check_dense(self.at)
-        self.data = replace(self.data, pages=tuple(as_known(self.at, self.data.pages)))
+        self.data = replace(self.data, pages=tuple(as_known(self.at)(self.data.pages)))
         self.model, self.processor, _ = open_reader(self.at, settings, device)
         self.variants = variants(recipe)
         self.times: dict[str, ocr.Times] = {}
@@ -89,8 +90,12 @@ class ReaderRun:
 
     def compress(self) -> Iterator[Event]:
         """Calibrate."""
-        write_json(self.folder / MODEL, {"model": self.recipe.model, "model_hash": self.at.hash})
-        calibrated = yield from self._calibrations()
+        facts = {"model": self.recipe.model, "model_hash": self.at.hash}
+        distributed.from_main(lambda: write_json(self.folder / MODEL, facts))
+        calibrated: dict[str, Calibrated] = {}
+        if distributed.is_main():
+            calibrated = yield from self._calibrations()
+        calibrated = distributed.from_main(lambda: calibrated)
         self.variants = [
             replace(v, methods=tuple(with_calibration(m, calibrated) for m in v.methods))
             for v in self.variants
@@ -100,7 +105,7 @@ class ReaderRun:
     def measure(self) -> Generator[Event, None, dict[str, Any]]:
         """Read the pages with every variant, and compare what was read."""
         settings = self.recipe.evaluate
-        (self.folder / "predictions").mkdir(exist_ok=True)
+        distributed.from_main(lambda: (self.folder / "predictions").mkdir(exist_ok=True))
         for variant in self.variants:
             applied = Applied(self.model, variant.methods) if variant.methods else None
             read = page_reader(self.model, self.processor, settings, applied)
@@ -113,11 +118,8 @@ class ReaderRun:
             finally:
                 if applied is not None:
                     applied.remove()
-        return {
-            **self._measured(),
-            "calibration": self.calibration,
-            "run": self._facts(),
-        }
+        facts = {"calibration": self.calibration, "run": self._facts()}
+        return distributed.from_main(lambda: self._measured() | facts)
 
     def save(self, checkpoint: Path, metrics: Mapping[str, Any] | None = None) -> None:
         """Write the runtime checkpoint of the recipe's methods."""
@@ -253,6 +255,7 @@ class ReaderRun:
             "data": recipe.data,
             "pages": len(self.data.pages),
             "seed": recipe.seed,
+            "processes": distributed.processes(),
             **created(self.device),
             "versions": versions_of(PACKAGES),
         }

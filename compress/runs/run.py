@@ -26,7 +26,6 @@ from compress.common.output_folder import (
 from compress.common.settings import inputs_of
 from compress.methods.base import Event
 from compress.parallel import distributed
-from compress.parallel.launch import launched
 from compress.runs.recipe import ReaderRecipe, Recipe, dump, load_recipe
 
 # what decides how a run is executed, not what comes out
@@ -206,6 +205,4 @@ def open_work(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> Work:
         return DiffusionRun(recipe, folder, device)
     from compress.runs.reader import ReaderRun
 
-    if launched():
-        raise ValueError("readers run on one process; start it without a launcher")
     return ReaderRun(recipe, folder, device)

@@ -62,6 +62,18 @@ def run(
     return done
 
 
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank that a launcher started."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    for line in found.splitlines()[1:]:
+        child, parent = map(int, line.split())
+        if parent == launcher:
+            names = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in names:
+                return child
+    raise LookupError(f"no process with rank {rank} under {launcher}")
+
+
 @cache
 def _server(interpret: str) -> subprocess.Popen[str]:
     """Triton's functions are interpreted or not from its import on."""

@@ -1,0 +1,195 @@
+"""Many pages: batches by tokens, and rows that survive what happens to a job."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from builders.programs import rank_of
+from compress.common.events import drain
+from compress.data.page_files import OcrPage
+from compress.data.pages import LINE, PAGE, SQUARE_PAGE, page
+from compress.eval.settings import PageFiles, ReadSettings
+from compress.models.builtin import train_reader_qwen
+from compress.parallel import distributed
+from compress.runs import reading
+
+COMMAND = (sys.executable, "-P", "-m", "compress.cli")
+KINDS = (LINE, LINE, PAGE, SQUARE_PAGE)
+
+
+def render(folder, count, bad):
+    """Pages of several sizes in nested folders, some of them damaged."""
+    for index in range(count):
+        path = folder / f"{index // 50}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page(0, index, KINDS[index % len(KINDS)], "test").image.save(path)
+    chosen = random.Random(0).sample(sorted(folder.rglob("*.png")), bad)
+    for number, path in enumerate(chosen):
+        path.write_bytes((b"", b"no image", path.read_bytes()[:90])[number % 3])
+    return {str(path) for path in chosen}
+
+
+def rows_in(folder):
+    return [row for path in sorted(folder.glob("pages-*.jsonl")) for row in reading.rows_of(path)]
+
+
+def check(folder, pages, bad, alone):
+    """Every good page once, with the text of one process, and an error for each of the others."""
+    rows = rows_in(folder)
+    good = [row for row in rows if not row["error"]]
+    assert Counter(row["page"] for row in good) == Counter({*pages} - bad)
+    assert Counter(row["page"] for row in rows if row["error"]) == Counter(bad)
+    texts = {row["page"]: row["text"] for row in rows_in(alone)}
+    assert {row["page"]: row["text"] for row in rows} == texts
+
+
+@pytest.mark.parametrize("budget", [1, 40, 400])
+def test_batches_keep_the_budget_and_every_page(budget, monkeypatch):
+    monkeypatch.setattr(reading, "WINDOW", 16)
+    sizes = random.Random(0).choices(range(0, 90), k=50)
+    pages = [OcrPage(str(size), Image.Image) for size in sizes]
+    batches = list(reading.by_tokens(pages, budget, lambda page: int(page.name)))
+    assert Counter(p.name for batch in batches for p in batch) == Counter(p.name for p in pages)
+    cost = [max(int(page.name) for page in batch) * len(batch) for batch in batches]
+    assert all(c <= budget or len(batch) == 1 for c, batch in zip(cost, batches, strict=True))
+    if budget == 400:  # a sorted window leaves little padding
+        assert sum(cost) < 1.4 * sum(sizes)
+    assert next(reading.by_tokens(iter(pages), budget, lambda page: 1))  # a stream
+
+
+def test_pages_are_opened_by_others_and_what_is_wrong_is_said_when_they_are_read(tmp_path):
+    Image.new("L", (9, 9), 7).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    pages = list(reading.find_pages([tmp_path]))
+    for workers in (0, 1):
+        [[a, b], [c]] = reading.opened_ahead([pages, pages[:1]], workers)
+        (tmp_path / "a.png").rename(tmp_path / "gone.png")  # it is open already
+        assert a.open().getpixel((0, 0)) == c.open().getpixel((0, 0)) == (7, 7, 7)
+        with pytest.raises(ValueError, match=r"b\.png should hold an image"):
+            b.open()
+        (tmp_path / "gone.png").rename(tmp_path / "a.png")
+
+
+def test_a_batch_that_fails_is_read_page_by_page(monkeypatch):
+    def try_pages(model, processor, pages, **settings):
+        if len(pages) > 1:
+            raise torch.OutOfMemoryError("too large")
+        if pages[0].name == "b":
+            raise ValueError("no\nuse")
+        return [reading.Reading(pages[0].name, 1, 1, True)]
+
+    monkeypatch.setattr(reading, "try_pages", try_pages)
+    pages = [OcrPage(name, Image.Image) for name in "abc"]
+    read = reading.read_batch(None, None, pages, ReadSettings())
+    assert [one.text for one in read] == ["a", "", "c"] and read[1].error == "b: no use"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """An untrained reader of one layer."""
+    torch.manual_seed(0)
+    processor = train_reader_qwen.build_processor()
+    config = train_reader_qwen.build_model(processor).config
+    config.text_config.num_hidden_layers = config.vision_config.depth = 1
+    config.text_config.layer_types = config.text_config.layer_types[:1]
+    model = type(train_reader_qwen.build_model(processor))(config)
+    folder = tmp_path_factory.mktemp("reader") / "reader"
+    train_reader_qwen.save(processor, model, folder)
+    return folder
+
+
+def test_a_job_survives_kills_and_goes_on_with_other_processes(reader, tmp_path, monkeypatch):
+    bad = render(tmp_path / "in", 24, 3)
+    pages = [str(path) for path in (tmp_path / "in").rglob("*.png")]
+    settings = ReadSettings(max_new_tokens=4)
+    monkeypatch.setattr(reading, "WINDOW", 8)
+
+    def job(name, rank=0, processes=1, **options):
+        monkeypatch.setattr(distributed, "process", lambda: rank)
+        monkeypatch.setattr(distributed, "processes", lambda: processes)
+        monkeypatch.setattr(distributed, "from_main", lambda work: work())
+        files = PageFiles(batch_tokens=400, workers=0)
+        output = tmp_path / name
+        return reading.read_to_folder(
+            reader, [tmp_path / "in"], output, settings, files, device="cpu", **options
+        )
+
+    files = PageFiles(batch=5, workers=0)
+    drain(reading.read_to_folder(reader, [tmp_path / "in"], tmp_path / "alone", settings, files))
+    # two processes, each of them killed at another place, one while it wrote
+    first = job("out", processes=2)
+    assert [next(first).step for _ in range(2)][-1] > 2
+    first.close()
+    second = job("out", 1, 3, resume=True)
+    next(second), second.close()
+    killed = tmp_path / "out" / "pages-0001.jsonl"
+    killed.write_bytes(killed.read_bytes()[:-9])
+    before = len(rows_in(tmp_path / "out"))
+    assert 2 < before < len(pages)
+    record = drain(job("out", resume=True))
+    assert record.done == {*pages} - bad and {*record.failed} == bad
+    check(tmp_path / "out", pages, bad, tmp_path / "alone")
+    assert len(rows_in(tmp_path / "out")) == len(pages)
+    # nothing is left, but what failed is tried again
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    drain(job("out", resume=True))
+    assert {p: p.read_bytes() for p in kept if "pages" in p.name} == {
+        p: content for p, content in kept.items() if "pages" in p.name and content
+    }
+
+
+def resident(pid):
+    """Bytes in memory of a process."""
+    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_300_pages_on_two_processes_one_of_them_killed(tmp_path):
+    bad = render(tmp_path / "in", 300, 12)
+    pages = [str(path) for path in (tmp_path / "in").rglob("*.png")]
+    begin = [*COMMAND, "read", str(tmp_path / "in"), "--max-new-tokens", "24"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+
+    def command(name, *options):
+        return [*begin, "--output", str(tmp_path / name), *map(str, options)]
+
+    # alone, in file order; and what it holds while it reads
+    memory = []
+    with subprocess.Popen(command("alone", "--batch", 16), env=environment) as alone:
+        while alone.poll() is None:
+            rows = len(rows_in(tmp_path / "alone"))
+            if rows:
+                memory.append((rows, resident(alone.pid)))
+            time.sleep(0.2)
+    assert alone.returncode == 1  # as pages could not be read
+    first = max(size for rows, size in memory if rows <= 66)
+    last = max(size for rows, size in memory if rows > 250)
+    assert last < 1.1 * first, (first, last)
+    with subprocess.Popen(
+        command("out", "--batch-tokens", 3000, "--processes", 2), env=environment
+    ) as job:
+        while len(rows_in(tmp_path / "out")) < 100:
+            assert job.poll() is None
+            time.sleep(0.1)
+        os.kill(rank_of(job.pid, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        assert job.wait(60) == 1
+    print(f"\nended {time.monotonic() - killed:.1f} s after the kill; memory {first} {last}")
+    left = {path: path.read_bytes() for path in (tmp_path / "out").glob("pages-*.jsonl")}
+    assert len(left) == 2 and 100 <= len(rows_in(tmp_path / "out")) < 300
+    done = subprocess.run(
+        command("out", "--batch-tokens", 3000, "--resume"), env=environment, stderr=subprocess.PIPE
+    )
+    assert done.returncode == 1 and b"288 texts in" in done.stderr
+    check(tmp_path / "out", pages, bad, tmp_path / "alone")
+    for path, content in left.items():
+        assert path.read_bytes().startswith(content[: content.rfind(b"\n") + 1])
