@@ -413,10 +413,17 @@ def read(
                 launch.launch(processes, context.meta[ARGUMENTS])
                 record = reading.record_of(output)
             else:
-                begun = {"resume": resume, "overwrite": overwrite, "device": device}
-                record = _follow(
-                    reading.read_to_folder(model, sources, output, settings, files, **begun)
+                events = reading.read_to_folder(
+                    model,
+                    sources,
+                    output,
+                    settings,
+                    files,
+                    resume=resume,
+                    overwrite=overwrite,
+                    device=device,
                 )
+                record = _follow(events)
         if launch.speaks():
             _print_record(record, output, as_json)
         # a launcher would take a code of its own for the end of the job

@@ -94,7 +94,7 @@ def members(archive: Path) -> Iterator[Member]:
                 path = PurePosixPath(entry.name)
                 if path.is_absolute() or ".." in path.parts or "\0" in entry.name:
                     raise ValueError(f"{one_line(entry.name)} leads out of it")
-                tar.members = []  # which would grow with the archive
+                tar.members = []  # type: ignore[attr-defined]  # it would grow with the archive
                 if entry.isreg() and not entry.issparse() and not any(map(is_litter, path.parts)):
                     yield Member(archive, path.as_posix(), entry.offset_data, entry.size)
 
