@@ -763,6 +763,27 @@ def test_dense_layers_the_floor_and_the_bound(qwen, knobs, oracle):
     assert facts["attended_by_layer"] == [number / offered for number in attended]
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"min_fixation": 10_000, "keep_visual": 0.05},
+        {"dense_layers": [2], "head_reduce": "max", "min_mass": 0.5},
+        {"dense_layers": "auto", "focal_layers": "auto", "warmup": 2, "periphery": 4},
+        {"fixation": "oracle"},
+        {"fixation": "static", "dense_layers": [0], "focal_layers": [0]},
+    ],
+    ids=str,
+)
+def test_with_all_tokens_every_policy_is_dense_decoding(qwen, knobs):
+    model, _, inputs = qwen
+    tokens, logits = write(model, inputs, 4)
+    with paper(**{"keep_visual": 1.0, "focal_layers": [1]} | knobs).attach(model) as handle:
+        found = write(model, inputs, 4)
+        assert handle.facts()["attended"] == 1
+    assert torch.equal(found[0], tokens)
+    torch.testing.assert_close(found[1], logits, atol=1e-4, rtol=0)
+
+
 def test_calibration_finds_dense_layers_and_focal_ones_by_loss(qwen):
     model, _, inputs = qwen
     focus = calibrate(paper(keep_visual=0.1, focal_by="recall"), model, [inputs], 4).focus
