@@ -10,10 +10,10 @@ mass below it and the weighted sum in float32, in base 2. A second, small kernel
 by their lse: ``o = sum_s 2^(lse_s - lse) o_s``. Where one split is enough, the first writes the
 result.
 
-**Sparse** (:func:`sparse_decode`): the rows are a list, gathered in place and never copied
-together, and after it a range, which needs no list. Masked rows are not loaded. The last split also
-reads rows of a head's own beside the cache, each with a number that is added to its logit: the
-summaries of :mod:`compress.kernels.summaries`.
+**Sparse** (:func:`sparse_decode`): the rows are a list, of all key heads or of each one, gathered
+in place and never copied together, and after it a range, which needs no list. Masked rows are not
+loaded. The last split also reads rows of a head's own beside the cache, each with a number that is
+added to its logit: the summaries of :mod:`compress.kernels.summaries`.
 
 **Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
 final lse, which is unknown while the keys pass: their logits are stored, and the second kernel
@@ -72,8 +72,8 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     query_ptr,  # (batch, heads, dim)
     key_ptr,  # (batch, kv_heads, length, dim)
     value_ptr,  # (batch, kv_heads, length, value_dim)
-    rows_ptr,  # (batch, picked) integers; None is no list
-    rows_mask_ptr,  # (batch, picked) uint8; None is all of the list
+    rows_ptr,  # (batch, kv_heads, picked) integers; None is no list
+    rows_mask_ptr,  # (batch, kv_heads, picked) uint8; None is all of the list
     dense_mask_ptr,  # (batch, read - picked) uint8; None is all of the range
     beside_key_ptr,  # (batch, kv_heads, beside, dim) rows of a head's own; None is none
     beside_value_ptr,  # (batch, kv_heads, beside, value_dim)
@@ -100,7 +100,9 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     value_row,
     value_dim,
     rows_batch,
+    rows_head,
     rows_mask_batch,
+    rows_mask_head,
     dense_mask_batch,
     logits_row,
     GROUP: tl.constexpr,
@@ -131,6 +133,10 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     key_ptr += batch * key_batch + kv_head * key_head
     value_ptr += batch * value_batch + kv_head * value_head
     heads = (batch * kv_heads + kv_head) * GROUP + member  # of all sequences
+    if rows_ptr is not None:
+        rows_ptr += batch * rows_batch + kv_head * rows_head
+    if rows_mask_ptr is not None:
+        rows_mask_ptr += batch * rows_mask_batch + kv_head * rows_mask_head
     best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
     mass = tl.zeros([BLOCK_GROUP], tl.float32)
     total = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
@@ -142,10 +148,10 @@ def _read_kernel(  # type: ignore[no-untyped-def]
         row = (start + n - picked).to(tl.int64)
         if rows_ptr is not None:
             listed = used & (n < picked)
-            index = tl.load(rows_ptr + batch * rows_batch + n, mask=listed, other=0)
+            index = tl.load(rows_ptr + n, mask=listed, other=0)
             row = tl.where(listed, index.to(tl.int64), row)
             if rows_mask_ptr is not None:
-                mask = tl.load(rows_mask_ptr + batch * rows_mask_batch + n, mask=listed, other=1)
+                mask = tl.load(rows_mask_ptr + n, mask=listed, other=1)
                 used = used & (mask != 0)
         if dense_mask_ptr is not None:
             ranged = (n < last) & (n >= picked)
@@ -277,8 +283,9 @@ def sparse_decode(
     query : of the new token, ``(batch, heads, 1, dim)``, any strides.
     key, value : the cache, ``(batch, kv_heads, length, dim)``, any strides, in the query's dtype;
         ``heads`` is a multiple of ``kv_heads``, and values may have another dim.
-    rows : which rows are read, in any order, int64 or int32, ``(batch, picked)``.
-    rows_mask : True where attended, ``(batch, picked)``; None attends to all of them.
+    rows : which rows are read, in any order, int64 or int32, ``(batch, picked)``; or of each key
+        head, ``(batch, kv_heads, picked)``.
+    rows_mask : True where attended, as the rows; None attends to all of them.
     dense : first row of a range that is read as well, by all sequences, and the one after its last.
     dense_mask : True where attended, ``(batch, stop - start)``; None attends to all of them.
     scaling : of the dot products.
@@ -297,16 +304,15 @@ def sparse_decode(
     """
     _check(query, key, value, rows_mask, dense_mask)
     batch, kv_heads, length, (start, stop) = len(query), *key.shape[1:3], dense
-    if rows.ndim != 2 or len(rows) != batch or not 0 <= start <= stop <= length:
+    listed = rows.shape[:-1] in ((batch,), (batch, kv_heads))
+    if not listed or not 0 <= start <= stop <= length:
         raise ValueError(
-            f"rows ({batch}, picked) and a range in a cache of {length} rows are expected; got "
+            f"rows ({batch}, picked) or ({batch}, {kv_heads}, picked) and a range in a cache of "
+            f"{length} rows are expected; got "
             f"{tuple(rows.shape)} and {start} to {stop}; list rows of each sequence"
         )
-    for name, mask, size in (
-        ("rows_mask", rows_mask, rows.shape[1]),
-        ("dense_mask", dense_mask, stop - start),
-    ):
-        _check_mask(name, mask, (batch, size))
+    _check_mask("rows_mask", rows_mask, tuple(rows.shape))
+    _check_mask("dense_mask", dense_mask, (batch, stop - start))
     if beside is not None:
         own = (batch, kv_heads, beside[2].shape[-1])
         expected = [(*own, key.shape[3]), (*own, value.shape[3]), own]
@@ -449,7 +455,7 @@ def _read(
     """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
-    picked = 0 if rows is None else rows.shape[1]
+    picked = 0 if rows is None else rows.shape[-1]
     read = picked + dense[1] - dense[0]
     block_dim, block_value = block(dim), block(value_dim)
     block_rows = _tile_rows(block_dim, block_value, key.element_size())
@@ -487,7 +493,9 @@ def _read(
             *(query.stride(axis) for axis in (0, 1, 3)),
             *key.stride(),
             *value.stride(),
-            *(0 if part is None else part.stride(0) for part in (rows, *masks)),
+            *_head_strides(rows),
+            *_head_strides(masks[0]),
+            0 if masks[1] is None else masks[1].stride(0),
             logits_row,
             GROUP=heads // kv_heads,
             DIM=dim,
@@ -552,7 +560,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _last_dense(rows: torch.Tensor) -> torch.Tensor:
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _head_strides(rows: torch.Tensor | None) -> tuple[int, int]:
+    """From one sequence's list to the next one's, and from a key head's, which may be the same."""
+    if rows is None:
+        return 0, 0
+    return rows.stride(0), rows.stride(1) if rows.ndim == 3 else 0
 
 
 def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -576,12 +591,13 @@ def sparse_decode_reference(
     """
     rows, mask = listed(rows, rows_mask, dense, dense_mask)
     picked_key, picked_value = gathered(key, value, rows)
-    mask = None if mask is None else mask[:, None, None]
+    if mask is not None:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, :, None]
     if beside is not None:
         keys, values, bias = beside
         picked_key = torch.cat([picked_key, keys], 2)
         picked_value = torch.cat([picked_value, values], 2)
-        added = query.new_zeros(len(query), rows.shape[1])[:, None, None] if mask is None else mask
+        added = query.new_zeros(len(query), 1, 1, rows.shape[-1]) if mask is None else mask
         if added.dtype == torch.bool:
             added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, -torch.inf)
         own = bias.to(query.dtype)[:, :, None]
@@ -627,27 +643,33 @@ def listed(
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The rows of a list and of a range as one list, and its mask; ``(batch, read)`` each."""
-    ranged = torch.arange(*dense, dtype=rows.dtype, device=rows.device).expand(len(rows), -1)
-    every = torch.cat([rows, ranged], 1)
+    """The rows of a list and of a range as one list, and its mask; of each key head or of all."""
+    ranged = torch.arange(*dense, dtype=rows.dtype, device=rows.device)
+    every = torch.cat([rows, ranged.expand(*rows.shape[:-1], -1)], -1)
     if rows_mask is None and dense_mask is None:
         return every, None
     if rows_mask is None:
         rows_mask = torch.ones_like(rows, dtype=torch.bool)
     if dense_mask is None:
-        dense_mask = torch.ones_like(ranged, dtype=torch.bool)
-    return every, torch.cat([rows_mask, dense_mask], 1)
+        dense_mask = torch.ones_like(ranged, dtype=torch.bool).expand(len(rows), -1)
+    if rows.ndim == 3:
+        dense_mask = dense_mask[:, None].expand(-1, rows.shape[1], -1)
+    return every, torch.cat([rows_mask, dense_mask], -1)
 
 
 def gathered(
     key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of some rows of the cache, ``(batch, kv_heads, read, dim)`` each."""
+    """Keys and values of some rows of the cache, ``(batch, kv_heads, read, dim)`` each.
+
+    The rows are those of all key heads, ``(batch, read)``, or of each one.
+    """
     batch, kv_heads = key.shape[:2]
     head = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1)
     tables = [_table(part) for part in (key, value)]
     # whole rows of one long table: index_select copies them as blocks, gather by elements
-    index = {apart: (head * apart + rows[:, None]).flatten() for _, apart in tables}
+    rows = rows[:, None] if rows.ndim == 2 else rows
+    index = {apart: (head * apart + rows).flatten() for _, apart in tables}
     picked_key, picked_value = (
         table.index_select(0, index[apart]).view(batch, kv_heads, -1, table.shape[1])
         for table, apart in tables

@@ -227,6 +227,22 @@ def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, dense, 
     assert len(gathered) == 3
 
 
+def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(family, dense):
+    name, model, processor, inputs = family
+    tokens, logits = dense
+    most = max(len(layout.positions) for layout in visual_layouts(model, inputs))
+    with paper(choose="summaries", keep_visual=1.0, min_visual=0).attach(model) as handle:
+        found_tokens, found_logits = write(model, inputs)
+        assert handle.facts()["attended_by_layer"] == [1.0, 1.0]
+    assert torch.equal(found_tokens, tokens) and torch.equal(found_logits, logits)
+    one_each = paper(choose="summaries", keep_visual=0.05, periphery=most, groups="runs")
+    for settings in ({}, {"cache_implementation": "static"}):
+        with one_each.attach(model):
+            found_tokens, found_logits = write(model, inputs, 2, **settings)
+        assert torch.equal(found_tokens, tokens[:, :3])
+        torch.testing.assert_close(found_logits, logits[:, :2], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("focal", [[0], [1]], ids=["focal above", "reuse"])
 def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
     name, model, processor, inputs = family
@@ -702,6 +718,7 @@ def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
         {"focal_layers": "auto", "dense_layers": "auto", "min_fixation": 9},
         {"focal_layers": "auto", "fixation": "static"},
         {"focal_layers": [1], "min_visual": 100},
+        {"choose": "summaries", "min_visual": 0},
         {"focal_layers": "auto", "min_visual": 100, "fixation": "window"},
     ],
     ids=str,
@@ -709,7 +726,9 @@ def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
 def test_an_answer_does_not_depend_on_its_batch(knobs):
     model, processor = fastocr.model("qwen2_5_vl", layers=14)  # of which two are focal
     inputs = build_prompt(model, processor, PAGES, TEXTS)
-    method = paper(keep_visual=0.05, warmup=2, **knobs)
+    if "choose" not in knobs:
+        knobs = {"warmup": 2, **knobs}
+    method = paper(keep_visual=0.05, **knobs)
     with method.attach(model) as handle:
         tokens, logits = write(model, inputs, 6)
         together = handle.facts()
@@ -1017,6 +1036,10 @@ def test_the_same_method_twice_is_refused(qwen):
         ({"warmup": 1}, "greater than or equal to 2"),
         ({"keep": 0.5}, "keep"),
         ({"fixation": "static", "reuse": False}, "belong to the dynamic fixation"),
+        ({"choose": "summaries", "periphery": 0}, "some to choose from; got periphery=0"),
+        ({"choose": "summaries", "focal_layers": [1]}, "focal_layers belongs to choose: focal"),
+        ({"choose": "summaries", "fixation": "window"}, "fixation belongs to choose: focal"),
+        ({"periphery": "auto"}, "auto belongs to choose: summ"),
     ],
     ids=str,
 )

@@ -60,6 +60,7 @@ def test_a_step_waits_for_nothing(name, pages, cache):
 
     dense = waits()  # transformers looks whether a mask of a padded batch hides anything
     assert waits(paper(keep_visual=0.1, focal_layers=[1], periphery=4)) == dense
+    assert waits(paper(keep_visual=0.1, choose="summaries")) == dense
     assert pages == 3 or not any(dense)
 
 
@@ -103,6 +104,7 @@ def _answer(model, inputs, method, cache, recorded=None):
         {"focal_layers": [2], "reuse": False},
         {"focal_layers": [1], "fixation": "static"},
         {"focal_layers": [1], "periphery": 4},
+        {"choose": "summaries"},
     ],
     ids=str,
 )

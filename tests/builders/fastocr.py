@@ -15,8 +15,12 @@ def model(family, layers=2):
 
 
 def paper(**settings):
-    """The method as published: no dense layers, and no floor, which small pages are below."""
-    return FastOCR(**{"min_fixation": 0, "dense_layers": "none"} | settings)
+    """The method as published: no dense layers, and no floor, which small pages are below.
+
+    Summaries that choose have neither.
+    """
+    own = {"min_fixation": 0, "dense_layers": "none"} if "choose" not in settings else {}
+    return FastOCR(**own | settings)
 
 
 def fill(model):

@@ -1,10 +1,11 @@
 """Attention of one decode step, and the function that transformers calls for it.
 
-Three pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
-:func:`peripheral_decode` also summaries of the other visual tokens, and :func:`focal_decode` reads
-all rows and returns the attention over them. On a GPU they are the kernels of
-:mod:`compress.kernels.sparse_decode` and :mod:`compress.kernels.summaries`, elsewhere the plain
-torch beside them.
+Pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
+:func:`peripheral_decode` also summaries of the other visual tokens, :func:`choose_rows` chooses
+rows by summaries, and :func:`focal_decode` reads all rows and returns the attention over them. On a
+GPU they are the kernels of :mod:`compress.kernels.sparse_decode`,
+:mod:`compress.kernels.summaries` and :mod:`compress.kernels.choice`, elsewhere the plain torch
+beside them.
 
 Shapes: ``query`` is ``(batch, heads, 1, dim)``; ``key`` ``(batch, kv_heads, length, dim)`` and
 ``value`` are those of the cache; ``heads`` is a multiple of ``kv_heads``. A mask is True where
@@ -18,9 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.kernels import choice
 from compress.kernels import sparse_decode as kernels
 from compress.kernels import summaries as groups
 from compress.kernels.backend import use_triton
+from compress.methods.fastocr.choosing import Index
 from compress.methods.fastocr.fixation import Fixation, HeadReduce
 from compress.methods.fastocr.periphery import Periphery
 
@@ -40,11 +43,22 @@ def sparse_decode(
     dense: tuple[int, int],
     dense_mask: torch.Tensor | None,
     scaling: float,
+    beside: kernels.Beside | None = None,
 ) -> torch.Tensor:
     """:func:`compress.kernels.sparse_decode.sparse_decode`, on any device and with any mask."""
     fast = _use_kernel("sparse_decode", query, key, value, rows_mask, dense_mask)
     decode = kernels.sparse_decode if fast else kernels.sparse_decode_reference
-    return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling)
+    return decode(query, key, value, rows, rows_mask, dense, dense_mask, scaling, beside)
+
+
+def choose_rows(
+    query: torch.Tensor, index: Index, budgets: torch.Tensor, width: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`compress.kernels.choice.choose_rows` from the groups of a layer, on any device."""
+    fast = _use_kernel("choose_rows", query, index.keys, index.values)
+    choose = choice.choose_rows if fast else choice.choose_rows_reference
+    groups = index.keys, index.sizes, index.first, index.order
+    return choose(query, *groups, budgets, width, scaling)
 
 
 def peripheral_decode(

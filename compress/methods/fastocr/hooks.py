@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from compress.methods.fastocr.attention import NAME, STATE, register
+from compress.methods.fastocr.choosing import SummaryPolicy
 from compress.methods.fastocr.crossover import crossover, read_table
 from compress.methods.fastocr.policy import AttentionPolicy
 from compress.methods.fastocr.state import Counts, DecodeState
@@ -47,7 +48,7 @@ from compress.models.visual import (
     visual_layouts,
 )
 
-MakePolicy = Callable[[VisualTokens, int], AttentionPolicy]
+MakePolicy = Callable[[VisualTokens, int], AttentionPolicy | SummaryPolicy]
 Preflight = Callable[[Any, Mapping[str, Any]], None]  # of a model and the inputs of generate
 MinVisual = Literal["auto"] | int
 SLIDING = "reference_sliding_attention"  # over the answer alone

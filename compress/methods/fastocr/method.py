@@ -52,9 +52,13 @@ class FastOCR(RuntimeMethod):
     calibrated: ClassVar[tuple[str, ...]] = ("focal_layers",)
 
     name: Literal["fastocr"] = "fastocr"
+    choose: Literal["focal", "summaries"] = "focal"
+    """What chooses the tokens that a layer attends to: focal layers, which is the paper, or the
+    layer's own query, among summaries of all visual tokens. It opens the best ones, and reads the
+    others as they are; no layer is dense, and nothing is calibrated. Our own choice."""
     keep_visual: Fraction = 0.05
-    """Fraction of a sequence's visual tokens that a layer that is not focal attends to; rounded up.
-    """
+    """Fraction of a sequence's visual tokens that a layer that is not focal attends to, or that
+    every layer opens; rounded up."""
     min_fixation: NonNegative = 128
     """Visual tokens that such a layer attends to at least, or all where there are fewer. Our own
     choice, after TidalDecode and Kascade; 0 is the paper."""
@@ -84,10 +88,14 @@ class FastOCR(RuntimeMethod):
     reuse: bool = True
     """False lets layers before the first focal one attend to all, instead of to the fixation of the
     step before."""
-    periphery: int = Field(0, ge=0, le=MOST_TOGETHER)
+    periphery: Literal["auto"] | Annotated[int, Field(ge=0, le=MOST_TOGETHER)] = 0
     """Summary tokens per key head by which a layer attends to what is not in its fixation, each the
     mean of similar visual tokens, weighted by their number. Counted as attended. Our own choice; 0
-    is the paper."""
+    is the paper. "auto", which summaries that choose have by default, is the square root of the
+    number of visual tokens."""
+    groups: Literal["kmeans", "runs"] = "kmeans"
+    """What becomes one summary: similar visual tokens, or "runs" of neighbouring ones, which cost
+    nothing to find."""
     min_visual: Literal["auto"] | NonNegative = "auto"
     """A sequence with fewer visual tokens attends to all of them, which costs less than choosing
     among so few. "auto" is what the benchmark measured on the device, 0 where it was not measured;
@@ -103,6 +111,37 @@ class FastOCR(RuntimeMethod):
     seed: Seed = 0
     """Seed of the random fixation."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _summaries_that_choose_exist(cls, settings: Any) -> Any:
+        if isinstance(settings, Mapping) and settings.get("choose") == "summaries":
+            return {"periphery": "auto"} | dict(settings)
+        return settings
+
+    @model_validator(mode="after")
+    def _only_focal_layers_have_their_settings(self) -> "FastOCR":
+        if self.choose == "focal":
+            if self.periphery == "auto":
+                raise ValueError(
+                    "periphery: auto belongs to choose: summaries; got choose='focal'; give a "
+                    "number"
+                )
+            return self
+        if not self.periphery:
+            raise ValueError(
+                "choose: summaries needs some to choose from; got periphery=0; set it to their "
+                "number per key head, or to auto"
+            )
+        shared = {"name", "choose", "keep_visual", "periphery", "groups", "min_visual"}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name not in shared and value != field.default:
+                raise ValueError(
+                    f"{name} belongs to choose: focal; got choose='summaries' with {name}="
+                    f"{value!r}; leave it out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _only_the_dynamic_fixation_moves(self) -> "FastOCR":
         if self.fixation != "dynamic" and (self.dilate or self.min_mass or not self.reuse):
@@ -115,6 +154,9 @@ class FastOCR(RuntimeMethod):
 
     def label(self) -> str:
         """The fixation, and the other knobs that are not the paper's, but not its size."""
+        if self.choose == "summaries":
+            parts = [f"summaries {self.periphery}"]
+            return ", ".join([*parts, *(["runs"] if self.groups == "runs" else [])])
         parts: list[str] = [self.name if self.fixation == "dynamic" else self.fixation]
         if self.fixation == "dynamic" and self.dense_layers not in ("auto", "none"):
             parts.append(f"{', '.join(map(str, self.dense_layers))} dense")
@@ -134,7 +176,8 @@ class FastOCR(RuntimeMethod):
     def kept(self) -> str:
         """The fraction of the visual tokens in the fixation, and its floor."""
         share = f"{self.keep_visual:.2%}".replace(".00%", "%")
-        return f"{share}, at least {self.min_fixation}" if self.min_fixation else share
+        floor = self.min_fixation if self.choose == "focal" else 0
+        return f"{share}, at least {floor}" if floor else share
 
     def count(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Put together the counts of several batches.
@@ -177,7 +220,7 @@ class FastOCR(RuntimeMethod):
 
     def needs_calibration(self) -> bool:
         """Whether the focal or the dense layers are left open."""
-        return "auto" in (self.focal_layers, self.dense_layers)
+        return self.choose == "focal" and "auto" in (self.focal_layers, self.dense_layers)
 
     def calibrate(
         self, model: Any, batches: Sequence[Mapping[str, Any]], max_new_tokens: int

@@ -47,7 +47,7 @@ class Periphery:
         """
         keys, values = keys.float(), values.float()
         member = cluster(keys, values, valid, summaries)
-        share = _shares(member, summaries, valid[:, None, :, None])
+        share = memberships(member, summaries, valid[:, None, :, None])
         return cls(member, share @ keys, share @ values, share.sum(3))
 
 
@@ -70,7 +70,7 @@ def cluster(
     Group of each token, ``(batch, kv_heads, visual)``; of padding any.
     """
     real = valid[:, None, :, None].float()
-    points = torch.cat([_spread(keys, real), _spread(values, real)], -1)
+    points = torch.cat([spread(keys, real), spread(values, real)], -1)
     centre = (points * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)
     padding = ~valid[:, None].expand(points.shape[:3])
     far = (points - centre).square().sum(-1).masked_fill(padding, torch.inf)
@@ -83,13 +83,13 @@ def cluster(
     centres = torch.cat(chosen, 2)
     for _ in range(ROUNDS):
         member = torch.cdist(points, centres).argmin(-1)
-        share = _shares(member, groups, real)
+        share = memberships(member, groups, real)
         sizes = share.sum(3, keepdim=True)
         centres = torch.where(sizes > 0, share @ points / sizes.clamp(min=1), centres)
     return torch.cdist(points, centres).argmin(-1)
 
 
-def _shares(member: torch.Tensor, groups: int, real: torch.Tensor) -> torch.Tensor:
+def memberships(member: torch.Tensor, groups: int, real: torch.Tensor) -> torch.Tensor:
     """1 where a token is in a group, ``(batch, kv_heads, groups, visual)``; 0 for padding.
 
     torch's ``one_hot`` waits for the device to look whether there are more groups.
@@ -98,12 +98,12 @@ def _shares(member: torch.Tensor, groups: int, real: torch.Tensor) -> torch.Tens
     return (inside * real).transpose(2, 3).float()
 
 
-def _spread(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """``x`` over the root mean square distance of its tokens from their mean, head by head."""
+def spread(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """``x`` less its tokens' mean, over their root mean square distance from it, head by head."""
     count = real.sum(2, keepdim=True).clamp(min=1)
     centred = x - (x * real).sum(2, keepdim=True) / count
     mean = (centred.square() * real).mean(3, keepdim=True).sum(2, keepdim=True) / count
-    return x / mean.sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+    return centred / mean.sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _at(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from compress.methods.fastocr.choosing import SummaryPolicy
 from compress.methods.fastocr.fixation import (
     Fixation,
     HeadReduce,
@@ -286,8 +287,14 @@ def listed(layers: Literal["auto", "none"] | Sequence[int]) -> list[int] | None:
     return [] if layers == "none" else sorted({*map(int, layers)})
 
 
-def make_policy(method: "FastOCR", tokens: VisualTokens, layers: int) -> AttentionPolicy:
+def make_policy(
+    method: "FastOCR", tokens: VisualTokens, layers: int
+) -> AttentionPolicy | SummaryPolicy:
     """The policy for a new batch of prompts, of a model with so many layers."""
+    if method.choose == "summaries":
+        return SummaryPolicy(
+            tokens, keep=method.keep_visual, groups=method.periphery, grouping=method.groups
+        )
     focal, dense = listed(method.focal_layers), listed(method.dense_layers)
     size = partial(budget, method.keep_visual, least=method.min_fixation)
     if method.fixation == "dynamic":

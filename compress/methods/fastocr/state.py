@@ -4,7 +4,13 @@ from typing import Any
 
 import torch
 
-from compress.methods.fastocr.attention import focal_decode, peripheral_decode, sparse_decode
+from compress.methods.fastocr.attention import (
+    choose_rows,
+    focal_decode,
+    peripheral_decode,
+    sparse_decode,
+)
+from compress.methods.fastocr.choosing import SummaryPolicy
 from compress.methods.fastocr.fixation import Fixation, visual_scores
 from compress.methods.fastocr.periphery import Periphery
 from compress.methods.fastocr.policy import AttentionPolicy
@@ -111,14 +117,19 @@ class DecodeState:
 
     Attributes
     ----------
-    off : whether no sequence has enough visual tokens: its steps are dense, and only counted.
+    off : whether no sequence has enough visual tokens, or summaries would open all of them: its
+        steps are dense, and only counted.
     """
 
-    def __init__(self, tokens: VisualTokens, policy: AttentionPolicy, counts: Counts) -> None:
+    def __init__(
+        self, tokens: VisualTokens, policy: AttentionPolicy | SummaryPolicy, counts: Counts
+    ) -> None:
         self.tokens = tokens
         self.policy = policy
         self.counts = counts
         self.off = max(tokens.counts) < max(tokens.min_visual, 1)
+        if isinstance(policy, SummaryPolicy):
+            self.off = self.off or policy.whole
         self.counts.switched_off += sum(tokens.small)
         self.length = tokens.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()  # what the last sparse layer of the step read
@@ -147,6 +158,8 @@ class DecodeState:
         scaling: float,
     ) -> torch.Tensor:
         """Attention of a decode step; shapes as in :mod:`compress.methods.fastocr.attention`."""
+        if isinstance(self.policy, SummaryPolicy):
+            return self._choose(self.policy, layer, query, key, value, mask, scaling)
         dense = None
         if self.policy.needs_scores(layer):
             reduce = self.policy.head_reduce
@@ -167,21 +180,34 @@ class DecodeState:
         if not self.policy.periphery:
             return sparse_decode(query, key, value, *read, scaling)
         if layer not in self._periphery:
-            self._periphery[layer] = self._group(key, value)
+            keys, values = self.tokens.gathered(key), self.tokens.gathered(value)
+            self._periphery[layer] = Periphery.of(
+                keys, values, self.tokens.valid, self.policy.periphery
+            )
         output, summaries = peripheral_decode(
             query, key, value, *read, scaling, self._periphery[layer], fixation
         )
         self.counts.attend(layer, summaries)
         return output
 
-    def _group(self, key: torch.Tensor, value: torch.Tensor) -> Periphery:
-        """The visual tokens of a layer in groups of similar ones."""
-        rows = self.tokens.rows[:, None, :, None]
-        keys, values = (
-            part.gather(2, rows.expand(-1, part.shape[1], -1, part.shape[3]))
-            for part in (key, value)
-        )
-        return Periphery.of(keys, values, self.tokens.valid, self.policy.periphery)
+    def _choose(
+        self,
+        policy: SummaryPolicy,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Attention to the groups that the query opens, and to the means of the rest."""
+        index = policy.index(layer, key, value)
+        rows, bias = choose_rows(query, index, policy.budgets, max(policy.kept), scaling)
+        if policy.watch:
+            policy.watch(layer, rows)
+        self.counts.attend(layer, index.read)
+        read = self._listed(rows, policy.valid, key.shape[2], mask)
+        return sparse_decode(query, key, value, *read, scaling, (index.keys, index.values, bias))
 
     def _read(
         self, fixation: Fixation, stored: int, mask: torch.Tensor | None
@@ -195,25 +221,45 @@ class DecodeState:
         """
         if self._last and self._last[0] is fixation and self._last[1:3] == (id(mask), stored):
             return self._last[4]
+        rows = self.tokens.listed.gather(1, fixation.index)
+        read = self._listed(rows, fixation.valid, stored, mask), fixation.size()
+        self._last = fixation, id(mask), stored, mask, read  # held, so that its id stays its own
+        return read
+
+    def _listed(
+        self,
+        rows: torch.Tensor,
+        valid: torch.Tensor | None,
+        stored: int,
+        mask: torch.Tensor | None,
+    ) -> Read:
+        """What a layer reads, as in :meth:`_read`, with these rows of visual tokens.
+
+        Parameters
+        ----------
+        rows : of all key heads, ``(batch, kept)``, or of each one, ``(batch, kv_heads, kept)``.
+        valid : which are not padding, ``(batch, kept)``; None is all.
+        """
         tokens = self.tokens
-        rows = torch.cat([tokens.listed.gather(1, fixation.index), tokens.text], 1)
+
+        def of_heads(part: torch.Tensor) -> torch.Tensor:
+            return part if rows.ndim == 2 else part[:, None].expand(-1, rows.shape[1], -1)
+
+        listed = torch.cat([rows, of_heads(tokens.text)], -1)
         allowed = None
-        if fixation.valid is not None or not tokens.even:
-            kept = fixation.valid
-            if kept is None:
-                kept = torch.ones_like(fixation.index, dtype=torch.bool)
-            allowed = torch.cat([kept, tokens.text_valid], 1)
+        if valid is not None or not tokens.even:
+            if valid is None:
+                valid = torch.ones(len(rows), rows.shape[-1], dtype=torch.bool, device=rows.device)
+            allowed = of_heads(torch.cat([valid, tokens.text_valid], 1))
         dense, dense_allowed = (tokens.length, min(stored, self.length)), None
         if mask is not None:
             seen = mask[:, 0, 0].expand(len(rows), -1)
-            allowed = _and(seen.gather(1, rows.long()), allowed)
+            allowed = _and(of_heads(seen).gather(-1, listed.long()), allowed)
             # of a static cache all rows, so that the next step reads as many: the mask hides those
             # that are not written yet
             dense = tokens.length, stored
             dense_allowed = seen[:, slice(*dense)]
-        read = (rows, allowed, dense, dense_allowed), fixation.size()
-        self._last = fixation, id(mask), stored, mask, read  # held, so that its id stays its own
-        return read
+        return listed, allowed, dense, dense_allowed
 
 
 def _and(seen: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.methods.fastocr.choosing import SummaryPolicy
 from compress.methods.fastocr.fixation import Fixation
 from compress.methods.fastocr.hooks import attached
 from compress.methods.fastocr.policy import AttentionPolicy, make_policy
@@ -34,6 +35,21 @@ class _RecordedPolicy:
         return fixation
 
 
+class _RecordedSummaries:
+    """What summaries open in the last layer in each step."""
+
+    def __init__(self, policy: SummaryPolicy, layers: int) -> None:
+        self.rows = policy.tokens.rows[0]
+        self.last = layers - 1
+        self.steps: list[torch.Tensor | None] = []
+        policy.watch = self.watch
+
+    def watch(self, layer: int, rows: torch.Tensor) -> None:
+        """Keep the tokens of these rows of the cache, of the only sequence."""
+        if layer == self.last:
+            self.steps.append(torch.searchsorted(self.rows, rows[0].long().unique()).cpu())
+
+
 def _tokens(fixation: Fixation) -> torch.Tensor:
     """Of the only sequence; a copy, since the policy writes the next choice into its place."""
     index = fixation.index[0]
@@ -57,14 +73,19 @@ def trace(
     ids : of the answer, ``(tokens,)``.
     layout : of the prompt as the decoder read it.
     steps : for each of the answer's tokens but the first, which the prompt gives, the visual tokens
-        that the last layer attended to, ``(kept,)``, as places in that layout; None for all.
+        that the last layer attended to, ``(kept,)``, as places in that layout; None for all. Where
+        summaries choose, those that any of its key heads opened.
     """
-    policies: list[_RecordedPolicy] = []
+    policies: list[_RecordedPolicy | _RecordedSummaries] = []
     layouts: list[VisualLayout] = []
 
-    def make_recorded(tokens: VisualTokens, layers: int) -> AttentionPolicy:
+    def make_recorded(tokens: VisualTokens, layers: int) -> AttentionPolicy | SummaryPolicy:
         layouts.append(tokens.layouts[0])
-        policies.append(_RecordedPolicy(make_policy(method, tokens, layers), layers))
+        policy = make_policy(method, tokens, layers)
+        if isinstance(policy, SummaryPolicy):
+            policies.append(_RecordedSummaries(policy, layers))
+            return policy
+        policies.append(_RecordedPolicy(policy, layers))
         return policies[-1]
 
     with attached(model, make_recorded):

@@ -55,6 +55,11 @@ class VisualTokens:
             for count, small in zip(self.counts, self.small, strict=True)
         ]
 
+    def gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the visual tokens, ``(batch, kv_heads, visual, dim)``, of a cache."""
+        rows = self.rows[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+        return part.gather(2, rows)
+
     @classmethod
     def of(
         cls,
