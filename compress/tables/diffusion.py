@@ -12,12 +12,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from compress.eval.diffusion import mean_interval
 from compress.eval.metrics import metric
 from compress.eval.tables import Row, markdown
 from compress.runs.diffusion import floor
 from compress.runs.recipe import Recipe, load_pipeline_recipe
 from compress.runs.run import run_events
-from compress.tables.table import Job, Run, Table, finish, weights
+from compress.tables.table import Job, Run, Table, finish, has, weights
 
 QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")
 SHARES = {"macs_share": "macs", "params_share": "params", "latency_share": "latency_ms"}
@@ -35,35 +36,46 @@ _floor = cache(floor)
 
 def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
     """A declared table, its rows in the folder ``results``."""
-    lines = list(_combinations(declared["blocks"]))
+    blocks = [list(_combinations(block)) for block in declared["blocks"]]
+    lines = [labels for block in blocks for labels, _ in block]
     jobs = [
         _job(labels, sets, declared["recipe"], seed)
+        for block in blocks
         for seed in range(declared.get("seeds", 3))
-        for labels, sets in lines
+        for labels, sets in block
     ]
 
+    within, against = declared.get("best_within", ()), declared.get("against")
+
     def measured(rows: Sequence[Row]) -> list[Row]:
-        return _lines([labels for labels, _ in lines], jobs, rows)
+        found = _lines(lines, jobs, rows)
+        if against is not None:
+            _compare(found, against, within)
+        found += [_reported(line) for line in declared.get("reported", ())]
+        # those that are compared beneath each other
+        groups = list(dict.fromkeys(tuple(line[key] for key in within) for line in found))
+        return sorted(found, key=lambda line: groups.index(tuple(line[key] for key in within)))
 
     def body(rows: Sequence[Row]) -> str:
         columns = (*QUALITY, *SHARES, *TIMES) if declared.get("costs") else QUALITY
-        labels, within = [*declared["blocks"][0], "seeds"], declared.get("best_within", ())
-        shown = _shown(measured(rows), labels, columns, within)
-        return f"{shown}\n\n{_note(declared, rows, len(jobs))}"
+        labels, found = list(declared["blocks"][0]), measured(rows)
+        parts = [_shown(found, [*labels, "seeds"], columns, within, bold=against is None)]
+        if compared := [line for line in found if "differences" in line]:
+            parts.append(_differences(compared, labels, against))
+        return "\n\n".join([*parts, _note(declared, rows, len(jobs))])
 
     return Table(name, body, results / declared["rows"], jobs, measured)
 
 
 def _combinations(
-    blocks: Sequence[Mapping[str, Mapping[str, Any]]],
+    block: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[dict[str, str], list[str]]]:
     """The labels of each line, and what it sets in the recipe, whole sections first."""
-    for block in blocks:
-        for values in itertools.product(*block.values()):
-            labels = dict(zip(block, values, strict=True))
-            chosen = [block[label][value] for label, value in labels.items()]
-            sets = [s for part in chosen for s in ([part] if isinstance(part, str) else part)]
-            yield labels, sorted(sets, key=lambda s: s.partition("=")[0].count("."))
+    for values in itertools.product(*block.values()):
+        labels = dict(zip(block, values, strict=True))
+        chosen = [block[label][value] for label, value in labels.items()]
+        sets = [s for part in chosen for s in ([part] if isinstance(part, str) else part)]
+        yield labels, sorted(sets, key=lambda s: s.partition("=")[0].count("."))
 
 
 def _name(labels: Mapping[str, str]) -> str:
@@ -140,12 +152,83 @@ def _lines(
     measured = []
     for labels in lines:
         owners = [job for job in jobs if job.name == _name(labels)]
-        values = [_values(row) for job in owners for row in rows if job.owns(row)]
+        values = {row["seed"]: _values(row) for job in owners for row in rows if job.owns(row)}
         if values:
-            spreads = {name: _spread(name, [v[name] for v in values]) for name in values[0]}
-            facts = {"seeds": str(len(values)), "dense": rows[0]["dense"]}
+            first, *_ = values.values()
+            spreads = {name: _spread(name, [v[name] for v in values.values()]) for name in first}
+            facts = {"seeds": str(len(values)), "dense": rows[0]["dense"], "by_seed": values}
             measured.append({**labels, **facts, **spreads})
     return measured
+
+
+def _compare(lines: Sequence[Row], against: Mapping[str, str], within: Sequence[str]) -> None:
+    """Give each line how far the line ``against`` is from it, where both agree in ``within``.
+
+    The line itself gets its ``standing``: how many of these it is ahead of and behind.
+    """
+    for ours in filter(has(**against), lines):
+        same = has(**{key: ours[key] for key in within})
+        rivals = [line for line in lines if same(line) and line is not ours]
+        for line in rivals:
+            line["differences"] = {
+                name: difference(name, ours["by_seed"], line["by_seed"]) for name in QUALITY
+            }
+        counts = []
+        for name in QUALITY:
+            verdicts = [line["differences"][name]["verdict"] for line in rivals]
+            won, lost = verdicts.count("ahead"), verdicts.count("behind")
+            counts.append(f"{metric(name).column()} {won} and {lost}")
+        ours["standing"] = f"ahead of and behind, of {len(rivals)} rivals: {', '.join(counts)}"
+
+
+def difference(
+    name: str, ours: Mapping[int, Mapping[str, float]], theirs: Mapping[int, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Ours minus theirs over the training seeds that both have, paired, with its 95% t interval.
+
+    Parameters
+    ----------
+    name : of the metric.
+    ours, theirs : by seed the metrics of a run.
+
+    Returns
+    -------
+    ``verdict``, which is "ahead" or "behind" only where the interval excludes 0, else "open"; and
+    ``text``, as a table writes it.
+    """
+    pairs = [ours[seed][name] - theirs[seed][name] for seed in ours if seed in theirs]
+    known, interval = metric(name), mean_interval(pairs)
+    if interval is None:
+        return {"verdict": "open", "text": "–"}
+    low, high = interval
+    lower = known.better == "lower"
+    won, lost = (high < 0, low > 0) if lower else (low > 0, high < 0)
+    verdict = "ahead" if won else "behind" if lost else "open"
+    mean, *ends = map(known.cell, (statistics.fmean(pairs), low, high))
+    text = f"{mean} [{', '.join(ends)}]"
+    return {"verdict": verdict, "text": text if verdict == "open" else f"**{verdict}** {text}"}
+
+
+def _differences(lines: Sequence[Row], labels: Sequence[str], against: Mapping[str, str]) -> str:
+    """How far the line ``against`` is from the others, in Markdown."""
+    ours = ", ".join(against.values())
+    last = labels[-1]
+    return markdown(
+        [
+            {label: line[label] for label in labels[:-1]}
+            | {f"{ours} minus": line[last]}
+            | {metric(n).column(): line["differences"][n]["text"] for n in QUALITY}
+            for line in lines
+        ]
+    )
+
+
+def _reported(line: Mapping[str, Any]) -> Row:
+    """A line whose figures were measured elsewhere, without rows."""
+    values = line["values"]
+    return {**line["labels"], "seeds": line["seeds"]} | {
+        name: {"mean": value, "text": metric(name).cell(value)} for name, value in values.items()
+    }
 
 
 def _values(row: Row) -> dict[str, float]:
@@ -163,15 +246,20 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def _shown(
-    lines: Sequence[Row], labels: Sequence[str], columns: Sequence[str], within: Sequence[str]
+    lines: Sequence[Row],
+    labels: Sequence[str],
+    columns: Sequence[str],
+    within: Sequence[str],
+    *,
+    bold: bool,
 ) -> str:
-    """The lines in Markdown, the best of each column bold among those that agree in ``within``."""
+    """The lines in Markdown; ``bold`` the best of each column among those alike in ``within``."""
 
     def cell(name: str, line: Row) -> str:
         rivals = [rival for rival in lines if all(rival[key] == line[key] for key in within)]
         choose = min if metric(name).better == "lower" else max
         best = choose(rival[name]["mean"] for rival in rivals)
-        won = len(rivals) > 1 and line[name]["mean"] == best
+        won = bold and len(rivals) > 1 and line[name]["mean"] == best
         return f"**{line[name]['text']}**" if won else str(line[name]["text"])
 
     headings = {name: f"{metric(name).column()} {metric(name).arrow}" for name in columns}

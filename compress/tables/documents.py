@@ -84,8 +84,12 @@ def _headline(headline: Mapping[str, Any], tables: Mapping[str, Table]) -> str:
     for claim in headline["claims"]:
         table = tables[claim["table"]]
         measured = table.lines(table.rows())
-        [line] = filter(has(**claim["line"]), measured)
+        line = next(filter(has(**claim["line"]), measured), None)
         others = [other for other in measured if other is not line]
+        if line is None or not others and "rivals" in claim:
+            missing = f"not measured yet: `compress tables {claim['table']}`"
+            lines.append(dict.fromkeys(("claim", "measured", "best rival", "n"), missing))
+            continue
         rivals = [_best(others, facts, claim["best"]) for facts in claim.get("rivals", ())] or [
             line
         ]
