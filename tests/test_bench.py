@@ -34,6 +34,8 @@ def test_the_byte_bound_is_what_must_be_read():
     # 8 layers of 2 key heads of 16 numbers, key and value, of 4 bytes
     assert shape.cached_bytes(sparse=False) == 8 * 1100 * 2 * 2 * 16 * 4
     assert shape.byte_bound == pytest.approx(8 * 1100 / (1100 + 7 * 200))
+    # three layers read all, the others 150 visual tokens
+    assert shape.bytes_of(3, 150) == (3 * 1100 + 5 * 250) * 2 * 2 * 16 * 4
     # arXiv 2605.17447's setting: 4 focal layers of 28 and 5% at 16k tokens
     assert DecodeShape(visual=16_384, text=1).byte_bound == pytest.approx(5.38, abs=0.01)
 

@@ -1,6 +1,7 @@
 """A decode step over many visual tokens: its attention alone, and the text model end to end."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from compress.bench.rows import SEED, Dtype, Row, against, make_row, newest
 from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
 from compress.common.settings import Batch, Count
-from compress.eval.tables import Cell
+from compress.eval.tables import Cell, markdown
 from compress.methods.fastocr.fixation import budget
 from compress.methods.fastocr.hooks import attached
 from compress.methods.fastocr.policy import FocalPolicy
@@ -95,11 +96,13 @@ class DecodeShape:
 
     def cached_bytes(self, sparse: bool) -> int:
         """Bytes of keys and values that a step must read, of the layers that are timed."""
-        length, focal = self.visual + self.text, len(self.focal)
-        kept = budget(self.keep_visual, self.visual) + self.text
-        rows = self.built_layers * length
-        if sparse:
-            rows = focal * length + (self.built_layers - focal) * kept
+        kept = budget(self.keep_visual, self.visual)
+        return self.bytes_of(len(self.focal) if sparse else self.built_layers, kept)
+
+    def bytes_of(self, dense: int, kept: int) -> int:
+        """The same where some layers read all, and the others so many visual tokens."""
+        rows = dense * self.visual + (self.built_layers - dense) * kept
+        rows += self.built_layers * self.text
         _, kv_heads, dim = self.heads
         itemsize = getattr(torch, self.dtype).itemsize
         return int(rows * self.batch * kv_heads * 2 * dim * itemsize)
@@ -507,7 +510,38 @@ def table(rows: Sequence[Row]) -> str:
                 + " ".join(_crossover(device, entry) for device, entry in crossovers(rows).items()),
             )
         )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _bytes_table()])
+
+
+def _bytes_table() -> str:
+    """What a step must read by each policy, counted and not measured."""
+    lines = []
+    for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b"):
+        for visual in (4096, 16384):
+            shape = DecodeShape(model=model, visual=visual, dtype="bfloat16")
+            layers, focal = shape.built_layers, len(shape.focal)
+            kept = budget(shape.keep_visual, visual)
+            dense = shape.bytes_of(layers, 0)
+            line = {"sizes of": model, "visual tokens": f"{visual:,}", "dense": _mib(dense)}
+            for policy, (full, others) in {
+                "focal, as published": (focal, kept),
+                "focal, three layers dense": (focal + 3, kept),
+                "focal, 64 summaries": (focal, kept + 64),
+                "summaries that choose": (0, kept + round(math.sqrt(visual))),
+            }.items():
+                read = shape.bytes_of(full, others)
+                line[policy] = f"{_mib(read)}, {dense / read:.1f}x fewer"
+            lines.append(line)
+    return (
+        f"{markdown(lines)}\n\nKeys and values that a decode step must read of one sequence in "
+        f"bfloat16, counted: {shape.text} tokens of text, 5% of the visual tokens, a seventh of "
+        "the layers focal; a summary is one token, and as many as the square root of the visual "
+        "tokens choose."
+    )
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def _crossover(device: str, entry: Mapping[str, Any]) -> str:
