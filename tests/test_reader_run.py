@@ -595,3 +595,5 @@ def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, 
     assert stored["calibration"] == {"fastocr": facts}
     again = calibrate()
     assert again.exit_code == 2 and "holds a checkpoint" in again.stderr
+    nothing = calibrate("--choose", "summaries", "--overwrite")
+    assert nothing.exit_code == 2 and "leaves none open; apply it as it is" in nothing.stderr

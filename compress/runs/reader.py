@@ -330,6 +330,11 @@ def calibrated_checkpoint(
     at = locate(model, "reader")
     check_apart(output, {"model": at.folder, "data": data})
     check_dense(at)
+    if not method.needs_calibration():
+        raise ValueError(
+            f"a method with open settings is expected; {method.label()} leaves none open; apply it "
+            "as it is, or choose settings that are calibrated"
+        )
     with locked(output):
         network, processor, _ = open_reader(at, read, choose_device(device))
         result = calibrate_on_pages(
@@ -366,7 +371,7 @@ def with_calibration(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]
     if not method.needs_calibration():
         return method
     found = calibrated[method.name].settings
-    left_open = {knob: found[knob] for knob in found if getattr(method, knob) == "auto"}
+    left_open = {knob: value for knob, value in found.items() if getattr(method, knob) == "auto"}
     return type(method)(**method.model_dump() | left_open)
 
 

@@ -114,9 +114,11 @@ class FastOCR(RuntimeMethod):
     @model_validator(mode="before")
     @classmethod
     def _summaries_that_choose_exist(cls, settings: Any) -> Any:
-        if isinstance(settings, Mapping) and settings.get("choose") == "summaries":
-            return {"periphery": "auto"} | dict(settings)
-        return settings
+        if not isinstance(settings, Mapping):
+            return settings
+        # a recipe's lists are JSON's, which is not known any more after this
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return {"periphery": "auto"} | given if given.get("choose") == "summaries" else given
 
     @model_validator(mode="after")
     def _only_focal_layers_have_their_settings(self) -> "FastOCR":
@@ -241,10 +243,11 @@ class FastOCR(RuntimeMethod):
             f"focal        {focal}{f', by {result.focal_by}' if result.focal_by else ''}",
             f"read         {_listed(result.attended_by_layer)}: {result.attended:.1%} in all",
         ]
-        settings = {
+        found = {
             "focal_layers": result.focal_layers,
             "dense_layers": result.dense_layers or "none",
         }
+        settings = {knob: layers for knob, layers in found.items() if getattr(self, knob) == "auto"}
         return Calibrated(settings, asdict(result), lines)
 
     def attach(self, model: Any) -> AbstractContextManager[Handle]:
