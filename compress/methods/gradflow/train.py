@@ -250,7 +250,7 @@ class PruningRun:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += loss.item() / self.training.gradient_accumulation
-        if mask is not None:
+        if mask is not None and mask.grad is not None:
             self.mask_scheduler.learn(mask.grad / scale)
         return distributed.mean_value(total, self.device)
 
