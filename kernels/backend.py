@@ -9,6 +9,8 @@ does not use its kernel, as information otherwise.
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +46,16 @@ def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU and slowly."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def current_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Let launches go to a tensor's GPU, where that is not the current one."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device_of(tensor)  # type: ignore[no-any-return]
+
+
+_HERE = nullcontext()
 
 
 def use_triton(kernel: str, device: torch.device, why_unsupported: str | None = None) -> bool:
@@ -91,10 +103,15 @@ def _why_not_here(device: torch.device, forced: bool) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability < OLDEST:
         return f"the GPU has compute capability {capability}, below {OLDEST}"
     return None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _log_once(kernel: str, text: str, level: int) -> None:

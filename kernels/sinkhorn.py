@@ -20,7 +20,7 @@ from __future__ import annotations  # Triton may be missing, and tl.constexpr wi
 
 import torch
 
-from compress.kernels.backend import jit, tl
+from compress.kernels.backend import current_device_of, jit, tl
 
 LARGEST = 8192  # columns that are supported
 WARPS = 16
@@ -162,7 +162,7 @@ def sinkhorn(
         raise ValueError(f"{reason}; got {scores.shape[2]}; prune fewer tokens of a page")
     scores = scores.contiguous()
     plan = torch.empty_like(scores)
-    with torch.cuda.device_of(scores):
+    with current_device_of(scores):
         _sinkhorn_kernel[(problems,)](
             scores,
             rows.to(torch.int32),

@@ -31,26 +31,57 @@ the tiles in flight fit the 99 KiB of smaller GPUs.
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from compress.kernels.backend import jit, tl
+from compress.kernels.backend import current_device_of, jit, tl
 
 Beside = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_DIM = 256
 LARGEST_GROUP = 64  # query heads of a key head
-TILE_BYTES = 2**15  # of keys and values
-MOST_ROWS = 128  # of a tile
-LEAST_TILES = 2  # of a split, so that one is loaded while another is used
 MOST_SPLITS = 64
-PROGRAMS = 1  # splits per multiprocessor that are aimed at
 SCORES = 512  # rows whose weights one program computes
-WARPS = 4
-STAGES = 3
 LOG2_E = 1.4426950408889634
+
+
+class Tile(NamedTuple):
+    """How a program reads its rows.
+
+    Parameters
+    ----------
+    rows : that are loaded together.
+    warps : of a program.
+    stages : tiles in flight and in use.
+    at_once : programs that a multiprocessor of an H100 holds at a time, by the registers and the
+        shared memory that they are compiled to.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    at_once: int
+
+
+# By bytes of a number and size of a head, of keys or of values, whichever is larger: what
+# `tile_and_splits` chooses from. The GPU suite times them all (.ci/gpu/extra.py tune).
+TILES = {
+    (2, 64): (Tile(128, 4, 3, 3), Tile(64, 4, 3, 4)),
+    (2, 128): (Tile(64, 4, 3, 3), Tile(32, 4, 3, 3), Tile(16, 4, 3, 4)),
+    (2, 256): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 3)),
+    (4, 64): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 4)),
+    (4, 128): (Tile(16, 4, 3, 3),),
+    (4, 256): (Tile(16, 4, 3, 2),),
+}
+# In rows, as many as a multiprocessor reads in that time: until what is asked for arrives, for the
+# instructions of a tile, and for the kernel that adds up the splits. Reasoned, not measured.
+LATENCY = 64
+STEP = 4
+MERGE = 64
 
 
 @jit()
@@ -67,19 +98,24 @@ def _weigh(logits, value, best, mass, total):  # type: ignore[no-untyped-def]
     return higher, mass, total
 
 
-@jit(do_not_specialize=("picked", "start", "read", "split_rows", "logits_row", "beside"))
+@jit(
+    do_not_specialize=(
+        "picked", "start", "read", "split_rows", "beside",
+        "lse_start", "logits_start", "logits_row",
+    )
+)  # fmt: skip
 def _read_kernel(  # type: ignore[no-untyped-def]
     query_ptr,  # (batch, heads, dim)
     key_ptr,  # (batch, kv_heads, length, dim)
     value_ptr,  # (batch, kv_heads, length, value_dim)
     rows_ptr,  # (batch, kv_heads, picked) integers; None is no list
-    rows_mask_ptr,  # (batch, kv_heads, picked) uint8; None is all of the list
-    dense_mask_ptr,  # (batch, read - picked) uint8; None is all of the range
+    rows_mask_ptr,  # (batch, kv_heads, picked) bool; None is all of the list
+    dense_mask_ptr,  # (batch, read - picked) bool; None is all of the range
     beside_key_ptr,  # (batch, kv_heads, beside, dim) rows of a head's own; None is none
     beside_value_ptr,  # (batch, kv_heads, beside, value_dim)
     bias_ptr,  # (batch, kv_heads, beside) float32, added to the logits; -inf hides
     output_ptr,  # (batch, heads, splits, value_dim): float32 parts, or of one split the result
-    lse_ptr,  # (batch, heads, splits) float32, in base 2
+    lse_ptr,  # (batch, heads, splits) float32, in base 2; None where they are not needed
     logits_ptr,  # (batch, heads, read) float32, in base 2; None where they are not needed
     scale,  # of the dot products, for base 2
     picked,  # rows of the list
@@ -87,6 +123,8 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     read,  # rows of both
     split_rows,  # rows of a split, a multiple of BLOCK_ROWS
     beside,  # rows of a head's own
+    lse_start,  # where they are behind their pointers
+    logits_start,
     kv_heads,
     query_batch,  # from here on strides
     query_head,
@@ -151,14 +189,14 @@ def _read_kernel(  # type: ignore[no-untyped-def]
             index = tl.load(rows_ptr + n, mask=listed, other=0)
             row = tl.where(listed, index.to(tl.int64), row)
             if rows_mask_ptr is not None:
-                mask = tl.load(rows_mask_ptr + n, mask=listed, other=1)
-                used = used & (mask != 0)
+                mask = tl.load(rows_mask_ptr + n, mask=listed, other=True)
+                used = used & mask
         if dense_mask_ptr is not None:
             ranged = (n < last) & (n >= picked)
             mask = tl.load(
-                dense_mask_ptr + batch * dense_mask_batch + (n - picked), mask=ranged, other=1
+                dense_mask_ptr + batch * dense_mask_batch + (n - picked), mask=ranged, other=True
             )
-            used = used & (mask != 0)
+            used = used & mask
         key = tl.load(
             key_ptr + row[:, None] * key_row + d[None, :] * key_dim,
             mask=used[:, None] & in_dim[None, :],
@@ -173,7 +211,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
         logits = tl.where(used[None, :], logits, -float("inf"))
         if logits_ptr is not None:
             tl.store(
-                logits_ptr + heads[:, None] * logits_row + n[None, :],
+                logits_ptr + logits_start + heads[:, None] * logits_row + n[None, :],
                 logits,
                 mask=in_group[:, None] & (n < last)[None, :],
             )
@@ -205,7 +243,8 @@ def _read_kernel(  # type: ignore[no-untyped-def]
         total.to(output_ptr.dtype.element_ty),
         mask=in_group[:, None] & in_value[None, :],
     )
-    tl.store(lse_ptr + part, best + tl.log2(mass), mask=in_group)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + lse_start + part, best + tl.log2(mass), mask=in_group)
 
 
 @jit()
@@ -219,7 +258,7 @@ def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):  # type: ignore[no-
     return shares, top + tl.log2(tl.sum(shares, 0))
 
 
-@jit(do_not_specialize=("splits", "read", "logits_row"))
+@jit(do_not_specialize=("splits", "read", "lse_start", "logits_start", "logits_row"))
 def _merge_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,  # (batch, heads, splits, value_dim) float32
     lse_ptr,  # (batch, heads, splits) float32, in base 2
@@ -228,6 +267,8 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     weights_ptr,  # (batch, read) float32
     splits,
     read,
+    lse_start,
+    logits_start,
     logits_row,
     heads,
     VALUE_DIM: tl.constexpr,
@@ -237,6 +278,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 ):
     batch = tl.program_id(0).to(tl.int64)
     job = tl.program_id(1)  # the heads first, then blocks of rows
+    lse_ptr += lse_start
     if job < heads:
         head = batch * heads + job
         shares, _ = _lse(lse_ptr, head, splits, BLOCK_SPLITS)
@@ -255,6 +297,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
             mask=e < VALUE_DIM,
         )
     elif logits_ptr is not None:
+        logits_ptr += logits_start
         n = (job - heads) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         weights = tl.zeros([BLOCK_ROWS], tl.float32)
         for member in range(heads):
@@ -302,26 +345,9 @@ def sparse_decode(
     ------
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
-    _check(query, key, value, rows_mask, dense_mask)
-    batch, kv_heads, length, (start, stop) = len(query), *key.shape[1:3], dense
-    listed = rows.shape[:-1] in ((batch,), (batch, kv_heads))
-    if not listed or not 0 <= start <= stop <= length:
-        raise ValueError(
-            f"rows ({batch}, picked) or ({batch}, {kv_heads}, picked) and a range in a cache of "
-            f"{length} rows are expected; got "
-            f"{tuple(rows.shape)} and {start} to {stop}; list rows of each sequence"
-        )
-    _check_mask("rows_mask", rows_mask, tuple(rows.shape))
-    _check_mask("dense_mask", dense_mask, (batch, stop - start))
-    if beside is not None:
-        own = (batch, kv_heads, beside[2].shape[-1])
-        expected = [(*own, key.shape[3]), (*own, value.shape[3]), own]
-        if [tuple(part.shape) for part in beside] != expected:
-            raise ValueError(
-                f"keys, values and biases {expected} are expected beside the cache; got "
-                f"{[tuple(part.shape) for part in beside]}; give rows of each key head"
-            )
-    return _read(query, key, value, rows, rows_mask, dense, dense_mask, scaling, None, beside)
+    given = query, key, value, rows, rows_mask, dense_mask, *(beside or ())
+    launch = _launch(query.device, dense, False, _trains(given), *map(_signature, given))
+    return launch(given, scaling, None)
 
 
 def focal_decode(
@@ -347,14 +373,15 @@ def focal_decode(
     ------
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
-    _check(query, key, value, mask)
     batch, length = len(query), key.shape[2]
     if mask is not None:
-        _check_mask("mask", mask.expand(batch, -1, -1, -1), (batch, 1, 1, length))
+        if mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
+            _check_mask("mask", mask.shape, (batch, 1, 1, length))
         mask = mask[:, 0, 0].expand(batch, -1)
+    given = query, key, value, None, None, mask
+    launch = _launch(query.device, (0, length), True, _trains(given), *map(_signature, given))
     weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
-    output = _read(query, key, value, None, None, (0, length), mask, scaling, weights)
-    return output, weights
+    return launch(given, scaling, weights), weights
 
 
 def why_unsupported(
@@ -366,19 +393,41 @@ def why_unsupported(
     ----------
     query, key, value, masks : of either function above.
     """
-    group, dims = query.shape[1] / key.shape[1], (query.shape[3], value.shape[3])
-    if query.dtype not in DTYPES or {key.dtype, value.dtype} != {query.dtype}:
+    dtypes = tuple(None if mask is None else mask.dtype for mask in masks)
+    return _why_unsupported(
+        query.shape[1] / key.shape[1],
+        (query.shape[3], value.shape[3]),
+        (query.dtype, key.dtype, value.dtype),
+        dtypes,
+        _trains((query, key, value)),
+    )
+
+
+def _trains(given: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether gradients are required of one of them."""
+    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in given)
+
+
+@cache
+def _why_unsupported(
+    group: float,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    masks: tuple[torch.dtype | None, ...],
+    trains: bool,
+) -> str | None:
+    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
         return (
             "query, key and value should have one dtype, float16, bfloat16 or float32; they have "
-            f"{query.dtype}, {key.dtype} and {value.dtype}"
+            f"{dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
         )
     if max(dims) > LARGEST_DIM:
         return f"heads should have at most {LARGEST_DIM} numbers; they have {max(dims)}"
     if group > LARGEST_GROUP:
         return f"at most {LARGEST_GROUP} query heads should share a key head; {group:g} do"
-    if any(mask is not None and mask.dtype != torch.bool for mask in masks):
+    if any(mask not in (None, torch.bool) for mask in masks):
         return "masks should be True where attended; one is added to the logits"
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
+    if trains:
         return "gradients are required, and the kernels have none"
     return None
 
@@ -411,13 +460,189 @@ def bytes_moved(
     return batch * (cached + own + index + (4 * dense if focal else 0))
 
 
-def _check(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *masks: torch.Tensor | None
-) -> None:
-    """Raise ValueError unless the tensors fit each other and the kernels."""
+# ---- launching -----------------------------------------------------------------------------------
+
+
+class _Signature(NamedTuple):
+    """What a launch depends on of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _signature(part: torch.Tensor | None) -> tuple[Any, ...] | None:
+    return None if part is None else (part.shape, part.stride(), part.dtype)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """All that two calls with equal signatures have in common, so that it is computed once."""
+
+    output: tuple[int, ...]  # its shape
+    split: bool  # whether there is more than one; the only one writes the result
+    focal: bool
+    buffer: int  # numbers of the splits' outputs, their lse, and the logits
+    grid: tuple[int, int]
+    numbers: tuple[int, ...]  # of the first kernel
+    constants: dict[str, int]
+    merge_grid: tuple[int, int] | None
+    merge_numbers: tuple[int, ...]
+    merge_constants: dict[str, int]
+
+    def __call__(
+        self,
+        given: tuple[torch.Tensor | None, ...],
+        scaling: float,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
+        query, key, value, *lists = given
+        output = query.new_empty(self.output)
+        own = [None if part is None else _last_dense(part) for part in lists[:3]]
+        own += [part.contiguous() for part in lists[3:]] or [None] * 3
+        buffer = None
+        if self.buffer:
+            buffer = torch.empty(self.buffer, dtype=torch.float32, device=query.device)
+        parts = buffer if self.split else output
+        logits = buffer if self.focal else None
+        with current_device_of(query):
+            _read_kernel[self.grid](
+                query,
+                key,
+                value,
+                *own,
+                parts,
+                buffer,
+                logits,
+                scaling * LOG2_E,
+                *self.numbers,
+                **self.constants,
+            )
+            if self.merge_grid:
+                _merge_kernel[self.merge_grid](
+                    parts,
+                    buffer,
+                    output,
+                    logits,
+                    weights,
+                    *self.merge_numbers,
+                    **self.merge_constants,
+                )
+        return output
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device,
+    dense: tuple[int, int],
+    focal: bool,
+    trains: bool,
+    *signatures: tuple[Any, ...] | None,
+) -> _Launch:
+    """Check what a call is given, and plan it.
+
+    Parameters
+    ----------
+    dense, focal, trains : the range, whether weights are returned, whether gradients are required.
+    signatures : of query, key, value, rows, their mask, that of the range and the rows beside.
+    """
+    parts = [None if part is None else _Signature(*part) for part in signatures]
+    query, key, value, rows, rows_mask, dense_mask, *beside = parts
+    _check(query, key, value, (rows_mask, dense_mask), trains)
+    batch, heads, _, dim = query.shape
+    kv_heads, length, value_dim = *key.shape[1:3], value.shape[3]
+    start, stop = dense
+    picked = 0
+    if rows is not None:
+        listed = rows.shape[:-1] in ((batch,), (batch, kv_heads))
+        if not listed or not 0 <= start <= stop <= length:
+            raise ValueError(
+                f"rows ({batch}, picked) or ({batch}, {kv_heads}, picked) and a range in a cache "
+                f"of {length} rows are expected; got {tuple(rows.shape)} and {start} to {stop}; "
+                "list rows of each sequence"
+            )
+        picked = rows.shape[-1]
+        if rows_mask is not None:
+            _check_mask("rows_mask", rows_mask.shape, tuple(rows.shape))
+    if dense_mask is not None:
+        _check_mask("dense_mask", dense_mask.shape, (batch, stop - start))
+    if beside:
+        own = (batch, kv_heads, beside[2].shape[-1])
+        expected = [(*own, dim), (*own, value_dim), own]
+        if [tuple(part.shape) for part in beside] != expected:
+            raise ValueError(
+                f"keys, values and biases {expected} are expected beside the cache; got "
+                f"{[tuple(part.shape) for part in beside]}; give rows of each key head"
+            )
+    read = picked + stop - start
+    block_dim, block_value = block(dim), block(value_dim)
+    tile, splits = tile_and_splits(
+        batch * kv_heads,
+        read,
+        query.dtype.itemsize,
+        max(block_dim, block_value),
+        _multiprocessors(device),
+    )
+    split_rows = max(1, -(-read // (splits * tile.rows))) * tile.rows
+    splits = max(1, -(-read // split_rows))
+    merges = splits > 1 or focal
+    lse_start = batch * heads * splits * value_dim if splits > 1 else 0
+    # whole cache lines for each head
+    logits_start = -(-(lse_start + batch * heads * splits) // 32) * 32
+    logits_row = -(-read // 32) * 32 if focal else 0
+    blocks = -(-read // SCORES) if focal else 0
+    return _Launch(
+        output=(batch, heads, 1, value_dim),
+        split=splits > 1,
+        focal=focal,
+        buffer=logits_start + batch * heads * logits_row if merges else 0,
+        grid=(batch * kv_heads, splits),
+        numbers=(
+            picked,
+            start,
+            read,
+            split_rows,
+            beside[2].shape[2] if beside else 0,
+            lse_start,
+            logits_start,
+            kv_heads,
+            *(query.strides[axis] for axis in (0, 1, 3)),
+            *key.strides,
+            *value.strides,
+            *_head_strides(rows),
+            *_head_strides(rows_mask),
+            _head_strides(dense_mask)[0],
+            logits_row,
+        ),
+        constants={
+            "GROUP": heads // kv_heads,
+            "DIM": dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_GROUP": block(heads // kv_heads),
+            "BLOCK_DIM": block_dim,
+            "BLOCK_VALUE": block_value,
+            "BLOCK_ROWS": tile.rows,
+            "num_warps": tile.warps,
+            "num_stages": triton_stages(tile, listed=rows is not None),
+        },
+        merge_grid=(batch, heads + blocks) if merges else None,
+        merge_numbers=(splits, read, lse_start, logits_start, logits_row, heads),
+        merge_constants={
+            "VALUE_DIM": value_dim,
+            "BLOCK_VALUE": block_value,
+            "BLOCK_SPLITS": 1 << (splits - 1).bit_length(),
+            "BLOCK_ROWS": SCORES,
+            "num_warps": 4,
+        },
+    )
+
+
+def _check(query: Any, key: Any, value: Any, masks: tuple[Any, ...], trains: bool) -> None:
+    """Raise ValueError unless signatures fit each other and the kernels."""
     batch, kv_heads, length = key.shape[:3]
     if (
-        query.ndim != 4
+        len(query.shape) != 4
         or query.shape[0] != batch
         or query.shape[1] % kv_heads
         or query.shape[2:] != (1, key.shape[3])
@@ -428,104 +653,23 @@ def _check(
             f"a multiple of kv_heads are expected; got {tuple(query.shape)}, {tuple(key.shape)} "
             f"and {tuple(value.shape)}; give one new token of each sequence and its cache"
         )
-    if reason := why_unsupported(query, key, value, *masks):
+    reason = _why_unsupported(
+        query.shape[1] / kv_heads,
+        (query.shape[3], value.shape[3]),
+        (query.dtype, key.dtype, value.dtype),
+        tuple(None if mask is None else mask.dtype for mask in masks),
+        trains,
+    )
+    if reason:
         raise ValueError(f"{reason}; convert them, or use the plain torch reference")
 
 
-def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if mask is not None and mask.shape != shape:
+def _check_mask(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if found != shape:
         raise ValueError(
-            f"{name} of shape {shape} is expected; got {tuple(mask.shape)}; give one for each row "
-            "that is read"
+            f"{name} of shape {shape} is expected; got {tuple(found)}; give one for each row that "
+            "is read"
         )
-
-
-def _read(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: torch.Tensor | None,
-    rows_mask: torch.Tensor | None,
-    dense: tuple[int, int],
-    dense_mask: torch.Tensor | None,
-    scaling: float,
-    weights: torch.Tensor | None,
-    beside: Beside | None = None,
-) -> torch.Tensor:
-    """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
-    batch, heads, _, dim = query.shape
-    kv_heads, value_dim = key.shape[1], value.shape[3]
-    picked = 0 if rows is None else rows.shape[-1]
-    read = picked + dense[1] - dense[0]
-    block_dim, block_value = block(dim), block(value_dim)
-    block_rows = _tile_rows(block_dim, block_value, key.element_size())
-    split_rows = _split_rows(read, block_rows, batch * kv_heads, query.device)
-    splits = max(1, -(-read // split_rows))
-    output = query.new_empty(batch, heads, 1, value_dim)
-    lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
-    parts, logits, logits_row = output, None, 0
-    if splits > 1:
-        parts = torch.empty(*lse.shape, value_dim, dtype=torch.float32, device=query.device)
-    if weights is not None:
-        logits_row = -(-read // 32) * 32  # whole cache lines for each head
-        logits = lse.new_empty(batch, heads, logits_row)
-    masks = [_bytes(mask) for mask in (rows_mask, dense_mask)]
-    if rows is not None:
-        rows = _last_dense(rows)
-    with torch.cuda.device_of(query):
-        _read_kernel[(batch * kv_heads, splits)](
-            query,
-            key,
-            value,
-            rows,
-            *masks,
-            *((None,) * 3 if beside is None else (part.contiguous() for part in beside)),
-            parts,
-            lse,
-            logits,
-            scaling * LOG2_E,
-            picked,
-            dense[0],
-            read,
-            split_rows,
-            0 if beside is None else beside[2].shape[2],
-            kv_heads,
-            *(query.stride(axis) for axis in (0, 1, 3)),
-            *key.stride(),
-            *value.stride(),
-            *_head_strides(rows),
-            *_head_strides(masks[0]),
-            0 if masks[1] is None else masks[1].stride(0),
-            logits_row,
-            GROUP=heads // kv_heads,
-            DIM=dim,
-            VALUE_DIM=value_dim,
-            BLOCK_GROUP=block(heads // kv_heads),
-            BLOCK_DIM=block_dim,
-            BLOCK_VALUE=block_value,
-            BLOCK_ROWS=block_rows,
-            num_warps=WARPS,
-            num_stages=_stages(listed=rows is not None),
-        )
-        if splits > 1 or weights is not None:
-            blocks = 0 if weights is None else -(-read // SCORES)
-            _merge_kernel[(batch, heads + blocks)](
-                parts,
-                lse,
-                output,
-                logits,
-                weights,
-                splits,
-                read,
-                logits_row,
-                heads,
-                VALUE_DIM=value_dim,
-                BLOCK_VALUE=block_value,
-                BLOCK_SPLITS=1 << (splits - 1).bit_length(),
-                BLOCK_ROWS=SCORES,
-                num_warps=WARPS,
-            )
-    return output
 
 
 def block(size: int) -> int:
@@ -533,23 +677,50 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _tile_rows(block_dim: int, block_value: int, itemsize: int) -> int:
-    """Rows of a tile, a power of two."""
-    fitting = TILE_BYTES // ((block_dim + block_value) * itemsize)
-    return max(16, min(MOST_ROWS, 1 << fitting.bit_length() >> 1))
-
-
-def _stages(listed: bool) -> int:
+def triton_stages(tile: Tile, listed: bool) -> int:
     """For Triton: the list is loaded as far ahead of its rows as these are of their use."""
-    return 2 * STAGES - 1 if listed else STAGES
+    return 2 * tile.stages - 1 if listed else tile.stages
 
 
-def _split_rows(read: int, block_rows: int, problems: int, device: torch.device) -> int:
-    """Rows of a split: enough splits to fill the GPU, each with enough tiles."""
-    filling = PROGRAMS * _multiprocessors(device) // problems
-    most = read // (LEAST_TILES * block_rows)
-    splits = max(1, min(filling, most, MOST_SPLITS))
-    return max(1, -(-read // (splits * block_rows))) * block_rows
+def tile_and_splits(
+    problems: int, read: int, itemsize: int, dim: int, multiprocessors: int
+) -> tuple[Tile, int]:
+    """The tile, and into how many splits the rows are cut.
+
+    Memory bounds the kernel, and the programs of a multiprocessor share its part of the bandwidth:
+    the time is that of the multiprocessor with most to read, longer where too little is in flight
+    to hide the latency, a latency for each round of programs that are there at once, and what adds
+    up the splits.
+
+    Parameters
+    ----------
+    problems : key heads of all sequences.
+    read : rows that each of them reads.
+    itemsize, dim : bytes of a number, size of a head.
+    multiprocessors : of the GPU.
+    """
+    # one choice for many steps of a growing answer
+    return _tile_and_splits(problems, -(-read // 64) * 64, itemsize, dim, multiprocessors)
+
+
+@cache
+def _tile_and_splits(
+    problems: int, read: int, itemsize: int, dim: int, multiprocessors: int
+) -> tuple[Tile, int]:
+    def cost(tile: Tile, splits: int) -> float:
+        here = -(-problems * splits // multiprocessors)  # programs of the busiest multiprocessor
+        rounds = -(-here // tile.at_once)
+        busiest = here * -(-read // (tile.rows * splits)) * (tile.rows + STEP)
+        in_flight = min(here, tile.at_once) * tile.rows * (tile.stages - 1)
+        late = max(1, LATENCY / in_flight)
+        return busiest * late + rounds * LATENCY + (MERGE if splits > 1 else 0)
+
+    options = [
+        (tile, splits)
+        for tile in TILES[itemsize, max(dim, 64)]
+        for splits in range(1, max(1, min(MOST_SPLITS, -(-read // tile.rows))) + 1)
+    ]
+    return min(options, key=lambda option: (cost(*option), option[1], -option[0].rows))
 
 
 @cache
@@ -559,19 +730,23 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _last_dense(rows: torch.Tensor) -> torch.Tensor:
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _last_dense(part: torch.Tensor) -> torch.Tensor:
+    """A list without gaps, but for those between sequences and heads."""
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
-def _head_strides(rows: torch.Tensor | None) -> tuple[int, int]:
-    """From one sequence's list to the next one's, and from a key head's, which may be the same."""
-    if rows is None:
+def _head_strides(part: _Signature | None) -> tuple[int, int]:
+    """From one sequence's list to the next one's, and from a key head's, which may be the same.
+
+    Of what :func:`_last_dense` returns of a list like this one.
+    """
+    if part is None:
         return 0, 0
-    return rows.stride(0), rows.stride(1) if rows.ndim == 3 else 0
-
-
-def _bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else _last_dense(mask).view(torch.uint8)
+    *outer, picked = part.shape
+    dense = part.strides[-1] == 1
+    if len(outer) == 1:
+        return (part.strides[0] if dense else picked), 0
+    return part.strides[:2] if dense else (outer[1] * picked, picked)
 
 
 def sparse_decode_reference(

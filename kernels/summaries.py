@@ -12,7 +12,7 @@ from __future__ import annotations  # Triton may be missing, and tl.constexpr wi
 import torch
 
 from compress.kernels import sparse_decode
-from compress.kernels.backend import jit, tl
+from compress.kernels.backend import current_device_of, jit, tl
 
 GROUPS = 16  # of a program
 ROWS = 32  # of a tile
@@ -25,7 +25,7 @@ def _summaries_kernel(  # type: ignore[no-untyped-def]
     value_ptr,  # (batch, kv_heads, length, value_dim)
     rows_ptr,  # (batch, picked), the fixation's first
     index_ptr,  # (batch, kept) int64, of the visual tokens
-    valid_ptr,  # (batch, kept) uint8; None is all
+    valid_ptr,  # (batch, kept) bool; None is all
     member_ptr,  # (batch, kv_heads, visual) int64
     key_sums_ptr,  # (batch, kv_heads, groups, dim) float32
     value_sums_ptr,  # (batch, kv_heads, groups, value_dim) float32
@@ -70,7 +70,7 @@ def _summaries_kernel(  # type: ignore[no-untyped-def]
         n = begin + tl.arange(0, BLOCK_ROWS)
         used = n < kept
         if valid_ptr is not None:
-            used = used & (tl.load(valid_ptr + batch * valid_batch + n, mask=used, other=0) != 0)
+            used = used & (tl.load(valid_ptr + batch * valid_batch + n, mask=used, other=False))
         row = tl.load(rows_ptr + batch * rows_batch + n, mask=used, other=0).to(tl.int64)
         token = tl.load(index_ptr + batch * index_batch + n, mask=used, other=0)
         member = tl.load(member_ptr + head * visual + token, mask=used, other=-1)
@@ -135,10 +135,10 @@ def summaries(
     groups, value_dim = sums[2].shape[2], value.shape[3]
     key_sums, value_sums, sizes = (part.contiguous() for part in sums)
     member, rows, index = member.contiguous(), rows.contiguous(), index.contiguous()
-    shown = None if valid is None else valid.contiguous().view(torch.uint8)
+    shown = None if valid is None else valid.contiguous()
     keys, values = key.new_empty(key_sums.shape), value.new_empty(value_sums.shape)
     bias = torch.empty_like(sizes)
-    with torch.cuda.device_of(key):
+    with current_device_of(key):
         _summaries_kernel[(batch * kv_heads, -(-groups // GROUPS))](
             key,
             value,
@@ -170,6 +170,21 @@ def summaries(
             num_warps=WARPS,
         )
     return keys, values, bias
+
+
+def bytes_moved(
+    *, batch: int, kv_heads: int, dim: int, itemsize: int, kept: int, groups: int
+) -> int:
+    """Bytes that a call must move: rows of the fixation, their groups, sums in and means out.
+
+    Parameters
+    ----------
+    batch, kv_heads, dim, itemsize : of the cache, whose values are like its keys.
+    kept, groups : tokens of the fixation of a sequence, groups of a key head.
+    """
+    rows = kept * (2 * dim * itemsize + 8)
+    sums, means = groups * 4 * (2 * dim + 1), groups * (2 * dim * itemsize + 4)
+    return batch * (kv_heads * (rows + sums + means) + kept * (4 + 8))
 
 
 def summaries_reference(

@@ -206,7 +206,11 @@ def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "shapes", "ways"),
     [
-        ("gradflow", ["model=ddpm-digits"], [{"dense", "slim"}]),
+        (
+            "gradflow",
+            ["model=ddpm-digits", "model=ddpm-digits,layout=channels_last"],
+            [{"dense", "slim"}] * 2,
+        ),
         ("rtprune", ["model=reader-deepseek,text=3"], [{"dense", "rtprune"}]),
         (
             "fastocr",
@@ -228,9 +232,14 @@ def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
             [
                 "model=tiny,visual=64,text=8",
                 "kernel=focal_decode,model=tiny,visual=64,text=8",
+                "kernel=summaries,model=tiny,visual=64,text=8",
                 "kernel=sinkhorn,visual=10,keep=0.8,batch=2",
             ],
-            [*[{"torch", "sdpa", "matmul"}] * 2, {"torch", "pot", "pot_numpy"}],
+            [
+                *[{"torch", "sdpa", "matmul"}] * 2,
+                {"torch", "from_all"},
+                {"torch", "pot", "pot_numpy"},
+            ],
         ),
     ],
 )
@@ -263,11 +272,12 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
 
 def test_the_kernels_rows_say_what_a_call_must_move():
     where, ceilings = Bench("cpu", 1), Ceilings(copy=10.0, rate={}, ms={}, shapes={})
-    sparse, focal, transport = (
+    sparse, focal, means, transport = (
         next(kernels.run(shape, where, ceilings))
         for shape in (
             kernels.KernelShape(model="tiny", visual=60, text=8, batch=3, keep=0.1),
             kernels.KernelShape(kernel="focal_decode", model="tiny", visual=60, text=8, batch=3),
+            kernels.KernelShape(kernel="summaries", model="tiny", visual=60, batch=3, keep=0.1),
             kernels.KernelShape(kernel="sinkhorn", visual=10, keep=0.8, batch=3),
         )
     )
@@ -281,7 +291,13 @@ def test_the_kernels_rows_say_what_a_call_must_move():
     }
     assert focal["bytes"]["torch"] == whole + 3 * 68 * 4 and focal["bound"] < 1 < sparse["bound"]
     assert transport["bytes"]["torch"] == 3 * 8 * 2 * 8 and transport["bound"] == 1
-    for found in (sparse, focal, transport):
+    # 6 tokens with their groups, sums and sizes of 64 groups, as many means and biases; the index
+    summed = 64 * 4 * (2 * 16 + 1)
+    assert means["bytes"] == {
+        "torch": 3 * (2 * (6 * (2 * 16 * 4 + 8) + 2 * summed) + 6 * 12),
+        "from_all": 3 * 2 * 60 * (2 * 16 * 4 + 8),
+    }
+    for found in (sparse, focal, means, transport):
         assert found["ours"] == "torch" and found["best"] not in ("torch", "triton")
         assert (
             found["ratio"]

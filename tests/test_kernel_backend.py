@@ -22,6 +22,7 @@ def _nothing_logged(monkeypatch):
 
 
 def _capability(monkeypatch, *version):
+    backend._capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from builders import decode, programs
+from builders.counting import Counted
 from builders.decode import DTYPES, INTERPRETED, LARGE, SMALL, Shape
 from compress.kernels import sparse_decode as kernels
 from compress.kernels import summaries
@@ -148,10 +149,15 @@ def test_fastocr_decodes_with_interpreted_kernels(names, chosen):
 @pytest.mark.parametrize(
     "capabilities, cases",
     [
-        (["90"], ["fp16:128", "bf16:80", "fp32:64"]),
+        (["90"], ["fp16:128:0", "bf16:80:1", "fp32:64:0"]),
         pytest.param(
             ["80", "90"],
-            [f"{dtype}:{dim}" for dtype in ("fp16", "bf16", "fp32") for dim in (64, 96, 128, 256)],
+            [
+                f"{dtype}:{dim}:{place}"
+                for dtype, size in (("fp16", 2), ("bf16", 2), ("fp32", 4))
+                for dim in (64, 96, 128, 256)
+                for place in range(len(kernels.TILES[size, kernels.block(dim)]))
+            ],
             marks=pytest.mark.slow,
         ),
     ],
@@ -162,9 +168,91 @@ def test_they_compile_without_a_gpu(capabilities, cases, tmp_path):
     printed = programs.run("compile_decode", ",".join(capabilities), *cases, **variables).stdout
     made = [line.split(",") for line in printed.splitlines()]
     expected = [(capability, case.split(":")[0]) for capability in capabilities for case in cases]
-    assert [(capability, dtype) for capability, dtype, _, _ in made[::5]] == expected
-    assert len(made) == 5 * len(expected) and all(int(size) > 0 for _, _, size, _ in made)
-    assert max(int(shared) for *_, shared in made) <= 99 * 1024  # of the smallest such GPU
+    assert [(capability, dtype) for capability, dtype, *_ in made[::5]] == expected
+    assert len(made) == 5 * len(expected)
+    for capability, _, *numbers in made:
+        at_once, resident, size, shared, _, spilled = map(int, numbers)
+        assert size > 0 and shared <= 99 * 1024  # of the smallest such GPU
+        assert spilled == 0
+        if capability == "90":
+            assert at_once <= resident
+
+
+# ---- splits --------------------------------------------------------------------------------------
+
+H100 = 132  # multiprocessors
+
+
+def _filled(problems, splits):
+    """Share of the multiprocessors' rounds that have a program."""
+    programs = problems * splits
+    return programs / (H100 * -(-programs // H100))
+
+
+@pytest.mark.parametrize(
+    "problems, read, least",
+    [
+        (80, 1076, 0.9),  # 4 key heads, batch 20, 16k tokens: one split fills 61%
+        (67, 1076, 0.85),
+        (100, 1076, 0.75),
+        (131, 1076, 0.9),
+        (80, 16640, 0.9),
+        (4, 1076, 0.5),  # batch 1, and of a focal layer
+        (4, 16640, 0.9),
+        (2, 16640, 0.85),
+    ],
+)
+def test_splits_fill_the_gpu(problems, read, least):
+    tile, splits = kernels.tile_and_splits(problems, read, 2, 128, H100)
+    assert _filled(problems, splits) >= least
+    assert splits <= min(kernels.MOST_SPLITS, -(-read // tile.rows) + 1)
+
+
+def test_the_busiest_multiprocessor_reads_less_than_one_split_has():
+    tile, splits = kernels.tile_and_splits(80, 1076, 2, 128, H100)
+    rows = -(-1076 // (splits * tile.rows)) * tile.rows
+    assert -(-80 * splits // H100) * rows <= 0.75 * 1076
+
+
+def test_what_fills_the_gpu_alone_is_not_split():
+    for problems in (128, 132, 256, 1024):
+        assert kernels.tile_and_splits(problems, 1076, 2, 128, H100)[1] == 1
+    assert kernels.tile_and_splits(1, 0, 2, 128, H100)[1] == 1
+
+
+def test_a_growing_answer_keeps_its_splits():
+    chosen = {kernels.tile_and_splits(8, 461 + step, 2, 128, H100) for step in range(50)}
+    assert len(chosen) == 1
+
+
+# ---- the host ------------------------------------------------------------------------------------
+
+
+class _NoKernel:
+    """In place of a kernel of Triton: notes its launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.launches.append((grid, args, constants))
+
+
+def test_a_call_is_checked_and_planned_once(monkeypatch):
+    read, merge = _NoKernel(), _NoKernel()
+    monkeypatch.setattr(kernels, "_read_kernel", read)
+    monkeypatch.setattr(kernels, "_merge_kernel", merge)
+    case = decode.draw(LARGE[0], torch.bfloat16)
+    planned = kernels._launch.cache_info().misses
+    for _ in range(3):
+        decode.sparse(case, kernels.sparse_decode)
+        decode.focal(case, kernels.focal_decode)
+    assert kernels._launch.cache_info().misses == planned + 2
+    assert len(read.launches) == 6 and len(merge.launches) == 3  # a focal layer's weights
+    arguments = (*(case[name] for name in ("query", "key", "value", "rows")), None, (0, 9), None)
+    with Counted() as counted:
+        kernels.sparse_decode(*arguments, 0.2)
+    assert counted.operators == {"new_empty": 1}  # nothing is computed or copied
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ PLANS = {
     "kernels": [
         *(
             ("kernels", f"kernel={k},model=qwen2.5-vl-{m},visual={v},batch={b},{BF16}")
-            for k in ("sparse_decode", "focal_decode")
+            for k in ("sparse_decode", "focal_decode", "summaries")
             for v in (4096, 16384)
             for b in (32, 1, 8)
             for m in ("7b", "3b")
@@ -62,6 +62,11 @@ PLANS = {
         *(("gradflow", f"model=ddpm-cifar10,batch={b},{BF16}") for b in (1, 4, 16)),
         *(("gradflow", f"model=sd15,batch={b},{BF16}") for b in (1, 4, 16)),
         *(("gradflow", f"model=ddpm-cifar10,batch={b},dtype=float32") for b in (1, 16)),
+        # as those who want speed run them
+        *(
+            ("gradflow", f"model={m},batch={b},{BF16},layout=channels_last,compiled=default")
+            for m, b in (("ddpm-cifar10", 16), ("sd15", 4), ("ddpm-cifar10", 1))
+        ),
     ],
     "more": [
         *decode("attention", (8192, 32768)),
@@ -79,6 +84,7 @@ TINY_PLANS = {
     "kernels": [
         ("kernels", "kernel=sparse_decode,model=tiny,visual=64,text=8,batch=2"),
         ("kernels", "kernel=focal_decode,model=tiny,visual=64,text=8,batch=2"),
+        ("kernels", "kernel=summaries,model=tiny,visual=64,batch=2"),
         sinkhorn(32, 2),
         ("kernels", "kernel=no_such_kernel"),  # failures are rehearsed as well
     ],

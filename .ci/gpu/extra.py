@@ -5,7 +5,6 @@ python extra.py metrics NAME FOLDER SECONDS RC
 """
 
 import contextlib
-import functools
 import gc
 import json
 import os
@@ -407,64 +406,57 @@ def profile_all():
         attempt(function, *args)
 
 
-# ---- sizes of the kernels ----------------------------------------------------------------------
+# ---- tiles and splits of the kernels -----------------------------------------------------------
 
 
 def tune():
-    """Time the kernels with other constants than they ship with."""
+    """Time the kernels with other tiles and splits than the table and the model choose."""
+    import torch
+
     from compress.kernels import sparse_decode as kernels
 
-    names = ("TILE_BYTES", "WARPS", "STAGES", "PROGRAMS")
-    shipped = tuple(getattr(kernels, name) for name in names)
-    configs = [  # the constants, and whether the list has a mask
-        (shipped, True),
-        (shipped, False),
-        ((2**15, 4, 3, 2), False),
-        ((2**15, 4, 3, 3), False),
-        ((2**14, 4, 3, 2), False),
-        ((2**14, 2, 3, 3), False),
-        ((2**16, 4, 2, 1), False),
-        ((2**16, 8, 2, 1), False),
-        ((2**15, 4, 4, 2), False),
-        ((2**15, 8, 3, 2), False),
-    ]
-    cases = [
-        (heads, kv, visual, batch)
-        for heads, kv in ((28, 4), (16, 2))
-        for visual, batch in ((16384, 32), (16384, 8), (4096, 8), (16384, 1))
-    ]
+    multiprocessors = kernels._multiprocessors(torch.device(DEVICE))
+    choose, fastest = kernels.tile_and_splits, {}
+    sizes = ((64, 4, 3), (32, 4, 3), (16, 4, 3), (64, 8, 3), (64, 4, 2), (128, 4, 2))
+    tiles = [kernels.Tile(*size, 1) for size in sizes]
+    seven_b = [(28, 4, *size) for size in ((16384, 32), (16384, 20), (4096, 8), (16384, 1))]
+    cases = [*seven_b, (16, 2, 16384, 32), (16, 2, 4096, 1)]
     if TINY:
-        configs, cases = configs[:2], [(4, 2, 64, 2)]
+        tiles, cases = tiles[:2], [(4, 2, 64, 2)]
     for case in cases:
         heads, kv, visual, batch = case
-        ways, moved = tuned_ways(kernels, *case)
-        for constants, masked in configs:
-            if time_left() < 8:
-                print("no time left")
-                return
-            for name, value in zip(names, constants, strict=True):
-                setattr(kernels, name, value)
-            sizes = ", ".join(map("{} {}".format, names, constants))
-            record: dict[str, Any] = {
-                "what": f"tune {heads}/{kv} heads, {visual} visual, batch {batch}: {sizes}, "
-                + ("mask" if masked else "no mask")
-            }
-            for kind, way in ways.items():
+        ways, moved, read = tuned_ways(kernels, *case)
+        for kind, way in ways.items():
+            shipped = choose(batch * kv, read[kind], 2, 128, multiprocessors)
+            counts = sorted({1, 2, 3, 8, 33, shipped[1]})
+            for tile, splits in [shipped, *((t, n) for t in tiles for n in counts)]:
+                if time_left() < 8:
+                    break
+                kernels.tile_and_splits = lambda *sizes, chosen=(tile, splits): chosen
+                kernels._launch.cache_clear()
+                name = f"{tile.rows} rows, {tile.warps} warps, {tile.stages} stages"
+                record: dict[str, Any] = {
+                    "what": f"tune {heads}/{kv} heads, {visual} visual, batch {batch}: {name}, "
+                    f"{splits} splits"
+                }
                 try:
-                    us = graph_us(functools.partial(way, masked))
+                    us = graph_us(way)
                     record[kind] = {"us": round(us, 2), "gb_per_s": round(moved[kind] / us / 1e3)}
+                    best = fastest.get((case, kind), (us, tile, splits))
+                    fastest[case, kind] = min(best, (us, tile, splits))
                 except Exception as error:  # too much shared memory, for one
                     if "CUDA error" in str(error):
                         raise
                     record[kind] = f"{type(error).__name__}: {error}"[:160]
-            text(f"{record['what']}: sparse {record['sparse']}, focal {record['focal']}")
-            note("profiles.jsonl", record)
-        for name, value in zip(names, shipped, strict=True):
-            setattr(kernels, name, value)
+                text(f"{record['what']}: {kind} {record[kind]}")
+                note("profiles.jsonl", record)
+    kernels.tile_and_splits = choose
+    for (case, kind), (us, tile, splits) in fastest.items():
+        text(f"fastest for TILES[2, 128], {kind} {case}: {tile[:3]}, {splits} splits, {us:.1f} us")
 
 
 def tuned_ways(kernels, heads, kv, visual, batch):
-    """The kernels over a few layers' caches, as functions of "masked", and the bytes they move."""
+    """The kernels over a few layers' caches, the bytes they move, and the rows a head reads."""
     import torch
 
     length, dim, layers = visual + 256, 128, 2 if TINY else 4
@@ -474,29 +466,26 @@ def tuned_ways(kernels, heads, kv, visual, batch):
         for _ in range(layers)
     ]
     query = torch.randn(batch, heads, 1, dim, **options)
-    kept = torch.rand(batch, visual, device=DEVICE).topk(-(-visual // 20), dim=1).indices
-    behind = torch.arange(visual, length, device=DEVICE).expand(batch, -1)
-    rows = torch.cat([kept, behind], 1)
-    mask = torch.ones_like(rows, dtype=torch.bool)
+    kept = -(-visual // 20)
+    rows = torch.rand(batch, visual, device=DEVICE).topk(kept, dim=1).indices.int()
     sparse_decode = kernels.sparse_decode if CUDA else kernels.sparse_decode_reference
     focal_decode = kernels.focal_decode if CUDA else kernels.focal_decode_reference
-    nothing = (length, length)
 
-    def sparse(masked):
+    def sparse():
         for key, value in caches:
-            listed = mask if masked or not CUDA else None
-            sparse_decode(query, key, value, rows, listed, nothing, None, 0.1)
+            sparse_decode(query, key, value, rows, None, (visual, length), None, 0.1)
 
-    def focal(masked):
+    def focal():
         for key, value in caches:
             focal_decode(query, key, value, None, 0.1)
 
     sizes = {"batch": batch, "heads": heads, "kv_heads": kv, "dim": dim, "itemsize": 2}
     moved = {
-        "sparse": layers * kernels.bytes_moved(**sizes, picked=rows.shape[1], dense=0),
+        "sparse": layers * kernels.bytes_moved(**sizes, picked=kept, dense=length - visual),
         "focal": layers * kernels.bytes_moved(**sizes, picked=0, dense=length, focal=True),
     }
-    return {"sparse": sparse, "focal": focal}, moved
+    read = {"sparse": kept + length - visual, "focal": length}
+    return {"sparse": sparse, "focal": focal}, moved, read
 
 
 def graph_us(way):
@@ -646,9 +635,10 @@ def touch():
             for extra in (None, beside):
                 sparse_decode(query, key, value, rows, mask, dense, ranged, 0.1, extra)
             focal_decode(query, key, value, None, 0.1)
-    scores = torch.rand(3, 67, 31, device=DEVICE)
-    sizes = torch.tensor([67, 5, 40], device=DEVICE), torch.tensor([31, 31, 7], device=DEVICE)
-    sinkhorn(scores, *sizes, 0.2, 5)
+    for rows, columns in ((67, 31), (1000, 156)):  # in one tile, and in several
+        scores = torch.rand(3, rows, columns, device=DEVICE)
+        sizes = torch.tensor([[rows, 5, 40], [columns, 31, 7]], device=DEVICE)
+        sinkhorn(scores, *sizes, 0.2, 5)
     torch.cuda.synchronize()
     print("every kernel ran")
 
@@ -719,7 +709,7 @@ def _tuned():
     times: dict[str, list[tuple[float, str]]] = {}
     for record in read("profiles.jsonl"):
         for kind in ("sparse", "focal"):
-            if record["what"].startswith("tune") and isinstance(record[kind], dict):
+            if record["what"].startswith("tune") and isinstance(record.get(kind), dict):
                 case, _, name = record["what"].partition(": ")
                 times.setdefault(f"{case}: {kind}", []).append((record[kind]["us"], name))
     for case, measured in times.items():

@@ -23,11 +23,13 @@ from compress.bench.timing import Bench, Ceilings, Ways, costliest, reached, tim
 from compress.common.settings import Batch, Count, NonNegative
 from compress.kernels import sinkhorn as transport
 from compress.kernels import sparse_decode as attention
+from compress.kernels import summaries as groups_of
 from compress.kernels.backend import use_triton
 
 COPY_AIM = 0.6  # of the copy bandwidth, sparse_decode at batch 32, on a GPU
 POT_AIM = 10.0  # times as fast as POT's torch backend, sinkhorn, on a GPU
 DUSTBIN, ITERATIONS = 0.2, 100  # of sinkhorn
+GROUPS = 64  # of summaries, a key head
 
 
 @checked(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -41,11 +43,12 @@ class KernelShape:
     visual : tokens in the cache of a sequence, or tokens of a page that may be pruned (sinkhorn).
     text : tokens behind them, of the attention kernels.
     batch : sequences or pages.
-    keep : fraction of the visual tokens that is read (sparse_decode), or kept (sinkhorn).
+    keep : fraction of the visual tokens that is read (sparse_decode), left out of the groups
+        (summaries), or kept (sinkhorn).
     dtype : of the cache; sinkhorn computes in float32.
     """
 
-    kernel: Literal["sparse_decode", "focal_decode", "sinkhorn"] = "sparse_decode"
+    kernel: Literal["sparse_decode", "focal_decode", "summaries", "sinkhorn"] = "sparse_decode"
     model: ModelName = "qwen2.5-vl-7b"
     visual: Annotated[Count, Field(ge=2)] = 4096
     text: NonNegative = 256
@@ -58,7 +61,8 @@ def default_shapes(device: str) -> list[KernelShape]:
     """What is timed on a device where no shape is requested."""
     cuda = torch.device(device).type == "cuda"
     dtype: Dtype = "bfloat16" if cuda else "float32"
-    decode: list[Literal["sparse_decode", "focal_decode"]] = ["sparse_decode", "focal_decode"]
+    decode: list[Literal["sparse_decode", "focal_decode", "summaries"]]
+    decode = ["sparse_decode", "focal_decode", "summaries"]
     return [
         *(
             KernelShape(kernel=kernel, visual=visual, batch=batch, dtype=dtype)
@@ -97,7 +101,8 @@ class _Task:
 
 def run(shape: KernelShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     """Time the kernel, or its reference, and the other ways, in turns."""
-    task = (_sinkhorn if shape.kernel == "sinkhorn" else _decode)(shape, bench.device)
+    tasks = {"sinkhorn": _sinkhorn, "summaries": _summaries}
+    task = tasks.get(shape.kernel, _decode)(shape, bench.device)
     timing = time_ways(task.ways, bench)
     ms = {name: latency.median for name, latency in timing.ms.items()}
     ours = task.ours
@@ -170,6 +175,50 @@ def _decode(shape: KernelShape, device: str) -> _Task:
     return _Task({**ways, **dense}, bytes_of, COPY_AIM)
 
 
+def _summaries(shape: KernelShape, device: str) -> _Task:
+    """The summaries of one layer without a fixation, against new means of all other tokens."""
+    _, kv_heads, dim = head_sizes(shape.model)
+    generator = torch.Generator(device).manual_seed(SEED)
+    options: Any = {"generator": generator, "device": device}
+    size = (shape.batch, kv_heads, shape.visual)
+    key, value = (
+        torch.randn(*size, dim, dtype=getattr(torch, shape.dtype), **options) for _ in range(2)
+    )
+    member = torch.randint(GROUPS, size, **options)
+    groups = torch.arange(GROUPS + 1, device=device)[:, None]
+
+    def sums(member: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        share = (member[:, :, None] == groups[:-1]).to(key.dtype)
+        return (share @ key).float(), (share @ value).float(), share.float().sum(3)
+
+    kept = math.ceil(shape.keep * shape.visual - 1e-9)
+    scores = torch.rand(shape.batch, shape.visual, **options)
+    index = scores.topk(kept, dim=1).indices
+
+    def means_of_the_others() -> tuple[torch.Tensor, ...]:
+        others = member.scatter(2, index[:, None].expand(-1, kv_heads, -1), GROUPS)
+        keys, values, sizes = sums(others)
+        count = sizes.clamp(min=1)[..., None]
+        return (keys / count).to(key.dtype), (values / count).to(key.dtype), sizes.log()
+
+    given = key, value, index.int(), index, None, member, sums(member)
+    ways: dict[str, Callable[[], Any]] = {}
+    if use_triton("summaries", key.device, attention.why_unsupported(key[:, :, :1], key, value)):
+        ways["triton"] = partial(groups_of.summaries, *given)
+    ways["torch"] = partial(groups_of.summaries_reference, *given)
+    ways["from_all"] = means_of_the_others
+    moved = groups_of.bytes_moved(
+        batch=shape.batch,
+        kv_heads=kv_heads,
+        dim=dim,
+        itemsize=key.element_size(),
+        kept=kept,
+        groups=GROUPS,
+    )
+    whole = shape.batch * kv_heads * shape.visual * (2 * dim * key.element_size() + 8)
+    return _Task(ways, dict.fromkeys(ways, moved) | {"from_all": whole}, COPY_AIM)
+
+
 def _sinkhorn(shape: KernelShape, device: str) -> _Task:
     """The transport of a batch of pages, against POT from page to page."""
     kept = max(1, int(shape.visual * shape.keep))
@@ -217,7 +266,8 @@ def table(rows: Sequence[Row]) -> str:
         shape = row["shape"]
         if row["part"] == "sinkhorn":
             return f"{shape['visual']} tokens a page, {shape['keep']:.2%} kept"
-        listed = "" if row["part"] == "focal_decode" else f", {shape['keep']:.0%} read"
+        verb = {"sparse_decode": "read", "summaries": "left out"}.get(row["part"])
+        listed = f", {shape['keep']:.0%} {verb}" if verb else ""
         return f"{shape['model']}, {shape['dtype']}, {shape['visual']:,} visual tokens{listed}"
 
     def ours(row: Row) -> str:
@@ -246,10 +296,11 @@ def table(rows: Sequence[Row]) -> str:
         },
         "One call of each kernel, of one layer where it is attention; `torch` is the plain torch "
         "that stands in for the kernel where no GPU is. `sdpa` and `matmul` attend to the whole "
-        "cache; `pot` goes from page to page. The byte bound is the time in which the bytes that a "
-        "call cannot do without would be copied; `sinkhorn` is bounded by its exponentials long "
-        "before. Aims, on a GPU: `sparse_decode` 60% of the byte bound at batch 32, `sinkhorn` 10x "
-        "POT's torch backend.",
+        "cache; `from_all` sums up all other tokens again; `pot` goes from page to page. The byte "
+        "bound is the time in which the bytes that a call cannot do without would be copied; "
+        "`sinkhorn` adds up its scores 200 times, and is bounded by that long before. Aims, on a "
+        "GPU: `sparse_decode` 60% of the byte bound at batch 32, `sinkhorn` 10x POT's torch "
+        "backend.",
     )
 
 

@@ -66,9 +66,9 @@ class Bench:
         return CLOCKS[self.clock]
 
 
-def time_ways(ways: Ways, bench: Bench) -> Timing:
-    """Time ways in turns, as CUDA graphs where all of them can be captured."""
-    captured = _captured(ways) if bench.cuda else None
+def time_ways(ways: Ways, bench: Bench, eager: bool = False) -> Timing:
+    """Time ways in turns, as CUDA graphs where all of them can be captured, unless ``eager``."""
+    captured = _captured(ways) if bench.cuda and not eager else None
     warmup = min(3, 1 + bench.repeats // 4)
     ms = taking_turns(
         captured or ways, bench.device, repeats=bench.repeats, warmup=warmup, clock=bench.now

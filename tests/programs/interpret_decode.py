@@ -26,8 +26,12 @@ def main(file: str) -> None:
     outputs = {}
     for splits in ("one", "many"):
         if splits == "many":
-            kernels.PROGRAMS, kernels.LEAST_TILES = 1000, 1
-            kernels.TILE_BYTES, kernels.SCORES = 1, 32
+            tiles = (kernels.Tile(16, 4, 3, 1),)
+            kernels.TILES = dict.fromkeys(kernels.TILES, tiles)
+            kernels.MERGE, kernels.SCORES = 0, 32
+            kernels._multiprocessors = lambda device: 1000
+            kernels._launch.cache_clear()
+            kernels._tile_and_splits.cache_clear()
         for dtype, number in decode.INTERPRETED:
             case, name = decode.draw(decode.SMALL[number], dtype), f"{splits} {dtype} {number}"
             hidden = decode.hidden(case, decode.listed(case))

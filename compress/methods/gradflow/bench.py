@@ -60,12 +60,16 @@ class UNetShape:
     keep_macs : of the slim model; the legal widths of "ddpm-cifar10" have few shares.
     batch : images.
     dtype : of weights and images.
+    layout : of both in memory; None is torch's own, contiguous.
+    compiled : mode of torch.compile, for both models; None runs them eagerly.
     """
 
     model: Literal["ddpm-cifar10", "ddpm-digits", "sd15"] = "ddpm-cifar10"
     keep_macs: Annotated[float, Field(gt=0, lt=1)] = 0.57
     batch: Batch = 1
     dtype: Dtype = "float32"
+    layout: Literal["channels_last"] | None = None
+    compiled: Literal["default", "max-autotune-no-cudagraphs"] | None = None
 
 
 def default_shapes(device: str) -> list[UNetShape]:
@@ -75,8 +79,14 @@ def default_shapes(device: str) -> list[UNetShape]:
             *({"batch": n, "dtype": d} for n in (1, 16, 64) for d in ("float32", "bfloat16")),
             *({"model": "sd15", "batch": n, "dtype": "bfloat16"} for n in (1, 16)),
         ]
+        # as those who want speed run them
+        fast = {"layout": "channels_last", "compiled": "default"}
+        sizes += [size | fast for size in sizes if size["dtype"] == "bfloat16"]
         return [UNetShape(**size) for size in sizes]
-    return [UNetShape(batch=1), UNetShape(batch=16), UNetShape(model="sd15")]
+    return [
+        *(UNetShape(batch=n, layout=layout) for n in (1, 16) for layout in (None, "channels_last")),
+        UNetShape(model="sd15"),
+    ]
 
 
 def slim_builder(dense: UNet, keep_macs: float) -> Callable[[], UNet]:
@@ -103,8 +113,12 @@ def run(shape: UNetShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     models = {"dense": built(DENSE[shape.model], dtype, device)}
     models["slim"] = built(slim_builder(models["dense"], shape.keep_macs), dtype, device)
     inputs = random_inputs(models["dense"], shape.batch, dtype, device)
+    if shape.layout:
+        for model in models.values():
+            model.to(memory_format=torch.channels_last)
+        inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
     costs = {name: cost(model, inputs) for name, model in models.items()}
-    ways = {name: lambda m=model: m(**inputs) for name, model in models.items()}
+    ways = {name: _step(model, inputs, shape.compiled) for name, model in models.items()}
     timing = time_ways(ways, bench)
     macs = costs["dense"].macs / costs["slim"].macs
     speedup = timing.ms["dense"].median / timing.ms["slim"].median
@@ -125,6 +139,11 @@ def run(shape: UNetShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     yield make_row("gradflow", "unet", asdict(shape), timing.ms, bench, facts)
 
 
+def _step(unet: UNet, inputs: dict[str, Any], compiled: str | None) -> Callable[[], Any]:
+    call = torch.compile(unet, mode=compiled) if compiled else unet
+    return lambda: call(**inputs)
+
+
 def warning(speedup: float, macs: float) -> str | None:
     """A warning where time does not fall with the MACs, otherwise None."""
     if speedup / macs >= AIM:
@@ -141,11 +160,18 @@ def warning(speedup: float, macs: float) -> str | None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown, with what was timed beneath."""
+
+    def unet(row: Row) -> str:
+        shape = row["shape"]
+        compiled = "compiled" if shape.get("compiled") else None
+        parts = shape["model"], shape["dtype"], shape.get("layout"), compiled
+        return ", ".join(part for part in parts if part)
+
     return with_note(
         rows,
         {
             "device": where,
-            "UNet": lambda row: f"{row['shape']['model']}, {row['shape']['dtype']}",
+            "UNet": unet,
             "batch": lambda row: str(row["shape"]["batch"]),
             "dense": times("dense"),
             "slim": times("slim"),
