@@ -219,11 +219,12 @@ class DecodeState:
         Rows of the prompt, their mask, the range of the answer and its mask; and the number of
         visual tokens among them. The same for many layers.
         """
-        if self._last and self._last[0] is fixation and self._last[1:3] == (id(mask), stored):
-            return self._last[4]
+        last = self._last
+        if last and last[0] is fixation and last[1] is mask and last[2] == stored:
+            return last[3]
         rows = self.tokens.listed.gather(1, fixation.index)
         read = self._listed(rows, fixation.valid, stored, mask), fixation.size()
-        self._last = fixation, id(mask), stored, mask, read  # held, so that its id stays its own
+        self._last = fixation, mask, stored, read
         return read
 
     def _listed(
