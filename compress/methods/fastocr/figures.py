@@ -151,7 +151,7 @@ def recall_plot(calibration: Mapping[str, Any]) -> Plot:
     figure.colorbar(shown, ax=left, fraction=0.046)
     curve = calibration["curve"]
     right.plot(range(1, len(curve) + 1), curve, "o-", color=DENSE)
-    count = len(calibration["focal_layers"])
+    count = min(len(calibration["focal_layers"]), len(curve))
     right.plot([count], [curve[count - 1]], "o", color=COMPRESSED, markersize=10)
     right.set(
         title=f"Recall of top-{calibration['keep_visual']:.0%} by focal layers",
