@@ -45,11 +45,11 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
         for labels, sets in block
     ]
 
-    within, against = declared.get("best_within", ()), declared.get("against")
+    within, against = declared.get("best_within", ()), declared.get("against", {})
 
     def measured(rows: Sequence[Row]) -> list[Row]:
         found = _lines(lines, jobs, rows)
-        if against is not None:
+        if against:
             _compare(found, against, within)
         found += [_reported(line) for line in declared.get("reported", ())]
         # those that are compared beneath each other
@@ -59,7 +59,7 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
     def body(rows: Sequence[Row]) -> str:
         columns = (*QUALITY, *SHARES, *TIMES) if declared.get("costs") else QUALITY
         labels, found = list(declared["blocks"][0]), measured(rows)
-        parts = [_shown(found, [*labels, "seeds"], columns, within, bold=against is None)]
+        parts = [_shown(found, [*labels, "seeds"], columns, within, bold=not against)]
         if compared := [line for line in found if "differences" in line]:
             parts.append(_differences(compared, labels, against))
         return "\n\n".join([*parts, _note(declared, rows, len(jobs))])
