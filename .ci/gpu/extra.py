@@ -635,10 +635,10 @@ def touch():
             for extra in (None, beside):
                 sparse_decode(query, key, value, rows, mask, dense, ranged, 0.1, extra)
             focal_decode(query, key, value, None, 0.1)
-    for rows, columns in ((67, 31), (1000, 156)):  # in one tile, and in several
-        scores = torch.rand(3, rows, columns, device=DEVICE)
-        sizes = torch.tensor([[rows, 5, 40], [columns, 31, 7]], device=DEVICE)
-        sinkhorn(scores, *sizes, 0.2, 5)
+    for most, fewest in ((67, 31), (1000, 156)):  # in one tile, and in several
+        scores = torch.rand(3, most, fewest, device=DEVICE)
+        used = torch.tensor([[most, 5, 40], [fewest, 31, 7]], device=DEVICE)
+        sinkhorn(scores, used[0], used[1], 0.2, 5)
     torch.cuda.synchronize()
     print("every kernel ran")
 
