@@ -1,0 +1,26 @@
+"""Interpret the kernel that opens groups, and attention to them: ``interpret_choice.py FILE``."""
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+
+from builders import choice as cases
+from compress.kernels import choice, sparse_decode
+
+
+def main(file: str) -> None:
+    outputs = {}
+    for number, shape in enumerate(cases.SMALL):
+        for dtype in (torch.float32, torch.float16):
+            given, cache = cases.draw(shape, dtype)
+            name = f"{dtype} {number}"
+            rows, bias = choice.choose_rows(**given)
+            outputs |= {f"{name} rows": rows, f"{name} bias": bias}
+            sparse = cases.attend(given, cache, (rows, bias), sparse_decode.sparse_decode)
+            outputs[f"{name} attended"] = sparse
+    save_file(outputs, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
