@@ -35,7 +35,7 @@ LARGE = [
 def draw(shape, dtype):
     """Arguments of ``choose_rows`` by name, and a cache whose first rows are the visual tokens.
 
-    Some groups are empty, and some have the same mean.
+    Some groups are empty, and some have the same score.
     """
     generator = torch.Generator().manual_seed(0)
     batch = len(shape.budgets)
@@ -48,7 +48,7 @@ def draw(shape, dtype):
     member[member == 2] = 0
     sizes = torch.nn.functional.one_hot(member, shape.groups).sum(2)
     keys = normal(*own, shape.groups, shape.dim)
-    keys[:, :, 4::7] = keys[:, :, 3:4] if shape.groups > 4 else keys[:, :, :0]
+    keys[:, :, 4::7] = 0
     rows = torch.argsort(torch.rand(batch, 1, shape.visual, generator=generator), dim=2)
     order = rows.expand_as(member).gather(2, member.argsort(dim=2, stable=True))
     cache = *own, shape.visual + TEXT, shape.dim

@@ -1,7 +1,6 @@
 """A decode step over many visual tokens: its attention alone, and the text model end to end."""
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
 from compress.common.settings import Batch, Count
 from compress.eval.tables import Cell, markdown
+from compress.methods.fastocr.choosing import SummaryPolicy, group_count
 from compress.methods.fastocr.fixation import budget
 from compress.methods.fastocr.hooks import attached
 from compress.methods.fastocr.policy import FocalPolicy
@@ -57,7 +57,8 @@ class DecodeShape:
     batch : sequences.
     layers : that are built and timed, for machines that cannot hold all; None is all. End to end,
         the time of the layers is scaled to all, and that of the head is not.
-    keep_visual : fraction of the visual tokens in the fixation.
+    keep_visual : fraction of the visual tokens in the fixation, or that summaries open.
+    choose : as the method has it; of summaries there are the square root of the visual tokens.
     dtype : of weights and cache.
     without : a dense way that is left out, for machines that cannot hold what it needs: SDPA for
         grouped heads copies keys and values for every query head on a CPU. None times all.
@@ -70,6 +71,7 @@ class DecodeShape:
     batch: Batch = 1
     layers: Count | None = None
     keep_visual: Annotated[float, Field(gt=0, le=1)] = 0.05
+    choose: Literal["focal", "summaries"] = "focal"
     dtype: Dtype = "float32"
     without: Literal["sdpa"] | None = None
 
@@ -98,6 +100,8 @@ class DecodeShape:
     def cached_bytes(self, sparse: bool) -> int:
         """Bytes of keys and values that a step must read, of the layers that are timed."""
         kept = budget(self.keep_visual, self.visual)
+        if sparse and self.choose == "summaries":
+            return self.bytes_of(0, kept + group_count("auto", self.visual))
         return self.bytes_of(len(self.focal) if sparse else self.built_layers, kept)
 
     def bytes_of(self, dense: int, kept: int) -> int:
@@ -133,6 +137,11 @@ def default_shapes(device: str) -> list[DecodeShape]:
     small: Any = {"part": "end_to_end", "model": "qwen2.5-vl-3b", "layers": 7, "dtype": "bfloat16"}
     return [
         *(DecodeShape(visual=visual) for visual in (2048, 8192, 32768)),
+        *(
+            DecodeShape(model=model, visual=visual, choose="summaries")
+            for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
+            for visual in (4096, 16384)
+        ),
         *(DecodeShape(visual=n, **small) for n in (256, 1024, 4096, 16384)),
     ]
 
@@ -161,7 +170,9 @@ def _caches(shape: DecodeShape, device: str, room: int) -> list[tuple[torch.Tens
     ]
 
 
-def _policy(shape: DecodeShape, tokens: VisualTokens, layers: int) -> FocalPolicy:
+def _policy(shape: DecodeShape, tokens: VisualTokens, layers: int) -> FocalPolicy | SummaryPolicy:
+    if shape.choose == "summaries":
+        return SummaryPolicy(tokens, keep=shape.keep_visual)
     return FocalPolicy(tokens, layers, keep=shape.keep_visual, focal=shape.focal)
 
 
@@ -466,6 +477,7 @@ def table(rows: Sequence[Row]) -> str:
     common: dict[str, Cell] = {
         "device": where,
         "sizes of": lambda row: f"{row['shape']['model']}, {row['shape']['dtype']}",
+        "choose": lambda row: row["shape"].get("choose", "focal"),
         "batch": lambda row: str(row["shape"]["batch"]),
         "visual tokens": lambda row: f"{row['shape']['visual']:,}",
     }
@@ -491,9 +503,9 @@ def table(rows: Sequence[Row]) -> str:
                     "costliest operators": profile,
                 },
                 "Attention of one decode step through these layers, 5% of the visual tokens read, "
-                "256 tokens of text, a seventh of the layers focal, the method's own work "
-                "included. The speed-up is over the faster dense way; the byte bound is the ratio "
-                "of the cached bytes that must be read.",
+                "256 tokens of text, a seventh of the layers focal, or none where summaries "
+                "choose, the method's own work included. The speed-up is over the faster dense "
+                "way; the byte bound is the ratio of the cached bytes that must be read.",
             )
         )
     if whole:
@@ -535,7 +547,7 @@ def _bytes_table() -> str:
                 "focal, as published": (focal, kept),
                 "focal, three layers dense": (focal + 3, kept),
                 "focal, 64 summaries": (focal, kept + 64),
-                "summaries that choose": (0, kept + round(math.sqrt(visual))),
+                "summaries that choose": (0, kept + group_count("auto", visual)),
             }.items():
                 read = shape.bytes_of(full, others)
                 line[policy] = f"{_mib(read)}, {dense / read:.1f}x fewer"

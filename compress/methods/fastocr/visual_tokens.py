@@ -79,8 +79,11 @@ class VisualTokens:
         size = np.array(counts)[:, None]
         valid = np.arange(rows.shape[1]) < size
         text_valid = np.arange(text.shape[1]) < length - size
-        moved = _moved([rows, valid, rows.astype(np.int32), text, text_valid], device)
-        return cls(layouts, length, counts, *moved, min_visual)
+        parts = [rows, valid, rows.astype(np.int32), text, text_valid]
+        at, real, listed, others, real_others = _moved(parts, device)
+        return cls(
+            layouts, length, counts, at, real, listed, others, real_others, min_visual
+        )
 
 
 def _moved(parts: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
