@@ -115,3 +115,40 @@ def test_on_a_gpu_it_opens_the_best_groups(shape, dtype):
     _check(shape, dtype, *opened)
     cache = tuple(part.cuda() for part in cache)
     _check_attended(shape, dtype, cases.attend(given, cache, opened, sparse_decode.sparse_decode))
+
+
+@pytest.mark.gpu
+@TRITON
+def test_a_step_that_chooses_is_captured_without_waiting():
+    from compress.methods.fastocr.choosing import SummaryPolicy
+    from compress.methods.fastocr.state import Counts, DecodeState
+    from compress.methods.fastocr.visual_tokens import VisualTokens
+    from compress.models.visual import VisualLayout
+
+    visual, length = 500, 520
+    layouts = [
+        VisualLayout(torch.arange(count), torch.zeros(count, 3).long(), torch.zeros(count).long())
+        for count in (visual, visual - 100)
+    ]
+    tokens = VisualTokens.of(layouts, length, torch.device("cuda"))
+    state = DecodeState(tokens, SummaryPolicy(tokens, keep=0.1), Counts(2))
+    query = torch.randn(2, 8, 1, 64, device="cuda")
+    cache = torch.randn(2, 2, length + 8, 64, device="cuda")
+
+    def step():
+        state.start_step()
+        return torch.stack([state.attend(n, query, cache, cache, None, 0.1) for n in range(2)])
+
+    with torch.no_grad():
+        state.length = length + 7  # so that every step reads as many rows
+        expected = step()
+        state.length -= 1
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.graph(graph):
+                found = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph.replay()
+    torch.testing.assert_close(found, expected)
