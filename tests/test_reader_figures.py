@@ -245,6 +245,10 @@ def test_the_film_is_over_what_rtprune_left():
     assert torch.equal(layout.grid, left.grid[left.kept_indices])
     assert [s is None for s in seen] == [True, False, False, False]
     assert all(len(s) == -(-len(layout.grid) // 5) for s in seen[1:])
+    summaries = paper(choose="summaries", keep_visual=0.2, min_visual=0)
+    _, layout, seen = trace(summaries, model, inputs, 5)
+    least, size = -(-len(layout.grid) // 5), len(layout.grid)
+    assert len(seen) == 4 and all(least <= len(s) and s[-1] < size for s in seen)
     both, _ = figures_of(looking, model, processor, others=[pruning])
     alone, _ = figures_of(looking, model, processor)
     assert "the tokens that rtprune left of it; left the tokens" in both["strip"].caption
