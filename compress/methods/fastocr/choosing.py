@@ -124,13 +124,17 @@ class Index:
             member = kmeans(keys.float(), values.float(), tokens.valid, member, most)
         share = memberships(member, most, tokens.valid[:, None, :, None].float())
         sizes = share.sum(3)
-        means = [share @ part.float() / sizes.clamp(min=1)[..., None] for part in (keys, values)]
+        of_keys, of_values = (
+            (share @ part.float() / sizes.clamp(min=1)[..., None]).to(part.dtype)
+            for part in (keys, values)
+        )
         behind = member.masked_fill(~tokens.valid[:, None], most)
         order = (
             tokens.listed[:, None].expand_as(member).gather(2, behind.argsort(dim=2, stable=True))
         )
         return cls(
-            *(mean.to(keys.dtype) for mean in means),
+            of_keys,
+            of_values,
             sizes.int(),
             (sizes.cumsum(2) - sizes).int(),
             order,

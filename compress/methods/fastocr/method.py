@@ -157,8 +157,7 @@ class FastOCR(RuntimeMethod):
     def label(self) -> str:
         """The fixation, and the other knobs that are not the paper's, but not its size."""
         if self.choose == "summaries":
-            parts = [f"summaries {self.periphery}"]
-            return ", ".join([*parts, *(["runs"] if self.groups == "runs" else [])])
+            return f"summaries {self.periphery}" + ", runs" * (self.groups == "runs")
         parts: list[str] = [self.name if self.fixation == "dynamic" else self.fixation]
         if self.fixation == "dynamic" and self.dense_layers not in ("auto", "none"):
             parts.append(f"{', '.join(map(str, self.dense_layers))} dense")

@@ -295,6 +295,7 @@ def make_policy(
         return SummaryPolicy(
             tokens, keep=method.keep_visual, groups=method.periphery, grouping=method.groups
         )
+    periphery = 0 if method.periphery == "auto" else method.periphery
     focal, dense = listed(method.focal_layers), listed(method.dense_layers)
     size = partial(budget, method.keep_visual, least=method.min_fixation)
     if method.fixation == "dynamic":
@@ -311,12 +312,12 @@ def make_policy(
             dilate=method.dilate,
             min_mass=method.min_mass,
             reuse=method.reuse,
-            periphery=method.periphery,
+            periphery=periphery,
         )
     unlimited = {*(focal or range(default_count(layers))), *(dense or ())}
 
     def mean_size(count: int) -> int:
-        return same_mean_budget(size(count), count, layers, len(unlimited), method.periphery)
+        return same_mean_budget(size(count), count, layers, len(unlimited), periphery)
 
     budgets = tokens.budgets(size if method.fixation == "oracle" else mean_size)
     device = tokens.rows.device
@@ -330,4 +331,4 @@ def make_policy(
 
     kind = OraclePolicy if method.fixation == "oracle" else FixedPolicy
     open_steps = 1 if focal and dense is not None else method.warmup
-    return kind(choose, open_steps, method.periphery, method.head_reduce)
+    return kind(choose, open_steps, periphery, method.head_reduce)

@@ -85,8 +85,9 @@ def trace(
         if isinstance(policy, SummaryPolicy):
             policies.append(_RecordedSummaries(policy, layers))
             return policy
-        policies.append(_RecordedPolicy(policy, layers))
-        return policies[-1]
+        recorded = _RecordedPolicy(policy, layers)
+        policies.append(recorded)
+        return recorded
 
     with attached(model, make_recorded):
         whole = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
