@@ -81,9 +81,7 @@ class VisualTokens:
         text_valid = np.arange(text.shape[1]) < length - size
         parts = [rows, valid, rows.astype(np.int32), text, text_valid]
         at, real, listed, others, real_others = _moved(parts, device)
-        return cls(
-            layouts, length, counts, at, real, listed, others, real_others, min_visual
-        )
+        return cls(layouts, length, counts, at, real, listed, others, real_others, min_visual)
 
 
 def _moved(parts: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
