@@ -94,8 +94,8 @@ def memberships(member: torch.Tensor, groups: int, real: torch.Tensor) -> torch.
 
     torch's ``one_hot`` waits for the device to look whether there are more groups.
     """
-    inside = member[..., None] == torch.arange(groups, device=member.device)
-    return (inside * real).transpose(2, 3).float()
+    inside = member[:, :, None] == torch.arange(groups, device=member.device)[:, None]
+    return inside * real.transpose(2, 3).float()
 
 
 def spread(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
