@@ -15,7 +15,7 @@ from __future__ import annotations  # Triton may be missing, and tl.constexpr wi
 
 import torch
 
-from compress.kernels.backend import jit, tl
+from compress.kernels.backend import current_device_of, jit, tl
 from compress.kernels.sparse_decode import LOG2_E, block, packed
 
 TILE = 32  # groups whose scores are computed together
@@ -133,7 +133,7 @@ def choose_rows(
     kv_heads, groups = sizes.shape[1:]
     rows = order.new_empty(batch, kv_heads, width)
     scores, bias = (torch.empty_like(sizes, dtype=torch.float32) for _ in range(2))
-    with torch.cuda.device_of(query):
+    with current_device_of(query):
         _choice_kernel[(batch * kv_heads,)](
             query,
             *(part.contiguous() for part in (keys, sizes, first, order, budgets)),
