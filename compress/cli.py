@@ -458,7 +458,8 @@ def read(
 def _print_record(record: "Record", output: Path, as_json: bool) -> None:
     _say(f"{len(record.done)} texts in {output}")
     if record.failed:
-        _say(f"error: {len(record.failed)} pages could not be read; their rows say why")
+        pages = len(record.failed) + len(record.done)
+        _say(f"error: {len(record.failed)} of {pages} pages could not be read; their rows say why")
     if as_json:
         counts = {"folder": str(output), "read": len(record.done), "failed": record.failed}
         typer.echo(json.dumps(counts, indent=2))
@@ -546,7 +547,7 @@ def calibrate(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="A method, or kernels.")],
+    name: Annotated[str, typer.Argument(help="A method, kernels, or reading.")],
     shapes: Annotated[
         list[str] | None,
         typer.Option(
@@ -555,7 +556,9 @@ def bench(
             help="Sizes to time, such as visual=4096,batch=8; may be repeated.",
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls of each way.")] = 15,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Timed calls of each way.")
+    ] = None,
     clock: Annotated[
         str,
         typer.Option(help="wall, or cpu: CPU time of one thread, for a machine that is shared."),
@@ -568,14 +571,14 @@ def bench(
     as_json: Json = False,
     device: Device = None,
 ) -> None:
-    """Time a method, or the kernels, against the best dense way, in one run."""
+    """Time a method, the kernels, or whole folders of pages against the dense way, in one run."""
     _check_versions()
     _hide_library_output()
     from compress.bench.cells import describe
     from compress.bench.suite import bench as rows_of
-    from compress.methods.registry import benchmarks
+    from compress.runs.bench_reading import all_benchmarks
 
-    known = benchmarks()
+    known = all_benchmarks()
     if name not in known:
         raise ValueError(f"expected one of {', '.join(known)}; got {name!r}; choose one")
     rows, cells = [], []

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,21 +116,36 @@ def peak_memory(
     inputs : keyword arguments of the forward, on ``device`` already.
     device : of the model.
     """
-    device = torch.device(device)
     own = [*model.parameters(), *model.buffers()]
     own += [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, torch.Tensor)]
+    return peak_of(lambda: model(**inputs), own, device)
+
+
+@torch.no_grad()
+def peak_of(
+    work: Callable[[], Any], own: Sequence[torch.Tensor], device: str | torch.device
+) -> Memory:
+    """Peak memory of any work, as :func:`peak_memory` has it.
+
+    Parameters
+    ----------
+    work : run once.
+    own : what is there before: weights, buffers and inputs.
+    device : of the work.
+    """
+    device = torch.device(device)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        model(**inputs)
+        work()
         torch.cuda.synchronize(device)
         extra = torch.cuda.max_memory_allocated(device) - before
         how = "weights + inputs + rise of torch.cuda.max_memory_allocated over a forward"
     else:
         with _LiveTensors(set(storages)) as live:
-            model(**inputs)
+            work()
         extra = live.peak
         how = "weights + inputs + live tensors of a forward; scratch inside operators not counted"
     return Memory((sum(storages.values()) + extra) / 1e6, how)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Scored:
 Read = Callable[[Sequence[OcrPage]], Sequence[Prediction]]
 # of each batch: pages, and the seconds in which they were read
 Times = list[tuple[int, float]]
+# of each batch: pages, and the milliseconds of the parts of reading them
+Parts = list[tuple[int, Mapping[str, float]]]
 
 
 def predict(
@@ -125,6 +127,21 @@ def speed(times: Times, seed: int = 0) -> dict[str, Value]:
     how = "pages / seconds to open and read them"
     how += ", without the first batch" * (len(times) > 1)
     return {"pages_per_second": replace(ratio_of_sums(pages, seconds, how, seed), n=sum(pages))}
+
+
+def split(parts: Parts, seed: int = 0) -> dict[str, Value]:
+    """``encoder_ms`` and so on, a page, of the batches of one sitting; see :func:`speed`."""
+    timed = parts[1:] or parts
+    how = "milliseconds / pages of the main process" + ", without the first batch" * (
+        len(parts) > 1
+    )
+    pages = [count for count, _ in timed]
+    return {
+        f"{name}_ms": replace(
+            ratio_of_sums([spans[name] for _, spans in timed], pages, how, seed), n=sum(pages)
+        )
+        for name in (timed[0][1] if timed else ())
+    }
 
 
 def read_predictions(file: Path) -> list[Prediction]:

@@ -564,7 +564,7 @@ def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path, m
     to_files = (*asked, "--markdown", "--workers", 0, "--output", texts)
     written = run(*to_files)
     assert written.exit_code == 1 and not written.stdout
-    assert "4 texts in" in written.stderr and "1 pages could not be read" in written.stderr
+    assert "4 texts in" in written.stderr and "1 of 5 pages could not be read" in written.stderr
     files = sorted(texts.rglob("*.md"))
     assert [path.relative_to(texts).as_posix() for path in files] == [
         *("doc_page_1.md", "lines/0.md", "lines/1.md", "lines/3.md")

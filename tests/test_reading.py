@@ -13,13 +13,18 @@ import torch
 from PIL import Image
 
 from builders.programs import rank_of
+from compress.bench.reading_parts import PARTS
+from compress.bench.suite import bench
 from compress.common.events import drain
 from compress.data.page_files import OcrPage
 from compress.data.pages import LINE, PAGE, SQUARE_PAGE, page
 from compress.eval.settings import PageFiles, ReadSettings
+from compress.methods.registry import RUNTIME_METHODS
 from compress.models.builtin import train_reader_qwen
 from compress.parallel import distributed
 from compress.runs import reading
+from compress.runs.bench_reading import BENCHMARK
+from compress.tables.bench import lines
 
 COMMAND = (sys.executable, "-P", "-m", "compress.cli")
 KINDS = (LINE, LINE, PAGE, SQUARE_PAGE)
@@ -144,6 +149,21 @@ def test_a_job_survives_kills_and_goes_on_with_other_processes(reader, tmp_path,
     assert {p: p.read_bytes() for p in kept if "pages" in p.name} == {
         p: content for p, content in kept.items() if "pages" in p.name and content
     }
+
+
+def test_a_folder_is_timed_in_every_way_that_serves_the_model(reader, tmp_path):
+    results = tmp_path / "rows.jsonl"
+    shape = f"model={reader},pages=3,new_tokens=2,batch_tokens=400"
+    *_, row = bench(BENCHMARK, shapes=[shape], repeats=1, device="cpu", results=results)
+    methods = {name for way in row["ms"] for name in way.split(" + ")} - {"dense"}
+    assert methods - {"dense, in file order"} <= {*RUNTIME_METHODS} and len(row["ms"]) >= 3
+    assert [*row["ms"]] == [*row["parts"]] == [*row["memory_mb"]] == [*row["pages_per_second"]]
+    for way, spent in row["parts"].items():
+        assert [*spent] == [*PARTS] and min(spent.values()) > 0
+        assert 0.5 < sum(spent.values()) / row["ms"][way]["median"] < 1
+        assert row["memory_mb"][way] > 4
+    table = BENCHMARK.table(lines([row]))
+    assert table.count("\n| cpu") == len(row["ms"]) and "| dense, in file order |" in table
 
 
 def resident(pid):

@@ -26,6 +26,7 @@ class Benchmark:
     run : (shape, where, ceilings) to rows.
     table : rows without ceilings, each cell once, to Markdown with the note beneath.
     crossovers : rows to a JSON table, by device: from which size on the method is faster.
+    repeats : timed calls of each way where nobody says how many.
     """
 
     name: str
@@ -35,13 +36,14 @@ class Benchmark:
     run: Callable[..., Iterator[Row]]
     table: Callable[[Sequence[Row]], str]
     crossovers: Callable[[Sequence[Row]], dict[str, Any]] | None = None
+    repeats: int = 15
 
 
 def bench(
     benchmark: Benchmark,
     *,
     shapes: Sequence[str] = (),
-    repeats: int = 15,
+    repeats: int | None = None,
     clock: str = "wall",
     device: str | None = None,
     results: Path | None = None,
@@ -51,7 +53,7 @@ def bench(
 
     Parameters
     ----------
-    benchmark : of :func:`compress.methods.registry.benchmarks`.
+    benchmark : of :func:`compress.runs.bench_reading.all_benchmarks`.
     shapes : such as "visual=4096,batch=8"; none is the benchmark's own list for the device.
     repeats, clock : see :class:`compress.bench.timing.Bench`.
     device : CUDA where there is any when None.
@@ -76,7 +78,7 @@ def bench(
         )
     if crossover is not None:
         check_new_file(crossover)
-    where = Bench(choose_device(device), repeats, clock)
+    where = Bench(choose_device(device), repeats or benchmark.repeats, clock)
     sizes: list[Any] = [parse_shape(text, benchmark.shape) for text in shapes]
     sizes = sizes or list(benchmark.default_shapes(where.device))
     rows = read_rows(results) if results is not None else []

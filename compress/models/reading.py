@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import StoppingCriteriaList
 
 from compress.common.foreign import reason
+from compress.common.stages import stage
 from compress.data.page_files import OcrPage
 from compress.models.loops import LoopStopper
 from compress.models.visual import adapter_for, build_prompt, to_device, visual_layouts
@@ -84,7 +85,8 @@ def try_pages(
         :func:`read_pages`.
     pages : each opened here, and named by its error.
     """
-    places, inputs, errors = open_prompts(model, processor, pages, prompt)
+    with stage("preprocess"):
+        places, inputs, errors = open_prompts(model, processor, pages, prompt)
     readings_of = {place: Reading("", 0, 0, False, error) for place, error in errors.items()}
     if places:
         limits = max_new_tokens, loop_tokens, no_repeat_ngram
@@ -167,7 +169,8 @@ def _generate(
     loops = LoopStopper(len(layouts), length, loop_tokens) if loop_tokens else None
     if loops:
         settings["stopping_criteria"] = StoppingCriteriaList([loops])
-    new = model.generate(**inputs, **settings)[:, length:].cpu()
+    with stage("generate"):
+        new = model.generate(**inputs, **settings)[:, length:].cpu()
     stopped = [-1] * len(new) if loops is None else loops.stopped.tolist()
     answers = [row if end < 0 else row[:end] for row, end in zip(new, stopped, strict=True)]
     texts = processor.batch_decode(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.bench.reading_parts import PARTS
 from compress.common.extras import MissingExtraError
 from compress.common.files import image_png
 from compress.data.ocr_pages import OcrData, OcrPage
@@ -63,7 +64,9 @@ def write_reader_report(
         metrics,
         f"{' + '.join(method.label() for method in compressed.methods)} on {facts['model']}",
         [f"data {facts['data']}", f"{facts['pages']} pages"],
-        lead=_lead(metrics["comparison"][1], metrics["accuracy"]),
+        lead=" ".join(
+            [*_speed(metrics["metrics"]), _lead(metrics["comparison"][1], metrics["accuracy"])]
+        ),
         sections=[_comparison(metrics["comparison"], metrics["accuracy"]), *drawn(of_methods)],
         pages=chosen_pages(data, read),
     )
@@ -101,6 +104,22 @@ def _lead(row: Mapping[str, Any], accuracy: str) -> str:
     return (
         f"Keeps {_percent(kept['value'])} of the dense model’s accuracy ({accuracy}){with_tokens}."
     )
+
+
+def _speed(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many pages a second, and where the time goes; nothing where it was not measured."""
+    if "pages_per_second" not in metrics:
+        return []
+
+    def value(name: str, side: str) -> float:
+        return float(metrics[name][side]["value"])
+
+    rates = [value("pages_per_second", side) for side in ("compressed", "dense")]
+    times = {part: value(f"{part}_ms", "compressed") for part in PARTS if f"{part}_ms" in metrics}
+    whole = sum(times.values())
+    shares = ", ".join(f"{name} {spent / whole:.0%}" for name, spent in times.items() if whole)
+    where = f"; of {whole:,.0f} ms a page, {shares}" if shares else ""
+    return [f"Reads {rates[0]:.3g} pages a second, the dense model {rates[1]:.3g}{where}."]
 
 
 def _comparison(rows: Sequence[Mapping[str, Any]], accuracy: str) -> Table:

@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from compress.bench.reading_parts import in_parts, marked_parts
+from compress.bench.timing import Bench, Marks
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model
 from compress.common.environment import choose_device, created, versions_of
@@ -25,6 +27,7 @@ from compress.data.ocr_pages import OcrData, OcrPage, load_pages
 from compress.eval import ocr
 from compress.eval.metrics import metric
 from compress.eval.settings import OcrEvaluation, ReadSettings
+from compress.eval.values import Value
 from compress.methods.base import Event, RuntimeMethod
 from compress.models.locate import ModelFolder, locate
 from compress.models.reading import try_pages
@@ -126,12 +129,13 @@ def _evaluate(
         return distributed.from_main(lambda: read_json(output / "metrics.json"))
     network, processor, methods = open_reader(at, settings, where)
     applied = Applied(network, methods) if methods else None
-    read = page_reader(network, processor, settings, applied)
+    times: ocr.Times = []
+    parts: ocr.Parts = []
+    read = page_reader(network, processor, settings, applied, parts)
     claimed = claim(output, "evaluation", resume=resume, overwrite=overwrite)
     with claimed if main else contextlib.nullcontext():
         text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
         distributed.from_main(lambda: write_text(output / SETTINGS, text))
-        times: ocr.Times = []
         for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS, times):
             yield Event("read", count, len(pages.pages))
         run = {
@@ -143,7 +147,8 @@ def _evaluate(
         }
 
         def scored() -> dict[str, Any]:
-            metrics = {**_score(pages, output, settings, methods, times), "run": run}
+            speed = ocr.speed(times) | ocr.split(parts)
+            metrics = {**_score(pages, output, settings, methods, speed), "run": run}
             write_json(output / "metrics.json", metrics)
             write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
             return metrics
@@ -154,7 +159,11 @@ def _evaluate(
 
 
 def page_reader(
-    model: Any, processor: Any, settings: ReadSettings, applied: Applied | None = None
+    model: Any,
+    processor: Any,
+    settings: ReadSettings,
+    applied: Applied | None,
+    parts: ocr.Parts,
 ) -> ocr.Read:
     """What :func:`compress.eval.ocr.predict` reads with.
 
@@ -163,12 +172,17 @@ def page_reader(
     model, processor : as in :func:`compress.models.reading.try_pages`.
     settings : prompt and longest text.
     applied : the methods on the model, whose counts each batch's first prediction carries.
+    parts : gets the pages of every batch, and where its time went.
     """
+    bench = Bench(str(model.device), 1)
 
     def read(pages: Sequence[OcrPage]) -> list[ocr.Prediction]:
         if applied is not None:
             applied.reset()
-        readings = try_pages(model, processor, pages, **settings.generation)
+        marks = Marks(bench)
+        with marked_parts(model, marks):
+            readings = try_pages(model, processor, pages, **settings.generation)
+        parts.append((len(pages), in_parts(marks.milliseconds())))
         none = all(reading.error for reading in readings)
         facts = None if applied is None or none else applied.facts()
         for reading in readings:
@@ -187,13 +201,13 @@ def _score(
     output: Path,
     settings: OcrEvaluation,
     methods: Sequence[RuntimeMethod],
-    times: ocr.Times,
+    speed: Mapping[str, Value],
 ) -> dict[str, Any]:
     """The metrics, the methods, and what they counted."""
     read = ocr.read_predictions(output / PREDICTIONS)
     counts = counted(methods, read)
     metrics = ocr.score(data, read, strict=settings.strict).metrics
-    metrics |= counted_metrics(methods, counts, len(data.pages)) | ocr.speed(times)
+    metrics |= counted_metrics(methods, counts, len(data.pages)) | speed
     return {
         "metrics": {
             name: asdict(value) | {"better": metric(name).better}

@@ -78,7 +78,7 @@ class ReaderRun:
         self.data = replace(self.data, pages=tuple(as_known(self.at)(self.data.pages)))
         self.model, self.processor, _ = open_reader(self.at, settings, device)
         self.variants = variants(recipe)
-        self.times: dict[str, ocr.Times] = {}
+        self.speeds: dict[str, dict[str, Value]] = {}
 
     def prepare(self, *, resume: bool) -> Iterator[Event]:
         """Check that pages are read on with the same model, and that each method serves it."""
@@ -108,9 +108,10 @@ class ReaderRun:
         distributed.from_main(lambda: (self.folder / "predictions").mkdir(exist_ok=True))
         for variant in self.variants:
             applied = Applied(self.model, variant.methods) if variant.methods else None
-            read = page_reader(self.model, self.processor, settings, applied)
+            times: ocr.Times = []
+            parts: ocr.Parts = []
+            read = page_reader(self.model, self.processor, settings, applied, parts)
             try:
-                times = self.times[variant.name] = []
                 for count in ocr.predict(
                     self.data, read, settings.batch, self.folder / variant.file, times
                 ):
@@ -118,6 +119,8 @@ class ReaderRun:
             finally:
                 if applied is not None:
                     applied.remove()
+            seed = self.recipe.seed
+            self.speeds[variant.name] = ocr.speed(times, seed) | ocr.split(parts, seed)
         facts = {"calibration": self.calibration, "run": self._facts()}
         return distributed.from_main(lambda: self._measured() | facts)
 
@@ -239,8 +242,8 @@ class ReaderRun:
         }
 
     def _with_speed(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with their pages per second, where all were read in this sitting."""
-        speeds = [ocr.speed(self.times[row["variant"]], self.recipe.seed) for row in rows]
+        """Rows with their pages per second and its parts, where all were read in this sitting."""
+        speeds = [self.speeds[row["variant"]] for row in rows]
         return [
             row | {"metrics": row["metrics"] | {n: asdict(v) for n, v in speed.items()}}
             for row, speed in zip(rows, speeds if all(speeds) else [{}] * len(rows), strict=True)

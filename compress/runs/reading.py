@@ -366,7 +366,7 @@ def _read_share(
             )
             for row in rows:
                 if row["error"]:
-                    logger.warning("%s", row["error"])
+                    logger.warning("not read: %s", row["error"])
                 elif files.markdown:
                     _write_markdown(output, root, row)
             count += len(rows)

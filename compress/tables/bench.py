@@ -8,7 +8,7 @@ from compress.bench.cells import describe
 from compress.bench.rows import newest
 from compress.bench.suite import Benchmark, bench
 from compress.eval.tables import Row
-from compress.methods.registry import benchmarks
+from compress.runs.bench_reading import all_benchmarks
 from compress.tables.table import Job, Run, Table, has
 
 CEILINGS = ("copy", "matrix")
@@ -24,7 +24,7 @@ def tables(results: Path) -> list[Table]:
             [Job(f"compress bench {name}", has(bench=name), partial(_measure, benchmark))],
             lines,
         )
-        for name, benchmark in benchmarks().items()
+        for name, benchmark in all_benchmarks().items()
     ]
 
 
