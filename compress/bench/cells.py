@@ -69,8 +69,8 @@ def _results(row: Row) -> str:
         results.append(f"overhead {row['overhead']:.1%}")
     for name, rate in row.get("tokens_per_second", {}).items():
         results.append(f"{name} {rate:.3g} tokens/s")
-    for name, rate in row.get("pages_per_second", {}).items():
-        results.append(f"{name} {rate:.3g} pages/s")
+    if "pages_per_second" in row:
+        results.append(f"{row['pages_per_second']:.3g} pages/s, {row['memory_mb']:,.0f} MB")
     for name, share in row.get("share_of_copy", {}).items():
         results.append(f"{name} {row['gb_per_s'][name]:.1f} GB/s, {share:.0%} of copying")
     if "share_of_rate" in row:

@@ -110,7 +110,9 @@ def rendered_page(
     def drawn() -> Page:
         return page(0, index, difficulty, split)
 
-    return OcrPage(name, lambda: drawn().image, drawn().text, unseen_font)
+    return OcrPage(
+        name, lambda: drawn().image, drawn().text, unseen_font, size=lambda: difficulty.size
+    )
 
 
 def _bench_image(bench: olmocr_bench.Bench, place: olmocr_bench.PageId) -> Image.Image:
