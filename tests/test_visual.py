@@ -78,6 +78,13 @@ def test_layout_covers_the_image_tokens(family):
         assert {cell[0] for cell in places_on_page} >= {0}
 
 
+def test_tokens_are_counted_from_the_size_of_a_page_alone(family):
+    _, model, processor = family
+    for page in (*PAGES, vlm.page(900, 300, 2), vlm.page(150, 420, 3)):
+        layout = visual_layouts(model, build_prompt(model, processor, [page], TEXTS[:1]))[0]
+        assert adapter_for(model.config).tokens(processor, *page.size) == len(layout.positions)
+
+
 def test_prompt_is_padded_on_the_left_and_ends_in_the_text(family):
     _, model, processor = family
     inputs = build_prompt(model, processor, PAGES, TEXTS)
