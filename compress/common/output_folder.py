@@ -405,8 +405,9 @@ def recorded_folder(
                 "--overwrite, or choose another folder"
             )
         else:
-            then = begun.get("facts", {})
-            names = {MARKER, *written(then)}
+            with foreign(folder / MARKER, f"the facts of a {kind}", "choose another folder"):
+                then = dict(begun["facts"])
+                names = {MARKER, *written(then)}
             _check_known(folder, names, kind)
             changed = [key for key, fact in marker["facts"].items() if then.get(key) != fact]
             if resume and changed:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 RENDERED_SIZES = {kind.size for kind in (LINE, PAGE, SQUARE_PAGE, DOCUMENT)}
 WINDOW = 256  # pages of a process among which those of like size are put together
-RECORDS = "pages-*.jsonl"
+RECORDS = "pages-[0-9][0-9][0-9][0-9].jsonl"
 
 
 # ---- a reader, and batches of pages --------------------------------------------------------------
@@ -296,7 +296,7 @@ def read_to_folder(
     def written(then: Mapping[str, Any]) -> Iterator[str]:
         for path in output.glob(RECORDS):
             yield path.name
-            for row in rows_of(path) if then["markdown"] else ():
+            for row in rows_of(path) if then.get("markdown") else ():
                 yield text_file(row["page"], Path(then["root"])).as_posix()
 
     def begin() -> tuple[int, int]:
@@ -309,7 +309,7 @@ def read_to_folder(
     with distributed.explained():
         if main:
             check_apart(
-                output, {"model": at.folder} | {f"page {i}": s for i, s in enumerate(named)}
+                output, {"model": at.folder} | {f"source {i}": s for i, s in enumerate(named, 1)}
             )
             # what is wrong with the sources is said before the folder is touched
             total = _counted(sources, files, root)
@@ -419,7 +419,9 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):
                 with foreign(f"{path}, line {number}", "the row of a page", "remove the line"):
                     row = json.loads(line)
-                    yield {name: row[name] for name in ("page", "text", "error")} | row
+                    if not isinstance(row["page"], str) or not {"text", "error"} <= row.keys():
+                        raise ValueError("it lacks a page, a text or an error")
+                yield row
 
 
 def record_of(folder: Path) -> Record:
