@@ -20,21 +20,17 @@ def marked_parts(model: Any, marks: Marks) -> Iterator[None]:
     model : with its methods on it: what they do to the encoder's output counts as the encoder's.
     marks : get the spans.
     """
-    began: list[Any] = []  # the first forward of a call of generate is the prefill
+    # the first forward of a call of generate ends the prefill; pages may be encoded before it
+    began: list[Any] = []
 
     def watch(name: str) -> AbstractContextManager[None]:
         if name == "generate":
-            began.clear()
+            began[:] = [marks.now()]
         return marks.span(name)
 
-    def before(*_: Any) -> None:
-        if not began:
-            began.append(marks.now())
-
     def after(*_: Any) -> None:
-        if len(began) == 1:
-            marks.add("prefill", began[0])
-            began.append(None)
+        if began:
+            marks.add("prefill", began.pop())
 
     def encode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with marks.span("encoder"):
@@ -43,7 +39,6 @@ def marked_parts(model: Any, marks: Marks) -> Iterator[None]:
     with (
         replaced_method(model.model, "get_image_features", encode),
         watched(watch),
-        model.register_forward_pre_hook(before),
         model.register_forward_hook(after),
     ):
         yield
