@@ -32,12 +32,12 @@ def marked_parts(model: Any, marks: Marks) -> Iterator[None]:
         if began:
             marks.add("prefill", began.pop())
 
-    def encode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encode(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with marks.span("encoder"):
             return original(*args, **kwargs)
 
     with (
-        replaced_method(model.model, "get_image_features", encode),
+        replaced_method(model.model, "get_image_features", _encode),
         watched(watch),
         model.register_forward_hook(after),
     ):
