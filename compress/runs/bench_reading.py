@@ -86,7 +86,7 @@ def served(model: Any, processor: Any, shape: FolderShape) -> dict[str, tuple[Ru
             methods.append(method)
         except ValueError:  # it does not serve the model
             continue
-    ways = {method.name: (method,) for method in methods}
+    ways: dict[str, tuple[RuntimeMethod, ...]] = {method.name: (method,) for method in methods}
     for several in itertools.permutations(methods, 2):
         name = " + ".join(sorted(method.name for method in several))
         try:
@@ -106,9 +106,11 @@ def run(shape: FolderShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     pages = pages_of(shape)
     count = token_counter(model, processor)
     sorted_batches = list(by_tokens(pages, shape.batch_tokens, count))
+    methods: dict[str, tuple[RuntimeMethod, ...]] = {"dense": ()}
+    methods |= served(model, processor, shape)
     ways = {
-        name: partial(_read, model, processor, sorted_batches, settings, methods)
-        for name, methods in ({"dense": ()} | served(model, processor, shape)).items()
+        name: partial(_read, model, processor, sorted_batches, settings, chosen)
+        for name, chosen in methods.items()
     }
     in_order = list(in_batches(pages, FILE_ORDER))
     ways["dense, in file order"] = partial(_read, model, processor, in_order, settings, ())
