@@ -25,7 +25,7 @@ from compress.eval.latency import Latency, peak_of
 from compress.eval.settings import OcrEvaluation, ReadSettings
 from compress.eval.tables import Cell
 from compress.methods.base import RuntimeMethod
-from compress.methods.registry import RUNTIME_METHODS, benchmarks
+from compress.methods.registry import RUNTIME_METHODS, benchmarks, runtime_method
 from compress.models.locate import locate
 from compress.runs.reader import calibrate_on_pages, calibration_pages, with_calibration
 from compress.runs.reading import by_tokens, in_batches, open_reader, read_batch, token_counter
@@ -73,8 +73,8 @@ def pages_of(shape: FolderShape) -> list[OcrPage]:
 def served(model: Any, processor: Any, shape: FolderShape) -> dict[str, tuple[RuntimeMethod, ...]]:
     """Every method that serves the model, as it is by default, and those that stack, by name."""
     methods: list[RuntimeMethod] = []
-    for kind in RUNTIME_METHODS.values():
-        method = kind()
+    for name in RUNTIME_METHODS:
+        method = runtime_method({"name": name})
         try:
             if method.needs_calibration():
                 pages = calibration_pages("builtin:pages", CALIBRATION_PAGES)

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def _score(
     output: Path,
     settings: OcrEvaluation,
     methods: Sequence[RuntimeMethod],
-    speed: Mapping[str, Value],
+    speed: dict[str, Value],
 ) -> dict[str, Any]:
     """The metrics, the methods, and what they counted."""
     read = ocr.read_predictions(output / PREDICTIONS)
