@@ -491,14 +491,11 @@ class _Launch:
     merge_constants: dict[str, int]
 
     def __call__(
-        self,
-        given: tuple[torch.Tensor | None, ...],
-        scaling: float,
-        weights: torch.Tensor | None,
+        self, given: tuple[Any, ...], scaling: float, weights: torch.Tensor | None
     ) -> torch.Tensor:
         """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
         query, key, value, *lists = given
-        output = query.new_empty(self.output)
+        output: torch.Tensor = query.new_empty(self.output)
         own = [None if part is None else _last_dense(part) for part in lists[:3]]
         own += [part.contiguous() for part in lists[3:]] or [None] * 3
         buffer = None
@@ -547,7 +544,7 @@ def _launch(
     dense, focal, trains : the range, whether weights are returned, whether gradients are required.
     signatures : of query, key, value, rows, their mask, that of the range and the rows beside.
     """
-    parts = [None if part is None else _Signature(*part) for part in signatures]
+    parts: list[Any] = [None if part is None else _Signature(*part) for part in signatures]
     query, key, value, rows, rows_mask, dense_mask, *beside = parts
     _check(query, key, value, (rows_mask, dense_mask), trains)
     batch, heads, _, dim = query.shape

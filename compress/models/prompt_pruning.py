@@ -230,16 +230,16 @@ class PromptPruning(Generic[P]):
         choices = self.choose(Prompt(pages, where, embeds, attended & ~is_visual))
         if all(choice is None for choice in choices):
             return kwargs
-        stays, changed = attended.clone(), []
+        stays, places, values = attended.clone(), [], []
         for (row, positions), choice in zip(where, choices, strict=True):
             if choice is not None:
                 stays[row, positions] = False
                 stays[row, positions[choice.kept]] = True
                 if choice.changed is not None:
-                    tokens, values = choice.changed
-                    changed.append(((row, positions[tokens]), values))
-        if changed:
-            places, values = zip(*changed, strict=True)
+                    tokens, become = choice.changed
+                    places.append((row, positions[tokens]))
+                    values.append(become)
+        if values:
             embeds = embeds.clone()
             embeds.flatten(0, 1).index_copy_(0, flat_index(places, embeds), torch.cat(values))
         source = shortened(stays, attended, self.method)

@@ -70,29 +70,29 @@ class VisualTokens:
     ) -> Self:
         """Those of a prompt with these layouts and this length; see the class."""
         counts = [len(layout.positions) for layout in layouts]
-        rows = np.zeros((len(counts), max(counts)), np.int64)
-        text = np.zeros((len(counts), length - min(counts)), np.int32)
+        visual = np.zeros((len(counts), max(counts)), np.int64)
+        others = np.zeros((len(counts), length - min(counts)), np.int32)
         for row, layout in enumerate(layouts):
             positions = layout.positions.numpy()
-            rows[row, : len(positions)] = positions
-            text[row, : length - len(positions)] = np.delete(np.arange(length), positions)
+            visual[row, : len(positions)] = positions
+            others[row, : length - len(positions)] = np.delete(np.arange(length), positions)
         size = np.array(counts)[:, None]
-        valid = np.arange(rows.shape[1]) < size
-        text_valid = np.arange(text.shape[1]) < length - size
-        parts = [rows, valid, rows.astype(np.int32), text, text_valid]
-        at, real, listed, others, real_others = _moved(parts, device)
-        return cls(layouts, length, counts, at, real, listed, others, real_others, min_visual)
+        real = [np.arange(visual.shape[1]) < size, np.arange(others.shape[1]) < length - size]
+        rows, listed, text, valid, text_valid = _moved(
+            [visual, visual.astype(np.int32), others, *real], device
+        )
+        return cls(layouts, length, counts, rows, valid, listed, text, text_valid, min_visual)
 
 
 def _moved(parts: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Arrays as tensors on a device, by one copy, which is not waited for."""
-    order = sorted(range(len(parts)), key=lambda n: -parts[n].itemsize)  # so that each is aligned
-    packed = np.concatenate([parts[n].reshape(-1).view(np.uint8) for n in order])
+    """Arrays as tensors on a device, by one copy, which is not waited for.
+
+    The widest numbers come first, so that all are aligned.
+    """
+    packed = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
     memory = torch.from_numpy(packed).to(device, non_blocking=True)
-    moved, begin = {}, 0
-    for n in order:
-        part = parts[n]
-        dtype = torch.from_numpy(part).dtype
-        moved[n] = memory[begin : begin + part.nbytes].view(dtype).view(part.shape)
-        begin += part.nbytes
-    return [moved[n] for n in range(len(parts))]
+    pieces = memory.split([part.nbytes for part in parts])
+    return [
+        piece.view(torch.from_numpy(part).dtype).view(part.shape)
+        for piece, part in zip(pieces, parts, strict=True)
+    ]

@@ -309,7 +309,7 @@ def _merge(method: "RTPrune", group: _Group, plans: Mapping[int, _Plan]) -> None
     ]
     if not parts:
         return
-    rows, columns = ([len(part[which]) for part in parts] for which in (1, 2))
+    rows, columns = [len(kept) for _, kept, _ in parts], [len(pruned) for *_, pruned in parts]
     index = np.zeros((len(parts), max(rows) + max(columns)), np.int64)
     for at, (place, kept, pruned) in zip(index, parts, strict=True):
         at[: len(kept)] = kept
@@ -325,10 +325,10 @@ def _merge(method: "RTPrune", group: _Group, plans: Mapping[int, _Plan]) -> None
         moves = one_by_one(nearest_plan, scores, rows, columns)
     values = merge(stay, leave, moves, method.merge)
     masses, targets = moves.max(dim=1)
-    for at, (place, kept, pruned) in enumerate(parts):
+    for row, (place, kept, pruned) in enumerate(parts):
         plan = plans[group.numbers[place]]
-        plan.values = values[at, : len(kept)]
-        plan.merged = Merged(targets[at, : len(pruned)], masses[at, : len(pruned)])
+        plan.values = values[row, : len(kept)]
+        plan.merged = Merged(targets[row, : len(pruned)], masses[row, : len(pruned)])
 
 
 def _pruned(page: EncodedPage, plan: _Plan) -> tuple[PrunedPage, Choice | None]:
