@@ -129,7 +129,8 @@ class GradFlow(ChannelPruning):
     def _follow_schedule(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
             return value
-        knobs = cls.model_construct(**info.data)
+        # a value that was refused is not among the data
+        knobs = cls.model_construct(**{"update_every": 1} | info.data)
         return max(0.1, steepest_fall(knobs.updates, knobs.budget))
 
     @model_validator(mode="after")
