@@ -52,7 +52,7 @@ def current_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Let launches go to a tensor's GPU, where that is not the current one."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device_of(tensor)  # type: ignore[no-any-return]
+    return torch.cuda.device_of(tensor)
 
 
 _HERE = nullcontext()

@@ -548,7 +548,7 @@ def _launch(
     query, key, value, rows, rows_mask, dense_mask, *beside = parts
     _check(query, key, value, (rows_mask, dense_mask), trains)
     batch, heads, _, dim = query.shape
-    kv_heads, length, value_dim = *key.shape[1:3], value.shape[3]
+    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     start, stop = dense
     picked = 0
     if rows is not None:
@@ -743,7 +743,7 @@ def _head_strides(part: _Signature | None) -> tuple[int, int]:
     dense = part.strides[-1] == 1
     if len(outer) == 1:
         return (part.strides[0] if dense else picked), 0
-    return part.strides[:2] if dense else (outer[1] * picked, picked)
+    return (part.strides[0], part.strides[1]) if dense else (outer[1] * picked, picked)
 
 
 def sparse_decode_reference(

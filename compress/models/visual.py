@@ -197,7 +197,7 @@ def _runs(is_visual: torch.Tensor) -> list[int]:
     """Lengths of the runs of True in each row of ``(batch, length)``, through the batch."""
     padded = np.pad(is_visual.numpy(), ((0, 0), (1, 1))).astype(np.int8)
     edges = np.flatnonzero(np.diff(padded))
-    return (edges[1::2] - edges[::2]).tolist()  # type: ignore[no-any-return]
+    return (edges[1::2] - edges[::2]).tolist()
 
 
 # ---- layouts ---------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def transport_plans(
         by_pot = partial(_plan_by_pot, dustbin=dustbin, iterations=iterations)
         return one_by_one(by_pot, known, kept, pruned).to(scores.dtype)
     sizes = torch.tensor([kept, pruned], dtype=torch.int32).to(scores.device, non_blocking=True)
-    return solve(known, *sizes, dustbin, iterations).to(scores.dtype)
+    return solve(known, sizes[0], sizes[1], dustbin, iterations).to(scores.dtype)
 
 
 def one_by_one(
