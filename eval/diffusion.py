@@ -31,6 +31,7 @@ from compress.eval.sampling import sample, to_uint8
 from compress.eval.settings import SamplingSettings
 from compress.eval.values import Value, share_interval
 from compress.models.digits_features import load_digits_features
+from compress.models.pipelines import denoiser
 from compress.parallel import distributed
 
 # not the extractor: trained on the other half of the digits
@@ -200,7 +201,7 @@ def evaluate(
                 f"{name} must hold {settings}; got {tuple(images.shape[:2])} seeds and images; "
                 "draw them with these settings"
             )
-    cost = unet_cost(pipeline.unet)
+    cost = unet_cost(denoiser(pipeline)[1])
     values = {
         "params": Value(cost.params, "counted"),
         "macs": Value(cost.macs, "counted at batch 1, functional attention included"),
@@ -275,19 +276,24 @@ def digit_checks(samples: torch.Tensor, settings: SamplingSettings) -> dict[str,
 
     ``looks_like_digits`` is the share of images to which it gives p >= 0.9 for some class;
     ``class_share_min`` and ``class_share_max`` are the shares of the rarest and the most frequent
-    class, with the Wilson interval of that one class.
+    class, with the Wilson interval of that one class; ``class_accuracy``, where labels were asked
+    for, the share of images that it takes for a digit of their class.
     """
     images = samples.flatten(0, 1).float().mean(dim=1, keepdim=True) / 127.5 - 1
     classifier = load_digits_features(CLASSIFIER)
     with torch.no_grad():
         chances = torch.cat([classifier(part) for part in images.split(512)]).softmax(dim=1)
-    n = len(images)
-    counts = chances.argmax(dim=1).bincount(minlength=10)
+    n, found = len(images), chances.argmax(dim=1)
+    counts = found.bincount(minlength=10)
     hits = {
         "looks_like_digits": int((chances.amax(dim=1) >= CLASSIFIER_CONFIDENCE).sum()),
         "class_share_min": int(counts.min()),
         "class_share_max": int(counts.max()),
     }
+    if all(isinstance(label, int) for label in settings.conditions) and settings.conditions:
+        labels = settings.conditions
+        asked = [labels[i % len(labels)] for i in range(samples.shape[1])]
+        hits["class_accuracy"] = int((found == torch.tensor(asked).repeat(len(samples))).sum())
     rule = f"{CLASSIFIER} (p >= {CLASSIFIER_CONFIDENCE} counts as a digit)"
     how = f"{rule}, {settings}; Wilson interval"
     return {name: Value(k / n, how, n, share_interval(k, n)) for name, k in hits.items()}
@@ -337,14 +343,14 @@ def speed(
         result[name] = {
             "latency_ms": Value(
                 step.median,
-                f"one UNet forward at batch 1, {where}; median, p20 {step.p20:.2f}, "
+                f"one forward pass at batch 1, {where}; median, p20 {step.p20:.2f}, "
                 f"p80 {step.p80:.2f}, models in turns; order-statistic interval",
                 step.n,
                 None if step.low is None or step.high is None else (step.low, step.high),
             ),
             "images_per_second": Value(
                 per_second / block.median,
-                f"UNet forwards of {settings.steps} steps at batch {batch}, {where}; from the "
+                f"forward passes of {settings.steps} steps at batch {batch}, {where}; from the "
                 "median, models in turns",
                 block.n,
                 None

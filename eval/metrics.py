@@ -96,6 +96,7 @@ DIFFUSION = {
     "ssim_to_dense": Metric("SSIM to dense", "higher", "SSIM", form=".4f", group="quality"),
     "mse_to_dense": Metric("MSE to dense", "lower", "squared grey level"),
     "looks_like_digits": Metric("Looks like digits", "higher", "share", group="quality"),
+    "class_accuracy": Metric("Class accuracy", "higher", "share", group="quality"),
     "class_share_min": Metric("Rarest class", "higher", "share"),
     "class_share_max": Metric("Most frequent class", "lower", "share"),
     "latency_ms": Metric("Latency per step (ms)", "lower", "ms per denoising step", group="speed"),

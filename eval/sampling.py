@@ -13,7 +13,9 @@ from compress.models.pipelines import (
     PIXELS,
     autoencoder_of,
     check_pipeline,
+    classes_of,
     condition_of,
+    denoiser,
     fresh_scheduler,
     image_shape,
     kind_of,
@@ -73,10 +75,10 @@ def sample(
     sampler : ``ddim`` (eta 0: the noise decides the image) or ``ddpm``.
     seed : of the noise.
     batch : images per forward pass; memory grows with it, the noise does not depend on it.
-    device : where the UNet runs.
+    device : where the denoiser runs.
     first : index of the first sample; what is drawn for an index does not depend on it.
     conditions : prompts, or class labels; sample ``i`` has the ``i``-th of them, in turn.
-    guidance_scale : for prompts; the pipeline's own default when None.
+    guidance_scale : for prompts and a DiTPipeline's labels; the pipeline's own default when None.
 
     Returns
     -------
@@ -95,11 +97,12 @@ def sample(
     where, drawn = torch.device(device), []
     needed = condition_of(pipeline)
     if bool(conditions) != bool(needed):
-        classes = pipeline.unet.config.get("num_class_embeds")
+        classes = classes_of(denoiser(pipeline)[1].config)
         what = f"a {needed}" if needed else "nothing"
         raise ValueError(
-            f"{type(pipeline).__name__} takes {what} for each image (num_class_embeds of its UNet "
-            f"is {classes}); got {len(conditions)} conditions; give what it takes, in turn"
+            f"{type(pipeline).__name__} takes {what} for each image (num_class_embeds or "
+            f"num_embeds_ada_norm of its denoiser is {classes}); got {len(conditions)} conditions; "
+            "give what it takes, in turn"
         )
     for start in range(first, first + count, batch):
         indices = range(start, min(start + batch, first + count))
@@ -107,7 +110,9 @@ def sample(
         batch_conditions = [conditions[i % len(conditions)] for i in indices] if needed else []
         if kind_of(pipeline) is PIXELS:
             shape = (channels, *size)
-            images = _denoise(pipeline.unet, scheduler, shape, noise, batch_conditions, where)
+            images = _denoise(
+                denoiser(pipeline)[1], scheduler, shape, noise, batch_conditions, where
+            )
         else:
             images = _draw(
                 pipeline, scheduler, steps, noise, batch_conditions, guidance_scale, where
@@ -146,7 +151,7 @@ def _draw(
     scheduler: Any,
     steps: int,
     noise: list[torch.Generator],
-    prompts: Sequence[str],
+    conditions: Sequence[Any],
     guidance_scale: float | None,
     device: torch.device,
 ) -> torch.Tensor:
@@ -156,11 +161,15 @@ def _draw(
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     ours = with_parts(pipeline, parts)
     ours.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"prompt": list(prompts)} if prompts else {"batch_size": len(noise)}
-    if prompts:
+    options: dict[str, Any] = {"batch_size": len(noise)}
+    if conditions:
+        options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if conditions and condition_of(pipeline) == "label":
+        options["class_labels"] = list(conditions)
+    elif conditions:
+        options["prompt"] = list(conditions)
         # they take a UNet's own size for a square
         options["height"], options["width"] = image_shape(pipeline)[0]
-        options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     modules = [part for part in ours.components.values() if isinstance(part, torch.nn.Module)]
     with placed(modules, device):
         images = ours(

@@ -269,6 +269,19 @@ def test_real_digits_look_like_digits_and_noise_does_not():
     assert (flat["class_share_min"].value, flat["class_share_max"].value) == (0, 1)
 
 
+def test_class_accuracy_is_the_share_of_digits_of_the_class_that_was_asked_for():
+    images, labels = digits("a")
+    sets = to_uint8(images)[:100][None].repeat(2, 1, 1, 1, 1)
+    right = [int(label) for label in labels[:100]]
+    for asked, low, high in ((right, 0.95, 1), ([(k + 1) % 10 for k in right], 0, 0.05)):
+        settings = SETTINGS.model_copy(update={"conditions": tuple(asked)})
+        found = diffusion.digit_checks(sets, settings)["class_accuracy"]
+        assert low <= found.value <= high and found.n == 200
+    assert "class_accuracy" not in diffusion.digit_checks(sets, SETTINGS)
+    prompted = SETTINGS.model_copy(update={"conditions": ("a seven",)})
+    assert "class_accuracy" not in diffusion.digit_checks(sets, prompted)
+
+
 # ---- time and memory ----------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from compress.checkpoints.facts import checkpoint_folder, model_card
 from compress.models.free_width import FreeWidthUNet2DModel
 from compress.models.pipelines import condition_of, denoiser
 
-PLAIN = "A plain diffusers pipeline with smaller widths; it needs no extra package:"
+PLAIN = "A plain diffusers pipeline with a smaller denoiser; it needs no extra package:"
 FREE_WIDTHS = f"""\
 A diffusers pipeline whose inner widths differ from layer to layer, which no class of diffusers has.
 The class comes with the folder, in `unet/{FreeWidthUNet2DModel.__module__}.py`, and needs diffusers

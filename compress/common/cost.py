@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 # the length that every CLIP text encoder of Stable Diffusion pads a prompt to
 PROMPT_TOKENS = 77
+# of an image of 1024x1024 pixels, the native size of Flux, which its config does not say
+FLUX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -123,34 +125,48 @@ def _to_meta(value: Any) -> Any:
 
 
 def sample_size(unet: Any) -> tuple[int, int]:
-    """Height and width of the samples that a diffusers UNet is made for.
+    """Height and width of the samples that a diffusers UNet or transformer is made for.
 
     Raises
     ------
     ValueError : where its config does not say one number or two.
     """
-    size = unet.config.sample_size
+    size = unet.config.get("sample_size")
     pair = size if isinstance(size, list | tuple) else (size, size)
     if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise ValueError(
-            "the UNet's config should say its sample_size, as one number or as height and width; "
-            f"got {size}; set it"
+            f"the config of the {type(unet).__name__} should say its sample_size, as one number or "
+            f"as height and width; got {size}; set it"
         )
     return pair[0], pair[1]
 
 
 def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, Any]:
-    """Keyword arguments of one forward pass of a diffusers UNet at its native size.
+    """Keyword arguments of one forward pass of a diffusers UNet or transformer at its native size.
 
     A prompt has :data:`PROMPT_TOKENS` tokens.
     """
-    height, width = sample_size(unet)
     config = unet.config
+    if "joint_attention_dim" in config:
+        return _joint_inputs(config, batch, device)
+    height, width = sample_size(unet)
     timestep = torch.zeros(batch, dtype=torch.long, device=device)
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(batch, config.in_channels, height, width, device=device),
-        "timestep": timestep,
-    }
+    sample = torch.zeros(batch, config.in_channels, height, width, device=device)
+    if config.get("norm_type") == "ada_norm_zero":  # a DiTTransformer2DModel
+        return {"hidden_states": sample, "timestep": timestep, "class_labels": timestep}
+    if config.get("norm_type") == "ada_norm_single":  # a PixArtTransformer2DModel
+        texts = torch.zeros(batch, PROMPT_TOKENS, config.caption_channels, device=device)
+        sizes = {
+            name: torch.zeros(batch, width, device=device)
+            for name, width in (("resolution", 2), ("aspect_ratio", 1))
+        }
+        return {
+            "hidden_states": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": texts,
+            "added_cond_kwargs": sizes,
+        }
+    inputs: dict[str, Any] = {"sample": sample, "timestep": timestep}
     text_width = config.get("cross_attention_dim")
     if text_width is not None:
         inputs["encoder_hidden_states"] = torch.zeros(
@@ -169,6 +185,25 @@ def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, An
     elif kind == "timestep" or config.num_class_embeds is not None:
         inputs["class_labels"] = timestep
     return inputs
+
+
+def _joint_inputs(config: Any, batch: int, device: str) -> dict[str, Any]:
+    """What a SD3Transformer2DModel takes, or a FluxTransformer2DModel at 1024x1024 pixels."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, device=device)
+
+    inputs = {
+        "timestep": zeros(batch),
+        "encoder_hidden_states": zeros(batch, PROMPT_TOKENS, config.joint_attention_dim),
+        "pooled_projections": zeros(batch, config.pooled_projection_dim),
+    }
+    if "axes_dims_rope" not in config:
+        side = config.sample_size
+        return inputs | {"hidden_states": zeros(batch, config.in_channels, side, side)}
+    inputs["hidden_states"] = zeros(batch, FLUX_TOKENS, config.in_channels)
+    inputs |= {"img_ids": zeros(FLUX_TOKENS, 3), "txt_ids": zeros(PROMPT_TOKENS, 3)}
+    return inputs | ({"guidance": zeros(batch)} if config.guidance_embeds else {})
 
 
 def cost(model: nn.Module, inputs: Mapping[str, Any]) -> Cost:

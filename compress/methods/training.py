@@ -53,7 +53,7 @@ class Train(Settings):
     """Mirror half of the training images, chosen by (seed, step, sample)."""
     condition_dropout: float = Field(0.1, ge=0, le=1)
     """Share of the captions that training replaces by the pipeline's own empty one, which
-    classifier-free guidance needs; labels are never replaced."""
+    classifier-free guidance needs; labels only where the model has one that means none."""
     workers: int = Field(0, ge=0, le=MOST_PROCESSES)
     """Processes that read images for each training process; 0 reads in the process itself."""
     prefetch: int = Field(2, ge=1, le=MOST_PROCESSES)

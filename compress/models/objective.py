@@ -1,4 +1,4 @@
-"""What the UNet of a pipeline is trained on: clean samples, conditions, and the target.
+"""What the denoiser of a pipeline is trained on: clean samples, conditions, and the target.
 
 Autoencoder and text encoders are used as they are: evaluated without gradients, never trained.
 """
@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from compress.common.cost import unet_inputs
 from compress.data.batches import Batch, Examples, by_chance, noise_and_timesteps, noise_of
 from compress.data.sources import Condition, ImageData, Images, Pairs, stacked
 from compress.models.pipelines import (
+    UNLABELLED,
     autoencoder_of,
     check_pipeline,
+    classes_of,
     condition_of,
+    denoiser,
     fresh_scheduler,
     image_shape,
     kind_of,
@@ -65,7 +69,7 @@ def _check_texts(pipeline: DiffusionPipeline) -> None:
     if condition.modules:
         with torch.no_grad():
             inputs = condition([""], [False], next(condition.modules[0].parameters()).device)
-        takes, gets = _widths(unet_inputs(pipeline.unet)), _widths(inputs)
+        takes, gets = _widths(unet_inputs(denoiser(pipeline)[1])), _widths(inputs)
         for name, width in gets.items():
             if takes[name] != width:
                 raise ValueError(
@@ -128,6 +132,30 @@ def prediction_target(scheduler: Any, batch: Batch) -> torch.Tensor:
     return batch.noise
 
 
+def predicted(
+    call: Callable[..., Any],
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Mapping[str, Any],
+) -> torch.Tensor:
+    """What a denoiser predicts, ``(batch, channels, height, width)``, without a learned variance.
+
+    Parameters
+    ----------
+    call : its forward pass.
+    noisy, timesteps : ``(batch, channels, height, width)`` and ``(batch,)``.
+    condition : its further inputs, by name.
+    """
+    return call(noisy, timestep=timesteps, **condition).sample[:, : noisy.shape[1]]
+
+
+def drop_jointly(denoiser: nn.Module) -> None:
+    """Leave the dropping of labels to :class:`Labels`: each block would drop its own."""
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+
+
 class Latents:
     """Latents times ``scaling_factor``: a draw of AutoencoderKL's posterior, or VQModel's vectors.
 
@@ -167,16 +195,25 @@ class Conditioner:
 
 
 class Labels(Conditioner):
-    """Class labels, never dropped: a ``UNet2DModel`` has no label that means none."""
+    """Class labels; never dropped where the denoiser has no label that means none.
 
-    def __init__(self, classes: int | None) -> None:
-        self.classes = classes
+    Parameters
+    ----------
+    classes : how many there are; None where any number is one.
+    unlabelled : stands for a label that is dropped, if there is one.
+    """
+
+    def __init__(self, classes: int | None, unlabelled: int | None = None) -> None:
+        self.classes, self.unlabelled = classes, unlabelled
 
     def __call__(
         self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
     ) -> dict[str, Any]:
         """``class_labels`` ``(batch,)``."""
-        return {"class_labels": torch.tensor(conditions, dtype=torch.long, device=device)}
+        labels = torch.tensor(conditions, dtype=torch.long, device=device)
+        if self.unlabelled is not None:
+            labels = labels.masked_fill(torch.tensor(list(dropped), device=device), self.unlabelled)
+        return {"class_labels": labels}
 
 
 class Prompts(Conditioner):
@@ -326,7 +363,7 @@ class Inputs:
         examples : images on the device, with what the data says about them.
         timesteps, seed, step, first, total : as in
             :func:`compress.data.batches.noise_and_timesteps`.
-        dropout : share of the captions that are dropped, for classifier-free guidance.
+        dropout : share of the captions or labels that are dropped, for classifier-free guidance.
         """
         images = examples.images
         clean = self.encode(images, seed, step, first) if self.encode else images
@@ -349,7 +386,9 @@ def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
     pairs = [(getattr(pipeline, a), getattr(pipeline, b)) for a, b in kind.encoders]
     condition = Conditioner()
     if wants == "label":
-        condition = Labels(pipeline.unet.config.num_class_embeds)
+        config = denoiser(pipeline)[1].config
+        unlabelled = UNLABELLED if "num_embeds_ada_norm" in config else None
+        condition = Labels(classes_of(config), unlabelled)
     if len(pairs) == 1:
         length = LDM_TOKENS if kind.encoders[0][1] == "bert" else None
         condition = Prompts(pairs[0][0], pairs[0][1], length)

@@ -1,4 +1,4 @@
-"""Diffusers pipelines that compress trains and samples: their parts, and what their UNet takes."""
+"""Diffusers pipelines that compress trains and samples: their parts and denoiser's inputs."""
 
 import contextlib
 import copy
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from torch import nn
 
 from compress.common.cost import sample_size, unet_inputs
@@ -23,14 +23,16 @@ class Kind:
     ----------
     autoencoder : the part that turns images into latents, if there is one.
     encoders : the parts that encode a prompt, each with its tokenizer.
-    inputs : what the pipeline hands to its UNet beside noisy images and timesteps.
+    inputs : what the pipeline hands to its denoiser beside noisy images and timesteps.
     passes_generator : whether its scheduler gets the samples' generators at every step.
+    drops_variance : whether it takes the first half of twice as many channels for the prediction.
     """
 
     autoencoder: str | None = None
     encoders: tuple[tuple[str, str], ...] = ()
     inputs: frozenset[str] = frozenset()
     passes_generator: bool = True
+    drops_variance: bool = False
 
     @property
     def parts(self) -> frozenset[str]:
@@ -42,9 +44,16 @@ class Kind:
 # diffusers' pipelines with prompts refuse other images
 PROMPTED_SIDES = 8
 DENOISERS = ("unet", "transformer")
+# how denoisers name noisy images and their timesteps
+SAMPLES = ("sample", "hidden_states", "timestep")
+# the label that a DiTPipeline takes for none
+UNLABELLED = 1000
 PIXELS = Kind(inputs=frozenset({"class_labels"}))
 # by the name of the class, since importing them all takes seconds
 KINDS: Mapping[str, Kind] = {
+    "DiTPipeline": Kind(
+        "vae", inputs=frozenset({"class_labels"}), passes_generator=False, drops_variance=True
+    ),
     "LDMPipeline": Kind("vqvae", passes_generator=False),
     "LDMTextToImagePipeline": Kind(
         "vqvae",
@@ -97,10 +106,16 @@ def condition_of(pipeline: Any) -> Condition | None:
         return "caption"
     if "class_labels" not in kind.inputs:
         return None
-    config = pipeline.unet.config
-    embedding, classes = config.get("class_embed_type"), config.get("num_class_embeds")
+    config = denoiser(pipeline)[1].config
+    embedding, classes = config.get("class_embed_type"), classes_of(config)
     labelled = embedding == "timestep" or (embedding is None and classes is not None)
     return "label" if labelled else None
+
+
+def classes_of(config: Mapping[str, Any]) -> int | None:
+    """The number of labels that a denoiser's config knows; None where it takes no such labels."""
+    zero = config.get("norm_type") == "ada_norm_zero"  # a DiTTransformer2DModel
+    return config.get("num_embeds_ada_norm" if zero else "num_class_embeds")
 
 
 def check_pipeline(pipeline: DiffusionPipeline) -> None:
@@ -125,7 +140,15 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"a {name} draws squares alone, and its UNet's config should say sample_size as one "
             f"number; got {unet.config.sample_size}; set one number, or choose another pipeline"
         )
-    extra = {k: v for k, v in unet_inputs(unet).items() if k not in ("sample", "timestep")}
+    if kind is KINDS["DiTPipeline"] and not (
+        isinstance(unet, DiTTransformer2DModel) and classes_of(unet.config) == UNLABELLED
+    ):
+        raise ValueError(
+            f"a {name} guides away from label {UNLABELLED}, which means none where its "
+            f"DiTTransformer2DModel has num_embeds_ada_norm={UNLABELLED}; got a "
+            f"{type(unet).__name__} with {classes_of(unet.config)}; choose another model"
+        )
+    extra = {k: v for k, v in unet_inputs(unet).items() if k not in SAMPLES}
     needs = [key for key in extra if key not in kind.inputs]
     if "class_labels" in extra and extra["class_labels"].is_floating_point():
         needs = ["class_labels as vectors"]
@@ -142,7 +165,8 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
                 f"a {name} needs its {part} to be trained and sampled; this one has none; load "
                 "the whole pipeline"
             )
-    if unet.config.in_channels != unet.config.out_channels:
+    expected = {unet.config.in_channels, (1 + kind.drops_variance) * unet.config.in_channels}
+    if unet.config.out_channels not in expected:
         raise ValueError(
             f"compress trains UNets that predict as many channels as they read; this one reads "
             f"{unet.config.in_channels} and predicts {unet.config.out_channels}; choose a model "

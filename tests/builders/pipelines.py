@@ -12,6 +12,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     LDMPipeline,
     LDMTextToImagePipeline,
@@ -190,6 +192,24 @@ def latent_text_to_image(folder: Path) -> DiffusionPipeline:
     )
 
 
+def class_transformer(**changes) -> DiTPipeline:
+    options = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_layers": 5,
+        "sample_size": SIZE,
+        "patch_size": 8,
+    }
+    transformer = DiTTransformer2DModel(**options | changes)
+    noise = DDIMScheduler(num_train_timesteps=STEPS)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    channels = {"in_channels": 1, "out_channels": 1, "latent_channels": 1}
+    same_size = AUTOENCODER | blocks | channels | {"block_out_channels": (8,)}
+    return DiTPipeline(transformer, AutoencoderKL(**same_size), noise)
+
+
 def build(name: str, folder: Path) -> DiffusionPipeline:
     """A seeded pipeline in evaluation mode, silent."""
     torch.manual_seed(1)
@@ -204,6 +224,7 @@ def build(name: str, folder: Path) -> DiffusionPipeline:
         ),
         "sdxl": lambda: stable_diffusion_xl(folder / "words"),
         "ldm_text": lambda: latent_text_to_image(folder / "words"),
+        "dit": class_transformer,
     }
     pipeline = makers[name]()
     for part in pipeline.components.values():

@@ -1,4 +1,4 @@
-"""Gradient-flow iterative soft pruning of diffusion UNets, and the one-shot baselines."""
+"""Gradient-flow iterative soft pruning of diffusion models, and the one-shot baselines."""
 
 from compress.methods.gradflow.method import GradFlow, OneShot
 

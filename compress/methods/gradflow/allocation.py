@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DModel
 
 from compress.common.cost import layer_macs, unet_cost, unet_inputs
-from compress.methods.gradflow import flow, surgery
+from compress.methods.gradflow import depth, flow, surgery
 from compress.methods.gradflow.coarse import coarsen
 from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout, build_layout
@@ -205,9 +205,13 @@ def plan(
     -------
     The layout at uniform widths, and what chooses the inner widths if they are free.
     """
-    layout = build_layout(unet, groups, choose_widths(unet, groups, method.keep_macs))
+    depth.check_granularity(unet, method.granularity, method.allocation)
+    if method.granularity == "block":
+        layout = depth.depth_layout(unet, groups, method.keep_macs)
+    else:
+        layout = build_layout(unet, groups, choose_widths(unet, groups, method.keep_macs))
     steps = method.flow
-    if steps and steps.granularity == "coarse":
+    if method.granularity == "coarse":
         layout = coarsen(layout)
     allocator = None
     if method.allocation == "global":

@@ -14,6 +14,7 @@ from diffusers import SchedulerMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.data.batches import Batch
+from compress.methods.gradflow import depth
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.models.objective import prediction_target
@@ -323,6 +324,14 @@ def diff_pruning_scores(
     ]
     total = {name: torch.stack([g[name] for g in chosen]).sum(0) for name in parameters}
     return per_unit({n: (p.detach() * total[n]).abs() for n, p in parameters.items()}, soft.layout)
+
+
+def depth_scores(
+    soft: SoftUNet, scheduler: SchedulerMixin, batches: Sequence[Batch], criterion: str
+) -> torch.Tensor:
+    """Keep-scores of whole blocks; see :func:`compress.methods.gradflow.depth.depth_scores`."""
+    with _criterion_passes(soft):
+        return depth.depth_scores(soft, batches, denoising_loss(soft, scheduler), criterion)
 
 
 def normalise(scores: torch.Tensor, layout: Layout, criterion: str) -> torch.Tensor:

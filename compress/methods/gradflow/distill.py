@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
+from compress.models.objective import predicted as denoised
 from compress.parallel import distributed
 
 
@@ -36,7 +37,12 @@ class Teacher:
     ) -> None:
         self.dense, self.layout = dense, layout
         self.output_weight, self.feature_weight = output_weight, feature_weight
-        self.blocks = _block_indices(dense, layout)
+        if feature_weight and layout.gates:
+            raise ValueError(
+                "distill_features compares the outputs of blocks, and granularity 'block' removes "
+                f"blocks; got distill_features={feature_weight:g}; set it to 0, or prune otherwise"
+            )
+        self.blocks = _block_indices(dense, layout) if feature_weight else {}
 
     @contextlib.contextmanager
     def watch(self, unet: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
@@ -78,7 +84,7 @@ class Teacher:
         if not (self.output_weight or self.feature_weight):
             return predicted.new_zeros(())
         with torch.no_grad(), self.watch(self.dense) as dense_features:
-            target = self.dense(noisy, timesteps, **condition).sample
+            target = denoised(self.dense, noisy, timesteps, condition)
         loss = self.output_weight * F.mse_loss(predicted.float(), target)
         extended = self.layout.extend(mask)
         errors: dict[str, torch.Tensor] = {}

@@ -34,10 +34,10 @@ def sections(run: RunRecord) -> list[Section]:
     figures = []
     if widths := run.metrics.get("widths"):
         png = widths_plot(widths)
-        figures.append(Figure("widths", png, "Channels per level, before and after"))
+        figures.append(Figure("widths", png, "What became smaller, before and after"))
     if "masks" in trace and len(trace.get("steps", [])) > 1:
         png = masks_plot(trace["masks"], trace["steps"])
-        figures.append(Figure("masks", png, "Masks of a sample of channels"))
+        figures.append(Figure("masks", png, "A sample of the masks"))
     if updates:
         png = schedule_plot(updates)
         figures.append(Figure("schedule", png, "Budget, sharpening and continuity"))
@@ -57,11 +57,15 @@ def sections(run: RunRecord) -> list[Section]:
 
 def _flow_notes(run: RunRecord) -> list[str]:
     facts, updates = run.metrics.get("run", {}), run.log.get("mask", [])
-    notes = []
+    notes = [
+        f"Kept of {stack}, counted from 0: {', '.join(map(str, kept))}."
+        for stack, kept in facts.get("kept_blocks", {}).items()
+    ]
     returned = facts.get("returned_channels", updates[-1].get("returned") if updates else None)
     if returned is not None and updates:
         notes.append(
-            f"{returned:,} times a channel came back after its mask had fallen under one half."
+            f"{returned:,} times a {_unit(facts)} came back after its mask had fallen under one "
+            "half."
         )
     ranks = [row["spearman"] for row in updates if row.get("spearman") is not None]
     if ranks:
@@ -85,6 +89,10 @@ def _flow_notes(run: RunRecord) -> list[str]:
     return notes
 
 
+def _unit(facts: Mapping[str, Any]) -> str:
+    return "block" if facts.get("kept_blocks") else "channel"
+
+
 def _surgery_note(row: Mapping[str, Any]) -> str:
     losses = ", ".join(
         f"{label} {number_text(row[key])}"
@@ -106,7 +114,7 @@ def _surgery_note(row: Mapping[str, Any]) -> str:
 
 @styled
 def widths_plot(widths: Rows) -> Plot:
-    """Channels of each level as bars, dense and compressed."""
+    """Channels of each level, or numbers of blocks, as bars, dense and compressed."""
     # a model with free inner widths has dozens of rows: they come closer
     row_height = max(0.3, min(0.62, 8 / len(widths)))
     figure = canvas(6.4, 1.5 + row_height * len(widths))
@@ -121,7 +129,8 @@ def widths_plot(widths: Rows) -> Plot:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
-    axes.set_xlabel("channels")
+    blocks = all(str(row["level"]).startswith("num_") for row in widths)
+    axes.set_xlabel("blocks" if blocks else "channels")
     legend_above(axes)
     return figure
 
@@ -184,12 +193,12 @@ def schedule_plot(updates: Rows) -> Plot:
 
 @styled
 def stability_plot(updates: Rows, returned_in_all: int | None) -> Plot:
-    """Rank correlation of successive criterion estimates, and the channels that came back.
+    """Rank correlation of successive criterion estimates, and the masks that came back.
 
     Parameters
     ----------
     updates : rows of the mask updates.
-    returned_in_all : the channels of the last step, binarisation, included.
+    returned_in_all : the masks of the last step, binarisation, included.
     """
     figure = canvas(6.4, 4.6)
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -206,9 +215,9 @@ def stability_plot(updates: Rows, returned_in_all: int | None) -> Plot:
     bottom.step(steps, returned, where="post", color=COMPRESSED)
     bottom.yaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_ylim(0, max(1, 1.05 * max(returned)))
-    bottom.set_ylabel("channels")
+    bottom.set_ylabel("masks")
     bottom.set_xlabel("optimiser step")
-    bottom.set_title("Channels that fell under one half and came back")
+    bottom.set_title("Masks that fell under one half and came back")
     return figure
 
 

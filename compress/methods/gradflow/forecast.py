@@ -1,4 +1,4 @@
-"""Predicts the pruned UNet on the meta device, without weights or training."""
+"""Predicts the pruned denoiser on the meta device, without weights or training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 from compress.common.cost import unet_cost
 from compress.methods.gradflow import surgery
 from compress.methods.gradflow.allocation import plan
-from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.unets import find_groups
 from compress.methods.training import Training
 from compress.models.pipelines import denoiser
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def forecast(
     pipeline: DiffusionPipeline, method: "ChannelPruning", training: Training
 ) -> dict[str, Any]:
-    """Predict the UNet that a method would give.
+    """Predict the denoiser that a method would give.
 
     Returns
     -------
@@ -39,7 +38,7 @@ def forecast(
     else:
         params, macs = allocator.params_range(), allocator.macs_range()
     lines = [f"{len(groups)} in all, {layout.units:,} units"]
-    for level in range(len(layout.widths)):
+    for level in () if layout.gates else range(len(layout.widths)):
         here = [group for group in groups if group.level == level]
         before = sum(group.width for group in here)
         after = sum(group.slim_width(layout.widths) for group in here)
@@ -47,7 +46,7 @@ def forecast(
     return {
         "params": (dense.params, *params),
         "macs": (dense.macs, *macs),
-        "widths": [f"{dense_widths(unet)} -> {layout.widths}"],
+        "widths": [surgery.summary(unet, layout).removeprefix("widths ")],
         "groups": lines,
         "norms_that_switch_membership": len(layout.unaligned),
     }

@@ -34,6 +34,8 @@ class Layout:
     unaligned : concatenation norms whose slim groups hold other channels than the dense ones.
     widths : the slim model's ``block_out_channels``.
     inner : the slim model's inner widths where they are free, by resnet or attention module.
+    gates : units of transformer blocks that go whole, by the block's name.
+    gated : index tensors of those blocks' projections, whose outputs the gates multiply.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -48,6 +50,8 @@ class Layout:
     unaligned: tuple[str, ...]
     widths: tuple[int, ...]
     inner: dict[str, int] = field(default_factory=dict)
+    gates: dict[str, int] = field(default_factory=dict)
+    gated: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def extend(self, mask: torch.Tensor) -> torch.Tensor:
         """``[mask, 1]``, the vector that the index tensors point into."""

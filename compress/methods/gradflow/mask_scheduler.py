@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 
 from compress.data.batches import Batch
 from compress.methods.gradflow import criterion as scoring
-from compress.methods.gradflow import flow
+from compress.methods.gradflow import depth, flow
 from compress.methods.gradflow.allocation import Allocator
 from compress.methods.gradflow.coarse import COARSE_REFRESH
 from compress.methods.gradflow.layout import Layout
@@ -240,6 +240,8 @@ class MaskScheduler:
 
     def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
         method = self.method
+        if method.criterion in depth.CRITERIA:
+            return scoring.depth_scores(soft, self.scheduler, batches, method.criterion)
         parts = len(batches) // method.criterion_batches
         if method.criterion == "fisher":
             return scoring.fisher_scores(soft, self.scheduler, batches, parts=parts)

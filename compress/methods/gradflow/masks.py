@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
+from compress.models.objective import predicted
 
 
 def masked_group_norm(
@@ -88,7 +89,7 @@ class MaskedNorm(nn.Module):
 
 
 class SoftUNet(nn.Module):
-    """A UNet evaluated at f(theta * m), the network that trains while the flow moves m.
+    """A denoiser evaluated at f(theta * m), the network that trains while the flow moves m.
 
     Works on a deep copy; parameters keep their names under ``unet.``. Its buffer ``mask``
     ``(units,)`` starts at 1, where the network is the given one.
@@ -109,7 +110,7 @@ class SoftUNet(nn.Module):
         self.layout = layout
         for name, module in list(self.unet.named_modules()):
             parent, _, attribute = name.rpartition(".")
-            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            if name in layout.norms and isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 setattr(self.unet.get_submodule(parent), attribute, MaskedNorm(module))
         self.register_buffer("mask", torch.ones(layout.units), persistent=False)
         columns = {f"{name}.weight": index for name, index in layout.inputs.items()}
@@ -126,7 +127,7 @@ class SoftUNet(nn.Module):
             weight = parameters[name]
             shape = (1, -1, *([1] * (weight.dim() - 2)))
             changed[name] = weight * extended[index.to(mask.device)].view(shape)
-        for name, index in self.layout.queries.items():
+        for name, index in (self.layout.queries | self.layout.gated).items():
             rows = extended[index.to(mask.device)]
             key = f"{name}.weight"
             changed[key] = (changed[key] if key in changed else parameters[key]) * rows[:, None]
@@ -157,10 +158,13 @@ class SoftUNet(nn.Module):
         condition : further inputs of the UNet by name, such as ``encoder_hidden_states``.
         """
         mask = self.mask if mask is None else mask
-        output = functional_call(
-            self.unet, self.effective(mask), (sample, timestep), dict(condition or {})
+        held = self.effective(mask)
+        return predicted(
+            lambda *inputs, **named: functional_call(self.unet, held, inputs, named),
+            sample,
+            timestep,
+            condition or {},
         )
-        return output.sample
 
     def adopt_slim_membership(self) -> int:
         """Group the kept channels of unaligned norms as in the slim network.

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class ChannelPruning(WeightMethod):
     """Knobs that gradflow and one-shot pruning share: scoring and allocation."""
 
-    serves: ClassVar[str] = "diffusion UNets (diffusers)"
-    keeps: ClassVar[str] = "channels, by MACs"
+    serves: ClassVar[str] = "diffusion UNets and DiT (diffusers)"
+    keeps: ClassVar[str] = "channels or blocks, by MACs"
 
     criterion: str
-    """What scores a channel."""
+    """What scores a channel or block."""
+    granularity: str
+    """What goes together."""
     criterion_batches: Count
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     reduction: Literal["absolute", "signed"] = "absolute"
@@ -69,7 +71,7 @@ class ChannelPruning(WeightMethod):
 
 
 class GradFlow(ChannelPruning):
-    """Gradient-flow iterative soft pruning of a diffusion UNet's channels.
+    """Gradient-flow iterative soft pruning of a UNet's channels or a transformer's blocks.
 
     Wan et al., "Pruning for Sparse Diffusion Models based on Gradient Flow" (ICASSP 2025, arXiv
     2501.09464). A mask in [0, 1] per channel group moves along the gradient flow of
@@ -84,8 +86,8 @@ class GradFlow(ChannelPruning):
     criterion: Literal["fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random"] = (
         "fisher"
     )
-    """What scores a channel. "fisher" is estimated on the dense model, and from then on by every
-    optimiser step, whose backward pass gives the mask's gradient for nothing; the others take
+    """What scores a channel or block. "fisher" is estimated on the dense model, and from then on by
+    every optimiser step, whose backward pass gives the mask's gradient for nothing; the others take
     passes of their own."""
     process: Literal["soft", "hard"] = "soft"
     """"soft" moves the mask continuously; "hard" removes channels for good, a few at each mask
@@ -114,10 +116,11 @@ class GradFlow(ChannelPruning):
     max_move: float = Field(None, gt=0, le=1, validate_default=True)
     """Continuity bound: no mask moves more than this in one update. By default 0.1, or what the
     steepest fall of the budget needs where there are few updates."""
-    granularity: Literal["fine", "coarse"] = "fine"
+    granularity: Literal["fine", "coarse", "block"] = "fine"
     """"fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels together and
     estimates a criterion that takes passes of its own a third as often (the journal extension's
-    variant; both numbers are our choice)."""
+    variant; both numbers are our choice); "block" gives each block of a transformer a gate on what
+    it adds to the residual stream, so that the result is a plain, shallower model (ours)."""
 
     @field_validator("update_every", mode="before")
     @classmethod
@@ -176,9 +179,21 @@ class OneShot(ChannelPruning):
 
     name: Literal["oneshot"] = "oneshot"
     criterion: Literal[
-        "diff_pruning", "taylor", "magnitude", "random", "gradient_flow", "lookahead", "fisher"
+        "diff_pruning",
+        "taylor",
+        "magnitude",
+        "random",
+        "gradient_flow",
+        "lookahead",
+        "fisher",
+        "uniform_depth",
+        "block_influence",
     ] = "diff_pruning"
-    """What scores a channel."""
+    """What scores a channel or block; "uniform_depth" (evenly spaced blocks stay) and
+    "block_influence" (what hardly turns the residual stream goes, ShortGPT, arXiv 2403.03853) are
+    for whole blocks."""
+    granularity: Literal["fine", "block"] = "fine"
+    """"fine" removes channels, "block" whole blocks of a transformer."""
     steps: NonNegative = 300
     """Optimiser steps that a soft stage would take; spent on recovery, so that methods are compared
     at equal total steps."""
@@ -186,6 +201,15 @@ class OneShot(ChannelPruning):
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     threshold: float = Field(0.05, ge=0, lt=1)
     """Timesteps with a smaller relative loss are left out by diff_pruning."""
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> Self:
+        if self.criterion in ("uniform_depth", "block_influence") and self.granularity != "block":
+            raise ValueError(
+                f"criterion {self.criterion!r} scores whole blocks; got granularity "
+                f"{self.granularity!r}; choose granularity 'block' or another criterion"
+            )
+        return self
 
     @property
     def score_threshold(self) -> float:

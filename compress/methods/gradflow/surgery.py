@@ -1,4 +1,4 @@
-"""Surgery: a new plain UNet with smaller widths, filled with the kept slices."""
+"""Surgery: a new plain model with smaller widths or fewer blocks, filled with the kept slices."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from compress.methods.gradflow import depth
 from compress.methods.gradflow.groups import UNet, dense_widths, heads_of_levels, whole_heads
 from compress.methods.gradflow.layout import Layout
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 
 
-def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
+def slim_config(unet: UNet, layout: Layout, mask: torch.Tensor | None = None) -> dict[str, Any]:
     """The configuration of the slim UNet: plain diffusers keys only.
 
     Parameters
@@ -20,9 +21,12 @@ def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
     unet : the dense model; where its widths are not free, with the sinusoid of the slim one, from
         :func:`compress.methods.gradflow.sinusoid.narrowed`.
     layout : where each unit acts.
+    mask : ``(units,)``, the kept units, as far as they are known.
     """
     # without diffusers' notes of where it came from
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    if layout.gates:
+        return config | depth.shallow_config(unet, layout, mask)
     config["block_out_channels"] = tuple(layout.widths)
     if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
         config["attention_head_dim"] = [
@@ -41,16 +45,25 @@ def slim_config(unet: UNet, layout: Layout) -> dict[str, Any]:
 
 
 def width_rows(unet: UNet, layout: Layout) -> list[dict[str, Any]]:
-    """Rows ``{level, dense, compressed}`` of the levels' widths and of free inner widths."""
+    """Rows ``{level, dense, compressed}`` of what the configuration says, and of free widths."""
+    if layout.gates:
+        counts = depth.counts_of(unet, layout)
+        return [{"level": k, "dense": unet.config[k], "compressed": n} for k, n in counts.items()]
     levels = enumerate(zip(dense_widths(unet), layout.widths, strict=True))
     rows = [(f"block_out_channels[{i}]", dense, slim) for i, (dense, slim) in levels]
     rows += [(n, inner_width(unet.get_submodule(n)), slim) for n, slim in layout.inner.items()]
     return [dict(zip(("level", "dense", "compressed"), row, strict=True)) for row in rows]
 
 
-def slim_unet(unet: UNet, layout: Layout) -> UNet:
-    """The slim UNet with weights of its own: a plain one unless its inner widths are free."""
-    config = slim_config(unet, layout)
+def slim_unet(unet: UNet, layout: Layout, mask: torch.Tensor | None = None) -> UNet:
+    """The slim model with weights of its own: a plain one unless its inner widths are free.
+
+    Parameters
+    ----------
+    unet, layout : as in :func:`slim_config`.
+    mask : ``(units,)``, the kept units; where none is known, the sizes are right all the same.
+    """
+    config = slim_config(unet, layout, mask)
     if layout.inner:
         sinusoid = unet.time_proj.num_channels
         return FreeWidthUNet2DModel(layout.inner, sinusoid, **config)
@@ -70,6 +83,8 @@ def cut(
     layout : where each unit acts.
     mask : ``(units,)``, 0 or 1.
     """
+    if layout.gates:
+        return depth.cut_blocks(tensors, layout, mask)
     extended = layout.extend(mask.cpu()) > 0.5
     result = {}
     for name, tensor in tensors.items():
@@ -97,15 +112,26 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     mask : ``(units,)``, 0 or 1, which keeps the layout's number of units in every block.
     """
     check_mask(layout, mask)
-    weights = cut(dict(unet.named_parameters()), layout, mask)
+    parameters = dict(unet.named_parameters())
+    # such as SD3's positions, which are of no width and no block
+    buffers = {key: t for key, t in unet.state_dict().items() if key not in parameters}
+    weights = cut(parameters, layout, mask)
     for name, index in layout.queries.items():
         share = mask[index.to(mask.device)].mean().item()
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights:
                 weights[key] = weights[key] * math.sqrt(share)
-    slim = slim_unet(unet, layout)
-    slim.load_state_dict(weights, strict=True)
+    slim = slim_unet(unet, layout, mask)
+    slim.load_state_dict(weights | buffers, strict=True)
     return slim.to(next(unet.parameters()).device)
+
+
+def summary(unet: UNet, layout: Layout) -> str:
+    """What becomes smaller, in words: ``widths (24, 32) -> (12, 16)``, or the number of blocks."""
+    if layout.gates:
+        rows = width_rows(unet, layout)
+        return ", ".join(f"{row['level']} {row['dense']} -> {row['compressed']}" for row in rows)
+    return f"widths {dense_widths(unet)} -> {layout.widths}"
 
 
 def check_mask(layout: Layout, mask: torch.Tensor) -> None:

@@ -20,10 +20,10 @@ from compress.data.batches import Batch, Examples, StepSampler, flipped
 from compress.data.sources import Pairs, stacked
 from compress.methods.base import Event, Pruned, PruneJob
 from compress.methods.gradflow import criterion as scoring
-from compress.methods.gradflow import surgery
+from compress.methods.gradflow import depth, surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.distill import Teacher
-from compress.methods.gradflow.groups import UNet, dense_widths
+from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.mask_scheduler import MaskScheduler, MaskState
 from compress.methods.gradflow.masks import SoftUNet
@@ -32,8 +32,10 @@ from compress.methods.gradflow.unets import find_groups
 from compress.models.objective import (
     VALIDATED_AT_ONCE,
     check_trainable,
+    drop_jointly,
     inputs_of,
     noise_schedule,
+    predicted,
     prediction_target,
     validation_loss,
 )
@@ -66,8 +68,7 @@ def prune(method: "ChannelPruning", job: PruneJob) -> Generator[Event, None, Pru
             "prepare",
             1,
             1,
-            message=f"widths {dense_widths(unet)} -> {run.layout.widths}, {run.total_steps} "
-            "optimiser steps",
+            message=f"{surgery.summary(unet, run.layout)}, {run.total_steps} optimiser steps",
         )
         return (yield from run.events())
 
@@ -80,10 +81,10 @@ def _predicted(
     condition: Mapping[str, Any],
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The prediction of a UNet or a soft UNet: ``call`` is the forward pass of ``model``."""
+    """The prediction of a denoiser or a soft one: ``call`` is the forward pass of ``model``."""
     if isinstance(model, SoftUNet):
         return call(noisy, timesteps, mask, condition)
-    return call(noisy, timesteps, **condition).sample
+    return predicted(call, noisy, timesteps, condition)
 
 
 def _unet_of(model: nn.Module) -> Any:
@@ -130,7 +131,7 @@ class PruningRun:
         layout, allocator = plan(unet, self.groups, method)
         # what training starts from; a class with free widths can have the whole sinusoid
         length = self.scheduler.config.num_train_timesteps
-        self.first = unet if allocator else narrowed(unet, layout.widths[0], length)
+        self.first = unet if allocator or layout.gates else narrowed(unet, layout.widths[0], length)
         self.mask_scheduler = MaskScheduler(
             method,
             layout,
@@ -237,12 +238,12 @@ class PruningRun:
             with self.accelerator.accumulate(self.model):
                 noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
                 with self.teacher.watch(self._unet()) as features:
-                    predicted = _predicted(
+                    found = _predicted(
                         self.model, self._plain(), noisy, batch.timesteps, batch.condition, mask
                     )
-                loss = F.mse_loss(predicted.float(), prediction_target(self.scheduler, batch))
+                loss = F.mse_loss(found.float(), prediction_target(self.scheduler, batch))
                 loss = loss + self.teacher.loss(
-                    noisy, batch.timesteps, predicted, features, self._mask(), batch.condition
+                    noisy, batch.timesteps, found, features, self._mask(), batch.condition
                 )
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -322,7 +323,7 @@ class PruningRun:
         slim.eval()
         with torch.no_grad(), scoring.full_precision():
             masked = SoftUNet.forward(soft, images, times, condition=condition)
-            return (masked - slim(images, times, **condition).sample).abs().max().item()
+            return (masked - predicted(slim, images, times, condition)).abs().max().item()
 
     # ---- small pieces -----------------------------------------------------------------------
 
@@ -440,7 +441,7 @@ class PruningRun:
                 self.ema[name].lerp_(p, 1 - decay)
 
     def _averaged(self) -> UNet:
-        slim = surgery.slim_unet(self.first, self.layout)
+        slim = surgery.slim_unet(self.first, self.layout, self.kept)
         slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
         return slim.eval()
 
@@ -465,6 +466,7 @@ class PruningRun:
             "optimiser_steps": self.step,
             "returned_channels": state.returned,
             "surgery": {k: v if math.isfinite(v) else None for k, v in self.surgery_facts.items()},
+            "kept_blocks": depth.kept_blocks(self.dense, self.layout, self.kept),
         }
 
     # ---- state ------------------------------------------------------------------------------
@@ -472,6 +474,7 @@ class PruningRun:
     def _prepare(self, model: Any) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
         model.train()
+        drop_jointly(model)
         if self.training.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         masked = isinstance(model, SoftUNet)
@@ -488,7 +491,7 @@ class PruningRun:
         if self.stage == "flow":
             model: Any = SoftUNet(self.first, self.layout)
         else:
-            model = surgery.slim_unet(self.first, self.layout)
+            model = surgery.slim_unet(self.first, self.layout, masks["kept"])
         if saved is not None:
             weights = saved.part("model")
             with torch.no_grad():

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from compress.common.cost import unet_inputs
+from compress.methods.gradflow import depth
 from compress.methods.gradflow.condition import condition_groups
 from compress.methods.gradflow.groups import (
     ChannelGroup,
@@ -67,11 +68,13 @@ OPTIONS: dict[type, Mapping[str, tuple[Any, ...]]] = {
 
 
 def find_groups(unet: UNet) -> tuple[ChannelGroup, ...]:
-    """Find all prunable channel groups of a UNet, in forward order.
+    """Find all prunable channel groups of a UNet, in forward order; a transformer's blocks.
 
     The time embedding keeps its width (our choice: it costs under 1% of the MACs and every
     resnet reads it), and so do the channels of images and texts.
     """
+    if depth.stacks_of(unet):
+        return depth.depth_groups(unet)
     check_supported(unet)
     conditional = isinstance(unet, UNet2DConditionModel)
     return condition_groups(unet) if conditional else _traced_groups(unet)
@@ -82,8 +85,9 @@ def check_supported(unet: nn.Module) -> None:
     kind = next((kind for kind in BLOCKS if isinstance(unet, kind)), None)
     if kind is None:
         raise ValueError(
-            f"gradflow prunes diffusers UNet2DModel and UNet2DConditionModel; got "
-            f"{type(unet).__name__}; choose a pipeline whose unet is one of them"
+            f"gradflow prunes diffusers UNet2DModel, UNet2DConditionModel and "
+            f"{', '.join(depth.STACKS)}; got {type(unet).__name__}; choose a pipeline with one of "
+            "them"
         )
     config: Any = unet.config
     if config.get("inner_widths"):
