@@ -416,7 +416,8 @@ def tune():
     from compress.kernels import sparse_decode as kernels
 
     multiprocessors = kernels._multiprocessors(torch.device(DEVICE))
-    choose, fastest = kernels.tile_and_splits, {}
+    choose = kernels.tile_and_splits
+    fastest: dict[Any, Any] = {}
     sizes = ((64, 4, 3), (32, 4, 3), (16, 4, 3), (64, 8, 3), (64, 4, 2), (128, 4, 2))
     tiles = [kernels.Tile(*size, 1) for size in sizes]
     seven_b = [(28, 4, *size) for size in ((16384, 32), (16384, 20), (4096, 8), (16384, 1))]
