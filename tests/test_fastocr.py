@@ -1048,6 +1048,14 @@ def test_impossible_knobs(knobs, words):
         paper(**knobs)
 
 
+def test_a_fixed_fixation_needs_to_know_the_dense_layers(qwen):
+    model, _, inputs = qwen
+    with FastOCR(fixation="static", min_visual=0).attach(model):
+        with pytest.raises(ValueError, match="got dense_layers='auto'; give them, or calibrate"):
+            write(model, inputs, 2)
+    write(model, inputs, 2)
+
+
 def test_a_focal_layer_that_the_model_does_not_have(qwen):
     with pytest.raises(ValueError, match=r"model's 4, counted from 0; got \[1, 4\]"):
         paper(focal_layers=[1, 4]).attach(qwen[0])

@@ -106,10 +106,11 @@ def test_every_whole_number_has_an_upper_bound(name):
 
 @pytest.mark.parametrize("key", ["seed", "method.seed"])
 def test_seeds_are_what_generators_take(key):
+    random = "method={name: fastocr, fixation: random}"
     for seed in (-1, 2**63):
         with pytest.raises(RecipeError, match="than"):
-            load_recipe("reader_fastocr", [f"{key}={seed}"])
-    load_recipe("reader_fastocr", [f"{key}={2**31 - 1}"])
+            load_recipe("reader_fastocr", [random, f"{key}={seed}"])
+    load_recipe("reader_fastocr", [random, f"{key}={2**31 - 1}"])
 
 
 @pytest.mark.parametrize("unseen", [False, True])

@@ -26,6 +26,7 @@ from compress.data.pages import PAGE, page
 from compress.eval.ocr import read_predictions
 from compress.eval.settings import OcrEvaluation, ReadSettings
 from compress.eval.text_metrics import edit_distance, normalise
+from compress.methods.base import Calibrated
 from compress.models.builtin import train_reader_deepseek, train_reader_qwen
 from compress.models.builtin.reader_training import LEVELS
 from compress.models.locate import locate
@@ -33,7 +34,7 @@ from compress.models.reading import Reading, read_pages
 from compress.models.vlm import load_vlm
 from compress.runs.counting import counted
 from compress.runs.evaluation import evaluate_events
-from compress.runs.reader import calibrated_checkpoint, variant_name, variants
+from compress.runs.reader import ReaderRun, calibrated_checkpoint, variant_name, variants
 from compress.runs.reading import read_files
 from compress.runs.recipe import load_recipe
 from compress.runs.run import run_events
@@ -94,6 +95,7 @@ def recipe_of(tmp_path, model, pages, method, **extra):
 
 
 FAST = {"name": "fastocr", "keep_visual": 0.2, "min_fixation": 0, "dense_layers": "none"}
+CALIBRATED = [f"fastocr keep_visual={keep} min_fixation=0 dense_layers=none" for keep in (0.2, 1.0)]
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +111,14 @@ def test_a_run_leaves_what_a_run_leaves(finished):
     assert {"recipe.yaml", "metrics.json", "report.html", "checkpoint", "predictions"} <= names
     assert not_ours(finished.folder) == []
     figures = {path.name for path in (finished.folder / "figures").iterdir()}
-    assert {"comparison.png", "recall.png", "strip.png"} <= figures
+    assert {"comparison.png", "recall.png", "recall1.png", "strip.png"} <= figures
     report = (finished.folder / "report.html").read_text()
     assert "data:image/gif;base64" in report and report.count("data:image/png") >= 6
     stored = json.loads((finished.folder / "metrics.json").read_text())
-    calibration = stored["calibration"]["fastocr"]
+    # the random fixation shares what the method found
+    assert list(stored["calibration"]) == CALIBRATED
+    assert [facts["keep_visual"] for facts in stored["calibration"].values()] == [0.2, 1.0]
+    calibration = stored["calibration"][CALIBRATED[0]]
     assert calibration["focal_layers"] and len(calibration["recall"]) == 8
     assert (
         compress.runs.recipe.load_recipe(finished.folder / "recipe.yaml").method[0].name
@@ -302,7 +307,8 @@ def test_the_checkpoint_gives_the_run_s_own_predictions(finished, pages, qwen):
     images = [Image.open(pages / f"{k}.png") for k in range(3)]
     model, processor, applied = load_reader(folder)
     [method] = applied.methods
-    assert method.focal_layers == tuple(finished.metrics["calibration"]["fastocr"]["focal_layers"])
+    found = finished.metrics["calibration"][CALIBRATED[0]]
+    assert method.focal_layers == tuple(found["focal_layers"])
     again = read_pages(model, processor, images[:2])
     again += read_pages(model, processor, images[2:])
     stored = read_predictions(finished.folder / "predictions/compressed.jsonl")
@@ -563,6 +569,30 @@ def test_counts_of_batches_are_weighed_by_what_they_saw(finished):
     assert counted([FastOCR(), RTPrune()], []) == {}
 
 
+def test_every_variant_gets_what_was_found_under_its_own_settings(
+    qwen, pages, tmp_path, monkeypatch
+):
+    tried = []
+
+    def calibrate(method, *_):
+        tried.append(method)
+        open_layers = {"focal_layers": (len(tried),), "dense_layers": (0,)}
+        return Calibrated(
+            {k: v for k, v in open_layers.items() if getattr(method, k) == "auto"}, {}
+        )
+
+    monkeypatch.setattr("compress.runs.reader.calibrate_on_pages", calibrate)
+    fast = {"name": "fastocr"}
+    compare = [fast, FAST | {"fixation": "static", "min_visual": 0}, fast | {"focal_by": "recall"}]
+    recipe = recipe_of(tmp_path, qwen, pages, FAST, compare=compare)
+    for _ in range(2):  # the second time from the file
+        run = ReaderRun(compress.runs.recipe.load_recipe(recipe), tmp_path, "cpu")
+        list(run.compress())
+        layers = [(v.methods[0].focal_layers, v.methods[0].dense_layers) for v in run.variants[1:]]
+        assert layers == [((1,), "none"), ((2,), (0,)), ((1,), "none"), ((3,), (0,))]
+        assert len(tried) == 3
+
+
 def test_a_dry_run_reads_nothing(qwen, pages, tmp_path):
     recipe = recipe_of(tmp_path, qwen, pages, FAST)
     found = CliRunner().invoke(app, ["run", str(recipe), "--dry-run", "--json"])
@@ -592,7 +622,13 @@ def test_calibrate_writes_a_checkpoint_that_knows_its_focal_layers(qwen, pages, 
     expected = FastOCR(keep_visual=0.2, min_fixation=0, dense_layers=(0,), focal_layers=focal)
     assert applied.methods[0] == expected
     stored = json.loads((tmp_path / "c" / "compress.json").read_text())
-    assert stored["calibration"] == {"fastocr": facts}
+    name = "fastocr keep_visual=0.2 min_fixation=0 dense_layers=(0,)"
+    assert stored["calibration"] == {name: facts}
+    # a checkpoint that was written before a setting existed is not read with today's default
+    stored["methods"][0].pop("min_focus")
+    (tmp_path / "c" / "compress.json").write_text(json.dumps(stored | {"format": 1}))
+    with pytest.raises(ValueError, match="all settings of fastocr, .* lacks min_focus; make"):
+        load_reader(tmp_path / "c")
     again = calibrate()
     assert again.exit_code == 2 and "holds a checkpoint" in again.stderr
     nothing = calibrate("--choose", "summaries", "--overwrite")

@@ -15,7 +15,7 @@ from compress.checkpoints.facts import (
     verify,
     warn_unverified,
 )
-from compress.common.foreign import foreign
+from compress.common.foreign import ForeignFileError, foreign
 from compress.methods.base import RuntimeMethod
 from compress.methods.registry import runtime_method
 from compress.models.deepseek_ocr_processor import DeepseekOcrProcessor, save_processor
@@ -106,8 +106,8 @@ def load_runtime(
 
     Raises
     ------
-    ValueError, FileNotFoundError : naming the file that is damaged or missing, or a base model that
-        is not the one that the checkpoint refers to.
+    ValueError, FileNotFoundError : naming the file that is damaged or missing, or that lacks
+        settings, or a base model that is not the one that the checkpoint refers to.
     """
     import torch
 
@@ -119,6 +119,12 @@ def load_runtime(
         return model, processor, ()
     with foreign(at.folder / FACTS, "methods of compress"):
         methods = tuple(map(runtime_method, facts["methods"]))
+    for method, settings in zip(methods, facts["methods"], strict=True):
+        if missing := type(method).model_fields.keys() - settings.keys():
+            raise ForeignFileError(
+                f"{at.folder / FACTS} should hold all settings of {method.name}, since defaults "
+                f"change; it lacks {', '.join(sorted(missing))}; make the checkpoint again"
+            )
     if "weights" in facts:
         base = locate(facts["weights"]["model"], "reader")
         if base.hash != facts["weights"]["hash"]:

@@ -7,7 +7,7 @@ Nothing here imports torch: recipes and the command line read knobs without it.
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from compress.common.settings import Fraction, NonNegative, Settings
 from compress.eval.metrics import Metric
@@ -296,6 +296,10 @@ class RuntimeMethod(Method):
     def needs_calibration(self) -> bool:
         """Whether a setting is left open that is measured on pages."""
         return False
+
+    def calibrated_as(self) -> Self:
+        """The method that is calibrated for this one, without what makes no difference to that."""
+        return self
 
     def calibrate(
         self, model: Any, batches: Sequence[Mapping[str, Any]], max_new_tokens: int

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,13 @@ def write_reader_report(
             facts = [batch[method.name] for batch in batches if method.name in batch]
             sections += method.sections(Shown(model, processor, image, prompt, others, facts))
         by_name: dict[str, RuntimeMethod] = {m.name: m for v in variants for m in v.methods}
-        for name, calibration in (metrics["calibration"] or {}).items():
-            sections += by_name[name].calibration_sections(calibration)
+        for count, (name, found) in enumerate((metrics["calibration"] or {}).items()):
+            for section in by_name[name.split()[0]].calibration_sections(found):
+                figures = [
+                    replace(figure, name=f"{figure.name}{count or ''}")
+                    for figure in section.figures
+                ]
+                sections.append(replace(section, title=f"{section.title}: {name}", figures=figures))
         return sections
 
     facts = metrics["run"]

@@ -81,7 +81,7 @@ def served(model: Any, processor: Any, shape: FolderShape) -> dict[str, tuple[Ru
                 found = calibrate_on_pages(
                     method, model, processor, pages, OcrEvaluation(), shape.new_tokens
                 )
-                method = with_calibration(method, {method.name: found})
+                method = with_calibration(method, found)
             Applied(model, [method]).remove()
             methods.append(method)
         except ValueError:  # it does not serve the model

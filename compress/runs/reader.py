@@ -56,6 +56,11 @@ def variants(recipe: ReaderRecipe) -> list[Variant]:
     return result
 
 
+def calibration_name(method: RuntimeMethod) -> str:
+    """What a calibration is filed under: all methods that share it have the same name for it."""
+    return variant_name(method.calibrated_as())
+
+
 def variant_name(method: RuntimeMethod) -> str:
     """A method and the settings that are not its defaults, as one name."""
     fields = type(method).model_fields
@@ -97,7 +102,7 @@ class ReaderRun:
             calibrated = yield from self._calibrations()
         calibrated = distributed.from_main(lambda: calibrated)
         self.variants = [
-            replace(v, methods=tuple(with_calibration(m, calibrated) for m in v.methods))
+            replace(v, methods=tuple(_with_its_own(m, calibrated) for m in v.methods))
             for v in self.variants
         ]
         self.calibration = {name: one.facts for name, one in calibrated.items()} or None
@@ -168,13 +173,10 @@ class ReaderRun:
             )
 
     def _calibrations(self) -> Generator[Event, None, dict[str, Calibrated]]:
-        """Measure what methods leave open, by their names; kept for a resumed run.
-
-        Of several methods of one name the first is calibrated, for all of them.
-        """
+        """Measure what methods leave open, by `calibration_name`; kept for a resumed run."""
         recipe = self.recipe
         methods = [*recipe.method, *recipe.compare]
-        left_open = {m.name: m for m in reversed(methods) if m.needs_calibration()}
+        left_open = {calibration_name(m): m for m in methods if m.needs_calibration()}
         if not left_open:
             return {}
         path = self.folder / CALIBRATION
@@ -349,11 +351,11 @@ def calibrated_checkpoint(
             calibration.max_new_tokens,
         )
         facts = {
-            "calibration": {method.name: result.facts},
+            "calibration": {calibration_name(method): result.facts},
             "calibrated_on": {"data": data, **calibration.model_dump()},
             "versions": versions_of(PACKAGES),
         }
-        methods = [with_calibration(method, {method.name: result})]
+        methods = [with_calibration(method, result)]
         save_runtime(
             network, processor, methods, output, facts, base=at, reference=True, overwrite=overwrite
         )
@@ -369,13 +371,15 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
     return list(load_pages(source).pages[:count])
 
 
-def with_calibration(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]) -> RuntimeMethod:
+def with_calibration(method: RuntimeMethod, found: Calibrated) -> RuntimeMethod:
     """The method with the settings that were measured for it, in place of those it left open."""
+    return type(method)(**method.model_dump() | found.settings)
+
+
+def _with_its_own(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]) -> RuntimeMethod:
     if not method.needs_calibration():
         return method
-    found = calibrated[method.name].settings
-    left_open = {knob: value for knob, value in found.items() if getattr(method, knob) == "auto"}
-    return type(method)(**method.model_dump() | left_open)
+    return with_calibration(method, calibrated[calibration_name(method)])
 
 
 # ---- measurement -----------------------------------------------------------------------------

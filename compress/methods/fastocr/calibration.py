@@ -90,7 +90,7 @@ def calibrate(
     ------
     ValueError : when no answer has two decode steps.
     """
-    layers = len(decoder(model).layers)
+    method, layers = method.calibrated_as(), len(decoder(model).layers)
     size = partial(budget, method.keep_visual, least=method.min_fixation)
     recorders: list[Recorder] = []
 
@@ -115,7 +115,7 @@ def calibrate(
     @cache
     def tried(focal: tuple[int, ...]) -> tuple[float, Mapping[str, Any]]:
         layers = {"focal_layers": focal, "dense_layers": tuple(dense) or "none"}
-        return _loss(method.model_copy(update={"fixation": "dynamic"} | layers), model, answers)
+        return _loss(method.model_copy(update=layers), model, answers)
 
     order, curve = choose_focal_layers(found, layers, dense)
     count, by, losses = default_count(layers), None, []

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -104,7 +104,8 @@ class FastOCR(RuntimeMethod):
     """Dense first steps where ``focal_layers`` or ``dense_layers`` is "auto"."""
     fixation: Literal["dynamic", "static", "random", "window", "oracle"] = "dynamic"
     """"dynamic" is the method. Three fix what a layer attends to for the whole answer, at the same
-    mean number of attended tokens, without focal and dense layers: "static" is each layer's own
+    mean number of attended tokens, without focal and dense layers (``dense_layers`` have to be
+    given or calibrated, since they count): "static" is each layer's own
     top-k of the last dense step, "random" a draw per layer, "window" the last ones in reading
     order. "oracle" is a bound: each layer's own top-k of the step itself. It reads all tokens to
     find them, and counts what it then attends to."""
@@ -222,6 +223,10 @@ class FastOCR(RuntimeMethod):
     def needs_calibration(self) -> bool:
         """Whether the focal or the dense layers are left open."""
         return self.choose == "focal" and "auto" in (self.focal_layers, self.dense_layers)
+
+    def calibrated_as(self) -> Self:
+        """The moving fixation, always on: fixed ones are compared with it, at its mean share."""
+        return self.model_copy(update={"fixation": "dynamic", "seed": 0, "min_visual": "auto"})
 
     def calibrate(
         self, model: Any, batches: Sequence[Mapping[str, Any]], max_new_tokens: int

@@ -290,7 +290,12 @@ def listed(layers: Literal["auto", "none"] | Sequence[int]) -> list[int] | None:
 def make_policy(
     method: "FastOCR", tokens: VisualTokens, layers: int
 ) -> AttentionPolicy | SummaryPolicy:
-    """The policy for a new batch of prompts, of a model with so many layers."""
+    """The policy for a new batch of prompts, of a model with so many layers.
+
+    Raises
+    ------
+    ValueError : for a fixed fixation that does not know how many layers of the method are dense.
+    """
     if method.choose == "summaries":
         return SummaryPolicy(
             tokens, keep=method.keep_visual, groups=method.periphery, grouping=method.groups
@@ -313,6 +318,11 @@ def make_policy(
             min_mass=method.min_mass,
             reuse=method.reuse,
             periphery=periphery,
+        )
+    if dense is None and method.fixation != "oracle":
+        raise ValueError(
+            f"fixation: {method.fixation} reads as much as the method, whose dense layers it has "
+            "to know for that; got dense_layers='auto'; give them, or calibrate"
         )
     unlimited = {*(focal or range(default_count(layers))), *(dense or ())}
 
