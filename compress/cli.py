@@ -400,6 +400,7 @@ def read(
         "--processes": several or launch.launched(),
         "--batch-tokens": files.batch_tokens,
         "--markdown": files.markdown,
+        "--workers": "workers" in files.model_fields_set,
     }
     if output is None and (unused := [name for name, value in for_folders.items() if value]):
         raise ValueError(f"{', '.join(unused)} is for the folder of --output; name it")

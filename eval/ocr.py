@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.common.files import as_json
 from compress.data.ocr_pages import OcrData, OcrPage, page_name
 from compress.data.olmocr_bench import Bench
 from compress.eval.metrics import UNSEEN_FONT
@@ -106,10 +107,9 @@ def predict(
         if number % distributed.processes():  # read while the one before was
             pages, seconds = pages + times[-1][0], seconds + times.pop()[1]
         times.append((pages, seconds))
-        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions]
         if distributed.is_main():
-            with file.open("a", encoding="utf8") as out:
-                out.write("".join(lines))
+            with file.open("ab") as out:
+                out.write(b"".join(as_json(asdict(one)) for one in predictions))
         count += len(predictions)
         yield count
         begun = time.perf_counter()

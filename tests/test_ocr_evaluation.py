@@ -607,7 +607,7 @@ def test_read_takes_folders_and_pdfs_and_writes_files(reader, lines, tmp_path, m
     replaced = run(*asked, "--output", texts, "--overwrite")
     assert replaced.exit_code == 0 and not list(texts.rglob("*.md")), replaced.stderr
     assert record.read_bytes().count(b"\n") == 5 and not (texts / "lines").exists()
-    for options in (("--markdown",), ("--resume",), ("--batch-tokens", 9)):
+    for options in (("--markdown",), ("--resume",), ("--batch-tokens", 9), ("--workers", 1)):
         assert "is for the folder of --output; name it" in run(*asked, *options).stderr
 
 

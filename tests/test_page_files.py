@@ -3,12 +3,15 @@
 import io
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from compress.data.page_archives import Row
 from compress.data.page_files import common_root, find_pages, pdf_page, text_file
+from compress.data.pixels import open_image
 
 
 @pytest.fixture
@@ -35,6 +38,12 @@ def test_a_folder_is_searched_and_files_of_several_pages_are_taken_apart(folder)
     ]
     # once, however often it is named
     assert len(list(find_pages([folder, folder / "page9.png"]))) == 11
+    (folder / "again").symlink_to(folder / "notes")
+    (folder / "notes" / "a.jsonl").write_text('"a.png"\n"../again/a.png"\n"b.png"\n"b\\u0000"\n')
+    ways = [folder / "notes" / "a.jsonl", folder / "again" / "a.png", folder / "notes", folder]
+    found = names(find_pages(ways, "1"), folder)
+    assert found[:3] == ["notes/a.png", "notes/b.png", "notes/b\0"]
+    assert found[3:] == ["doc.pdf, page 1", "page9.png", "page10.png", "scan.tif, page 1"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,17 @@ def test_texts_are_laid_out_as_the_files_are(folder):
     assert text_file(f"{folder}/../../a.png", folder).is_absolute() is False
 
 
+def test_texts_of_data_sets_lie_apart_from_those_of_files_whatever_the_working_folder(
+    folder, monkeypatch
+):
+    for place in (folder, folder / "notes"):
+        monkeypatch.chdir(place)
+        root = common_root(["hub:some/set", folder / "notes"])
+        assert root == folder / "notes"
+        assert str(text_file("hub:some/set/00000001", root)) == "hub:some/set/00000001.md"
+        assert str(text_file("hub:../a/01", common_root(["hub:../a"]))) == "01.md"
+
+
 def test_lists_of_paths(folder):
     listed = folder / "some.jsonl"
     listed.write_text('"page9.png"\n{"path": "doc.pdf"}\n\n"gone.png"\n"page9.png"\n')
@@ -149,6 +169,37 @@ def test_shards_are_read_where_they_are_and_are_damaged_by_themselves(folder):
         (page,) = find_pages([folder / "0.tar"])
         with pytest.raises(ValueError, match="out.png leads out of it"):
             page.open()
+
+
+def test_links_in_shards_are_damaged_pages(folder):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        tar.add(folder / "page9.png", "a.png")
+        for name, kind in (("b.png", tarfile.LNKTYPE), ("c.pdf", tarfile.SYMTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "a.png"
+            tar.addfile(entry)
+    whole, *links = find_pages([folder / "0.tar"])
+    assert whole.open().size == (60, 90) and len(links) == 2
+    for page in links:
+        with pytest.raises(
+            ValueError, match=r"0.tar/(b.png|c.pdf) should be a file with its bytes"
+        ):
+            page.open()
+
+
+def test_a_data_set_may_name_images_within_archives(folder):
+    pytest.importorskip("datasets")
+    (folder / "set").mkdir()
+    with zipfile.ZipFile(folder / "set" / "train.zip", "w") as file:
+        file.write(folder / "page9.png", "a.png")
+        file.write(folder / "page10.png", "b.png")
+        file.writestr("c.png", b"damaged")
+    first, second, damaged = find_pages([f"hub:{folder / 'set'}"])
+    assert first.open().size == second.size() == (60, 90)
+    with pytest.raises(ValueError, match="00000002 should hold an image"):
+        damaged.open()
+    with pytest.raises(ValueError, match="lost should hold an image"):
+        open_image(Row("lost", None, f"zip://d.png::{folder}/set/train.zip"))
 
 
 def test_a_data_set_is_streamed_without_a_page_being_decoded(folder):

@@ -151,6 +151,39 @@ def test_a_job_survives_kills_and_goes_on_with_other_processes(reader, tmp_path,
     }
 
 
+def test_sources_and_names_are_the_same_from_anywhere(reader, tmp_path, monkeypatch):
+    scans = tmp_path / "scans"
+    render(scans, 1, 0)
+    image = next(scans.rglob("*.png"))
+    odd = scans / os.fsdecode(b"odd-\xff.png")
+    odd.write_bytes(image.read_bytes())
+    settings, files = ReadSettings(max_new_tokens=1), PageFiles(workers=0, markdown=True)
+
+    def read(source, **options):
+        return drain(
+            reading.read_to_folder(
+                reader, [source], tmp_path / "out", settings, files, device="cpu", **options
+            )
+        )
+
+    def another_arrives():
+        (tmp_path / "out" / "pages-0001.jsonl").write_text(
+            '{"page": "b", "text": "", "error": ""}\n'
+        )
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "wait_for_all", another_arrives)
+        # what others write before they arrive is counted
+        assert read("scans").done == {str(image), str(odd), "b"}
+    (tmp_path / "out" / "pages-0001.jsonl").unlink()
+    monkeypatch.chdir(scans)
+    monkeypatch.setattr(reading, "read_pages_of", None)  # nothing is left
+    assert read(scans, resume=True).done == read("../scans", resume=True).done
+    texts = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.md"))
+    assert texts == [path.relative_to(scans).with_suffix(".md") for path in sorted([image, odd])]
+
+
 def test_a_folder_is_timed_in_every_way_that_serves_the_model(reader, tmp_path):
     results = tmp_path / "rows.jsonl"
     shape = f"model={reader},pages=3,new_tokens=2,batch_tokens=400"

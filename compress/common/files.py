@@ -156,7 +156,16 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON with sorted, stable formatting, atomically."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, as_json(content, indent=2))
+
+
+def as_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8, with a line feed at its end.
+
+    What Python makes of names of files that are not UTF-8 is escaped, and read back as it was.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def expand(path: str | Path) -> Path:

@@ -50,15 +50,28 @@ class Member:
 
 @dataclass(frozen=True)
 class Row:
-    """The encoded image of a row of a data set, in place of its path."""
+    """The encoded image of a row of a data set, in place of its path.
+
+    Parameters
+    ----------
+    name : of the page.
+    content : of the image; None where the data set says where it lies.
+    path : as `datasets` writes it: of this machine, a URL, or within an archive.
+    """
 
     name: str
-    content: bytes
+    content: bytes | None
+    path: str | None = None
     suffix: str = ""
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
         """Its bytes."""
-        return io.BytesIO(self.content)
+        if self.content is not None or not self.path:
+            return io.BytesIO(self.content or b"")
+        from datasets.utils.file_utils import xopen
+
+        with xopen(self.path, mode) as file:
+            return io.BytesIO(file.read())
 
     def __str__(self) -> str:
         return self.name
@@ -80,13 +93,15 @@ class Damaged:
         return self.name
 
 
-def members(archive: Path) -> Iterator[Member]:
+def members(archive: Path) -> Iterator[Member | Damaged]:
     """The files of a tar archive, in its order; hidden ones are passed over.
+
+    Links and others that hold no bytes of their own, which no data set needs, are damaged.
 
     Raises
     ------
-    ForeignFileError : when it is damaged, after the files before the damage; for names that lead
-        out of it, and for links, which no data set needs.
+    ForeignFileError : when it is damaged, after the files before the damage, and for names that
+        lead out of it.
     """
     with foreign(archive, "a tar archive that is not compressed", "write it again"):
         with tarfile.open(archive, "r:") as tar:
@@ -95,8 +110,17 @@ def members(archive: Path) -> Iterator[Member]:
                 if path.is_absolute() or ".." in path.parts or "\0" in entry.name:
                     raise ValueError(f"{one_line(entry.name)} leads out of it")
                 tar.members = []  # type: ignore[attr-defined]  # it would grow with the archive
-                if entry.isreg() and not entry.issparse() and not any(map(is_litter, path.parts)):
+                if entry.isdir() or any(map(is_litter, path.parts)):
+                    continue
+                if entry.isreg() and not entry.issparse():
                     yield Member(archive, path.as_posix(), entry.offset_data, entry.size)
+                else:
+                    name = f"{archive}/{path}"
+                    problem = (
+                        f"{name} should be a file with its bytes; it is a link or of another kind; "
+                        "write the archive again with tar --dereference --hard-dereference"
+                    )
+                    yield Damaged(name, problem, path.suffix)
 
 
 def hub_rows(source: str) -> Iterator[Row]:
@@ -120,7 +144,4 @@ def hub_rows(source: str) -> Iterator[Row]:
         rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         for number, row in enumerate(rows):
             stored = row[column] or {}
-            content = stored.get("bytes")
-            if content is None and stored.get("path"):
-                content = Path(stored["path"]).read_bytes()
-            yield Row(f"{source}/{number:08d}", content or b"")
+            yield Row(f"{source}/{number:08d}", stored.get("bytes"), stored.get("path"))

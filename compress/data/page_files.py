@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,8 +91,8 @@ def find_pages(
 
 
 def _files(sources: Sequence[str | Path]) -> Iterator[Stored]:
-    """The files of sources, each once."""
-    folders = {Path(os.path.realpath(one)) for one in sources if os.path.isdir(one)}
+    """The files of sources, each once, however many ways lead to it."""
+    seen: set[str] = set()
     for source in dict.fromkeys(map(str, sources)):
         path = Path(source)
         if source.startswith(HUB):
@@ -103,16 +103,27 @@ def _files(sources: Sequence[str | Path]) -> Iterator[Stored]:
                 raise ValueError(
                     f"{path} should hold page images or PDFs; it holds none; check the path"
                 )
-            if not folders & set(Path(os.path.realpath(path)).parents):
-                yield from itertools.chain.from_iterable(map(_inside, inside))
+            yield from itertools.chain.from_iterable(map(_inside, _new(inside, seen)))
         elif not path.exists():
             raise FileNotFoundError(
                 f"an image, a PDF or a folder of them is expected at {path}; there is no such "
                 "file; check the path"
             )
-        elif not folders & set(Path(os.path.realpath(path)).parents):
+        else:
             listed = _listed(path) if path.suffix.lower() == ".jsonl" else [path]
-            yield from itertools.chain.from_iterable(map(_inside, listed))
+            yield from itertools.chain.from_iterable(map(_inside, _new(listed, seen)))
+
+
+def _new(paths: Iterable[Path], seen: set[str]) -> Iterator[Path]:
+    """Those whose real path was not seen yet."""
+    for path in paths:
+        try:
+            real = os.path.realpath(path)
+        except ValueError:  # no file can be called so, which its opening says
+            real = str(path)
+        if real not in seen:
+            seen.add(real)
+            yield path
 
 
 def _inside(path: Path) -> Iterator[Stored]:
@@ -127,13 +138,13 @@ def _inside(path: Path) -> Iterator[Stored]:
 
 
 def _listed(path: Path) -> list[Path]:
-    """The paths of a list, each once."""
-    paths: dict[Path, None] = {}
+    """The paths of a list."""
+    paths = []
     for number, line in json_lines(path):
         with foreign(f"{path}, line {number}", "a path, or an object with a path", "correct it"):
             content = json.loads(line)
-            paths[path.parent / (content["path"] if isinstance(content, dict) else content)] = None
-    return list(paths)
+            paths.append(path.parent / (content["path"] if isinstance(content, dict) else content))
+    return paths
 
 
 def _is_archive(path: Path) -> bool:
@@ -228,19 +239,28 @@ def text_file(name: str, root: Path) -> Path:
     """
     split = re.fullmatch(r"(.*?)(?:, page ([0-9]+))?", name, re.DOTALL)
     whole, number = split.groups() if split else (name, None)
-    file = Path(os.path.abspath(whole))
+    file = _place(whole)
     # a list may name files anywhere
     below = file.relative_to(root if root in file.parents else file.anchor)
     return below.with_name(f"{file.stem}{f'_page_{number}' if number else ''}.md")
 
 
 def common_root(sources: Sequence[str | Path]) -> Path:
-    """The folder below which the files of sources lie."""
-    whole = [os.path.abspath(source) for source in sources]
-    above = [
-        path if os.path.isdir(path) or HUB in path else os.path.dirname(path) for path in whole
-    ]
+    """The folder below which the files of sources lie; of data sets where there are no files."""
+    files = [source for source in sources if not str(source).startswith(HUB)]
+    places = [_place(source) for source in files or sources]
+    above = [at if at.is_dir() or not files else at.parent for at in places]
     return Path(os.path.commonpath(above))
+
+
+def absolute(source: str | Path) -> str:
+    """A source by its whole path; a data set of the hub as it is called."""
+    return str(source) if str(source).startswith(HUB) else os.path.abspath(source)
+
+
+def _place(source: str | Path) -> Path:
+    """The whole path of a source or a page; of the hub's one that depends on no folder here."""
+    return Path(os.path.abspath(os.path.join("/", absolute(source))))
 
 
 def pdf_page_count(path: Stored) -> int:

@@ -121,6 +121,12 @@ def from_main(work: Callable[[], Result]) -> Result:
     return broadcast_object_list([work() if is_main() else None])[0]
 
 
+def wait_for_all() -> None:
+    """Wait until every process is here; :func:`from_main` lets the main one go on before others."""
+    if processes() > 1:
+        PartialState().wait_for_everyone()
+
+
 def shared_out(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
     """Results of ``work`` for all items, in their order, on every process.
 

@@ -24,11 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model, load_runtime
 from compress.common.environment import choose_device
-from compress.common.files import write_text, writing
+from compress.common.files import as_json, write_text, writing
 from compress.common.foreign import foreign, reason
 from compress.common.output_folder import TEXTS, check_apart, recorded_folder
-from compress.data.page_archives import HUB
-from compress.data.page_files import OcrPage, common_root, find_pages, text_file
+from compress.data.page_files import OcrPage, absolute, common_root, find_pages, text_file
 from compress.data.pages import DOCUMENT, LINE, PAGE, SQUARE_PAGE
 from compress.eval.settings import PageFiles, ReadSettings
 from compress.methods.base import Event, RuntimeMethod
@@ -284,10 +283,11 @@ def read_to_folder(
     settings, files = settings or ReadSettings(), files or PageFiles()
     where = distributed.join(choose_device(device), patience=distributed.NO_LIMIT)
     at, main = locate(model, "reader"), distributed.is_main()
+    # pages are called after them, and must be called the same wherever the next sitting begins
+    sources = [absolute(one) for one in sources]
     root = common_root(sources)
-    named = [str(one) if str(one).startswith(HUB) else os.path.abspath(one) for one in sources]
     facts = {
-        **{"model": at.name, "model_hash": at.hash, "sources": named},
+        **{"model": at.name, "model_hash": at.hash, "sources": sources},
         **files.model_dump(include={"pages", "dpi", "markdown"}),
         "root": str(root),
         **settings.model_dump(mode="json"),
@@ -309,7 +309,7 @@ def read_to_folder(
     with distributed.explained():
         if main:
             check_apart(
-                output, {"model": at.folder} | {f"source {i}": s for i, s in enumerate(named, 1)}
+                output, {"model": at.folder} | {f"source {i}": s for i, s in enumerate(sources, 1)}
             )
             # what is wrong with the sources is said before the folder is touched
             total = _counted(sources, files, root)
@@ -318,7 +318,7 @@ def read_to_folder(
             total, left = distributed.from_main(begin)
             if left:
                 yield from _read_share(at, sources, output, settings, files, where, total, left)
-            distributed.from_main(lambda: None)  # nobody writes any more
+            distributed.wait_for_all()  # nobody writes any more
             return distributed.from_main(lambda: record_of(output))
 
 
@@ -396,7 +396,7 @@ def _row(page: OcrPage, reading: Reading, seconds: float) -> dict[str, Any]:
 
 def _append(file: IO[bytes], rows: Sequence[dict[str, Any]]) -> None:
     """Append rows, which are on the disk then."""
-    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    file.write(b"".join(map(as_json, rows)))
     file.flush()
     os.fsync(file.fileno())
 
