@@ -16,7 +16,6 @@ COMMANDS = {
     "eval --help": 0,
     "recipes": 0,
     "run ddpm_gradflow --set method.keep_mac=1": 2,
-    "run reader_fastocr --processes 2": 2,
     "run ddpm_gradflow --dry-run --set method.keep_macs=7": 2,
     "run ddpm_gradflow --output .": 2,
 }
