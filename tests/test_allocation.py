@@ -359,6 +359,22 @@ def test_quotas_move_with_the_scores_and_rest_in_the_second_half(unet):
     assert run.surgery_facts["max_difference"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("steps", "granularity", "expected"),
+    [(100, "fine", [0, 7, 14, 21, 28, 35, 42]), (20, "coarse", list(range(9)))],
+)
+def test_widths_are_chosen_at_each_twelfth_of_the_updates_of_the_first_half(
+    unet, monkeypatch, steps, granularity, expected
+):
+    changes = {"max_move": None, "criterion_every": None, "settle": 0.1, "criterion": "random"}
+    run = run_of(unet, flow(steps=steps, granularity=granularity, **changes))
+    chosen, soft = [], run._plain()
+    for step in range(run.method.binarised_at):
+        monkeypatch.setattr(run.mask_scheduler, "allocate", lambda step=step: chosen.append(step))
+        run.mask_scheduler.move(soft, step)
+    assert chosen == expected
+
+
 @pytest.mark.parametrize("kind", ["soft", "one shot"])
 def test_a_run_makes_the_model_that_was_predicted(unet, whole, kind):
     shot = OneShot(

@@ -1,7 +1,9 @@
 """Scores: Hessian-vector products, what the slice sums mean, and every criterion by an oracle."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from builders import models
 from compress.data.batches import Batch
+from compress.methods.gradflow import method
 from compress.methods.gradflow.criterion import (
     CRITERIA,
     denoising_loss,
@@ -399,6 +402,15 @@ def test_random_scores_depend_on_the_seed_alone():
     torch.manual_seed(99)
     assert torch.equal(score(soft, scheduler, data[:1], "random", seed=3), first)
     assert not torch.equal(score(soft, scheduler, data, "random", seed=4), first)
+
+
+def test_the_readme_says_what_each_criterion_is():
+    readme = Path(method.__file__).with_name("README.md").read_text(encoding="utf8")
+    for kind in (method.GradFlow, method.OneShot):
+        for name in get_args(kind.model_fields["criterion"].annotation):
+            # those of whole blocks stand in the text
+            assert f"| `{name}`" in readme or f"`criterion: {name}`" in " ".join(readme.split())
+    assert f"| `{method.GradFlow().criterion}` (default) |" in readme
 
 
 def test_the_horizon_of_lookahead_is_capped():

@@ -284,5 +284,8 @@ def test_update_every_and_max_move_follow_the_steps_unless_they_are_set():
     assert GradFlow(steps=1).max_move == 1
     assert GradFlow(**four, budget="cubic", max_move=None).max_move == 0.578125
     assert GradFlow(steps=20, max_move=0.2).max_move == 0.2
+    # nine estimates of the scores, or as many as there are updates
+    assert [GradFlow(steps=n).criterion_every for n in (5, 100, 199)] == [1, 10, 20]
+    assert GradFlow(steps=100, update_every=10).criterion_every == 1
     with pytest.raises(ValueError, match="^GradFlow: steps: Input .*; got 'many'; correct it$"):
         GradFlow(steps="many")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDPMPipeline, DDPMScheduler
 from typer.testing import CliRunner
 
@@ -78,6 +79,18 @@ def test_each_class_says_what_it_is():
         assert all(field.description for key, field in kind.model_fields.items() if key != "name")
         readme = ROOT / "compress" / "methods" / kind.__module__.split(".")[2] / "README.md"
         assert readme.is_file()
+
+
+def test_the_defaults_in_a_methods_readme_are_its_own():
+    for name, kind in METHODS.items():
+        readme = ROOT / "compress" / "methods" / name / "README.md"
+        if not readme.is_file():  # it shares that of another method
+            continue
+        rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", readme.read_text(encoding="utf8"), re.M)
+        shown = {knob: cell.strip("`") for knob, cell in rows if knob in kind.model_fields}
+        assert set(shown) == set(kind.model_fields) - {"name"}
+        for knob, cell in shown.items():
+            assert yaml.safe_load(cell) == kind.model_fields[knob].default, (name, knob)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -86,6 +86,11 @@ class Method(Settings):
     # each method narrows it to its own key in recipes and checkpoints: ``Literal["NAME"] = "NAME"``
     name: str
 
+    @property
+    def unused(self) -> frozenset[str]:
+        """Knobs that decide nothing beside the values of the others."""
+        return frozenset()
+
     def label(self) -> str:
         """Name in tables and plots; methods that differ in what they keep alone share it."""
         return self.name

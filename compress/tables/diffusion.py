@@ -97,6 +97,7 @@ def settings(recipe: Recipe, *, exclude_defaults: bool = False) -> dict[str, Any
         f"{key}.{knob}".rstrip("."): value
         for key, part in sections.items()
         for knob, value in part.items()
+        if key != "method" or knob not in recipe.method.unused
     }
 
 

@@ -176,7 +176,7 @@ def per_unit(
     ``(units,)``.
     """
     device = next(iter(values.values())).device
-    total = torch.zeros(layout.units + 2, device=device)
+    total = torch.zeros(layout.units + 1, device=device)
     tables = {"in": layout.inputs, "out": layout.outputs, "norm": layout.norms}
     for name, value in values.items():
         module = name.rpartition(".")[0]
@@ -201,8 +201,9 @@ def fisher_scores(
 
     Near a minimum the mean of the mask's gradient is noise, and its square over minibatches is
     proportional to the curvature, so to what removing the unit costs (optimal brain damage; Theis
-    et al., arXiv 1801.05787, on other nets). Every optimiser step of a soft stage gives the same
-    gradient for nothing.
+    et al., arXiv 1801.05787, on other nets). Every optimiser step of a soft stage gives such a
+    gradient for nothing, though not quite the same: of the training loss, distillation included,
+    with the model's dropout and in training's precision.
 
     Parameters
     ----------

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from compress.methods.gradflow.method import ChannelPruning
 
 TRACED_UNITS = 400
-# share of the flow after which free inner widths stay as they are
+# free inner widths are chosen anew so many times over a flow, and stay as they are in its second
+# half, so that the masks can reach them
+REALLOCATIONS = 12
 LAST_REALLOCATION = 0.5
 Tensors = dict[str, torch.Tensor]
 
@@ -65,6 +67,12 @@ class MaskState:
     @classmethod
     def restored(cls, tensors: Tensors, facts: dict[str, Any]) -> "MaskState":
         """Rebuild a state from its :meth:`tensors` and :meth:`facts`."""
+        if missing := [name for name in cls._TENSORS if name not in tensors]:
+            raise ValueError(
+                f"a saved state should hold the masks' {', '.join(cls._TENSORS)}; this one, "
+                f"without {', '.join(missing)}, was begun by an earlier version; start again with "
+                "--overwrite"
+            )
         named: dict[str, Any] = {name: tensors[name] for name in cls._TENSORS}
         trace = list(tensors["trace"].cpu().unbind()) if "trace" in tensors else []
         return cls(**named, trace=trace, **facts)
@@ -102,7 +110,10 @@ class MaskScheduler:
         self.block = layout.block.to(device)
         self.sizes = layout.sizes().to(device).float()
         flow_knobs = method.flow
-        between = flow_knobs.update_every * flow_knobs.criterion_every if flow_knobs else 1
+        self.estimate_every = flow_knobs.criterion_every if flow_knobs else 1
+        if method.granularity == "coarse":
+            self.estimate_every *= COARSE_REFRESH
+        between = self.estimate_every * flow_knobs.update_every if flow_knobs else 1
         self.horizon = method.horizon or step_rate * between
         # the optimiser step before which the mask becomes binary
         self.binarised_at = flow_knobs.binarised_at if flow_knobs else 0
@@ -133,16 +144,14 @@ class MaskScheduler:
             return None
         update = step // method.update_every
         progress = (update + 1) / method.updates
-        every = method.criterion_every
-        if method.granularity == "coarse":
-            every *= COARSE_REFRESH
         rank = None
-        # keep counts are fixed in the second half, so that the masks can reach them
-        reallocate = update == 0 or (update % every == 0 and progress <= LAST_REALLOCATION)
         if update and self.learns:
-            rank = self._refresh(self._learnt_scores(), soft.mask, reallocate=reallocate)
-        elif update % every == 0:
-            rank = self.estimate(soft, reallocate=reallocate)
+            rank = self._refresh(self._learnt_scores(), soft.mask)
+        elif update % self.estimate_every == 0:
+            rank = self.estimate(soft)
+        due = update % max(1, method.updates // REALLOCATIONS) == 0
+        if update == 0 or (due and progress <= LAST_REALLOCATION):
+            self.allocate()
         removed = removed_share(progress, method.budget)
         budget = self.sizes - removed * (self.sizes - self.state.keep_counts)
         if self.allocator is not None:
@@ -180,21 +189,21 @@ class MaskScheduler:
             "spearman": rank,
         }
 
-    def estimate(self, soft: SoftUNet, *, reallocate: bool = True) -> float | None:
-        """Refresh the scores; returns the rank correlation with the estimate before.
-
-        Parameters
-        ----------
-        soft : the masked network.
-        reallocate : whether free inner widths are chosen anew.
-        """
+    def estimate(self, soft: SoftUNet) -> float | None:
+        """Refresh the scores; returns the rank correlation with the estimate before."""
         started = time.perf_counter()
         batches = self.batches(self.state.estimates)
         with sharding.whole(soft):
             raw = self._raw_scores(soft, batches)
-        rank = self._refresh(raw, soft.mask, reallocate=reallocate)
+        rank = self._refresh(raw, soft.mask)
         self.state.seconds += time.perf_counter() - started
         return rank
+
+    def allocate(self) -> None:
+        """Choose the inner widths anew from the scores, where they are free."""
+        if self.allocator is not None:
+            layout = self.allocator.layout(self.state.shared_scores)
+            self.state.keep_counts = layout.keep_counts.to(self.block.device)
 
     @property
     def learns(self) -> bool:
@@ -217,7 +226,7 @@ class MaskScheduler:
         count, state.learnt = state.learnt, 0
         return (squares / count).sqrt().float() if count else state.last_scores
 
-    def _refresh(self, raw: torch.Tensor, mask: torch.Tensor, *, reallocate: bool) -> float | None:
+    def _refresh(self, raw: torch.Tensor, mask: torch.Tensor) -> float | None:
         state, method = self.state, self.method
         fresh = scoring.normalise(raw, self._layout, method.criterion)
         shared = scoring.normalise(raw, self._layout, "lookahead")
@@ -230,10 +239,6 @@ class MaskScheduler:
             state.shared_scores = decay * state.shared_scores + (1 - decay) * shared
         else:
             state.scores, state.shared_scores = fresh, shared
-        if self.allocator is not None and reallocate:
-            state.keep_counts = self.allocator.layout(state.shared_scores).keep_counts.to(
-                self.block.device
-            )
         state.last_scores = fresh
         state.estimates += 1
         return None if rank is None or math.isnan(rank) else rank

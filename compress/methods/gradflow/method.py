@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
     from compress.methods.training import Training
 
+# of a criterion that takes passes of its own, over a soft stage, unless it is told otherwise
+ESTIMATES = 9
+
 
 class ChannelPruning(WeightMethod):
     """Knobs that gradflow and one-shot pruning share: scoring and allocation."""
@@ -39,7 +42,8 @@ class ChannelPruning(WeightMethod):
     allocation: Literal["uniform", "global"] = "uniform"
     """"uniform" keeps one ratio per level, so that the result is a plain diffusers model; "global"
     lets each resnet and attention have an inner width of its own, chosen by score per MAC under the
-    same budget. In a flow they move with the scores during its first half."""
+    same budget. In a flow they move with the scores during its first half, at every twelfth of its
+    mask updates."""
 
     @property
     def flow(self) -> "GradFlow | None":
@@ -97,9 +101,6 @@ class GradFlow(ChannelPruning):
     update_every: Count = Field(None, validate_default=True)
     """Optimiser steps between mask updates, over which "fisher" averages. By default a hundredth of
     the soft stage."""
-    criterion_every: Count = 30
-    """Mask updates between estimates of a criterion that takes passes of its own, and between
-    choices of free inner widths."""
     criterion_batches: Batch = 16
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
     score_ema: float = Field(0.9, ge=0, lt=1)
@@ -113,6 +114,9 @@ class GradFlow(ChannelPruning):
     """Shape of the budget's fall."""
     settle: float = Field(0.1, ge=0, lt=1)
     """Share of the soft stage after binarisation, when weights train on the binary mask."""
+    criterion_every: Count = Field(None, validate_default=True)
+    """Mask updates between estimates of a criterion that takes passes of its own; of no effect on
+    "fisher". By default a ninth of all, which is 10 of 90."""
     max_move: float = Field(None, gt=0, le=1, validate_default=True)
     """Continuity bound: no mask moves more than this in one update. By default 0.1, or what the
     steepest fall of the budget needs where there are few updates."""
@@ -127,13 +131,15 @@ class GradFlow(ChannelPruning):
     def _follow_steps(cls, value: Any, info: ValidationInfo) -> Any:
         return max(1, info.data.get("steps", 0) // 100) if value is None else value
 
-    @field_validator("max_move", mode="before")
+    @field_validator("criterion_every", "max_move", mode="before")
     @classmethod
     def _follow_schedule(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None:
             return value
         # a value that was refused is not among the data
         knobs = cls.model_construct(**{"update_every": 1} | info.data)
+        if info.field_name == "criterion_every":
+            return max(1, round(knobs.updates / ESTIMATES))
         return max(0.1, steepest_fall(knobs.updates, knobs.budget))
 
     @model_validator(mode="after")
@@ -149,6 +155,11 @@ class GradFlow(ChannelPruning):
     def flow(self) -> "GradFlow":
         """These knobs."""
         return self
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """How often passes are taken, where none are."""
+        return frozenset({"criterion_every"} if self.criterion == "fisher" else ())
 
     @property
     def binarised_at(self) -> int:

@@ -283,6 +283,7 @@ class PruningRun:
         """Score the dense model and choose the kept units at once."""
         soft = self._plain()
         self.mask_scheduler.estimate(soft)
+        self.mask_scheduler.allocate()
         self.train_seconds += self.mask_scheduler.state.seconds
         self._binarise(soft)
 
