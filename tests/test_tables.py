@@ -17,7 +17,7 @@ from compress.eval.tables import append_row, read_rows
 from compress.runs.recipe import load_pipeline_recipe
 from compress.tables import bench, diffusion, processes
 from compress.tables import table as tables
-from compress.tables.documents import PLACE, _aims, all_tables, fill, read_documents
+from compress.tables.documents import PLACE, _aims, _headline, all_tables, fill, read_documents
 from compress.tables.table import Job, Table, has
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +164,11 @@ def test_a_row_belongs_to_the_recipe_that_it_was_measured_with():
     # a knob that is younger than the row was at its default, one that is gone decided nothing
     row["settings"] = {k: v for k, v in row["settings"].items() if k != "method.granularity"}
     assert owns(row | {"settings": row["settings"] | {"method.gone": 3}})
+    # nor does one that is of no effect beside the others
+    assert owns(row | {"settings": row["settings"] | {"method.criterion_every": 30}})
+    taylor = load_pipeline_recipe("ddpm_gradflow_full", ["method.criterion=taylor"])
+    other = measured(taylor)["settings"] | {"method.criterion_every": 30}
+    assert not diffusion.same_result(taylor)(row | {"settings": other})
     coarse = load_pipeline_recipe("ddpm_gradflow_full", ["method.granularity=coarse"])
     assert not diffusion.same_result(coarse)(row)
 
@@ -426,6 +431,27 @@ def test_aims_count_the_rows_that_reach_them():
     ]
     [below] = cells(_aims([aim | {"most": 0.4}], {"speed": measured}))
     assert below[2] == "reached in 0 of 2 rows: 50% to 70%"
+
+
+def test_a_claim_without_rows_or_rivals_keeps_its_words():
+    lines = [{"keep": keep, "method": "ours", "seeds": 3} for keep in ("half", "less")]
+    measured = SimpleNamespace(rows=lambda: lines, lines=lambda rows: rows)
+    claim = {
+        "claim": "ours keeps half",
+        "table": "toy",
+        "line": {"keep": "half"},
+        "measured": "{seeds} seeds",
+        "rival": "{seeds}",
+        "n": "{seeds}",
+    }
+    missing = ["not measured yet: `compress tables toy`"] * 3
+    for changes, expected in (
+        ({}, ["3 seeds", "3", "3"]),
+        ({"line": {"keep": "more"}}, missing),
+        ({"rivals": [{"keep": "half"}], "best": "seeds"}, missing),
+    ):
+        [cell] = cells(_headline({"claims": [claim | changes], "note": ""}, {"toy": measured}))
+        assert cell == ["ours keeps half", *expected]
 
 
 def test_every_claim_of_the_headline_is_a_line_of_another_table(shipped):

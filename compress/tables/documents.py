@@ -86,32 +86,32 @@ def _headline(headline: Mapping[str, Any], tables: Mapping[str, Table]) -> str:
         measured = table.lines(table.rows())
         line = next(filter(has(**claim["line"]), measured), None)
         others = [other for other in measured if other is not line]
-        if line is None or not others and "rivals" in claim:
+        rivals = [list(filter(has(**facts), others)) for facts in claim.get("rivals", ())]
+        if line is None or not all(rivals):
             missing = f"not measured yet: `compress tables {claim['table']}`"
-            lines.append(dict.fromkeys(("claim", "measured", "best rival", "n"), missing))
+            unknown = dict.fromkeys(("measured", "best rival", "n"), missing)
+            lines.append({"claim": claim["claim"]} | unknown)
             continue
-        rivals = [_best(others, facts, claim["best"]) for facts in claim.get("rivals", ())] or [
-            line
-        ]
+        best = [_best(some, claim["best"]) for some in rivals] or [line]
         lines.append(
             {
-                "claim": claim["claim"].format_map(line),
+                "claim": claim["claim"],
                 "measured": claim["measured"].format_map(line),
-                "best rival": "; ".join(claim["rival"].format_map(rival) for rival in rivals),
+                "best rival": "; ".join(claim["rival"].format_map(rival) for rival in best),
                 "n": claim["n"].format_map(line),
             }
         )
     return f"{markdown(lines)}\n\n{headline['note']}"
 
 
-def _best(lines: Sequence[Row], facts: Mapping[str, Any], by: str) -> Row:
-    """The best of the lines that say this."""
+def _best(lines: Sequence[Row], by: str) -> Row:
+    """The best of the lines."""
 
     def value(line: Row) -> float:
         return float(functools.reduce(operator.getitem, by.split("."), line))  # type: ignore[arg-type]
 
     choose = min if metric(by.partition(".")[0]).better == "lower" else max
-    return choose(filter(has(**facts), lines), key=value)
+    return choose(lines, key=value)
 
 
 def _aims(aims: Sequence[Mapping[str, Any]], tables: Mapping[str, Table]) -> str:
