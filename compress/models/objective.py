@@ -146,7 +146,10 @@ def predicted(
     noisy, timesteps : ``(batch, channels, height, width)`` and ``(batch,)``.
     condition : its further inputs, by name.
     """
-    return call(noisy, timestep=timesteps, **condition).sample[:, : noisy.shape[1]]
+    sample: torch.Tensor = call(noisy, timestep=timesteps, **condition).sample
+    channels = noisy.shape[1]
+    # no view where nothing is cut: FSDP warns of one
+    return sample if sample.shape[1] == channels else sample[:, :channels]
 
 
 def drop_jointly(denoiser: nn.Module) -> None:
