@@ -290,6 +290,9 @@ def test_scores_follow_the_mask_gradients_of_the_steps_since_the_last_update():
     scheduler, soft = run.mask_scheduler, run._plain()
     scheduler.move(soft, 0)
     first = scheduler.state.scores.clone()
+    taylor = start(gradflow(criterion="taylor", update_every=2, steps=6))
+    taylor.mask_scheduler.move(taylor._plain(), 0)
+    assert torch.equal(first, taylor.mask_scheduler.state.scores)
     gradients = torch.randn(3, run.layout.units, dtype=torch.double)
     # a step that overflowed in float16 counts as none
     for gradient in (*gradients[:2], torch.full_like(gradients[0], torch.inf)):

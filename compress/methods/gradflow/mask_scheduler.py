@@ -248,9 +248,13 @@ class MaskScheduler:
         if method.criterion in depth.CRITERIA:
             return scoring.depth_scores(soft, self.scheduler, batches, method.criterion)
         parts = len(batches) // method.criterion_batches
-        if method.criterion == "fisher":
-            return scoring.fisher_scores(soft, self.scheduler, batches, parts=parts)
-        if method.criterion == "diff_pruning":
+        criterion = method.criterion
+        if criterion == "fisher":
+            if method.flow is None:
+                return scoring.fisher_scores(soft, self.scheduler, batches, parts=parts)
+            # a flow estimates it once, before the first step; taylor begins better (our choice)
+            criterion = "taylor"
+        if criterion == "diff_pruning":
             return scoring.diff_pruning_scores(
                 soft, self.scheduler, batches, threshold=method.score_threshold, parts=parts
             )
@@ -258,7 +262,7 @@ class MaskScheduler:
             soft,
             self.scheduler,
             batches,
-            criterion=method.criterion,
+            criterion=criterion,
             reduction=method.reduction,
             hvp=method.hvp,
             horizon=self.horizon,
