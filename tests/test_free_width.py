@@ -78,7 +78,7 @@ def test_without_inner_widths_it_is_the_plain_model():
 def test_its_config_takes_every_key_of_the_plain_class():
     own = FreeWidthUNet2DModel._get_init_keys(FreeWidthUNet2DModel)
     plain = set(inspect.signature(UNet2DModel.__init__).parameters)
-    assert own == plain | {"inner_widths"}
+    assert own == plain | {"inner_widths", "sinusoid_width"}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ def test_a_served_page_is_read_as_in_python(tmp_path):
     model, processor, _ = load_reader("builtin:reader-qwen")
     page, text = load_pages("builtin:pages", 1, unseen_font=False).pages[0].open(), "Read it."
     checkpoint = str(tmp_path / "checkpoint")
-    with apply(model, FastOCR(keep_visual=0.02, min_visual=0), processor=processor) as applied:
+    with apply(
+        model,
+        FastOCR(keep_visual=0.02, min_visual=0, min_fixation=0, dense_layers="none"),
+        processor=processor,
+    ) as applied:
         applied.save(checkpoint)
         [expected] = read_pages(model, processor, [page], text, max_new_tokens=40)
     [dense] = read_pages(model, processor, [page], text, max_new_tokens=40)

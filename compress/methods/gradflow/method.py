@@ -90,9 +90,9 @@ class GradFlow(ChannelPruning):
     criterion: Literal["fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random"] = (
         "fisher"
     )
-    """What scores a channel or block. "fisher" begins with the scores of "taylor" on the dense model;
-    from then on every optimiser step scores, whose backward pass gives the mask's gradient for
-    nothing. The others take passes of their own."""
+    """What scores a channel or block. "fisher" begins with the scores of "taylor" on the dense
+    model; from then on every optimiser step scores, whose backward pass gives the mask's gradient
+    for nothing. The others take passes of their own."""
     process: Literal["soft", "hard"] = "soft"
     """"soft" moves the mask continuously; "hard" removes channels for good, a few at each mask
     update (the classical iterative baseline)."""
