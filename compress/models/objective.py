@@ -148,8 +148,8 @@ def predicted(
     """
     sample: torch.Tensor = call(noisy, timestep=timesteps, **condition).sample
     channels = noisy.shape[1]
-    # no view where nothing is cut: FSDP warns of one
-    return sample if sample.shape[1] == channels else sample[:, :channels]
+    # never a view: FSDP's hook on a module's output can be lost on one
+    return sample if sample.shape[1] == channels else sample[:, :channels].clone()
 
 
 def drop_jointly(denoiser: nn.Module) -> None:
