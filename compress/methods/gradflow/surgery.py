@@ -112,16 +112,17 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
     mask : ``(units,)``, 0 or 1, which keeps the layout's number of units in every block.
     """
     check_mask(layout, mask)
-    parameters = dict(unet.named_parameters())
-    # such as SD3's positions, which are of no width and no block
-    buffers = {key: t for key, t in unet.state_dict().items() if key not in parameters}
-    weights = cut(parameters, layout, mask)
+    weights = cut(dict(unet.named_parameters()), layout, mask)
     for name, index in layout.queries.items():
         share = mask[index.to(mask.device)].mean().item()
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights:
                 weights[key] = weights[key] * math.sqrt(share)
     slim = slim_unet(unet, layout, mask)
+    # such as SD3's positions, which are of no width and no block; not by the dense model's state
+    # dict, which lets go of weights that FSDP has gathered
+    named = slim.state_dict()
+    buffers = {name: buffer for name, buffer in unet.named_buffers() if name in named}
     slim.load_state_dict(weights | buffers, strict=True)
     return slim.to(next(unet.parameters()).device)
 
