@@ -235,8 +235,7 @@ def test_lines_are_compared_with_ours_in_the_same_budget(tmp_path, runs):
     assert longer["fid_digits"] == {"verdict": "behind", "text": "**behind** 0.29 [0.29, 0.29]"}
     assert longer["ssim_to_dense"]["verdict"] == "ahead"
     assert lines[1]["differences"]["fid_digits"]["verdict"] == "open"
-    counts = "fid_digits 0 and 1, kid_digits ×10³ 0 and 0, SSIM to dense 1 and 0, validation loss"
-    assert lines[3]["standing"] == f"ahead of and behind, of 2 rivals: {counts} 0 and 0"
+    assert lines[3]["standing"] == "of 8 differences 1 ahead, 1 behind"
     first, second, note = toy.render().split("\n\n")
     assert "**" not in first and "| half | elsewhere | 1 | 0.25 |" in first
     assert second.splitlines()[0].startswith("| budget | ours minus | fid_digits | ")

@@ -165,7 +165,7 @@ def _lines(
 def _compare(lines: Sequence[Row], against: Mapping[str, str], within: Sequence[str]) -> None:
     """Give each line how far the line ``against`` is from it, where both agree in ``within``.
 
-    The line itself gets its ``standing``: how many of these it is ahead of and behind.
+    The line itself gets its ``standing``: in how many of these it is ahead and behind.
     """
     for ours in filter(has(**against), lines):
         same = has(**{key: ours[key] for key in within})
@@ -174,12 +174,9 @@ def _compare(lines: Sequence[Row], against: Mapping[str, str], within: Sequence[
             line["differences"] = {
                 name: difference(name, ours["by_seed"], line["by_seed"]) for name in QUALITY
             }
-        counts = []
-        for name in QUALITY:
-            verdicts = [line["differences"][name]["verdict"] for line in rivals]
-            won, lost = verdicts.count("ahead"), verdicts.count("behind")
-            counts.append(f"{metric(name).column()} {won} and {lost}")
-        ours["standing"] = f"ahead of and behind, of {len(rivals)} rivals: {', '.join(counts)}"
+        verdicts = [line["differences"][name]["verdict"] for line in rivals for name in QUALITY]
+        won, lost = verdicts.count("ahead"), verdicts.count("behind")
+        ours["standing"] = f"of {len(verdicts)} differences {won} ahead, {lost} behind"
 
 
 def difference(
