@@ -451,7 +451,9 @@ def _repaired(folder: Path, root: Path | None) -> Record:
             for line in file:
                 whole += len(line) if line.endswith(b"\n") else 0
             file.truncate(whole)
-        for row in rows_of(path) if root is not None else ():
-            if not row["error"] and root and not (folder / text_file(row["page"], root)).exists():
+        if root is None:
+            continue
+        for row in rows_of(path):
+            if not row["error"] and not (folder / text_file(row["page"], root)).exists():
                 _write_markdown(folder, root, row)
     return record_of(folder)

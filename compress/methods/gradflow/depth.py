@@ -19,13 +19,12 @@ from compress.common.cost import unet_cost
 from compress.data.batches import Batch
 from compress.methods.gradflow.groups import ChannelGroup, Slot
 from compress.methods.gradflow.layout import Layout
+from compress.methods.gradflow.widths import AS_LARGE
 from compress.parallel import distributed
 
 if TYPE_CHECKING:
     from compress.methods.gradflow.masks import SoftUNet
 
-# as large as the largest is what keeps at most this share of the MACs less
-AS_LARGE = 0.03
 CRITERIA = ("uniform_depth", "block_influence")
 
 
@@ -174,12 +173,12 @@ def choose_counts(
     total = unet_cost(model).macs
     prices = np.array([total - unet_cost(_without(model, group.name)).macs for group in groups])
     sizes = np.array([group.units for group in groups])
-    fixed = {group.name.rpartition(".")[0] for group in groups}
-    stays = {name: len(model.get_submodule(name)) for name in fixed}  # type: ignore[arg-type]
-    for group in groups:
-        stays[group.name.rpartition(".")[0]] -= group.units
+    stacks = [group.name.rpartition(".")[0] for group in groups]
+    stays = {name: len(model.get_submodule(name)) for name in stacks}  # type: ignore[arg-type]
+    for stack, group in zip(stacks, groups, strict=True):
+        stays[stack] -= group.units
     # a stack never becomes empty
-    least = [0 if stays[group.name.rpartition(".")[0]] else 1 for group in groups]
+    least = [0 if stays[stack] else 1 for stack in stacks]
     axes = [np.arange(low, size + 1) for low, size in zip(least, sizes, strict=True)]
     grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes)], axis=1)
     kept = 1 - (sizes - grid) @ prices / total
@@ -189,8 +188,8 @@ def choose_counts(
             f"{type(model).__name__}, what is left without the blocks that may go; got "
             f"keep_macs={keep_macs}; raise it"
         )
-    # what keeps all keeps 1 but for rounding
-    fits = (kept <= keep_macs + 1e-9) & (kept >= kept[kept <= keep_macs + 1e-9].max() - AS_LARGE)
+    within = kept <= keep_macs + 1e-9  # what keeps all keeps 1 but for rounding
+    fits = within & (kept >= kept[within].max() - AS_LARGE)
     grid, kept = grid[fits], kept[fits]
     shares = grid / sizes
     best = np.lexsort((-kept, (shares.max(1) - shares.min(1)).round(9)))[0]
@@ -208,7 +207,7 @@ def _without(model: Any, block: str) -> nn.Module:
 
 def kept_blocks(model: nn.Module, layout: Layout, mask: torch.Tensor) -> dict[str, list[int]]:
     """The positions of the blocks that stay, by stack."""
-    gone = {name for name, unit in layout.gates.items() if mask[unit] < 0.5}
+    gone = _gone(layout, mask)
     return {
         stack.name: [
             i
@@ -251,8 +250,7 @@ def cut_blocks(
     tensors: Mapping[str, torch.Tensor], layout: Layout, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Leave out the tensors of blocks that go, and count the others anew; see ``surgery.cut``."""
-    gone = {name for name, unit in layout.gates.items() if mask[unit] < 0.5}
-    result = {}
+    gone, result = _gone(layout, mask), {}
     for name, tensor in tensors.items():
         stack, position, rest = _parts(name)
         if f"{stack}.{position}" in gone:
@@ -262,6 +260,11 @@ def cut_blocks(
             name = f"{stack}.{int(position) - before}.{rest}"
         result[name] = tensor.clone()
     return result
+
+
+def _gone(layout: Layout, mask: torch.Tensor) -> set[str]:
+    """The names of the blocks that go."""
+    return {name for name, unit in layout.gates.items() if mask[unit] < 0.5}
 
 
 def _parts(name: str) -> tuple[str, str, str]:
