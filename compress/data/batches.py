@@ -27,6 +27,11 @@ class Examples(NamedTuple):
             start = stop
         return parts
 
+    def to(self, device: torch.device | str | None) -> "Examples":
+        """The same on a device: pinned images are copied while the host goes on."""
+        images = self.images.to(device, non_blocking=self.images.is_pinned())
+        return self._replace(images=images)
+
 
 class Batch(NamedTuple):
     """One denoising batch.

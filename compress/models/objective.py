@@ -434,8 +434,7 @@ def validation_loss(
         for draw in range(draws):
             for first in range(0, count, VALIDATED_AT_ONCE):
                 part = range(first, min(first + VALIDATED_AT_ONCE, count))
-                examples = stacked(pairs[index] for index in part)
-                examples = examples._replace(images=examples.images.to(device))
+                examples = stacked(pairs[index] for index in part).to(device)
                 batch = inputs.batch(examples, length, VALIDATION_SEED, draw, first, count)
                 noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
                 predicted = predict(noisy, batch.timesteps, **batch.condition)

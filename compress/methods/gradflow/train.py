@@ -374,7 +374,8 @@ class PruningRun:
             pin_memory=self.device.type == "cuda",
         )
         try:
-            yield from loader
+            for examples in loader:
+                yield examples.to(self.device)
         except Exception as error:
             if not workers:
                 raise
@@ -401,8 +402,7 @@ class PruningRun:
 
     def _held_out(self, count: int) -> Examples:
         pairs = Pairs(self.data.held_out, self.data.held_out_conditions)
-        examples = stacked(pairs[i] for i in range(min(count, len(pairs))))
-        return examples._replace(images=examples.images.to(self.device))
+        return stacked(pairs[i] for i in range(min(count, len(pairs)))).to(self.device)
 
     def _validate(self) -> None:
         """Log the validation loss of what trains: the masked network, then the average."""
