@@ -7,9 +7,12 @@ from transformers import DynamicCache, StaticCache
 from builders import fastocr
 from builders.counting import Counted, Tape
 from builders.fastocr import PAGES, TEXTS, paper, write
+from compress.methods.fastocr import hooks
 from compress.methods.fastocr.policy import make_policy
 from compress.methods.fastocr.visual_tokens import VisualTokens
+from compress.models import captured_call
 from compress.models.cache_argument import cache_argument
+from compress.models.captured_call import CudaGraph
 from compress.models.generation import replaced_method
 from compress.models.growing_cache import growing_caches
 from compress.models.visual import build_prompt, text_model, visual_layouts
@@ -121,6 +124,94 @@ def test_a_recorded_step_is_replayed_at_later_ones(intern, pages, knobs):
     (expected, facts), (found, counted) = answer(), answer(recorded=2)
     assert torch.equal(found, expected) and counted == facts
     assert len({tuple(row.tolist()) for row in found[:, 0]}) == STEPS
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"focal_layers": [1]},
+        {"focal_layers": "auto", "warmup": 2},
+        {"focal_layers": [1], "min_mass": 0.5},
+        {"focal_layers": [1], "periphery": 4},
+        {"choose": "summaries"},
+        {"min_visual": 10_000},
+    ],
+    ids=str,
+)
+def test_generate_replays_its_steps_over_a_static_cache(intern, monkeypatch, pages, knobs):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:pages], TEXTS[:pages])
+    method, calls = paper(keep_visual=0.1, **({"min_visual": 0} | knobs)), []
+    monkeypatch.setattr(captured_call, "CudaGraph", Tape)
+    monkeypatch.setattr(hooks, "_fixed", lambda cache: isinstance(cache, StaticCache))
+
+    def count(original, *args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    def answer(steps, **settings):
+        calls.clear()
+        with replaced_method(text_model(model), "forward", count), method.attach(model) as handle:
+            answers = [
+                write(model, inputs, steps, cache_implementation="static", **settings)
+                for _ in range(2)
+            ]
+            return answers, handle.facts(), len(calls) / 2
+
+    expected, facts, every = answer(STEPS, disable_compile=True)
+    found, counted, some = answer(STEPS)
+    for (tokens, logits), (same, equal) in zip(found, expected, strict=True):
+        assert torch.equal(tokens, same) and torch.equal(logits, equal)
+    assert counted == facts and every == STEPS + 1
+    # the guard waits for the device; of all others a later step adds nothing
+    assert some == (every if "min_mass" in knobs else answer(STEPS - 1)[2]) and some <= every
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "unlimited_ocr"])
+@pytest.mark.parametrize(
+    "knobs",
+    [{"focal_layers": [1]}, {"focal_layers": [1], "periphery": 4}, {"choose": "summaries"}],
+    ids=str,
+)
+def test_on_a_gpu_captured_steps_write_the_same(name, knobs, monkeypatch):
+    model, processor = fastocr.model(name)
+    model.cuda()
+    built = build_prompt(model, processor, PAGES, TEXTS)
+    inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in built.items()}
+    with paper(keep_visual=0.1, min_visual=0, **knobs).attach(model) as handle:
+        settings = {"cache_implementation": "static"}
+        expected = write(model, inputs, STEPS, disable_compile=True, **settings)
+        facts = handle.facts()
+        handle.reset()
+        replay, replays = CudaGraph.replay, []
+        monkeypatch.setattr(CudaGraph, "replay", lambda graph: (replay(graph), replays.append(1)))
+        found = write(model, inputs, STEPS, **settings)
+        assert handle.facts() == facts and len(replays) > 2
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_captured_says_so(intern, monkeypatch):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
+    monkeypatch.setattr(hooks, "_fixed", lambda cache: isinstance(cache, StaticCache))
+
+    class Refused:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Refused())
+    with (
+        paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model),
+        pytest.raises(ValueError, match=r"got: operation not permitted when.*capturing; pass disa"),
+    ):
+        write(model, inputs, STEPS, cache_implementation="static")
 
 
 def test_a_step_over_a_growing_cache_cannot_be_replayed(intern):

@@ -184,6 +184,11 @@ class SummaryPolicy:
         """Whether the budgets are all tokens, so that there is nothing to choose."""
         return self.kept == self.tokens.counts
 
+    @property
+    def settled(self) -> bool:
+        """Once the groups are made; never while somebody watches."""
+        return bool(self.indexes) and self.watch is None
+
     def start_step(self) -> None:
         """Nothing is carried from step to step."""
 

@@ -10,8 +10,10 @@ In the order of their calls:
    prompt itself is read densely.
 3. A hook behind the text model takes the layouts that it was finally called with and the cache that
    it filled, and makes a :class:`DecodeState`, kept as long as the cache lives.
-4. In a decode step the hook before the text model finds the state by the cache and hands it down to
-   the attention function as one more keyword.
+4. In a decode step the hook before the text model finds the state by the cache, and the text
+   model's forward hands it down to the attention function as one more keyword. Where transformers
+   would compile the steps (``generate`` with a static cache on a GPU, without ``disable_compile``),
+   they are captured as a CUDA graph, as soon as two of them did the same.
 5. A later turn, of several tokens into the same cache, is read densely. The fixation goes on; where
    the turn brings pages, their tokens join those of the pages before, in a new state.
 
@@ -28,6 +30,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from transformers import GenerationConfig
+from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
 
 from compress.methods.fastocr.attention import NAME, STATE, register
@@ -37,6 +40,7 @@ from compress.methods.fastocr.policy import AttentionPolicy
 from compress.methods.fastocr.state import Counts, DecodeState
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import cache_in
+from compress.models.captured_call import CapturedCall
 from compress.models.generation import checked_generation, replaced_method
 from compress.models.growing_cache import growing_caches
 from compress.models.visual import (
@@ -120,6 +124,7 @@ def attached(
             model.base_model.register_forward_pre_hook(handle.before_model, with_kwargs=True),
             text.register_forward_pre_hook(handle.before_text, with_kwargs=True),
             text.register_forward_hook(handle.after_text, with_kwargs=True),
+            replaced_method(text, "forward", handle.step),
             replaced_method(model, "generate", handle.generate),
             checked_generation(model, handle.check),
             growing_caches(model),
@@ -160,7 +165,8 @@ class Handle:
         self._generated: dict[str, Any] = {}
         self._inputs: dict[str, Any] = {}
         self._own: tuple[Sequence[VisualLayout], int] | None = None
-        self._stepped = False  # whether the call was a decode step
+        self._stepped: DecodeState | None = None  # of a call that is a decode step
+        self._captures = False  # whether generate lets its steps be captured
 
     def facts(self) -> dict[str, Any]:
         """What was attended to since the start or the last reset; see :class:`Counts`."""
@@ -183,7 +189,7 @@ class Handle:
         try:
             return original(*args, **kwargs)
         finally:
-            self._generated = {}
+            self._generated, self._captures = {}, False
 
     def check(self, mode: GenerationMode, config: GenerationConfig) -> None:
         """Refuse what would move or cut the cache; run the preflight where one is due."""
@@ -203,6 +209,9 @@ class Handle:
                 "FastOCR reads a prompt in one call, where it finds the pages; got "
                 f"prefill_chunk_size={config.prefill_chunk_size}; leave it out"
             )
+        # the parts of a model on several devices are not one graph
+        places = set((getattr(self.model, "hf_device_map", None) or {}).values())
+        self._captures = not config.disable_compile and len(places) <= 1
         ids = self._generated.get("input_ids")
         if self.preflight is None or ids is None:
             return
@@ -231,7 +240,7 @@ class Handle:
         if self.paused:
             return args, kwargs
         inputs, self._inputs, self._own = self._inputs, {}, None
-        self._stepped = False
+        self._stepped = None
         cache = cache_in(kwargs)
         embeds: Any = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
         batch, new = embeds.shape[:2]
@@ -239,10 +248,7 @@ class Handle:
         if filled:
             state = self._state(cache, filled, batch)
             if new == 1:
-                self._stepped = True
-                state.start_step()
-                if not state.off:
-                    kwargs[STATE] = state
+                self._stepped = state
                 return args, kwargs
         if self._generated.get("input_ids") is not None:
             inputs = self._generated
@@ -255,6 +261,37 @@ class Handle:
             self._own = layouts, ids.shape[1]
             kwargs[VISUAL_LAYOUTS] = layouts
         return args, kwargs
+
+    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the text model; a decode step as a replay where it was captured."""
+        state = self._stepped
+        if state is None or self.paused:
+            return original(*args, **kwargs)
+
+        def step(**inputs: Any) -> Any:
+            state.start_step()
+            return original(*args, **inputs, **({} if state.off else {STATE: state}))
+
+        cache = cache_in(kwargs)
+        if args or not self._captures or not _fixed(cache):
+            return step(**kwargs)
+        # a state lives as long as its cache, and must not keep it
+        [place] = [name for name, value in kwargs.items() if value is cache]
+        inputs = {name: value for name, value in kwargs.items() if name != place}
+
+        def run(**inputs: Any) -> Any:
+            output = step(**inputs, **{place: cache})
+            return type(output), {k: None if v is cache else v for k, v in output.items()}
+
+        if state.captured and state.captured.fits(inputs):
+            state.advance()
+            state.captured.replay(inputs)
+        elif state.repeated > 1 and state.captured is None:
+            state.captured = CapturedCall(run, inputs)
+        else:
+            return step(**kwargs)
+        kind, values = state.captured.output
+        return kind(**{k: cache if v is None else v for k, v in values.items()})
 
     def _filled(self, cache: Any, new: int) -> int:
         """Tokens in a cache that so many are added to, or were.
@@ -290,7 +327,7 @@ class Handle:
             return
         cache, new = cache_in(output), output.last_hidden_state.shape[1]
         own, self._own = self._own, None
-        if cache is None or self._stepped:
+        if cache is None or self._stepped is not None:
             return
         filled = self._filled(cache, new) - new
         layouts = kwargs.get(VISUAL_LAYOUTS)
@@ -337,6 +374,12 @@ class Handle:
             )
         policy = self.make_policy(tokens, len(self.text.layers))
         self.states[cache] = DecodeState(tokens, policy, self.counts)
+
+
+def _fixed(cache: Any) -> bool:
+    """Whether a cache is on a GPU, and reading it is the same in every step: not one that grows."""
+    layers = getattr(cache, "layers", [])
+    return {type(layer) for layer in layers} == {StaticLayer} and layers[0].device.type == "cuda"
 
 
 def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:

@@ -45,6 +45,10 @@ class AttentionPolicy(Protocol):
     periphery: int
     head_reduce: HeadReduce
 
+    @property
+    def settled(self) -> bool:
+        """Whether this step and the next ones do the same, but for values on the device."""
+
     def start_step(self) -> None:
         """Begin a decode step."""
 
@@ -140,6 +144,11 @@ class FocalPolicy:
         self.current = self.chosen
         if self.min_mass:
             self.refreshed = torch.zeros_like(self.refreshed)
+
+    @property
+    def settled(self) -> bool:
+        """From the first sparse step on; never under the guard, which waits for the device."""
+        return self.recorder is None and self.step > 0 and not self.min_mass
 
     def fixation(self, layer: int) -> Fixation | None:
         """None in the first step, while focal layers are being found, and at focal layers.
@@ -257,6 +266,11 @@ class FixedPolicy:
     def start_step(self) -> None:
         """Count the step."""
         self.step += 1
+
+    @property
+    def settled(self) -> bool:
+        """After the dense steps."""
+        return self.step >= self.dense_steps
 
     def fixation(self, layer: int) -> Fixation | None:
         """The layer's own, after the dense steps."""

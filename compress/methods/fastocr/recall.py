@@ -135,6 +135,7 @@ class Recorder:
     """
 
     periphery = 0
+    settled = False
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from compress.methods.fastocr.fixation import Fixation, visual_scores
 from compress.methods.fastocr.periphery import Periphery
 from compress.methods.fastocr.policy import AttentionPolicy
 from compress.methods.fastocr.visual_tokens import VisualTokens
+from compress.models.captured_call import CapturedCall
 
 Read = tuple[torch.Tensor, torch.Tensor | None, tuple[int, int], torch.Tensor | None]
 Number = int | torch.Tensor
@@ -117,8 +118,11 @@ class DecodeState:
 
     Attributes
     ----------
-    off : whether no sequence has enough visual tokens, or summaries would open all of them: its
-        steps are dense, and only counted.
+    off : whether no sequence has enough visual tokens, or any at all, or summaries would open all
+        of them: its steps are dense, and only counted.
+    repeated : steps up to the last one that did the same, but for values on the device. The first
+        makes what the others only use.
+    captured : a step that is replayed where the cache allows it.
     """
 
     def __init__(
@@ -134,19 +138,29 @@ class DecodeState:
         self.length = tokens.length  # of the sequences in the cache
         self._last: tuple[Any, ...] = ()  # what the last sparse layer of the step read
         self._periphery: dict[int, Periphery] = {}  # by layer, from its first sparse step
+        self.repeated = 0
+        self.captured: CapturedCall | None = None
 
     def start_step(self) -> None:
         """Begin a step, which reads one new token of each sequence."""
-        self.length += 1
-        if not (visual := sum(self.tokens.counts)):
-            return
+        self.advance()
+        self.repeated += 1
         if self.off:
-            self.counts.dense_steps += len(self.tokens.counts)
-            self.counts.dense += visual
             return
+        visual = sum(self.tokens.counts)
         self.counts.start_step(len(self.tokens.counts), visual, self.tokens.rows.device)
         self._last = ()
         self.policy.start_step()
+        if not self.policy.settled:
+            self.repeated = 0
+
+    def advance(self) -> None:
+        """Count what the host counts of a step; all there is to do for one that is replayed."""
+        self.length += 1
+        visual = sum(self.tokens.counts)
+        if self.off and visual:
+            self.counts.dense_steps += len(self.tokens.counts)
+            self.counts.dense += visual
 
     def attend(
         self,

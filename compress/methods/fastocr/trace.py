@@ -24,6 +24,7 @@ class _RecordedPolicy:
         self.periphery, self.head_reduce = policy.periphery, policy.head_reduce
         self.start_step, self.needs_scores = policy.start_step, policy.needs_scores
         self.observe = policy.observe
+        self.settled = False  # a step that is replayed would not be seen
         self.last = layers - 1
         self.steps: list[torch.Tensor | None] = []
 
