@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from compress import load_reader
 from compress.data.pages import SQUARE_PAGE, page
 from compress.models.builtin import reader_training, train_reader_deepseek
 from compress.models.builtin.train_reader_deepseek import LEVELS, build_model, build_processor
@@ -64,6 +65,16 @@ def test_labels_are_the_answer_and_its_end(processor, model, level):
         alone = [model(**train_reader_deepseek.encode(processor, [p])).loss for p in pages]
     mean = (torch.stack(alone) * answers).sum() / answers.sum()
     assert torch.allclose(loss, mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_it_reads_in_half_precision(dtype):
+    reader = load_reader("builtin:reader-deepseek", dtype=dtype)
+    [reading] = reader.read([page(0, 0, SQUARE_PAGE, "validation").image], max_new_tokens=3)
+    whole = load_reader("builtin:reader-deepseek").read(
+        [page(0, 0, SQUARE_PAGE, "validation").image], max_new_tokens=3
+    )
+    assert reading.text and reading.text == whole[0].text
 
 
 def test_saved_and_loaded_it_reads_the_same(processor, model, tmp_path):

@@ -82,15 +82,17 @@ PYTHON
     "$python" -m compileall -q -j 0 "$work/site/transformers/models/auto" "$work/site/compress" || true
 }
 
+# failures are printed as they come: a stage that is cut off has said what it found
 tests() {
-    local files marks=gpu pick=() workers=6
+    local files marks=gpu pick=() workers=8
     cd "$root"
+    export OMP_NUM_THREADS=2 PYTHONPATH=$PYTHONPATH:$here
     mapfile -t files < <(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py' | sort)
     if [ "$GPU_DEVICE" = cpu ]; then
         marks='not gpu and not slow' workers=2 pick=(-k 'reference_is_pot or merging_adds')
     fi
     # pyproject.toml makes warnings errors, and another torch has other warnings
-    "$python" -m pytest -m "$marks" "${pick[@]}" -n "$workers" -W default -p no:cacheprovider -q -ra \
+    "$python" -m pytest -m "$marks" "${pick[@]}" -n "$workers" -W default -p no:cacheprovider -p failures -q \
         --continue-on-collection-errors --durations=10 --junitxml="$OUT/tests.xml" "${files[@]}"
 }
 

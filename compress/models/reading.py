@@ -12,7 +12,7 @@ from compress.common.foreign import reason
 from compress.common.stages import stage
 from compress.data.page_files import OcrPage
 from compress.models.loops import LoopStopper
-from compress.models.visual import adapter_for, build_prompt, to_device, visual_layouts
+from compress.models.visual import adapter_for, build_prompt, inputs_for, visual_layouts
 
 MOST_NEW_TOKENS = 4096  # where neither the caller nor the checkpoint says
 
@@ -135,7 +135,7 @@ def page_prompts(
     """Model inputs that ask for the texts of pages, on the model's device."""
     family = adapter_for(model.config)
     text = family.read_prompt if prompt is None else prompt
-    inputs = to_device(build_prompt(model, processor, images, [text] * len(images)), model.device)
+    inputs = inputs_for(model, build_prompt(model, processor, images, [text] * len(images)))
     length, known = inputs["input_ids"].shape[1], _positions(model)
     if length >= known:
         raise ValueError(

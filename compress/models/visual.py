@@ -481,9 +481,14 @@ def build_prompt(
     return adapter_for(model.config).prompt(processor, [upright(i) for i in images], texts)
 
 
-def to_device(inputs: Inputs, device: torch.device | str) -> dict[str, Any]:
-    """Model inputs with their tensors on a device."""
-    return {n: t.to(device) if torch.is_tensor(t) else t for n, t in inputs.items()}
+def inputs_for(model: Any, inputs: Inputs) -> dict[str, Any]:
+    """Model inputs with their tensors on the model's device, and pixels in its dtype."""
+    return {
+        name: part.to(model.device, model.dtype if part.is_floating_point() else None)
+        if isinstance(part, torch.Tensor)
+        else part
+        for name, part in inputs.items()
+    }
 
 
 def visual_layouts(model: Any, inputs: Inputs) -> list[VisualLayout]:

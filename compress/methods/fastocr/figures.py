@@ -19,7 +19,7 @@ from compress.models.visual import (
     VisualLayout,
     adapter_for,
     build_prompt,
-    to_device,
+    inputs_for,
     views_on_page,
     visual_layouts,
 )
@@ -38,7 +38,7 @@ def sections(method: "FastOCR", shown: Shown) -> list[Section]:
     model, processor, image = shown.model, shown.processor, shown.image
     text = adapter_for(model.config).read_prompt if shown.prompt is None else shown.prompt
     inputs = build_prompt(model, processor, [image], [text])
-    inputs = to_device(inputs, model.device)
+    inputs = inputs_for(model, inputs)
     [whole] = visual_layouts(model, inputs)
     views = views_on_page(model, processor, image, whole.grid)
     if not views:
