@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 from builders import fastocr
 from builders.counting import Counted, Tape
 from builders.fastocr import PAGES, TEXTS, paper, write
-from compress.methods.fastocr import hooks
+from compress.methods.fastocr import hooks, state
 from compress.methods.fastocr.policy import make_policy
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models import captured_call
@@ -191,6 +191,34 @@ def test_on_a_gpu_captured_steps_write_the_same(name, knobs, monkeypatch):
         assert handle.facts() == facts and len(replays) > 2
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("knobs", [{"focal_layers": [1]}, {"choose": "summaries"}], ids=str)
+def test_a_long_answer_is_captured_anew(intern, monkeypatch, knobs):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    method, ends = paper(keep_visual=0.1, min_visual=0, **knobs), []
+    monkeypatch.setattr(captured_call, "CudaGraph", Tape)
+    monkeypatch.setattr(hooks, "_fixed", lambda cache: isinstance(cache, StaticCache))
+
+    def answer(piece):
+        monkeypatch.setattr(state, "PIECE", piece)
+        with method.attach(model) as handle:
+            return *write(model, inputs, 16, cache_implementation="static"), handle.facts()
+
+    original = state.DecodeState._listed
+
+    def listed(*args):
+        read = original(*args)
+        ends.append(read[2][1] - read[2][0])
+        return read
+
+    tokens, logits, facts = answer(512)
+    monkeypatch.setattr(state.DecodeState, "_listed", listed)
+    again, same, counted = answer(5)
+    assert torch.equal(again, tokens) and counted == facts
+    torch.testing.assert_close(same, logits, atol=1e-5, rtol=0)
+    assert set(ends) == {5, 10, 15, 16}  # and no row that no step of the piece writes
 
 
 def test_what_cannot_be_captured_says_so(intern, monkeypatch):

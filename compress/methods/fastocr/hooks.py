@@ -283,10 +283,10 @@ class Handle:
             output = step(**inputs, **{place: cache})
             return type(output), {k: None if v is cache else v for k, v in output.items()}
 
-        if state.captured and state.captured.fits(inputs):
+        if state.captured and not state.begins_piece and state.captured.fits(inputs):
             state.advance()
             state.captured.replay(inputs)
-        elif state.repeated > 1 and state.captured is None:
+        elif state.repeated > 1 and not state.captured and not state.begins_piece:
             state.captured = CapturedCall(run, inputs)
         else:
             return step(**kwargs)

@@ -19,6 +19,7 @@ from compress.models.captured_call import CapturedCall
 
 Read = tuple[torch.Tensor, torch.Tensor | None, tuple[int, int], torch.Tensor | None]
 Number = int | torch.Tensor
+PIECE = 512  # rows of an answer in a static cache that are read at a time, written or not
 
 
 class Counts:
@@ -143,6 +144,8 @@ class DecodeState:
 
     def start_step(self) -> None:
         """Begin a step, which reads one new token of each sequence."""
+        if self.begins_piece:
+            self.repeated, self.captured = 0, None
         self.advance()
         self.repeated += 1
         if self.off:
@@ -153,6 +156,11 @@ class DecodeState:
         self.policy.start_step()
         if not self.policy.settled:
             self.repeated = 0
+
+    @property
+    def begins_piece(self) -> bool:
+        """Whether the next step over a static cache reads more rows than the last one."""
+        return (self.length - self.tokens.length) % PIECE == 0
 
     def advance(self) -> None:
         """Count what the host counts of a step; all there is to do for one that is replayed."""
@@ -270,9 +278,10 @@ class DecodeState:
         if mask is not None:
             seen = mask[:, 0, 0].expand(len(rows), -1)
             allowed = _and(of_heads(seen).gather(-1, listed.long()), allowed)
-            # of a static cache all rows, so that the next step reads as many: the mask hides those
-            # that are not written yet
-            dense = tokens.length, stored
+            # of a static cache as many as the next steps read: the mask hides those that are not
+            # written yet
+            pieces = -(-(self.length - tokens.length) // PIECE)
+            dense = tokens.length, min(stored, tokens.length + pieces * PIECE)
             dense_allowed = seen[:, slice(*dense)]
         return listed, allowed, dense, dense_allowed
 
