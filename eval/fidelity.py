@@ -1,6 +1,5 @@
 """FID, KID, Inception score, precision and recall, all by torch-fidelity's own code."""
 
-import contextlib
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -121,7 +120,7 @@ def fidelity(
     options = {
         "feature_extractor": extractor,
         "feature_extractor_weights_path": weights,
-        "cuda": device.type == "cuda",
+        "cuda": False,  # moved below, to a device of any kind
         "isc_splits": min(10, len(samples)),
         "kid_subsets": KID_SUBSETS[extractor],
         "kid_subset_size": min(KID_SUBSET_SIZE, smaller),
@@ -131,9 +130,9 @@ def fidelity(
         "verbose": False,
     }
     layers = {m: resolve_feature_layer_for_metric(m, **options) for m in METRICS}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
-        ours, real = (_features(network, i, batch, device) for i in (samples, reference))
+    network = create_feature_extractor(extractor, sorted(set(layers.values())), **options)
+    network.to(device)
+    ours, real = (_features(network, i, batch, device) for i in (samples, reference))
 
     def measure() -> dict[str, float]:
         statistics = [fid_featuresdict_to_statistics(f, layers["fid"]) for f in (ours, real)]
