@@ -7,10 +7,18 @@ the column that were added. The result is ``(M+P) T`` without the two (SuperGlue
 Sinkhorn's algorithm alternates ``u = a / (K v)`` and ``v = b / (K^T u)`` with
 ``K = exp(S - dustbin)``: one exponential an element, where the log domain takes two in every
 iteration. It is as exact as long as no score is further than :data:`FARTHEST` from the dustbin, and
-cosines are not; beyond, they count as that far. One program solves one problem. Where ``K`` fits
-its registers, it reads the scores once and stays there; larger problems compute it tile by tile in
-every iteration, from the L2 cache where the scores fit. As soon as ``u`` of some rows is known,
-they enter the sums of the columns. The dustbins are two scalars; nothing is padded in memory.
+cosines are not; beyond, they count as that far. Marginals are multiplied by M+P, and with them the
+plan. One program solves one problem. It writes ``K`` where the plan will be, and the dustbins,
+which are ones, nowhere. What fits its registers is read again once and stays there; larger problems
+are read tile by tile in every iteration, from the L2 cache where they fit that. As soon as ``u`` of
+some rows is known, they enter the sums of the columns.
+
+**Threads.** An iteration is bounded by what threads exchange. Each sums up its own elements first;
+then a row is inside a warp (up to 255 columns), and only the sums of columns go through shared
+memory, once. How Triton spreads a tensor over threads is decided where it is loaded: as a matrix
+there is one way, (elements of a thread and threads, threads along a row), which is then reshaped.
+Loaded with the elements in dimensions of their own, a tile went through shared memory twice in
+every iteration under Triton 3.6, which took 50 times as long.
 
 **Bytes.** The scores must be read and the plan written (:func:`bytes_moved`): 8 an element. An
 iteration adds up all elements twice, over rows and over columns, so memory is not what bounds it.
@@ -22,7 +30,7 @@ import torch
 
 from compress.kernels.backend import current_device_of, jit, tl
 
-LARGEST = 8192  # columns that are supported
+LARGEST = 8191  # columns that are supported; with the dustbin a power of two
 WARPS = 16
 ACROSS = 8  # columns of a thread, at least
 HELD = 64  # elements of a tile in the registers of a thread
@@ -30,33 +38,45 @@ FARTHEST = tl and tl.constexpr(80.0)  # exp of it, and of its negative, is a flo
 
 
 @jit()
-def _affinity(  # type: ignore[no-untyped-def]
-    scores_ptr, row, column, rows, columns, n_columns, dustbin
+def _places(  # type: ignore[no-untyped-def]
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, ALONG: tl.constexpr
 ):
-    """``K`` of a tile, 0 where the problem does not use it."""
-    inside = (row < rows) & (column < columns)
-    above = tl.load(scores_ptr + row.to(tl.int64) * n_columns + column, mask=inside, other=0.0)
-    above = tl.minimum(tl.maximum(above - dustbin, -FARTHEST), FARTHEST)
-    return tl.where(inside, tl.exp(above), 0.0)
+    """Row and column of each element of a tile as it is loaded."""
+    place = tl.arange(0, ROWS * COLUMNS * DOWN)[:, None]
+    row = place // (COLUMNS * DOWN) * DOWN + place % DOWN
+    return row, place // DOWN % COLUMNS * ALONG + tl.arange(0, ALONG)[None, :]
 
 
 @jit()
-def _over_columns(x):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.sum(x, 1, keep_dims=True), 3, keep_dims=True)
+def _affinity(  # type: ignore[no-untyped-def]
+    plan_ptr,
+    first,
+    rows,
+    columns,
+    n_columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOWN: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """``K`` of the tile from row ``first`` on, 1 in the dustbins, 0 where there is nothing."""
+    row, column = _places(ROWS, COLUMNS, DOWN, ALONG)
+    inside = (row < rows - first) & (column < columns)
+    ones = tl.where((row <= rows - first) & (column <= columns), 1.0, 0.0)
+    plan_ptr += tl.cast(first, tl.int64) * n_columns
+    tile = tl.load(plan_ptr + row * n_columns + column, mask=inside, other=ones)
+    return tl.reshape(tile, (ROWS, COLUMNS, DOWN, ALONG))
 
 
 @jit()
-def _over_rows(x):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
-
-
-@jit()
-def _row_scales(affinity, row, rows, v, v_bin, each):  # type: ignore[no-untyped-def]
+def _row_scales(affinity, row, rows, columns, v):  # type: ignore[no-untyped-def]
     """``u`` of some rows; 0 of those that the problem does not have."""
-    return tl.where(row < rows, each / (_over_columns(affinity * v) + v_bin), 0.0)
+    reached = tl.sum(tl.sum(affinity * v, 1, keep_dims=True), 3, keep_dims=True)
+    return tl.where(row <= rows, tl.where(row == rows, columns, 1.0) / reached, 0.0)
 
 
-@jit()
+# sizes that are known to be multiples of 16 would be loaded four at a time, and spread differently
+@jit(do_not_specialize=("n_rows", "n_columns", "iterations"))
 def _sinkhorn_kernel(  # type: ignore[no-untyped-def]
     scores_ptr,  # (problems, n_rows, n_columns) float32
     rows_ptr,  # (problems,) int32: rows in use
@@ -72,53 +92,51 @@ def _sinkhorn_kernel(  # type: ignore[no-untyped-def]
     ALONG: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    # A tile is (ROWS, COLUMNS, DOWN, ALONG): the last two are spread over threads, which sum the
-    # others up before they exchange anything.
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.load(rows_ptr + problem)
     columns = tl.load(columns_ptr + problem)
-    total = (rows + columns).to(tl.float32)
-    each = 1.0 / total
     scores_ptr += problem * n_rows * n_columns
     plan_ptr += problem * n_rows * n_columns
-    row = tl.arange(0, ROWS)[:, None, None, None] * DOWN + tl.arange(0, DOWN)[None, None, :, None]
+    at_row, at_column = _places(1, COLUMNS, DOWN, ALONG)
+    for first in range(0, rows, DOWN):
+        at = tl.cast(first, tl.int64) * n_columns + at_row * n_columns + at_column
+        inside = (at_row < rows - first) & (at_column < columns)
+        above = tl.load(scores_ptr + at, mask=inside, other=0.0) - dustbin
+        above = tl.minimum(tl.maximum(above, -FARTHEST), FARTHEST)
+        tl.store(plan_ptr + at, tl.exp(above), mask=inside)
+    tl.debug_barrier()  # all that was written is there for all threads
+    down = tl.arange(0, DOWN)[None, None, :, None]
+    row = tl.arange(0, ROWS)[:, None, None, None] * DOWN + down
     column = tl.arange(0, COLUMNS)[None, :, None, None] * ALONG + tl.arange(0, ALONG)
     if ONE_TILE:
-        held = _affinity(scores_ptr, row, column, rows, columns, n_columns, dustbin)
-    v = tl.where(column < columns, 1.0, 0.0)
-    v_bin = 1.0
+        held = _affinity(plan_ptr, 0, rows, columns, n_columns, ROWS, COLUMNS, DOWN, ALONG)
+    v = tl.where(column <= columns, 1.0, 0.0)
     v_before = v  # the last u is computed from it again, which is cheaper than storing it
-    v_bin_before = v_bin
     for _ in range(iterations):
-        u_bin = columns * each / (tl.sum(v) + v_bin)
-        reach = tl.zeros([1, COLUMNS, 1, ALONG], tl.float32) + u_bin
-        mass = u_bin
         if ONE_TILE:
-            u = _row_scales(held, row, rows, v, v_bin, each)
-            reach += _over_rows(held * u)
-            mass += tl.sum(u)
+            u = _row_scales(held, row, rows, columns, v)
+            reached = tl.sum(held * u, 0, keep_dims=True)
         else:
-            for first in range(0, rows, ROWS * DOWN):
-                affinity = _affinity(
-                    scores_ptr, first + row, column, rows, columns, n_columns, dustbin
+            reached = tl.zeros([1, COLUMNS, DOWN, ALONG], tl.float32)
+            for first in range(0, rows + 1, ROWS * DOWN):
+                tile = _affinity(
+                    plan_ptr, first, rows, columns, n_columns, ROWS, COLUMNS, DOWN, ALONG
                 )
-                u = _row_scales(affinity, first + row, rows, v, v_bin, each)
-                reach += _over_rows(affinity * u)
-                mass += tl.sum(u)
+                u = _row_scales(tile, first + row, rows, columns, v)
+                reached += tl.sum(tile * u, 0, keep_dims=True)
+        reached = tl.sum(reached, 2, keep_dims=True)
         v_before = v
-        v_bin_before = v_bin
-        v = tl.where(column < columns, each / reach, 0.0)
-        v_bin = rows * each / mass
-    for first in range(0, n_rows, ROWS * DOWN):
-        if ONE_TILE:
-            affinity = held
-        else:
-            affinity = _affinity(scores_ptr, first + row, column, rows, columns, n_columns, dustbin)
-        u = _row_scales(affinity, first + row, rows, v_before, v_bin_before, each)
+        v = tl.where(column == columns, rows, 1.0) / reached
+        v = tl.where(column <= columns, v, 0.0)
+    for first in range(0, n_rows, DOWN):
+        tile = _affinity(plan_ptr, first, rows, columns, n_columns, 1, COLUMNS, DOWN, ALONG)
+        u = _row_scales(tile, first + down, rows, columns, v_before)
+        inside = (first + down < rows) & (column < columns)
+        plan = tl.where(inside, tile * u * v, 0.0)
         tl.store(
-            plan_ptr + (first + row).to(tl.int64) * n_columns + column,
-            affinity * u * v * total,
-            mask=(first + row < n_rows) & (column < n_columns),
+            plan_ptr + tl.cast(first, tl.int64) * n_columns + at_row * n_columns + at_column,
+            tl.reshape(plan, (COLUMNS * DOWN, ALONG)),
+            mask=(at_row < n_rows - first) & (at_column < n_columns),
         )
 
 
@@ -185,10 +203,10 @@ def why_unsupported(columns: int) -> str | None:
 
 def tile(rows: int, columns: int) -> dict[str, int]:
     """Sides of a tile for problems of this size: of all of it where the registers hold that."""
-    columns = _next_power_of_2(columns)
+    columns = _next_power_of_2(columns + 1)  # the dustbin
     along = min(max(columns // ACROSS, ACROSS), 32 * WARPS)
     down, across = 32 * WARPS // along, max(columns // along, 1)
-    needed = _next_power_of_2(-(-rows // down))
+    needed = _next_power_of_2(-(-(rows + 1) // down))
     one = across * needed <= HELD
     held = needed if one else max(HELD // 2 // across, 1)
     sides = {"ROWS": held, "COLUMNS": across, "DOWN": down, "ALONG": along}

@@ -74,17 +74,19 @@ def test_interpreted_it_is_the_reference(tmp_path):
     ],
     ids=len,
 )
-def test_it_compiles_without_a_gpu_and_spills_nothing(cases, tmp_path):
+def test_it_compiles_without_a_gpu_and_exchanges_only_sums(cases, tmp_path):
     variables = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     printed = programs.run("compile_sinkhorn", *cases, **variables).stdout
     made = [line.split() for line in printed.splitlines()]
     assert [capability for capability, *_ in made] == [case[:2] for case in cases]
-    for _, size, _, registers, spilled in made:
-        assert int(size) > 0 and int(registers) <= 128 and int(spilled) == 0
+    for _, size, shared, registers, spilled in made:
+        # a tile would take 128 KiB; what is spilled is outside of the iterations
+        assert int(size) > 0 and int(shared) <= 2**14
+        assert int(registers) <= 128 and int(spilled) <= 16
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [SIZES, [(340, 60)] * 16, [(1000, 156), (57, 1099)]])
+@pytest.mark.parametrize("sizes", [SIZES, [(340, 60)] * 16, [(336, 64)], [(1000, 156), (57, 1099)]])
 def test_on_a_gpu_it_is_pot(sizes):
     from compress.kernels.sinkhorn import sinkhorn
 
