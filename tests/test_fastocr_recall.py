@@ -51,7 +51,7 @@ def _recorded(counts, scores, keep):
         recorder.start_step()
         for layer, scores_of_layer in enumerate(step):
             assert recorder.fixation(layer) is None and recorder.needs_scores(layer)
-            recorder.observe(layer, scores_of_layer)
+            recorder.observe(layer, torch.nn.functional.pad(scores_of_layer, (0, 2)))
     return recorder
 
 

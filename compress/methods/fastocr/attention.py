@@ -2,10 +2,11 @@
 
 Pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
 :func:`peripheral_decode` also summaries of the other visual tokens, :func:`choose_rows` chooses
-rows by summaries, and :func:`focal_decode` reads all rows and returns the attention over them. On a
-GPU they are the kernels of :mod:`compress.kernels.sparse_decode`,
-:mod:`compress.kernels.summaries` and :mod:`compress.kernels.choice`, elsewhere the plain torch
-beside them.
+rows by summaries, :func:`focal_decode` reads all rows and returns the attention over them, and
+:func:`top_rows` chooses the rows with most of it. On a GPU they are the kernels of
+:mod:`compress.kernels.sparse_decode`, :mod:`compress.kernels.summaries`,
+:mod:`compress.kernels.choice` and :mod:`compress.kernels.topk`, elsewhere the plain torch beside
+them.
 
 Shapes: ``query`` is ``(batch, heads, 1, dim)``; ``key`` ``(batch, kv_heads, length, dim)`` and
 ``value`` are those of the cache; ``heads`` is a multiple of ``kv_heads``. A mask is True where
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from compress.kernels import choice
+from compress.kernels import choice, topk
 from compress.kernels import sparse_decode as kernels
 from compress.kernels import summaries as groups
 from compress.kernels.backend import use_triton
@@ -122,6 +123,20 @@ def focal_decode(
     if head_reduce == "mean" and _use_kernel("focal_decode", query, key, value, mask):
         return kernels.focal_decode(query, key, value, mask, scaling)
     return kernels.focal_decode_reference(query, key, value, mask, scaling, head_reduce)
+
+
+def top_rows(
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor | None,
+    budgets: torch.Tensor,
+    index: torch.Tensor,
+    rows: torch.Tensor,
+) -> None:
+    """:func:`compress.kernels.topk.top_rows`, on any device and of any number of tokens."""
+    fast = use_triton("top_rows", weights.device, topk.why_unsupported(tokens))
+    choose = topk.top_rows if fast else topk.top_rows_reference
+    choose(weights, tokens, valid, budgets, index, rows)
 
 
 def _attention(

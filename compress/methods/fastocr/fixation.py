@@ -23,10 +23,13 @@ class Fixation:
     ----------
     index : which of a sequence's visual tokens, ``(batch, kept)``.
     valid : False where ``index`` is padding, ``(batch, kept)``; None where nothing is.
+    listed : the same tokens as rows of the cache, and behind them the prompt's rows that are not
+        visual, int32, ``(batch, kept + others)``; None where they are still to be looked up.
     """
 
     index: torch.Tensor
     valid: torch.Tensor | None
+    listed: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Fixation":
         """The same on a device."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from compress.methods.fastocr.attention import top_rows
 from compress.methods.fastocr.choosing import SummaryPolicy
 from compress.methods.fastocr.fixation import (
     Fixation,
@@ -58,8 +59,8 @@ class AttentionPolicy(Protocol):
     def fixation(self, layer: int) -> Fixation | None:
         """The visual tokens that a layer attends to; None is all."""
 
-    def observe(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
-        """Take a layer's attention over all visual tokens, ``(batch, visual)``.
+    def observe(self, layer: int, weights: torch.Tensor) -> int | torch.Tensor:
+        """Take a layer's attention over the cache, ``(batch, length)``.
 
         Returns
         -------
@@ -125,6 +126,8 @@ class FocalPolicy:
             self._set_layers([(focal, dense)] * len(tokens.counts))
         # by the last focal layer; always in the same memory, as a graph that is replayed wants it
         self.chosen: Fixation | None = None
+        self._lists: tuple[torch.Tensor, torch.Tensor]  # its memory
+        self._sizes: dict[tuple[bool, ...], torch.Tensor] = {}  # budgets on the device
         self.current: Fixation | None = None  # the same, with all tokens of refreshed sequences
         # sequences for which the rest of this step is dense
         self.refreshed = torch.zeros(len(tokens.counts), dtype=torch.bool, device=device)
@@ -139,7 +142,8 @@ class FocalPolicy:
                 [self._found(self.recorder, row) for row in range(len(self.tokens.counts))]
             )
             last = [self.recorder.scores[max(own)][row] for row, own in enumerate(self.focal)]
-            self.chosen = self._choose(torch.stack(last))
+            self._make_room()
+            self._put(torch.stack(last), [True] * len(last))
             self.recorder = None
         self.current = self.chosen
         if self.min_mass:
@@ -168,22 +172,15 @@ class FocalPolicy:
         """True of focal layers, and of all while focal layers are being found."""
         return self.recorder is not None or any(self.is_focal[layer])
 
-    def observe(self, layer: int, scores: torch.Tensor) -> int | torch.Tensor:
+    def observe(self, layer: int, weights: torch.Tensor) -> int | torch.Tensor:
         """Choose the fixation of the layers below; see `AttentionPolicy`."""
         if self.recorder is not None:
-            return self.recorder.observe(layer, scores)
-        before, fixation = self.chosen, self._choose(scores)
-        if before is None:
-            self.current = self.chosen = fixation
-            return 0
-        self.current = before
+            return self.recorder.observe(layer, weights)
+        self.current = chosen = self.chosen or self._make_room()
         is_focal = self.is_focal[layer]
         if self.min_mass and self.step:
-            mass = kept_mass(shares(scores), before)
-        index = fixation.index
-        if not all(is_focal):
-            index = torch.where(self._rows(is_focal)[:, None], index, before.index)
-        before.index.copy_(index)
+            mass = kept_mass(shares(self.tokens.scores(weights)), chosen)
+        self._choose(weights, is_focal)
         if not self.min_mass or not self.step:
             return 0
         below = (mass < self.min_mass) & self._rows(is_focal)
@@ -192,7 +189,7 @@ class FocalPolicy:
         # The one place where a step waits for the device, and only under the guard: a fixation with
         # room for every token would not wait, but make every step go through a list of all.
         if self.refreshed.any():
-            self.current = opened(before, self.refreshed, self.tokens.valid)
+            self.current = opened(chosen, self.refreshed, self.tokens.valid)
         return refreshes.sum()
 
     def _set_layers(self, sets: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
@@ -224,8 +221,34 @@ class FocalPolicy:
     def _rows(self, flags: Sequence[bool]) -> torch.Tensor:
         return torch.tensor(flags, device=self.tokens.rows.device)
 
-    def _choose(self, scores: torch.Tensor) -> Fixation:
-        return top_k(scores, max(self.budgets), self.valid, self.near)
+    def _make_room(self) -> Fixation:
+        tokens = self.tokens
+        index = tokens.rows.new_zeros(len(tokens.counts), max(self.budgets))
+        self._lists = index, tokens.joined(index.int())
+        self.chosen = Fixation(index, self.valid, self._lists[1])
+        return self.chosen
+
+    def _choose(self, weights: torch.Tensor, chosen: Sequence[bool]) -> None:
+        """Write the choice of some sequences; the others keep theirs."""
+        tokens = self.tokens
+        if self.near is not None:
+            self._put(tokens.scores(weights), chosen)
+            return
+        key = tuple(chosen)
+        if key not in self._sizes:
+            sizes = [size * now for size, now in zip(self.budgets, chosen, strict=True)]
+            own = torch.tensor(sizes, dtype=torch.int32)
+            self._sizes[key] = own.to(weights.device, non_blocking=True)
+        valid = None if tokens.even else tokens.valid
+        top_rows(weights, tokens.listed, valid, self._sizes[key], *self._lists)
+
+    def _put(self, scores: torch.Tensor, chosen: Sequence[bool]) -> None:
+        """The same from attention over visual tokens, with their neighbours."""
+        index = top_k(scores, max(self.budgets), self.valid, self.near).index
+        if not all(chosen):
+            index = torch.where(self._rows(chosen)[:, None], index, self._lists[0])
+        self._lists[0].copy_(index)
+        self._lists[1][:, : index.shape[1]].copy_(self.tokens.listed.gather(1, index))
 
 
 def _padded_neighbours(tokens: VisualTokens, radius: int) -> torch.Tensor:
@@ -243,7 +266,7 @@ class FixedPolicy:
 
     Parameters
     ----------
-    choose : a layer's fixation from its scores in the last dense step.
+    choose : a layer's fixation from its attention over the cache in the last dense step.
     dense_steps : first steps that are dense, as many as the method has.
     periphery : summaries per key head of what a layer does not attend to.
     head_reduce : of the attention of a layer's heads.
@@ -280,9 +303,9 @@ class FixedPolicy:
         """True in the last dense step."""
         return self.step == self.dense_steps - 1
 
-    def observe(self, layer: int, scores: torch.Tensor) -> int:
+    def observe(self, layer: int, weights: torch.Tensor) -> int:
         """Fix what this layer attends to from now on."""
-        self.chosen[layer] = self.choose(layer, scores)
+        self.chosen[layer] = self.choose(layer, weights)
         return 0
 
 
@@ -346,12 +369,12 @@ def make_policy(
     budgets = tokens.budgets(size if method.fixation == "oracle" else mean_size)
     device = tokens.rows.device
 
-    def choose(layer: int, scores: torch.Tensor) -> Fixation:
+    def choose(layer: int, weights: torch.Tensor) -> Fixation:
         if method.fixation == "random":
             return random_fixation(tokens.counts, budgets, method.seed + layer).to(device)
         if method.fixation == "window":
             return last_fixation(tokens.counts, budgets).to(device)
-        return top_k(scores, max(budgets), filled(budgets, device))
+        return top_k(tokens.scores(weights), max(budgets), filled(budgets, device))
 
     kind = OraclePolicy if method.fixation == "oracle" else FixedPolicy
     open_steps = 1 if focal and dense is not None else method.warmup

@@ -146,6 +146,7 @@ class Recorder:
     ) -> None:
         self.head_reduce = head_reduce
         self.layers = layers
+        self.tokens = tokens
         self.counts = tokens.counts
         self.budgets = tokens.budgets(size)
         valid = filled(self.budgets, tokens.rows.device)
@@ -167,9 +168,9 @@ class Recorder:
         """True for every layer."""
         return True
 
-    def observe(self, layer: int, scores: torch.Tensor) -> int:
+    def observe(self, layer: int, weights: torch.Tensor) -> int:
         """Compare the layers after the last one's scores."""
-        self.scores.append(shares(scores))
+        self.scores.append(shares(self.tokens.scores(weights)))
         if len(self.scores) < self.layers:
             return 0
         step = torch.stack(self.scores, 1)

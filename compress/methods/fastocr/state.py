@@ -11,7 +11,7 @@ from compress.methods.fastocr.attention import (
     sparse_decode,
 )
 from compress.methods.fastocr.choosing import SummaryPolicy
-from compress.methods.fastocr.fixation import Fixation, visual_scores
+from compress.methods.fastocr.fixation import Fixation
 from compress.methods.fastocr.periphery import Periphery
 from compress.methods.fastocr.policy import AttentionPolicy
 from compress.methods.fastocr.visual_tokens import VisualTokens
@@ -186,9 +186,7 @@ class DecodeState:
         if self.policy.needs_scores(layer):
             reduce = self.policy.head_reduce
             dense, weights = focal_decode(query, key, value, mask, scaling, reduce)
-            valid = None if self.tokens.even else self.tokens.valid
-            scores = visual_scores(weights, self.tokens.rows, valid)
-            self.counts.refresh(self.policy.observe(layer, scores))
+            self.counts.refresh(self.policy.observe(layer, weights))
             self._last = ()
         fixation = self.policy.fixation(layer)
         if fixation is None:
@@ -228,7 +226,7 @@ class DecodeState:
         if policy.watch:
             policy.watch(layer, rows)
         self.counts.attend(layer, index.read)
-        read = self._listed(rows, policy.valid, key.shape[2], mask)
+        read = self._masked(self.tokens.joined(rows), policy.valid, key.shape[2], mask)
         return sparse_decode(query, key, value, *read, scaling, (index.keys, index.values, bias))
 
     def _read(
@@ -244,39 +242,41 @@ class DecodeState:
         last = self._last
         if last and last[0] is fixation and last[1] is mask and last[2] == stored:
             return last[3]
-        rows = self.tokens.listed.gather(1, fixation.index)
-        read = self._listed(rows, fixation.valid, stored, mask), fixation.size()
+        listed = fixation.listed
+        if listed is None:
+            listed = self.tokens.joined(self.tokens.listed.gather(1, fixation.index))
+        read = self._masked(listed, fixation.valid, stored, mask), fixation.size()
         self._last = fixation, mask, stored, read
         return read
 
-    def _listed(
+    def _masked(
         self,
-        rows: torch.Tensor,
+        listed: torch.Tensor,
         valid: torch.Tensor | None,
         stored: int,
         mask: torch.Tensor | None,
     ) -> Read:
-        """What a layer reads, as in :meth:`_read`, with these rows of visual tokens.
+        """What a layer reads, as in :meth:`_read`, with this list of the prompt's rows.
 
         Parameters
         ----------
-        rows : of all key heads, ``(batch, kept)``, or of each one, ``(batch, kv_heads, kept)``.
-        valid : which are not padding, ``(batch, kept)``; None is all.
+        listed : of :meth:`VisualTokens.joined`.
+        valid : which of its visual tokens are not padding, ``(batch, kept)``; None is all.
         """
         tokens = self.tokens
 
         def of_heads(part: torch.Tensor) -> torch.Tensor:
-            return part if rows.ndim == 2 else part[:, None].expand(-1, rows.shape[1], -1)
+            return part if listed.ndim == 2 else part[:, None].expand(-1, listed.shape[1], -1)
 
-        listed = torch.cat([rows, of_heads(tokens.text)], -1)
         allowed = None
         if valid is not None or not tokens.even:
             if valid is None:
-                valid = torch.ones(len(rows), rows.shape[-1], dtype=torch.bool, device=rows.device)
+                kept = listed.shape[-1] - tokens.text.shape[1]
+                valid = torch.ones(len(listed), kept, dtype=torch.bool, device=listed.device)
             allowed = of_heads(torch.cat([valid, tokens.text_valid], 1))
         dense, dense_allowed = (tokens.length, min(stored, self.length)), None
         if mask is not None:
-            seen = mask[:, 0, 0].expand(len(rows), -1)
+            seen = mask[:, 0, 0].expand(len(listed), -1)
             allowed = _and(of_heads(seen).gather(-1, listed.long()), allowed)
             # of a static cache as many as the next steps read: the mask hides those that are not
             # written yet

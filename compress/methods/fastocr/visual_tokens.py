@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from compress.methods.fastocr.fixation import visual_scores
 from compress.models.visual import VisualLayout
 
 
@@ -54,6 +55,19 @@ class VisualTokens:
             count if small else size(count)
             for count, small in zip(self.counts, self.small, strict=True)
         ]
+
+    def scores(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention over the visual tokens, ``(batch, visual)``, of that over the cache."""
+        return visual_scores(weights, self.rows, None if self.even else self.valid)
+
+    def joined(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of visual tokens, and behind them all others of the prompt, int32.
+
+        The rows are those of all key heads, ``(batch, kept)``, or of each one, ``(batch, kv_heads,
+        kept)``.
+        """
+        text = self.text if rows.ndim == 2 else self.text[:, None].expand(-1, rows.shape[1], -1)
+        return torch.cat([rows, text], -1)
 
     def gathered(self, part: torch.Tensor) -> torch.Tensor:
         """Keys or values of the visual tokens, ``(batch, kv_heads, visual, dim)``, of a cache."""

@@ -1,0 +1,179 @@
+"""Choose the cached tokens with the highest weights: what a focal layer leaves to the others.
+
+Each sequence has a list of tokens and a budget ``k``. Chosen are its ``k`` tokens with the highest
+weights, of equal ones the first; what is no number counts as -inf. They are listed in the order of
+the tokens, so that their rows are read in the order of memory.
+
+One program chooses for one sequence and sorts nothing. It keeps the weights in registers, as
+integers of the same order. The largest integer ``t`` with ``|{w >= t}| >= k`` is the k-th highest
+weight; its bits are found from the highest down, two at a time, by counting for three numbers at
+once. The search ends early where ``|{w >= t}| = k``. The tokens are then read again, tile by tile:
+how many before a token are above ``t``, and equal to it, says where it goes in the list.
+"""
+
+from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
+
+import torch
+
+from compress.kernels.backend import current_device_of, jit, tl
+
+LARGEST = 32768  # tokens whose weights fit into the registers of one program
+OF_WARP = 1024  # tokens of each warp
+LINE, LINES = 32, 4  # tokens that a warp lists together, and how often in a row
+
+
+@jit()
+def _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual):  # type: ignore[no-untyped-def]
+    """Integers in the order of the weights of some tokens; the lowest for what is none."""
+    real = n < visual
+    row = tl.load(tokens_ptr + n, mask=real, other=0)
+    weight = tl.load(weights_ptr + row, mask=real, other=0.0)
+    if valid_ptr is not None:
+        real = real & tl.load(valid_ptr + n, mask=real, other=False)
+    weight = tl.where(weight == weight, weight, -float("inf"))
+    bits = tl.where(weight == 0, 0.0, weight).to(tl.int32, bitcast=True)  # 0 and -0 are equal
+    return row, tl.where(real, bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31))
+
+
+@jit(do_not_specialize=("length", "visual", "width", "listed"))
+def _top_kernel(  # type: ignore[no-untyped-def]
+    weights_ptr,  # (batch, length) float32
+    tokens_ptr,  # (batch, visual) int32, rows of the cache
+    valid_ptr,  # (batch, visual) bool; None is all
+    budgets_ptr,  # (batch,) int32
+    index_ptr,  # (batch, width) int64
+    rows_ptr,  # (batch, listed) int32
+    length,
+    visual,
+    width,
+    listed,
+    BLOCK: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,
+    BLOCK_LINE: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    budget = tl.load(budgets_ptr + batch)
+    weights_ptr += batch * length
+    tokens_ptr += batch * visual
+    if valid_ptr is not None:
+        valid_ptr += batch * visual
+    _, keys = _keys(weights_ptr, tokens_ptr, valid_ptr, tl.arange(0, BLOCK), visual)
+    bound = tl.full([], -(2**31), tl.int32)
+    reached = visual.to(tl.int32)  # at least so many are not below the bound
+    above = tl.full([], 0, tl.int32)  # so many are not below the next number that was tried
+    shift = tl.full([], 30, tl.int32)
+    while (shift >= 0) & (reached > budget):
+        step = tl.full([], 1, tl.int32) << shift
+        first = (keys >= bound + step).to(tl.int64)
+        second = (keys >= bound + 2 * step).to(tl.int64) << 20
+        third = (keys >= bound + 3 * step).to(tl.int64) << 40
+        counts = tl.sum(first + second + third)
+        first = (counts & 0xFFFFF).to(tl.int32)
+        second = ((counts >> 20) & 0xFFFFF).to(tl.int32)
+        third = (counts >> 40).to(tl.int32)
+        if third >= budget:
+            reached = third
+            bound += 3 * step
+        elif second >= budget:
+            reached = second
+            above = third
+            bound += 2 * step
+        elif first >= budget:
+            reached = first
+            above = second
+            bound += step
+        else:
+            above = first
+        shift -= 2
+    equals = tl.where(reached > budget, budget - above, budget)  # that are chosen
+    begun = tl.full([], 0, tl.int32)  # higher ones in the tiles before, and equal ones
+    line = tl.arange(0, BLOCK_LINES) * BLOCK_LINE
+    for begin in range(0, visual, BLOCK_LINES * BLOCK_LINE):
+        n = begin + line[:, None] + tl.arange(0, BLOCK_LINE)[None, :]
+        row, key = _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual)
+        higher = key > bound
+        equal = (key == bound) & (key > -(2**31))
+        counts = higher.to(tl.int32) + (equal.to(tl.int32) << 16)
+        of_line = tl.sum(counts, 1)
+        before = begun + tl.cumsum(of_line, 0) - of_line
+        before = tl.cumsum(counts, 1) - counts + before[:, None]
+        equal_before = before >> 16
+        chosen = higher | (equal & (equal_before < equals))
+        place = (before & 0xFFFF) + tl.minimum(equal_before, equals)
+        tl.store(index_ptr + batch * width + place, n.to(tl.int64), mask=chosen)
+        tl.store(rows_ptr + batch * listed + place, row, mask=chosen)
+        begun += tl.sum(of_line)
+
+
+def top_rows(
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor | None,
+    budgets: torch.Tensor,
+    index: torch.Tensor,
+    rows: torch.Tensor,
+) -> None:
+    """List the tokens of each sequence with the highest weights, on the GPU.
+
+    Parameters
+    ----------
+    weights : of the rows of the cache, ``(batch, length)`` in float32.
+    tokens : rows of the cache to choose from, ``(batch, visual)``, int32; padding comes last.
+    valid : which of them are not padding, ``(batch, visual)``; None is all.
+    budgets : how many to choose, at most those of the sequence, ``(batch,)``, int32. What was
+        chosen for a sequence before stays where it is 0.
+    index : written: which of its tokens, in their order, ``(batch, width)``, int64. Places behind
+        the budget stay as they are.
+    rows : written: the same as rows of the cache, int32; the first ``width`` columns.
+    """
+    batch, visual = tokens.shape
+    constants, options = blocks(visual)
+    with current_device_of(weights):
+        _top_kernel[(batch,)](
+            weights,
+            tokens,
+            valid,
+            budgets,
+            index,
+            rows,
+            weights.shape[1],
+            visual,
+            index.shape[1],
+            rows.shape[1],
+            **constants,
+            **options,
+        )
+
+
+def blocks(visual: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The kernel's constants for so many tokens, and its warps."""
+    size = max(OF_WARP, 1 << (visual - 1).bit_length())
+    warps = max(4, min(size // OF_WARP, 32))
+    return {"BLOCK": size, "BLOCK_LINES": LINES * warps, "BLOCK_LINE": LINE}, {"num_warps": warps}
+
+
+def why_unsupported(tokens: torch.Tensor) -> str | None:
+    """Why the kernel cannot choose from these tokens; None where it can."""
+    if tokens.shape[1] > LARGEST:
+        return f"at most {LARGEST} tokens fit into a program; there are {tokens.shape[1]}"
+    return None
+
+
+def top_rows_reference(
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor | None,
+    budgets: torch.Tensor,
+    index: torch.Tensor,
+    rows: torch.Tensor,
+) -> None:
+    """:func:`top_rows` in plain torch, on any device: same arguments, same result."""
+    visual, width = tokens.shape[1], index.shape[1]
+    scores = weights.gather(1, tokens.long()).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :width]
+    inside = torch.arange(width, device=best.device) < budgets[:, None]
+    best = best.where(inside, visual).sort(1).values
+    torch.where(inside, best, index, out=index)
+    torch.gather(tokens, 1, index, out=rows[:, :width])
