@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ tl: Any = triton and triton.language
 VARIABLE = "COMPRESS_KERNELS"
 CHOICES = ("auto", "torch", "triton")
 OLDEST = (8, 0)  # compute capability that the tests compile the kernels for
+COUNTERS = 1024  # that a launch has at most
 
 _logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()
 
 
-def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def jit(
+    do_not_specialize: tuple[str, ...] = (), do_not_specialize_on_alignment: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """``triton.jit`` where Triton imports; elsewhere the function stays, and is never called.
 
     Its annotations must be strings (``from __future__ import annotations``).
@@ -37,10 +41,101 @@ def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]
     Parameters
     ----------
     do_not_specialize : arguments that change at every call and must not cause a recompilation.
+    do_not_specialize_on_alignment : tensors that may begin anywhere, without a recompilation.
     """
     if triton is None:
         return lambda function: function
-    return triton.jit(do_not_specialize=list(do_not_specialize))
+    return triton.jit(
+        do_not_specialize=list(do_not_specialize),
+        do_not_specialize_on_alignment=list(do_not_specialize_on_alignment),
+    )
+
+
+class Launch:
+    """A kernel with all of its arguments but the tensors, for many calls.
+
+    Triton binds the arguments of a call, and looks up what it compiled for their types and for
+    which of them are multiples of 16. Here only the tensors' addresses may change, so that it does
+    so once for those that are aligned alike, which costs as much as many a kernel on a GPU.
+
+    Parameters
+    ----------
+    kernel : made by :func:`jit`; its arguments are tensors, numbers and constants, in this order.
+    grid : programs along three axes.
+    numbers : the arguments behind the tensors.
+    constants : by name, and Triton's options.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[float, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel, self.grid = kernel, grid
+        self.numbers, self.constants = numbers, constants
+        self._compiled: dict[tuple[bool, ...], Callable[..., None]] = {}
+        self._others: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Launch it; tensors have the types of the other calls, and None is where it was."""
+        addresses = [None if part is None else part.data_ptr() for part in tensors]
+        aligned = tuple([part is None or part % 16 == 0 for part in addresses])
+        if aligned in self._compiled:
+            self._compiled[aligned](*addresses, *self._others)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if compiled is not None:  # as the interpreter returns
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            self._others = *self.numbers, *[self.constants[name] for name in names]
+            self._compiled[aligned] = compiled[self.grid]
+
+
+def counters(count: int, device: torch.device) -> torch.Tensor:
+    """Int32 zeros for a launch on the current stream, which leaves them as zeros.
+
+    The launches of a stream follow each other and share theirs. What is captured may be replayed
+    beside other launches, so that each captured one has its own.
+
+    Parameters
+    ----------
+    count : how many it needs, at most :data:`COUNTERS`.
+    device : the current one.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        known = _counters.get(device)
+        return known.take(count) if known else _zeros(count, device)
+    known = _counters.get(device) or _counters.setdefault(device, _Counters(device))
+    stream = triton.runtime.driver.active.get_current_stream(device.index)
+    if stream not in known.of_stream:
+        known.of_stream[stream] = known.take(COUNTERS)
+    return known.of_stream[stream]
+
+
+class _Counters:
+    """Those of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.free = _zeros(2**20, device)
+        torch.cuda.synchronize(device)  # any stream may use them
+        self.of_stream: dict[int, torch.Tensor] = {}
+        self.lock = Lock()
+
+    def take(self, count: int) -> torch.Tensor:
+        """Some that nobody else gets."""
+        size = -(-count // 32) * 32  # whole cache lines
+        with self.lock:
+            taken, self.free = self.free[:count], self.free[size:]
+        # when all are gone: a graph sets its own to zero in every replay
+        return taken if len(taken) == count else _zeros(count, taken.device)
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+_counters: dict[torch.device, _Counters] = {}
 
 
 def interpreted() -> bool:

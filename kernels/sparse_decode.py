@@ -6,9 +6,8 @@ For each sequence and query head, with the rows ``R`` that are read of the cache
 **Split-KV** (flash decoding, Dao et al. 2023). One token has too few heads to fill a GPU: the rows
 are cut into splits, and one program reads one split for one key head. Its query heads lie in one
 tile, so that every key and value is read once for all of them. It keeps a running maximum, the
-mass below it and the weighted sum in float32, in base 2. A second, small kernel adds up the splits
-by their lse: ``o = sum_s 2^(lse_s - lse) o_s``. Where one split is enough, the first writes the
-result.
+mass below it and the weighted sum in float32, in base 2. The programs of a key head count
+themselves, and the last one adds up the splits by their lse: ``o = sum_s 2^(lse_s - lse) o_s``.
 
 **Sparse** (:func:`sparse_decode`): the rows are a list, of all key heads or of each one, gathered
 in place and never copied together, and after it a range, which needs no list. Masked rows are not
@@ -16,8 +15,8 @@ loaded. The last split also reads rows of a head's own beside the cache, each wi
 added to its logit: the summaries of :mod:`compress.kernels.summaries`.
 
 **Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
-final lse, which is unknown while the keys pass: their logits are stored, and the second kernel
-turns them into weights. The keys are read once.
+final lse, which is unknown while the keys pass: their logits are stored, and a second kernel turns
+them into weights. The keys are read once.
 
 **Bytes.** A row is used for two products of a few heads: memory bounds both functions. What must
 be moved (:func:`bytes_moved`) is a row's key and value, ``kv_heads (dim + value_dim) itemsize``; of
@@ -38,14 +37,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from compress.kernels.backend import current_device_of, jit, tl
+from compress.kernels.backend import COUNTERS, Launch, counters, current_device_of, jit, tl
 
 Beside = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_DIM = 256
 LARGEST_GROUP = 64  # query heads of a key head
 MOST_SPLITS = 64
-SCORES = 512  # rows whose weights one program computes
+ADDED = 128  # numbers of a thread that the last program of a key head adds up at a time
+SCORES = 128  # rows whose weights one program computes
 LOG2_E = 1.4426950408889634
 
 
@@ -71,9 +71,9 @@ class Tile(NamedTuple):
 # `tile_and_splits` chooses from. The GPU suite times them all (.ci/gpu/extra.py tune).
 TILES = {
     (2, 64): (Tile(128, 4, 3, 3), Tile(64, 4, 3, 4)),
-    (2, 128): (Tile(64, 4, 3, 3), Tile(32, 4, 3, 3), Tile(16, 4, 3, 4)),
+    (2, 128): (Tile(64, 4, 3, 3), Tile(32, 4, 3, 3), Tile(16, 4, 3, 3)),
     (2, 256): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 3)),
-    (4, 64): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 4)),
+    (4, 64): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 3)),
     (4, 128): (Tile(16, 4, 3, 3),),
     (4, 256): (Tile(16, 4, 3, 2),),
 }
@@ -98,12 +98,60 @@ def _weigh(logits, value, best, mass, total):  # type: ignore[no-untyped-def]
     return higher, mass, total
 
 
-@jit(
-    do_not_specialize=(
-        "picked", "start", "read", "split_rows", "beside",
-        "lse_start", "logits_start", "logits_row",
+@jit()
+def _add_up(  # type: ignore[no-untyped-def]
+    output_ptr,
+    parts_ptr,
+    parts_lse_ptr,
+    lse_ptr,
+    problem,
+    splits,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Store the output of a key head's queries and their lse, from those of its splits."""
+    member = tl.arange(0, BLOCK_MEMBERS)
+    e = tl.arange(0, BLOCK_VALUE)
+    best = tl.full([BLOCK_MEMBERS], -float("inf"), tl.float32)
+    mass = tl.zeros([BLOCK_MEMBERS], tl.float32)
+    total = tl.zeros([BLOCK_MEMBERS, BLOCK_VALUE], tl.float32)
+    for begin in range(0, splits, BLOCK_SPLITS):
+        split = begin + tl.arange(0, BLOCK_SPLITS)
+        place = (problem * splits + split)[:, None] * GROUP + member[None, :]
+        there = (split < splits)[:, None] & (member < GROUP)[None, :]
+        # from the L2 cache, where the other programs' stores are
+        lse = tl.load(parts_lse_ptr + place, mask=there, other=-float("inf"), cache_modifier=".cg")
+        parts = tl.load(
+            parts_ptr + place[:, :, None] * VALUE_DIM + e[None, None, :],
+            mask=there[:, :, None] & (e < VALUE_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(best, tl.max(lse, 0))
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        shares = tl.exp2(lse - base[None, :])
+        shrink = tl.exp2(best - base)
+        mass = mass * shrink + tl.sum(shares, 0)
+        total = total * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
+        best = higher
+    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    heads = problem * GROUP + member
+    tl.store(
+        output_ptr + heads[:, None] * VALUE_DIM + e[None, :],
+        total.to(output_ptr.dtype.element_ty),
+        mask=(member < GROUP)[:, None] & (e < VALUE_DIM)[None, :],
     )
-)  # fmt: skip
+    if lse_ptr is not None:
+        tl.store(lse_ptr + heads, best + tl.log2(mass), mask=member < GROUP)
+
+
+@jit(
+    do_not_specialize=("picked", "start", "read", "split_rows", "beside"),
+    do_not_specialize_on_alignment=("rows_ptr", "rows_mask_ptr", "dense_mask_ptr"),
+)
 def _read_kernel(  # type: ignore[no-untyped-def]
     query_ptr,  # (batch, heads, dim)
     key_ptr,  # (batch, kv_heads, length, dim)
@@ -114,17 +162,18 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     beside_key_ptr,  # (batch, kv_heads, beside, dim) rows of a head's own; None is none
     beside_value_ptr,  # (batch, kv_heads, beside, value_dim)
     bias_ptr,  # (batch, kv_heads, beside) float32, added to the logits; -inf hides
-    output_ptr,  # (batch, heads, splits, value_dim): float32 parts, or of one split the result
-    lse_ptr,  # (batch, heads, splits) float32, in base 2; None where they are not needed
-    logits_ptr,  # (batch, heads, read) float32, in base 2; None where they are not needed
+    output_ptr,  # (batch, heads, value_dim)
+    parts_ptr,  # (batch, kv_heads, splits, group, value_dim) float32; None of one split
+    counts_ptr,  # (batch, kv_heads) int32, splits that are done, 0 before and after; None of one
+    logits_ptr,  # lse (batch, heads), and logits (batch, heads, read), float32, in base 2; or None
     scale,  # of the dot products, for base 2
     picked,  # rows of the list
     start,  # first row of the range
     read,  # rows of both
     split_rows,  # rows of a split, a multiple of BLOCK_ROWS
     beside,  # rows of a head's own
-    lse_start,  # where they are behind their pointers
-    logits_start,
+    parts_lse_start,  # behind the parts: (batch, kv_heads, splits, group), in base 2
+    logits_start,  # behind the lse
     kv_heads,
     query_batch,  # from here on strides
     query_head,
@@ -150,6 +199,8 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     BLOCK_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):
     problem = tl.program_id(0)
     split = tl.program_id(1)
@@ -170,7 +221,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     )
     key_ptr += batch * key_batch + kv_head * key_head
     value_ptr += batch * value_batch + kv_head * value_head
-    heads = (batch * kv_heads + kv_head) * GROUP + member  # of all sequences
+    heads = problem.to(tl.int64) * GROUP + member  # of all sequences
     if rows_ptr is not None:
         rows_ptr += batch * rows_batch + kv_head * rows_head
     if rows_mask_ptr is not None:
@@ -237,75 +288,66 @@ def _read_kernel(  # type: ignore[no-untyped-def]
             logits = logits + bias[None, :] * 1.4426950408889634  # log2(e)
             best, mass, total = _weigh(logits, value, best, mass, total)
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
-    part = heads * splits + split
-    tl.store(
-        output_ptr + part[:, None] * VALUE_DIM + e[None, :],
-        total.to(output_ptr.dtype.element_ty),
-        mask=in_group[:, None] & in_value[None, :],
-    )
-    if lse_ptr is not None:
-        tl.store(lse_ptr + lse_start + part, best + tl.log2(mass), mask=in_group)
+    lse = best + tl.log2(mass)
+    if counts_ptr is None:
+        tl.store(
+            output_ptr + heads[:, None] * VALUE_DIM + e[None, :],
+            total.to(output_ptr.dtype.element_ty),
+            mask=in_group[:, None] & in_value[None, :],
+        )
+        if logits_ptr is not None:
+            tl.store(logits_ptr + heads, lse, mask=in_group)
+    else:
+        part = (problem.to(tl.int64) * splits + split) * GROUP + member
+        tl.store(
+            parts_ptr + part[:, None] * VALUE_DIM + e[None, :],
+            total,
+            mask=in_group[:, None] & in_value[None, :],
+        )
+        tl.store(parts_ptr + parts_lse_start + part, lse, mask=in_group)
+        tl.debug_barrier()  # all threads have stored before one of them counts, and releases it
+        if tl.atomic_add(counts_ptr + problem, 1, sem="acq_rel") == splits - 1:
+            _add_up(
+                output_ptr,
+                parts_ptr,
+                parts_ptr + parts_lse_start,
+                logits_ptr,
+                problem.to(tl.int64),
+                splits,
+                GROUP,
+                VALUE_DIM,
+                BLOCK_MEMBERS,
+                BLOCK_VALUE,
+                BLOCK_SPLITS,
+            )
+            tl.store(counts_ptr + problem, 0)  # for the next launch
 
 
-@jit()
-def _lse(lse_ptr, head, splits, BLOCK_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The masses of a head's splits relative to the largest, and the lse of all in base 2."""
-    split = tl.arange(0, BLOCK_SPLITS)
-    parts = tl.load(lse_ptr + head * splits + split, mask=split < splits, other=-float("inf"))
-    top = tl.max(parts, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    shares = tl.exp2(parts - top)
-    return shares, top + tl.log2(tl.sum(shares, 0))
-
-
-@jit(do_not_specialize=("splits", "read", "lse_start", "logits_start", "logits_row"))
-def _merge_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,  # (batch, heads, splits, value_dim) float32
-    lse_ptr,  # (batch, heads, splits) float32, in base 2
-    output_ptr,  # (batch, heads, value_dim)
-    logits_ptr,  # (batch, heads, read) float32, in base 2; None where weights are not needed
+@jit(do_not_specialize=("read",))
+def _weights_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,  # lse (batch, heads), and logits (batch, heads, read), float32, in base 2
     weights_ptr,  # (batch, read) float32
-    splits,
     read,
-    lse_start,
-    logits_start,
+    logits_start,  # behind the lse
     logits_row,
     heads,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
-    job = tl.program_id(1)  # the heads first, then blocks of rows
-    lse_ptr += lse_start
-    if job < heads:
-        head = batch * heads + job
-        shares, _ = _lse(lse_ptr, head, splits, BLOCK_SPLITS)
-        split = tl.arange(0, BLOCK_SPLITS)
-        e = tl.arange(0, BLOCK_VALUE)
-        parts = tl.load(
-            parts_ptr + (head * splits + split)[:, None] * VALUE_DIM + e[None, :],
-            mask=(split < splits)[:, None] & (e < VALUE_DIM)[None, :],
-            other=0.0,
+    n = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    weights = tl.zeros([BLOCK_ROWS], tl.float32)
+    for begin in range(0, heads, BLOCK_HEADS):
+        member = begin + tl.arange(0, BLOCK_HEADS)
+        head = batch * heads + member
+        lse = tl.load(logits_ptr + head, mask=member < heads, other=0.0)
+        logits = tl.load(
+            logits_ptr + logits_start + head[:, None] * logits_row + n[None, :],
+            mask=(member < heads)[:, None] & (n < read)[None, :],
+            other=-float("inf"),
         )
-        mass = tl.sum(shares, 0)
-        output = tl.sum(parts * shares[:, None], 0) / tl.where(mass > 0, mass, 1.0)
-        tl.store(
-            output_ptr + head * VALUE_DIM + e,
-            output.to(output_ptr.dtype.element_ty),
-            mask=e < VALUE_DIM,
-        )
-    elif logits_ptr is not None:
-        logits_ptr += logits_start
-        n = (job - heads) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        weights = tl.zeros([BLOCK_ROWS], tl.float32)
-        for member in range(heads):
-            head = batch * heads + member
-            _, lse = _lse(lse_ptr, head, splits, BLOCK_SPLITS)
-            logits = tl.load(logits_ptr + head * logits_row + n, mask=n < read, other=-float("inf"))
-            weights += tl.exp2(logits - lse)
-        tl.store(weights_ptr + batch * read + n, weights / heads, mask=n < read)
+        weights += tl.sum(tl.exp2(logits - lse[:, None]), 0)
+    tl.store(weights_ptr + batch * read + n, weights / heads, mask=n < read)
 
 
 def sparse_decode(
@@ -345,9 +387,9 @@ def sparse_decode(
     ------
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
-    given = query, key, value, rows, rows_mask, dense_mask, *(beside or ())
-    launch = _launch(query.device, dense, False, _trains(given), *map(_signature, given))
-    return launch(given, scaling, None)
+    given = query, key, value, rows, rows_mask, dense_mask, *(beside or (None, None, None))
+    launch = _launch(query.device, dense, scaling, False, _trains(given), _signatures(given))
+    return launch(given, None)
 
 
 def focal_decode(
@@ -378,10 +420,10 @@ def focal_decode(
         if mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
             _check_mask("mask", mask.shape, (batch, 1, 1, length))
         mask = mask[:, 0, 0].expand(batch, -1)
-    given = query, key, value, None, None, mask
-    launch = _launch(query.device, (0, length), True, _trains(given), *map(_signature, given))
+    given = query, key, value, None, None, mask, None, None, None
+    launch = _launch(query.device, (0, length), scaling, True, _trains(given), _signatures(given))
     weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
-    return launch(given, scaling, weights), weights
+    return launch(given, weights), weights
 
 
 def why_unsupported(
@@ -463,6 +505,9 @@ def bytes_moved(
 # ---- launching -----------------------------------------------------------------------------------
 
 
+Given = tuple[torch.Tensor | None, ...]  # query, key, value, rows, masks, beside
+
+
 class _Signature(NamedTuple):
     """What a launch depends on of a tensor."""
 
@@ -471,8 +516,10 @@ class _Signature(NamedTuple):
     dtype: torch.dtype
 
 
-def _signature(part: torch.Tensor | None) -> tuple[Any, ...] | None:
-    return None if part is None else (part.shape, part.stride(), part.dtype)
+def _signatures(given: Given) -> tuple[Any, ...]:
+    return tuple(
+        [None if part is None else (part.shape, part.stride(), part.dtype) for part in given]
+    )
 
 
 @dataclass(frozen=True)
@@ -480,52 +527,31 @@ class _Launch:
     """All that two calls with equal signatures have in common, so that it is computed once."""
 
     output: tuple[int, ...]  # its shape
-    split: bool  # whether there is more than one; the only one writes the result
-    focal: bool
-    buffer: int  # numbers of the splits' outputs, their lse, and the logits
-    grid: tuple[int, int]
-    numbers: tuple[int, ...]  # of the first kernel
-    constants: dict[str, int]
-    merge_grid: tuple[int, int] | None
-    merge_numbers: tuple[int, ...]
-    merge_constants: dict[str, int]
+    dense: bool  # whether the lists have no gaps
+    parts: int  # numbers of the splits' outputs and their lse, 0 of one split
+    logits: int  # numbers of the logits and the lse, 0 where no weights are needed
+    problems: int
+    read: Launch
+    weigh: Launch
 
-    def __call__(
-        self, given: tuple[Any, ...], scaling: float, weights: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, given: Given, weights: torch.Tensor | None) -> torch.Tensor:
         """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
-        query, key, value, *lists = given
-        output: torch.Tensor = query.new_empty(self.output)
-        own = [None if part is None else _last_dense(part) for part in lists[:3]]
-        own += [part.contiguous() for part in lists[3:]] or [None] * 3
-        buffer = None
-        if self.buffer:
-            buffer = torch.empty(self.buffer, dtype=torch.float32, device=query.device)
-        parts = buffer if self.split else output
-        logits = buffer if self.focal else None
-        with current_device_of(query):
-            _read_kernel[self.grid](
-                query,
-                key,
-                value,
-                *own,
-                parts,
-                buffer,
-                logits,
-                scaling * LOG2_E,
-                *self.numbers,
-                **self.constants,
-            )
-            if self.merge_grid:
-                _merge_kernel[self.merge_grid](
-                    parts,
-                    buffer,
-                    output,
-                    logits,
-                    weights,
-                    *self.merge_numbers,
-                    **self.merge_constants,
-                )
+        query, key, value, *own = given
+        if not self.dense:
+            own[:3] = [None if part is None else _last_dense(part) for part in own[:3]]
+        if own[3] is not None:
+            own[3:] = [part.contiguous() for part in own[3:]]  # type: ignore[union-attr]
+        output: torch.Tensor = query.new_empty(self.output)  # type: ignore[union-attr]
+        device, parts, counts, logits = output.device, None, None, None
+        with current_device_of(output):
+            if self.parts:
+                parts = torch.empty(self.parts, dtype=torch.float32, device=device)
+                counts = counters(self.problems, device)
+            if self.logits:
+                logits = torch.empty(self.logits, dtype=torch.float32, device=device)
+            self.read(query, key, value, *own, output, parts, counts, logits)
+            if self.logits:
+                self.weigh(logits, weights)
         return output
 
 
@@ -533,15 +559,17 @@ class _Launch:
 def _launch(
     device: torch.device,
     dense: tuple[int, int],
+    scaling: float,
     focal: bool,
     trains: bool,
-    *signatures: tuple[Any, ...] | None,
+    signatures: tuple[Any, ...],
 ) -> _Launch:
     """Check what a call is given, and plan it.
 
     Parameters
     ----------
-    dense, focal, trains : the range, whether weights are returned, whether gradients are required.
+    dense, scaling : of the call.
+    focal, trains : whether weights are returned, whether gradients are required.
     signatures : of query, key, value, rows, their mask, that of the range and the rows beside.
     """
     parts: list[Any] = [None if part is None else _Signature(*part) for part in signatures]
@@ -564,7 +592,7 @@ def _launch(
             _check_mask("rows_mask", rows_mask.shape, tuple(rows.shape))
     if dense_mask is not None:
         _check_mask("dense_mask", dense_mask.shape, (batch, stop - start))
-    if beside:
+    if beside[0] is not None:
         own = (batch, kv_heads, beside[2].shape[-1])
         expected = [(*own, dim), (*own, value_dim), own]
         if [tuple(part.shape) for part in beside] != expected:
@@ -573,9 +601,10 @@ def _launch(
                 f"{[tuple(part.shape) for part in beside]}; give rows of each key head"
             )
     read = picked + stop - start
+    problems, group = batch * kv_heads, heads // kv_heads
     block_dim, block_value = block(dim), block(value_dim)
     tile, splits = tile_and_splits(
-        batch * kv_heads,
+        problems,
         read,
         query.dtype.itemsize,
         max(block_dim, block_value),
@@ -583,56 +612,63 @@ def _launch(
     )
     split_rows = max(1, -(-read // (splits * tile.rows))) * tile.rows
     splits = max(1, -(-read // split_rows))
-    merges = splits > 1 or focal
-    lse_start = batch * heads * splits * value_dim if splits > 1 else 0
-    # whole cache lines for each head
-    logits_start = -(-(lse_start + batch * heads * splits) // 32) * 32
-    logits_row = -(-read // 32) * 32 if focal else 0
-    blocks = -(-read // SCORES) if focal else 0
+    # the splits' outputs and the logits begin whole cache lines, so do the logits of each head
+    parts_lse = _whole_lines(problems * splits * group * value_dim)
+    logits_start, logits_row = _whole_lines(batch * heads), _whole_lines(read)
+    members = 1 << (group - 1).bit_length()
+    blocks = {"BLOCK_DIM": block_dim, "BLOCK_VALUE": block_value}
     return _Launch(
         output=(batch, heads, 1, value_dim),
-        split=splits > 1,
-        focal=focal,
-        buffer=logits_start + batch * heads * logits_row if merges else 0,
-        grid=(batch * kv_heads, splits),
-        numbers=(
-            picked,
-            start,
-            read,
-            split_rows,
-            beside[2].shape[2] if beside else 0,
-            lse_start,
-            logits_start,
-            kv_heads,
-            *(query.strides[axis] for axis in (0, 1, 3)),
-            *key.strides,
-            *value.strides,
-            *_head_strides(rows),
-            *_head_strides(rows_mask),
-            _head_strides(dense_mask)[0],
-            logits_row,
+        dense=all(p is None or p.strides[-1] == 1 for p in (rows, rows_mask, dense_mask)),
+        parts=parts_lse + problems * splits * group if splits > 1 else 0,
+        logits=logits_start + batch * heads * logits_row if focal else 0,
+        problems=problems,
+        read=Launch(
+            _read_kernel,
+            (problems, splits, 1),
+            (
+                scaling * LOG2_E,
+                picked,
+                start,
+                read,
+                split_rows,
+                0 if beside[0] is None else beside[2].shape[2],
+                parts_lse,
+                logits_start,
+                kv_heads,
+                *(query.strides[axis] for axis in (0, 1, 3)),
+                *key.strides,
+                *value.strides,
+                *_head_strides(rows),
+                *_head_strides(rows_mask),
+                _head_strides(dense_mask)[0],
+                logits_row,
+            ),
+            {
+                "GROUP": group,
+                "DIM": dim,
+                "VALUE_DIM": value_dim,
+                "BLOCK_GROUP": block(group),
+                **blocks,
+                "BLOCK_ROWS": tile.rows,
+                "BLOCK_MEMBERS": members,
+                "BLOCK_SPLITS": added_splits(members, block_value, tile),
+                "num_warps": tile.warps,
+                "num_stages": triton_stages(tile, listed=rows is not None),
+            },
         ),
-        constants={
-            "GROUP": heads // kv_heads,
-            "DIM": dim,
-            "VALUE_DIM": value_dim,
-            "BLOCK_GROUP": block(heads // kv_heads),
-            "BLOCK_DIM": block_dim,
-            "BLOCK_VALUE": block_value,
-            "BLOCK_ROWS": tile.rows,
-            "num_warps": tile.warps,
-            "num_stages": triton_stages(tile, listed=rows is not None),
-        },
-        merge_grid=(batch, heads + blocks) if merges else None,
-        merge_numbers=(splits, read, lse_start, logits_start, logits_row, heads),
-        merge_constants={
-            "VALUE_DIM": value_dim,
-            "BLOCK_VALUE": block_value,
-            "BLOCK_SPLITS": 1 << (splits - 1).bit_length(),
-            "BLOCK_ROWS": SCORES,
-            "num_warps": 4,
-        },
+        weigh=Launch(
+            _weights_kernel,
+            (batch, max(1, -(-read // SCORES)), 1),
+            (read, logits_start, logits_row, heads),
+            {"BLOCK_HEADS": min(32, 1 << (heads - 1).bit_length()), "BLOCK_ROWS": SCORES},
+        ),
     )
+
+
+def _whole_lines(numbers: int) -> int:
+    """So many that what follows begins a cache line."""
+    return -(-numbers // 32) * 32
 
 
 def _check(query: Any, key: Any, value: Any, masks: tuple[Any, ...], trains: bool) -> None:
@@ -674,6 +710,11 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def added_splits(members: int, dim: int, tile: Tile) -> int:
+    """How many splits are added up together, for so many queries of a key head."""
+    return max(1, ADDED * 32 * tile.warps // (members * dim))
+
+
 def triton_stages(tile: Tile, listed: bool) -> int:
     """For Triton: the list is loaded as far ahead of its rows as these are of their use."""
     return 2 * tile.stages - 1 if listed else tile.stages
@@ -712,10 +753,11 @@ def _tile_and_splits(
         late = max(1, LATENCY / in_flight)
         return busiest * late + rounds * LATENCY + (MERGE if splits > 1 else 0)
 
+    most = MOST_SPLITS if problems <= COUNTERS else 1
     options = [
         (tile, splits)
         for tile in TILES[itemsize, max(dim, 64)]
-        for splits in range(1, max(1, min(MOST_SPLITS, -(-read // tile.rows))) + 1)
+        for splits in range(1, max(1, min(most, -(-read // tile.rows))) + 1)
     ]
     return min(options, key=lambda option: (cost(*option), option[1], -option[0].rows))
 

@@ -168,8 +168,8 @@ def test_they_compile_without_a_gpu(capabilities, cases, tmp_path):
     printed = programs.run("compile_decode", ",".join(capabilities), *cases, **variables).stdout
     made = [line.split(",") for line in printed.splitlines()]
     expected = [(capability, case.split(":")[0]) for capability in capabilities for case in cases]
-    assert [(capability, dtype) for capability, dtype, *_ in made[::5]] == expected
-    assert len(made) == 5 * len(expected)
+    assert [(capability, dtype) for capability, dtype, *_ in made[::6]] == expected
+    assert len(made) == 6 * len(expected)
     for capability, _, *numbers in made:
         at_once, resident, size, shared, _, spilled = map(int, numbers)
         assert size > 0 and shared <= 99 * 1024  # of the smallest such GPU
@@ -239,16 +239,17 @@ class _NoKernel:
 
 
 def test_a_call_is_checked_and_planned_once(monkeypatch):
-    read, merge = _NoKernel(), _NoKernel()
+    read, weigh = _NoKernel(), _NoKernel()
     monkeypatch.setattr(kernels, "_read_kernel", read)
-    monkeypatch.setattr(kernels, "_merge_kernel", merge)
+    monkeypatch.setattr(kernels, "_weights_kernel", weigh)
+    kernels._launch.cache_clear()
     case = decode.draw(LARGE[0], torch.bfloat16)
     planned = kernels._launch.cache_info().misses
     for _ in range(3):
         decode.sparse(case, kernels.sparse_decode)
         decode.focal(case, kernels.focal_decode)
     assert kernels._launch.cache_info().misses == planned + 2
-    assert len(read.launches) == 6 and len(merge.launches) == 3  # a focal layer's weights
+    assert len(read.launches) == 6 and len(weigh.launches) == 3  # a focal layer's weights
     arguments = (*(case[name] for name in ("query", "key", "value", "rows")), None, (0, 9), None)
     with Counted() as counted:
         kernels.sparse_decode(*arguments, 0.2)
