@@ -44,7 +44,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_DIM = 256
 LARGEST_GROUP = 64  # query heads of a key head
 MOST_SPLITS = 64
-ADDED = 128  # numbers of a thread that the last program of a key head adds up at a time
+ADDED = 64  # numbers of a thread that the last program of a key head adds up at a time
 SCORES = 128  # rows whose weights one program computes
 LOG2_E = 1.4426950408889634
 
@@ -652,7 +652,7 @@ def _launch(
                 **blocks,
                 "BLOCK_ROWS": tile.rows,
                 "BLOCK_MEMBERS": members,
-                "BLOCK_SPLITS": added_splits(members, block_value, tile),
+                "BLOCK_SPLITS": added_splits(members * block_value, tile, rows is not None),
                 "num_warps": tile.warps,
                 "num_stages": triton_stages(tile, listed=rows is not None),
             },
@@ -710,9 +710,9 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def added_splits(members: int, dim: int, tile: Tile) -> int:
-    """How many splits are added up together, for so many queries of a key head."""
-    return max(1, ADDED * 32 * tile.warps // (members * dim))
+def added_splits(size: int, tile: Tile, listed: bool) -> int:
+    """How many splits are added up together; a list takes registers, ``size`` is of an output."""
+    return max(1, (ADDED if listed else 2 * ADDED) * 32 * tile.warps // size)
 
 
 def triton_stages(tile: Tile, listed: bool) -> int:

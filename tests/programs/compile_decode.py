@@ -63,7 +63,6 @@ def main(capability: int, dtype: str, dim: int, place: int) -> None:
     blocks = {"BLOCK_DIM": block, "BLOCK_VALUE": block}
     tile = kernels.TILES[SIZES[dtype], block][place]
     rows = {"BLOCK_ROWS": tile.rows}
-    added = {"BLOCK_MEMBERS": 8, "BLOCK_SPLITS": kernels.added_splits(8, block, tile)}
     ones = dict.fromkeys(["query_dim", "key_dim", "value_dim"], 1)
     beside = ["beside_key_ptr", "beside_value_ptr", "bias_ptr"]
     for focal in (False, True):
@@ -71,6 +70,8 @@ def main(capability: int, dtype: str, dim: int, place: int) -> None:
         for whole in (False, True):
             if whole:
                 absent |= dict.fromkeys(["parts_ptr", "counts_ptr"])
+            splits = kernels.added_splits(8 * block, tile, listed=not focal)
+            added = {"BLOCK_MEMBERS": 8, "BLOCK_SPLITS": splits}
             constants = absent | ones | dims | blocks | rows | added
             stages = kernels.triton_stages(tile, listed=not focal)
             read = kernels._read_kernel
