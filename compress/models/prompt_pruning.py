@@ -8,6 +8,7 @@ steps, which count the whole prompt, the mask of what is in the cache.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ from compress.common.stages import stage
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.generation import checked_generation, replaced_method
 from compress.models.shortened_prompt import ShortenedPrompt, attended_tokens, pages_in, shortened
-from compress.models.visual import VISUAL_LAYOUTS, layouts_of, text_model
+from compress.models.visual import VISUAL_LAYOUTS, VisualLayout, layouts_of, text_model
 
 
 class Page(Protocol):
@@ -36,7 +37,7 @@ class Page(Protocol):
 P = TypeVar("P", bound=Page)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompt(Generic[P]):
     """A batch of prompts before the decoder.
 
@@ -44,23 +45,54 @@ class Prompt(Generic[P]):
     ----------
     pages : that they hold; one that several sequences share (beams, several answers) is there
         several times.
-    where : sequence and positions of each, ``(tokens,)``.
+    features : of all visual tokens of each, ``(visual tokens, dim)``.
     embeds : of all tokens, ``(batch, length, dim)``.
-    is_text : which tokens are neither visual nor padding, ``(batch, length)`` bool.
+    masks : which tokens are not padding, and which are visual, ``(2, batch, length)`` bool, on the
+        device; use :attr:`attended` and :attr:`is_visual`.
     """
 
     pages: Sequence[P]
-    where: Sequence[tuple[int, torch.Tensor]]
+    features: Sequence[torch.Tensor]
     embeds: torch.Tensor
-    is_text: torch.Tensor
+    masks: torch.Tensor
 
-    def taken(self, where: Sequence[tuple[int, torch.Tensor]]) -> Sequence[torch.Tensor]:
-        """The embeddings at some of these places, ``(tokens, dim)`` each, by one gather."""
-        index = flat_index(where, self.embeds)
-        return self.embeds.flatten(0, 1).index_select(0, index).split([len(at) for _, at in where])
+    def fetch(self, facts: torch.Tensor) -> torch.Tensor:
+        """Facts on the device, on the CPU; the masks come along, so the device is waited for once.
+
+        Until then, nothing should look at what is computed from the masks.
+        """
+        parts = facts.contiguous(), self.masks.to(facts.device)
+        flat = torch.cat([part.flatten().view(torch.uint8) for part in parts]).cpu()
+        of_facts, of_masks = flat.split([part.nbytes for part in parts])
+        self._fetched = of_masks.view(torch.bool).view_as(self.masks)
+        return of_facts.view(facts.dtype).view_as(facts)
+
+    @cached_property
+    def _fetched(self) -> torch.Tensor:
+        return self.masks.cpu()
+
+    @property
+    def attended(self) -> torch.Tensor:
+        """Which tokens are not padding, ``(batch, length)`` bool, on the CPU."""
+        return self._fetched[0]
+
+    @property
+    def is_visual(self) -> torch.Tensor:
+        """Which tokens are visual, ``(batch, length)`` bool, on the CPU."""
+        return self._fetched[1]
+
+    @cached_property
+    def layouts(self) -> list[VisualLayout]:
+        """Where each sequence has its visual tokens."""
+        return layouts_of(self.is_visual, [page.grid for page in self.pages])
+
+    @cached_property
+    def where(self) -> list[tuple[int, torch.Tensor]]:
+        """Sequence and positions of each page, ``(tokens,)``."""
+        return pages_in(self.layouts)
 
 
-def flat_index(where: Sequence[tuple[int, torch.Tensor]], embeds: torch.Tensor) -> torch.Tensor:
+def _flat_index(where: Sequence[tuple[int, torch.Tensor]], embeds: torch.Tensor) -> torch.Tensor:
     """Places of sequences as rows of ``embeds.flatten(0, 1)``, on its device, not waited for."""
     index = torch.cat([row * embeds.shape[1] + positions for row, positions in where])
     return index.to(embeds.device, non_blocking=True)
@@ -217,7 +249,6 @@ class PromptPruning(Generic[P]):
         batch, length, dim = embeds.shape
         is_visual = call.input_ids == self.model.config.image_token_id
         attended = attended_tokens(kwargs.get("attention_mask"), is_visual)
-        attended, is_visual = torch.stack([attended, is_visual]).cpu()
         encoded = call.encoded.pooler_output
         if any(features not in self.pages for features in encoded):
             raise ValueError(
@@ -225,13 +256,14 @@ class PromptPruning(Generic[P]):
                 "that were made outside of its context; make them inside, or give pixel_values"
             )
         pages = [self.pages[features] for features in encoded]
-        layouts = layouts_of(is_visual, [page.grid for page in pages])
-        where = pages_in(layouts)
-        choices = self.choose(Prompt(pages, where, embeds, attended & ~is_visual))
+        features = [page.to(embeds) for page in encoded]
+        asked = Prompt(pages, features, embeds, torch.stack([attended, is_visual]))
+        choices = self.choose(asked)
+        attended, layouts = asked.attended, asked.layouts
         if all(choice is None for choice in choices):
             return kwargs
         stays, places, values = attended.clone(), [], []
-        for (row, positions), choice in zip(where, choices, strict=True):
+        for (row, positions), choice in zip(asked.where, choices, strict=True):
             if choice is not None:
                 stays[row, positions] = False
                 stays[row, positions[choice.kept]] = True
@@ -241,7 +273,7 @@ class PromptPruning(Generic[P]):
                     values.append(become)
         if values:
             embeds = embeds.clone()
-            embeds.flatten(0, 1).index_copy_(0, flat_index(places, embeds), torch.cat(values))
+            embeds.flatten(0, 1).index_copy_(0, _flat_index(places, embeds), torch.cat(values))
         source = shortened(stays, attended, self.method)
         layouts = [layout.of_kept(row) for layout, row in zip(layouts, source, strict=True)]
         source = source.to(embeds.device, non_blocking=True)

@@ -67,18 +67,19 @@ class _Pages:
         for number, page in enumerate(prompt.pages):
             first.setdefault(id(page), number)
         numbers = list(first.values())
-        where = [prompt.where[number] for number in numbers]
         instructions = []
         if self.method.select == "cdpruner":
-            for row, positions in where:
-                text = prompt.is_text[row].nonzero()[:, 0]
+            for row, positions in (prompt.where[number] for number in numbers):
+                is_text = prompt.attended[row] & ~prompt.is_visual[row]
+                text = is_text.nonzero()[:, 0]
                 instructions.append(prompt.embeds[row, text[text > positions[-1]]])
         pruned = prune_pages(
             self.method,
             [prompt.pages[number] for number in numbers],
-            prompt.taken(where),
+            [prompt.features[number] for number in numbers],
             instructions,
             self.model.model.multi_modal_projector.bias,
+            prompt.fetch,
         )
         self.handle.pages += [page for page, _ in pruned]
         choices = {of_page: choice for of_page, (_, choice) in zip(first, pruned, strict=True)}

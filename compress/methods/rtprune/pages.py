@@ -4,7 +4,7 @@ What stays is decided on the CPU, for all pages at once: a GPU would have to be 
 step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -141,6 +141,7 @@ def prune_pages(
     features: Sequence[torch.Tensor],
     instructions: Sequence[torch.Tensor],
     bias: torch.Tensor,
+    fetch: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu,
 ) -> list[tuple[PrunedPage, Choice | None]]:
     """Select what stays of each page, and merge the rest into it.
 
@@ -154,6 +155,7 @@ def prune_pages(
     features : of all visual tokens of each page, ``(visual tokens, dim)``.
     instructions : embeddings of the text that belongs to each page, ``(words, dim)``.
     bias : of the projector that computed the features, ``(dim,)``.
+    fetch : a tensor from the device, which is waited for.
 
     Returns
     -------
@@ -161,7 +163,7 @@ def prune_pages(
     as it is.
     """
     groups = _groups(pages, features)
-    plans = _plans(method, pages, groups)
+    plans = _plans(method, pages, groups, fetch)
     if method.select in ("rtprune", "norm"):
         for plan in plans.values():
             if plan.keep < len(plan.on_page):
@@ -230,13 +232,16 @@ def _groups(pages: Sequence[EncodedPage], features: Sequence[torch.Tensor]) -> l
 
 
 def _plans(
-    method: "RTPrune", pages: Sequence[EncodedPage], groups: Sequence[_Group]
+    method: "RTPrune",
+    pages: Sequence[EncodedPage],
+    groups: Sequence[_Group],
+    fetch: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[int, _Plan]:
     """How many tokens of each page stay; here the device is waited for."""
     measured = [
         _measured(group, [pages[number].density for number in group.numbers]) for group in groups
     ]
-    known = torch.cat([facts.flatten() for facts in measured]).cpu()
+    known = fetch(torch.cat([facts.flatten() for facts in measured]))
     plans = {}
     for group, own in zip(groups, known.split([facts.numel() for facts in measured]), strict=True):
         count = len(group.on_page)
