@@ -111,7 +111,9 @@ def _sinkhorn_kernel(  # type: ignore[no-untyped-def]
     if ONE_TILE:
         held = _affinity(plan_ptr, 0, rows, columns, n_columns, ROWS, COLUMNS, DOWN, ALONG)
     v = tl.where(column <= columns, 1.0, 0.0)
-    v_before = v  # the last u is computed from it again, which is cheaper than storing it
+    # The last u is computed from this v again, which is cheaper than storing it. No "= v" here: to
+    # Triton, a copy of v that stays a copy of v is nothing that a loop changes.
+    v_before = tl.zeros_like(v)
     for _ in range(iterations):
         if ONE_TILE:
             u = _row_scales(held, row, rows, columns, v)

@@ -1,7 +1,9 @@
 """The choice between kernel and plain torch: automatic, forced, logged once; and without Triton."""
 
+import ast
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,29 @@ def _nothing_logged(monkeypatch):
 def _capability(monkeypatch, *version):
     backend._capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+
+
+def _copies(node):
+    """(a, b) of each ``a = b`` in some code."""
+    assigned = (part for part in ast.walk(node) if isinstance(part, ast.Assign))
+    pairs = ((copy.targets[0], copy.value) for copy in assigned)
+    return [(a.id, b.id) for a, b in pairs if isinstance(a, ast.Name) and isinstance(b, ast.Name)]
+
+
+@pytest.mark.parametrize("file", sorted(Path(backend.__file__).parent.glob("*.py")), ids=str)
+def test_no_name_is_a_copy_of_the_same_name_before_a_loop_and_in_it(file):
+    # Triton compares what a name is before and behind the body, which it first reads with v as it
+    # was: it takes such a copy for one that the loop leaves alone. Its interpreter does not.
+    for function in ast.walk(ast.parse(file.read_text())):
+        if isinstance(function, ast.FunctionDef) and "jit" in map(_name, function.decorator_list):
+            loops = [part for part in ast.walk(function) if isinstance(part, ast.For | ast.While)]
+            inside = {copy for loop in loops for copy in _copies(loop)}
+            everywhere = _copies(function)
+            assert all(everywhere.count(copy) == 1 for copy in inside)
+
+
+def _name(decorator):
+    return getattr(getattr(decorator, "func", decorator), "id", None)
 
 
 @TRITON

@@ -350,11 +350,12 @@ def test_the_device_is_waited_for_once():
     features = [torch.randn(len(grid), 64, generator=generator).cuda() for _ in range(4)]
     density = torch.rand(4, generator=generator).cuda()
     pages = [EncodedPage(grid, each) for each in density]
+    bias = torch.zeros(64).cuda()  # which waits itself
     for _ in range(2):  # the first compiles
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            prune_pages(RTPrune(), pages, features, [], torch.zeros(64).cuda())
+            prune_pages(RTPrune(), pages, features, [], bias)
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
 
