@@ -1,14 +1,15 @@
 """Choose the cached tokens with the highest weights: what a focal layer leaves to the others.
 
 Each sequence has a list of tokens and a budget ``k``. Chosen are its ``k`` tokens with the highest
-weights, of equal ones the first; what is no number counts as -inf. They are listed in the order of
-the tokens, so that their rows are read in the order of memory.
+weights, of equal ones the first. They are listed in the order of the tokens, so that their rows are
+read in the order of memory. Weights are not negative, so that their bits are integers in the same
+order, and are compared as such: what is no number counts as more than all numbers.
 
-One program chooses for one sequence and sorts nothing. It keeps the weights in registers, as
-integers of the same order. The largest integer ``t`` with ``|{w >= t}| >= k`` is the k-th highest
-weight; its bits are found from the highest down, two at a time, by counting for three numbers at
-once. The search ends early where ``|{w >= t}| = k``. The tokens are then read again, tile by tile:
-how many before a token are above ``t``, and equal to it, says where it goes in the list.
+One program chooses for one sequence and sorts nothing. It keeps the bits of the weights in
+registers. The largest integer ``t`` with ``|{w >= t}| >= k`` is the k-th highest weight; its bits
+are found from the highest down, two at a time, by counting for three numbers at once. The search
+ends early where ``|{w >= t}| = k``. The tokens are then read again, tile by tile: how many before a
+token are above ``t``, and equal to it, says where it goes in the list.
 """
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
@@ -24,15 +25,13 @@ LINE, LINES = 32, 4  # tokens that a warp lists together, and how often in a row
 
 @jit()
 def _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual):  # type: ignore[no-untyped-def]
-    """Integers in the order of the weights of some tokens; the lowest for what is none."""
+    """The bits of the weights of some tokens, less than all of them for padding; and the rows."""
     real = n < visual
     row = tl.load(tokens_ptr + n, mask=real, other=0)
     weight = tl.load(weights_ptr + row, mask=real, other=0.0)
     if valid_ptr is not None:
         real = real & tl.load(valid_ptr + n, mask=real, other=False)
-    weight = tl.where(weight == weight, weight, -float("inf"))
-    bits = tl.where(weight == 0, 0.0, weight).to(tl.int32, bitcast=True)  # 0 and -0 are equal
-    return row, tl.where(real, bits ^ ((bits >> 31) & 0x7FFFFFFF), -(2**31))
+    return row, tl.where(real, weight.to(tl.int32, bitcast=True), -1)
 
 
 @jit(do_not_specialize=("length", "visual", "width", "listed"))
@@ -58,12 +57,12 @@ def _top_kernel(  # type: ignore[no-untyped-def]
     if valid_ptr is not None:
         valid_ptr += batch * visual
     _, keys = _keys(weights_ptr, tokens_ptr, valid_ptr, tl.arange(0, BLOCK), visual)
-    bound = tl.full([], -(2**31), tl.int32)
+    bound = tl.full([], 0, tl.int32)
     reached = visual.to(tl.int32)  # at least so many are not below the bound
     above = tl.full([], 0, tl.int32)  # so many are not below the next number that was tried
-    shift = tl.full([], 30, tl.int32)
-    while (shift >= 0) & (reached > budget):
-        step = tl.full([], 1, tl.int32) << shift
+    shift = tl.full([], 29, tl.int32)
+    while (shift > -2) & (reached > budget):
+        step = tl.full([], 1, tl.int32) << tl.maximum(shift, 0)  # the last one has one bit left
         first = (keys >= bound + step).to(tl.int64)
         second = (keys >= bound + 2 * step).to(tl.int64) << 20
         third = (keys >= bound + 3 * step).to(tl.int64) << 40
@@ -92,7 +91,7 @@ def _top_kernel(  # type: ignore[no-untyped-def]
         n = begin + line[:, None] + tl.arange(0, BLOCK_LINE)[None, :]
         row, key = _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual)
         higher = key > bound
-        equal = (key == bound) & (key > -(2**31))
+        equal = key == bound
         counts = higher.to(tl.int32) + (equal.to(tl.int32) << 16)
         of_line = tl.sum(counts, 1)
         before = begun + tl.cumsum(of_line, 0) - of_line
@@ -117,7 +116,7 @@ def top_rows(
 
     Parameters
     ----------
-    weights : of the rows of the cache, ``(batch, length)`` in float32.
+    weights : of the rows of the cache, not negative, ``(batch, length)`` in float32.
     tokens : rows of the cache to choose from, ``(batch, visual)``, int32; padding comes last.
     valid : which of them are not padding, ``(batch, visual)``; None is all.
     budgets : how many to choose, at most those of the sequence, ``(batch,)``, int32. What was
@@ -145,6 +144,11 @@ def top_rows(
         )
 
 
+def bytes_moved(batch: int, visual: int, kept: int) -> int:
+    """Bytes that a call must move: each token's row and weight, and the two lists."""
+    return batch * (visual * 8 + kept * 12)
+
+
 def blocks(visual: int) -> tuple[dict[str, int], dict[str, int]]:
     """The kernel's constants for so many tokens, and its warps."""
     size = max(OF_WARP, 1 << (visual - 1).bit_length())
@@ -169,11 +173,13 @@ def top_rows_reference(
 ) -> None:
     """:func:`top_rows` in plain torch, on any device: same arguments, same result."""
     visual, width = tokens.shape[1], index.shape[1]
-    scores = weights.gather(1, tokens.long()).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    keys = weights.gather(1, tokens.long()).view(torch.int32)
     if valid is not None:
-        scores = scores.masked_fill(~valid, -torch.inf)
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :width]
-    inside = torch.arange(width, device=best.device) < budgets[:, None]
+        keys = keys.masked_fill(~valid, -1)
+    places = torch.arange(visual, device=keys.device)
+    # no two of them are equal, and of equal weights the first token has the largest
+    best = ((keys.long() << 32) - places).topk(width, dim=1).indices
+    inside = places[:width] < budgets[:, None]
     best = best.where(inside, visual).sort(1).values
     torch.where(inside, best, index, out=index)
     torch.gather(tokens, 1, index, out=rows[:, :width])

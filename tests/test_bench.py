@@ -273,12 +273,13 @@ def test_a_command_times_every_way_and_appends_rows(name, shapes, ways, tmp_path
 
 def test_the_kernels_rows_say_what_a_call_must_move():
     where, ceilings = Bench("cpu", 1), Ceilings(copy=10.0, rate={}, ms={}, shapes={})
-    sparse, focal, means, transport = (
+    sparse, focal, means, chosen, transport = (
         next(kernels.run(shape, where, ceilings))
         for shape in (
             kernels.KernelShape(model="tiny", visual=60, text=8, batch=3, keep=0.1),
             kernels.KernelShape(kernel="focal_decode", model="tiny", visual=60, text=8, batch=3),
             kernels.KernelShape(kernel="summaries", model="tiny", visual=60, batch=3, keep=0.1),
+            kernels.KernelShape(kernel="top_rows", visual=60, batch=3, keep=0.1),
             kernels.KernelShape(kernel="sinkhorn", visual=10, keep=0.8, batch=3),
         )
     )
@@ -298,7 +299,9 @@ def test_the_kernels_rows_say_what_a_call_must_move():
         "torch": 3 * (2 * (6 * (2 * 16 * 4 + 8) + 2 * summed) + 6 * 12),
         "from_all": 3 * 2 * 60 * (2 * 16 * 4 + 8),
     }
-    for found in (sparse, focal, means, transport):
+    # a row and a weight of each token; two numbers of each that is chosen
+    assert chosen["bytes"] == dict.fromkeys(["torch", "topk"], 3 * (60 * 8 + 6 * 12))
+    for found in (sparse, focal, means, chosen, transport):
         assert found["ours"] == "torch" and found["best"] not in ("torch", "triton")
         assert (
             found["ratio"]

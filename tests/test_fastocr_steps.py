@@ -206,15 +206,15 @@ def test_a_long_answer_is_captured_anew(intern, monkeypatch, knobs):
         with method.attach(model) as handle:
             return *write(model, inputs, 16, cache_implementation="static"), handle.facts()
 
-    original = state.DecodeState._listed
+    original = state.DecodeState._masked
 
-    def listed(*args):
+    def masked(*args):
         read = original(*args)
         ends.append(read[2][1] - read[2][0])
         return read
 
     tokens, logits, facts = answer(512)
-    monkeypatch.setattr(state.DecodeState, "_listed", listed)
+    monkeypatch.setattr(state.DecodeState, "_masked", masked)
     again, same, counted = answer(5)
     assert torch.equal(again, tokens) and counted == facts
     torch.testing.assert_close(same, logits, atol=1e-5, rtol=0)

@@ -50,6 +50,11 @@ PLANS = {
             for b in (32, 1, 8)
             for m in ("7b", "3b")
         ),
+        *(
+            ("kernels", f"kernel=top_rows,visual={v},batch={b}")
+            for v in (4096, 16384)
+            for b in (32, 1, 8)
+        ),
         *(sinkhorn(v, b) for v in (256, 400) for b in (1, 16)),
     ],
     # the aims are for 4096 and 16384 visual tokens; with 1024 it begins to pay

@@ -24,9 +24,11 @@ from compress.common.settings import Batch, Count, NonNegative
 from compress.kernels import sinkhorn as transport
 from compress.kernels import sparse_decode as attention
 from compress.kernels import summaries as groups_of
+from compress.kernels import topk as choice
 from compress.kernels.backend import use_triton
 
 COPY_AIM = 0.6  # of the copy bandwidth, sparse_decode at batch 32, on a GPU
+TOPK_AIM = 4.0  # times as fast as torch's topk with what is needed beside it, on a GPU
 POT_AIM = 10.0  # times as fast as POT's torch backend, sinkhorn, on a GPU
 DUSTBIN, ITERATIONS = 0.2, 100  # of sinkhorn
 GROUPS = 64  # of summaries, a key head
@@ -44,11 +46,13 @@ class KernelShape:
     text : tokens behind them, of the attention kernels.
     batch : sequences or pages.
     keep : fraction of the visual tokens that is read (sparse_decode), left out of the groups
-        (summaries), or kept (sinkhorn).
-    dtype : of the cache; sinkhorn computes in float32.
+        (summaries), chosen (top_rows), or kept (sinkhorn).
+    dtype : of the cache; top_rows and sinkhorn compute in float32.
     """
 
-    kernel: Literal["sparse_decode", "focal_decode", "summaries", "sinkhorn"] = "sparse_decode"
+    kernel: Literal["sparse_decode", "focal_decode", "summaries", "top_rows", "sinkhorn"] = (
+        "sparse_decode"
+    )
     model: ModelName = "qwen2.5-vl-7b"
     visual: Annotated[Count, Field(ge=2)] = 4096
     text: NonNegative = 256
@@ -61,8 +65,8 @@ def default_shapes(device: str) -> list[KernelShape]:
     """What is timed on a device where no shape is requested."""
     cuda = torch.device(device).type == "cuda"
     dtype: Dtype = "bfloat16" if cuda else "float32"
-    decode: list[Literal["sparse_decode", "focal_decode", "summaries"]]
-    decode = ["sparse_decode", "focal_decode", "summaries"]
+    decode: list[Literal["sparse_decode", "focal_decode", "summaries", "top_rows"]]
+    decode = ["sparse_decode", "focal_decode", "summaries", "top_rows"]
     return [
         *(
             KernelShape(kernel=kernel, visual=visual, batch=batch, dtype=dtype)
@@ -101,7 +105,7 @@ class _Task:
 
 def run(shape: KernelShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     """Time the kernel, or its reference, and the other ways, in turns."""
-    tasks = {"sinkhorn": _sinkhorn, "summaries": _summaries}
+    tasks = {"sinkhorn": _sinkhorn, "summaries": _summaries, "top_rows": _top_rows}
     task = tasks.get(shape.kernel, _decode)(shape, bench.device)
     timing = time_ways(task.ways, bench)
     ms = {name: latency.median for name, latency in timing.ms.items()}
@@ -219,6 +223,32 @@ def _summaries(shape: KernelShape, device: str) -> _Task:
     return _Task(ways, dict.fromkeys(ways, moved) | {"from_all": whole}, COPY_AIM)
 
 
+def _top_rows(shape: KernelShape, device: str) -> _Task:
+    """The choice that one layer's weights make, against torch's, whose lists have no order."""
+    kept = math.ceil(shape.keep * shape.visual - 1e-9)
+    generator = torch.Generator(device).manual_seed(SEED)
+    size = (shape.batch, shape.visual + shape.text)
+    # over as many orders of magnitude as attention
+    weights = torch.randn(size, generator=generator, device=device).mul(3).softmax(1)
+    tokens = torch.arange(shape.visual, device=device).repeat(shape.batch, 1)
+    rows = tokens.int()
+    index = torch.zeros(shape.batch, kept, dtype=torch.long, device=device)
+    budgets = torch.full((shape.batch,), kept, dtype=torch.int32, device=device)
+    given = weights, rows, None, budgets, index, index.int()
+
+    def topk() -> None:
+        index.copy_(weights.gather(1, tokens).topk(kept, dim=1, sorted=False).indices)
+        rows.gather(1, index)
+
+    ways: dict[str, Callable[[], Any]] = {}
+    if use_triton("top_rows", weights.device, choice.why_unsupported(rows)):
+        ways["triton"] = partial(choice.top_rows, *given)
+    ways["torch"] = partial(choice.top_rows_reference, *given)
+    ways["topk"] = topk
+    moved = choice.bytes_moved(shape.batch, shape.visual, kept)
+    return _Task(ways, dict.fromkeys(ways, moved), TOPK_AIM)
+
+
 def _sinkhorn(shape: KernelShape, device: str) -> _Task:
     """The transport of a batch of pages, against POT from page to page."""
     kept = max(1, int(shape.visual * shape.keep))
@@ -266,6 +296,8 @@ def table(rows: Sequence[Row]) -> str:
         shape = row["shape"]
         if row["part"] == "sinkhorn":
             return f"{shape['visual']} tokens a page, {shape['keep']:.2%} kept"
+        if row["part"] == "top_rows":
+            return f"{shape['visual']:,} visual tokens, {shape['keep']:.0%} chosen"
         verb = {"sparse_decode": "read", "summaries": "left out"}.get(row["part"])
         listed = f", {shape['keep']:.0%} {verb}" if verb else ""
         return f"{shape['model']}, {shape['dtype']}, {shape['visual']:,} visual tokens{listed}"
@@ -296,11 +328,12 @@ def table(rows: Sequence[Row]) -> str:
         },
         "One call of each kernel, of one layer where it is attention; `torch` is the plain torch "
         "that stands in for the kernel where no GPU is. `sdpa` and `matmul` attend to the whole "
-        "cache; `from_all` sums up all other tokens again; `pot` goes from page to page. The byte "
+        "cache; `from_all` sums up all other tokens again; `topk` is torch's, with the gathering "
+        "before and behind it; `pot` goes from page to page. The byte "
         "bound is the time in which the bytes that a call cannot do without would be copied; "
         "`sinkhorn` adds up its scores 200 times, and is bounded by that long before. Aims, on a "
-        "GPU: `sparse_decode` 60% of the byte bound at batch 32, `sinkhorn` 10x POT's torch "
-        "backend.",
+        "GPU: `sparse_decode` 60% of the byte bound at batch 32, `top_rows` 4x `topk`, `sinkhorn` "
+        "10x POT's torch backend.",
     )
 
 

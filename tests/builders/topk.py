@@ -40,9 +40,8 @@ def draw(shape, kind, device="cpu"):
     if kind == "ties":
         weights = weights.mul(8).round()
     elif kind == "special":
-        weights = torch.randn(batch, shape.length, generator=generator)
-        values = torch.tensor([-torch.inf, torch.nan, torch.inf, 0.0, -0.0, 1e-42, -torch.nan])
-        places = torch.randint(20, weights.shape, generator=generator)
+        values = torch.tensor([torch.nan, torch.inf, 0.0, 1.4e-45, 2.8e-45, 1.0, 3e38])
+        places = torch.randint(9, weights.shape, generator=generator)
         for place, value in enumerate(values):
             weights[places == place] = value
     elif kind == "equal":
@@ -67,8 +66,8 @@ def check(shape, kind, index, rows):
     width = max(shape.budgets)
     assert bool((rows[:, width:] == FILL).all())
     for b, (count, budget) in enumerate(zip(shape.counts, shape.budgets, strict=True)):
-        scores = weights[b, tokens[b, :count].long()]
-        values = scores.masked_fill(scores.isnan(), -torch.inf).tolist()
-        best = sorted(sorted(range(count), key=lambda n: -values[n])[:budget])
+        values = weights[b, tokens[b, :count].long()].tolist()
+        ranked = sorted(range(count), key=lambda n: (values[n] == values[n], -values[n]))
+        best = sorted(ranked[:budget])
         assert index[b].tolist() == best + [FILL] * (width - budget)
         assert rows[b, :budget].tolist() == tokens[b, best].tolist()

@@ -110,26 +110,23 @@ def top_k(
     valid: torch.Tensor | None = None,
     near: torch.Tensor | None = None,
 ) -> Fixation:
-    """The tokens with the highest scores.
+    """The tokens with the highest scores, the best first, and of equal ones the first.
 
     Parameters
     ----------
     scores : ``(batch, visual)``, not negative; 0 for padding.
     width : how many to choose, at most.
-    valid : of the sequence's own number, as in :func:`filled`; the best tokens come first then, and
-        otherwise in any order.
+    valid : of the sequence's own number, as in :func:`filled`.
     near : neighbours of each token on its page, itself included, ``(batch, visual, around)``. A
         token then ranks by the best score around it, and among equals by its own: the
         neighbours of the best tokens replace the last ones, and the number stays.
     """
-    if near is None:
-        index = scores.topk(width, dim=1, sorted=valid is not None).indices
-    else:
-        own = scores.argsort(dim=1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    if near is not None:
         around = scores.gather(1, near.flatten(1)).view(near.shape).amax(2)
-        order = around.gather(1, own).argsort(dim=1, descending=True, stable=True)
-        index = own.gather(1, order)[:, :width]
-    return Fixation(index, valid)
+        ranks = around.gather(1, order).argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, ranks)
+    return Fixation(order[:, :width], valid)
 
 
 def kept_mass(scores: torch.Tensor, fixation: Fixation) -> torch.Tensor:
