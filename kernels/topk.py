@@ -14,9 +14,11 @@ token are above ``t``, and equal to it, says where it goes in the list.
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
+from functools import lru_cache
+
 import torch
 
-from compress.kernels.backend import current_device_of, jit, tl
+from compress.kernels.backend import Launch, current_device_of, jit, tl
 
 LARGEST = 32768  # tokens whose weights fit into the registers of one program
 OF_WARP = 1024  # tokens of each warp
@@ -34,7 +36,12 @@ def _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual):  # type: ignore[no-unt
     return row, tl.where(real, weight.to(tl.int32, bitcast=True), -1)
 
 
-@jit(do_not_specialize=("length", "visual", "width", "listed"))
+@jit(
+    do_not_specialize=("length", "visual", "width", "listed"),
+    do_not_specialize_on_alignment=(
+        "weights_ptr", "tokens_ptr", "valid_ptr", "budgets_ptr", "index_ptr", "rows_ptr",
+    ),
+)  # fmt: skip
 def _top_kernel(  # type: ignore[no-untyped-def]
     weights_ptr,  # (batch, length) float32
     tokens_ptr,  # (batch, visual) int32, rows of the cache
@@ -125,23 +132,19 @@ def top_rows(
         the budget stay as they are.
     rows : written: the same as rows of the cache, int32; the first ``width`` columns.
     """
-    batch, visual = tokens.shape
-    constants, options = blocks(visual)
+    numbers = weights.shape[1], tokens.shape[1], index.shape[1], rows.shape[1]
+    launch = _launch(weights.device, len(tokens), valid is None, *numbers)
     with current_device_of(weights):
-        _top_kernel[(batch,)](
-            weights,
-            tokens,
-            valid,
-            budgets,
-            index,
-            rows,
-            weights.shape[1],
-            visual,
-            index.shape[1],
-            rows.shape[1],
-            **constants,
-            **options,
-        )
+        launch(weights, tokens, valid, budgets, index, rows)
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device, batch: int, whole: bool, length: int, visual: int, width: int, listed: int
+) -> Launch:
+    constants, options = blocks(visual)
+    numbers = length, visual, width, listed
+    return Launch(_top_kernel, (batch, 1, 1), numbers, constants | options)
 
 
 def bytes_moved(batch: int, visual: int, kept: int) -> int:
@@ -152,7 +155,7 @@ def bytes_moved(batch: int, visual: int, kept: int) -> int:
 def blocks(visual: int) -> tuple[dict[str, int], dict[str, int]]:
     """The kernel's constants for so many tokens, and its warps."""
     size = max(OF_WARP, 1 << (visual - 1).bit_length())
-    warps = max(4, min(size // OF_WARP, 32))
+    warps = max(4, min(size // OF_WARP, 16))
     return {"BLOCK": size, "BLOCK_LINES": LINES * warps, "BLOCK_LINE": LINE}, {"num_warps": warps}
 
 

@@ -18,14 +18,11 @@ KINDS = {"weights_ptr": "*fp32", "index_ptr": "*i64", "valid_ptr": "*i1"}
 def main(capability: int, visual: int) -> None:
     constants, options = topk.blocks(visual)
     kernel = topk._top_kernel
-    signature, even = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        pointer = name.endswith("_ptr")
-        kind = KINDS.get(name, "*i32" if pointer else "i32")
+    signature = {}
+    for name in kernel.arg_names:
+        kind = KINDS.get(name, "*i32" if name.endswith("_ptr") else "i32")
         signature[name] = "constexpr" if name in constants else kind
-        if pointer:
-            even[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=even)
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     size, _, registers, spilled = usage(binary)
     print(capability, visual, size, registers, spilled, sep=",")
