@@ -29,11 +29,11 @@ LINE, LINES = 32, 4  # tokens that a warp lists together, and how often in a row
 def _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual):  # type: ignore[no-untyped-def]
     """The bits of the weights of some tokens, less than all of them for padding; and the rows."""
     real = n < visual
-    row = tl.load(tokens_ptr + n, mask=real, other=0)
-    weight = tl.load(weights_ptr + row, mask=real, other=0.0)
     if valid_ptr is not None:
-        real = real & tl.load(valid_ptr + n, mask=real, other=False)
-    return row, tl.where(real, weight.to(tl.int32, bitcast=True), -1)
+        real = tl.load(valid_ptr + n, mask=real, other=False)
+    row = tl.load(tokens_ptr + n, mask=real, other=0)
+    weight = tl.load(weights_ptr + row, mask=real, other=-float("inf"))  # its bits are negative
+    return row, weight.to(tl.int32, bitcast=True)
 
 
 @jit(
