@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import torch
@@ -25,10 +24,8 @@ tl: Any = triton and triton.language
 VARIABLE = "COMPRESS_KERNELS"
 CHOICES = ("auto", "torch", "triton")
 OLDEST = (8, 0)  # compute capability that the tests compile the kernels for
-COUNTERS = 1024  # that a launch has at most
 
 _logger = logging.getLogger(__name__)
-_logged: set[tuple[str, str]] = set()
 
 
 def jit(
@@ -92,52 +89,6 @@ class Launch:
             self._compiled[aligned] = compiled[self.grid]
 
 
-def counters(count: int, device: torch.device) -> torch.Tensor:
-    """Int32 zeros for a launch on the current stream, which leaves them as zeros.
-
-    The launches of a stream follow each other and share theirs. What is captured may be replayed
-    beside other launches, so that each captured one has its own.
-
-    Parameters
-    ----------
-    count : how many it needs, at most :data:`COUNTERS`.
-    device : the current one.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        known = _counters.get(device)
-        return known.take(count) if known else _zeros(count, device)
-    known = _counters.get(device) or _counters.setdefault(device, _Counters(device))
-    stream = triton.runtime.driver.active.get_current_stream(device.index)
-    if stream not in known.of_stream:
-        known.of_stream[stream] = known.take(COUNTERS)
-    return known.of_stream[stream]
-
-
-class _Counters:
-    """Those of a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.free = _zeros(2**20, device)
-        torch.cuda.synchronize(device)  # any stream may use them
-        self.of_stream: dict[int, torch.Tensor] = {}
-        self.lock = Lock()
-
-    def take(self, count: int) -> torch.Tensor:
-        """Some that nobody else gets."""
-        size = -(-count // 32) * 32  # whole cache lines
-        with self.lock:
-            taken, self.free = self.free[:count], self.free[size:]
-        # when all are gone: a graph sets its own to zero in every replay
-        return taken if len(taken) == count else _zeros(count, taken.device)
-
-
-def _zeros(count: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
-
-_counters: dict[torch.device, _Counters] = {}
-
-
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU and slowly."""
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -166,7 +117,15 @@ def use_triton(kernel: str, device: torch.device, why_unsupported: str | None = 
     ------
     ValueError : for an unknown value of ``COMPRESS_KERNELS``, or "triton" where that cannot be.
     """
-    choice = os.environ.get(VARIABLE) or "auto"
+    # asked for at every call of a kernel: what is not set is found out faster so
+    choice = (os.environ[VARIABLE] if VARIABLE in os.environ else "") or "auto"
+    return _decide(kernel, device, why_unsupported, choice, choice == "triton" and interpreted())
+
+
+@cache
+def _decide(
+    kernel: str, device: torch.device, why_unsupported: str | None, choice: str, interpreted: bool
+) -> bool:
     if choice not in CHOICES:
         raise ValueError(
             f"{VARIABLE} should be one of {', '.join(CHOICES)}; got {choice!r}; correct it or "
@@ -175,7 +134,7 @@ def use_triton(kernel: str, device: torch.device, why_unsupported: str | None = 
     if choice == "torch":
         _log_once(kernel, f"plain torch, as {VARIABLE}=torch requests", logging.INFO)
         return False
-    reason = why_unsupported or _why_not_here(device, forced=choice == "triton")
+    reason = why_unsupported or _why_not_here(device, interpreted)
     if reason is None:
         text = f"Triton on {device.type} ({VARIABLE}=torch for plain torch)"
         _log_once(kernel, text, logging.INFO)
@@ -190,26 +149,20 @@ def use_triton(kernel: str, device: torch.device, why_unsupported: str | None = 
     return False
 
 
-def _why_not_here(device: torch.device, forced: bool) -> str | None:
+def _why_not_here(device: torch.device, interpreted: bool) -> str | None:
     """Why no kernel can run on a device."""
     if triton is None:
         return f"Triton does not import ({MISSING})"
-    if forced and interpreted():
+    if interpreted:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
-    capability = _capability(device)
+    capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"the GPU has compute capability {capability}, below {OLDEST}"
     return None
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def _log_once(kernel: str, text: str, level: int) -> None:
-    if (kernel, text) not in _logged:
-        _logged.add((kernel, text))
-        _logger.log(level, "%s: %s", kernel, text)
+    _logger.log(level, "%s: %s", kernel, text)

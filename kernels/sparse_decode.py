@@ -6,8 +6,9 @@ For each sequence and query head, with the rows ``R`` that are read of the cache
 **Split-KV** (flash decoding, Dao et al. 2023). One token has too few heads to fill a GPU: the rows
 are cut into splits, and one program reads one split for one key head. Its query heads lie in one
 tile, so that every key and value is read once for all of them. It keeps a running maximum, the
-mass below it and the weighted sum in float32, in base 2. The programs of a key head count
-themselves, and the last one adds up the splits by their lse: ``o = sum_s 2^(lse_s - lse) o_s``.
+mass below it and the weighted sum in float32, in base 2. A second, small kernel adds up the splits
+by their lse: ``o = sum_s 2^(lse_s - lse) o_s``. Where one split is enough, the first writes the
+result.
 
 **Sparse** (:func:`sparse_decode`): the rows are a list, of all key heads or of each one, gathered
 in place and never copied together, and after it a range, which needs no list. Masked rows are not
@@ -15,8 +16,8 @@ loaded. The last split also reads rows of a head's own beside the cache, each wi
 added to its logit: the summaries of :mod:`compress.kernels.summaries`.
 
 **Focal** (:func:`focal_decode`): all rows, and the mean over the heads of ``p``. This needs the
-final lse, which is unknown while the keys pass: their logits are stored, and a second kernel turns
-them into weights. The keys are read once.
+final lse, which is unknown while the keys pass: their logits are stored, and the second kernel
+turns them into weights. The keys are read once.
 
 **Bytes.** A row is used for two products of a few heads: memory bounds both functions. What must
 be moved (:func:`bytes_moved`) is a row's key and value, ``kv_heads (dim + value_dim) itemsize``; of
@@ -37,15 +38,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from compress.kernels.backend import COUNTERS, Launch, counters, current_device_of, jit, tl
+from compress.kernels.backend import Launch, current_device_of, jit, tl
 
 Beside = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_DIM = 256
 LARGEST_GROUP = 64  # query heads of a key head
 MOST_SPLITS = 64
-ADDED = 64  # numbers of a thread that the last program of a key head adds up at a time
-SCORES = 128  # rows whose weights one program computes
+SCORES = 128  # rows whose weights one program computes,
+HEADS = 16  # from so many heads at a time
 LOG2_E = 1.4426950408889634
 
 
@@ -71,14 +72,15 @@ class Tile(NamedTuple):
 # `tile_and_splits` chooses from. The GPU suite times them all (.ci/gpu/extra.py tune).
 TILES = {
     (2, 64): (Tile(128, 4, 3, 3), Tile(64, 4, 3, 4)),
-    (2, 128): (Tile(64, 4, 3, 3), Tile(32, 4, 3, 3), Tile(16, 4, 3, 3)),
+    (2, 128): (Tile(64, 4, 3, 3), Tile(32, 4, 3, 3), Tile(16, 4, 3, 4)),
     (2, 256): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 3)),
-    (4, 64): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 3)),
+    (4, 64): (Tile(32, 4, 3, 2), Tile(16, 4, 3, 4)),
     (4, 128): (Tile(16, 4, 3, 3),),
     (4, 256): (Tile(16, 4, 3, 2),),
 }
 # In rows, as many as a multiprocessor reads in that time: until what is asked for arrives, for the
-# instructions of a tile, and for the kernel that adds up the splits. Reasoned, not measured.
+# instructions of a tile, and for the kernel that adds up the splits. Reasoned; what is chosen with
+# them is 3% slower than the fastest of 30 tiles and splits on average of ten shapes on an H200.
 LATENCY = 64
 STEP = 4
 MERGE = 64
@@ -98,56 +100,6 @@ def _weigh(logits, value, best, mass, total):  # type: ignore[no-untyped-def]
     return higher, mass, total
 
 
-@jit()
-def _add_up(  # type: ignore[no-untyped-def]
-    output_ptr,
-    parts_ptr,
-    parts_lse_ptr,
-    lse_ptr,
-    problem,
-    splits,
-    GROUP: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_MEMBERS: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """Store the output of a key head's queries and their lse, from those of its splits."""
-    member = tl.arange(0, BLOCK_MEMBERS)
-    e = tl.arange(0, BLOCK_VALUE)
-    best = tl.full([BLOCK_MEMBERS], -float("inf"), tl.float32)
-    mass = tl.zeros([BLOCK_MEMBERS], tl.float32)
-    total = tl.zeros([BLOCK_MEMBERS, BLOCK_VALUE], tl.float32)
-    for begin in range(0, splits, BLOCK_SPLITS):
-        split = begin + tl.arange(0, BLOCK_SPLITS)
-        place = (problem * splits + split)[:, None] * GROUP + member[None, :]
-        there = (split < splits)[:, None] & (member < GROUP)[None, :]
-        # from the L2 cache, where the other programs' stores are
-        lse = tl.load(parts_lse_ptr + place, mask=there, other=-float("inf"), cache_modifier=".cg")
-        parts = tl.load(
-            parts_ptr + place[:, :, None] * VALUE_DIM + e[None, None, :],
-            mask=there[:, :, None] & (e < VALUE_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.maximum(best, tl.max(lse, 0))
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        shares = tl.exp2(lse - base[None, :])
-        shrink = tl.exp2(best - base)
-        mass = mass * shrink + tl.sum(shares, 0)
-        total = total * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
-        best = higher
-    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
-    heads = problem * GROUP + member
-    tl.store(
-        output_ptr + heads[:, None] * VALUE_DIM + e[None, :],
-        total.to(output_ptr.dtype.element_ty),
-        mask=(member < GROUP)[:, None] & (e < VALUE_DIM)[None, :],
-    )
-    if lse_ptr is not None:
-        tl.store(lse_ptr + heads, best + tl.log2(mass), mask=member < GROUP)
-
-
 @jit(
     do_not_specialize=("picked", "start", "read", "split_rows", "beside"),
     do_not_specialize_on_alignment=("rows_ptr", "rows_mask_ptr", "dense_mask_ptr"),
@@ -162,18 +114,17 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     beside_key_ptr,  # (batch, kv_heads, beside, dim) rows of a head's own; None is none
     beside_value_ptr,  # (batch, kv_heads, beside, value_dim)
     bias_ptr,  # (batch, kv_heads, beside) float32, added to the logits; -inf hides
-    output_ptr,  # (batch, heads, value_dim)
-    parts_ptr,  # (batch, kv_heads, splits, group, value_dim) float32; None of one split
-    counts_ptr,  # (batch, kv_heads) int32, splits that are done, 0 before and after; None of one
-    logits_ptr,  # lse (batch, heads), and logits (batch, heads, read), float32, in base 2; or None
+    output_ptr,  # (batch, heads, splits, value_dim): float32 parts, or of one split the result
+    lse_ptr,  # (batch, heads, splits) float32, in base 2; None where they are not needed
+    logits_ptr,  # (batch, heads, read) float32, in base 2; None where they are not needed
     scale,  # of the dot products, for base 2
     picked,  # rows of the list
     start,  # first row of the range
     read,  # rows of both
     split_rows,  # rows of a split, a multiple of BLOCK_ROWS
     beside,  # rows of a head's own
-    parts_lse_start,  # behind the parts: (batch, kv_heads, splits, group), in base 2
-    logits_start,  # behind the lse
+    lse_start,  # where they are behind their pointers
+    logits_start,
     kv_heads,
     query_batch,  # from here on strides
     query_head,
@@ -199,8 +150,6 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     BLOCK_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_MEMBERS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
 ):
     problem = tl.program_id(0)
     split = tl.program_id(1)
@@ -221,7 +170,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
     )
     key_ptr += batch * key_batch + kv_head * key_head
     value_ptr += batch * value_batch + kv_head * value_head
-    heads = problem.to(tl.int64) * GROUP + member  # of all sequences
+    heads = (batch * kv_heads + kv_head) * GROUP + member  # of all sequences
     if rows_ptr is not None:
         rows_ptr += batch * rows_batch + kv_head * rows_head
     if rows_mask_ptr is not None:
@@ -288,66 +237,89 @@ def _read_kernel(  # type: ignore[no-untyped-def]
             logits = logits + bias[None, :] * 1.4426950408889634  # log2(e)
             best, mass, total = _weigh(logits, value, best, mass, total)
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
-    lse = best + tl.log2(mass)
-    if counts_ptr is None:
-        tl.store(
-            output_ptr + heads[:, None] * VALUE_DIM + e[None, :],
-            total.to(output_ptr.dtype.element_ty),
-            mask=in_group[:, None] & in_value[None, :],
-        )
-        if logits_ptr is not None:
-            tl.store(logits_ptr + heads, lse, mask=in_group)
-    else:
-        part = (problem.to(tl.int64) * splits + split) * GROUP + member
-        tl.store(
-            parts_ptr + part[:, None] * VALUE_DIM + e[None, :],
-            total,
-            mask=in_group[:, None] & in_value[None, :],
-        )
-        tl.store(parts_ptr + parts_lse_start + part, lse, mask=in_group)
-        tl.debug_barrier()  # all threads have stored before one of them counts, and releases it
-        if tl.atomic_add(counts_ptr + problem, 1, sem="acq_rel") == splits - 1:
-            _add_up(
-                output_ptr,
-                parts_ptr,
-                parts_ptr + parts_lse_start,
-                logits_ptr,
-                problem.to(tl.int64),
-                splits,
-                GROUP,
-                VALUE_DIM,
-                BLOCK_MEMBERS,
-                BLOCK_VALUE,
-                BLOCK_SPLITS,
-            )
-            tl.store(counts_ptr + problem, 0)  # for the next launch
+    part = heads * splits + split
+    tl.store(
+        output_ptr + part[:, None] * VALUE_DIM + e[None, :],
+        total.to(output_ptr.dtype.element_ty),
+        mask=in_group[:, None] & in_value[None, :],
+    )
+    if lse_ptr is not None:
+        tl.store(lse_ptr + lse_start + part, best + tl.log2(mass), mask=in_group)
 
 
-@jit(do_not_specialize=("read",))
-def _weights_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr,  # lse (batch, heads), and logits (batch, heads, read), float32, in base 2
+@jit()
+def _lse(lse_ptr, head, there, splits, BLOCK_SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of some heads: the masses of the splits relative to the largest, and the lse in base 2."""
+    split = tl.arange(0, BLOCK_SPLITS)
+    parts = tl.load(
+        lse_ptr + head[:, None] * splits + split[None, :],
+        mask=there[:, None] & (split < splits)[None, :],
+        other=-float("inf"),
+    )
+    top = tl.max(parts, 1)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    shares = tl.exp2(parts - top[:, None])
+    return shares, top + tl.log2(tl.sum(shares, 1))
+
+
+@jit(do_not_specialize=("splits", "read"))
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    parts_ptr,  # (batch, heads, splits, value_dim) float32
+    lse_ptr,  # (batch, heads, splits) float32, in base 2
+    output_ptr,  # (batch, heads, value_dim)
+    logits_ptr,  # (batch, heads, read) float32, in base 2; None where weights are not needed
     weights_ptr,  # (batch, read) float32
+    splits,
     read,
-    logits_start,  # behind the lse
+    lse_start,
+    logits_start,
     logits_row,
     heads,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    weights = tl.zeros([BLOCK_ROWS], tl.float32)
-    for begin in range(0, heads, BLOCK_HEADS):
-        member = begin + tl.arange(0, BLOCK_HEADS)
-        head = batch * heads + member
-        lse = tl.load(logits_ptr + head, mask=member < heads, other=0.0)
-        logits = tl.load(
-            logits_ptr + logits_start + head[:, None] * logits_row + n[None, :],
-            mask=(member < heads)[:, None] & (n < read)[None, :],
-            other=-float("inf"),
+    job = tl.program_id(1)  # the heads first, then blocks of rows
+    lse_ptr += lse_start
+    if job < heads:
+        head = batch * heads + job + tl.arange(0, 1)
+        shares, _ = _lse(lse_ptr, head, head >= 0, splits, BLOCK_SPLITS)
+        shares = tl.sum(shares, 0)  # of the one head
+        split = tl.arange(0, BLOCK_SPLITS)
+        e = tl.arange(0, BLOCK_VALUE)
+        head = batch * heads + job
+        parts = tl.load(
+            parts_ptr + (head * splits + split)[:, None] * VALUE_DIM + e[None, :],
+            mask=(split < splits)[:, None] & (e < VALUE_DIM)[None, :],
+            other=0.0,
         )
-        weights += tl.sum(tl.exp2(logits - lse[:, None]), 0)
-    tl.store(weights_ptr + batch * read + n, weights / heads, mask=n < read)
+        mass = tl.sum(shares, 0)
+        output = tl.sum(parts * shares[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+        tl.store(
+            output_ptr + head * VALUE_DIM + e,
+            output.to(output_ptr.dtype.element_ty),
+            mask=e < VALUE_DIM,
+        )
+    elif logits_ptr is not None:
+        logits_ptr += logits_start
+        n = (job - heads) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        weights = tl.zeros([BLOCK_ROWS], tl.float32)
+        for begin in range(0, heads, BLOCK_HEADS):
+            member = begin + tl.arange(0, BLOCK_HEADS)
+            head = batch * heads + member
+            _, lse = _lse(lse_ptr, head, member < heads, splits, BLOCK_SPLITS)
+            logits = tl.load(
+                logits_ptr + head[:, None] * logits_row + n[None, :],
+                mask=(member < heads)[:, None] & (n < read)[None, :],
+                other=-float("inf"),
+            )
+            # of a head that is not there exp2(-inf + inf) would be no number
+            lse = tl.where(member < heads, lse, 0.0)
+            weights += tl.sum(tl.exp2(logits - lse[:, None]), 0)
+        tl.store(weights_ptr + batch * read + n, weights / heads, mask=n < read)
 
 
 def sparse_decode(
@@ -435,10 +407,10 @@ def why_unsupported(
     ----------
     query, key, value, masks : of either function above.
     """
-    dtypes = tuple(None if mask is None else mask.dtype for mask in masks)
+    dtypes = tuple([None if mask is None else mask.dtype for mask in masks])
     return _why_unsupported(
-        query.shape[1] / key.shape[1],
-        (query.shape[3], value.shape[3]),
+        query.size(1) / key.size(1),
+        (query.size(3), value.size(3)),
         (query.dtype, key.dtype, value.dtype),
         dtypes,
         _trains((query, key, value)),
@@ -528,11 +500,11 @@ class _Launch:
 
     output: tuple[int, ...]  # its shape
     dense: bool  # whether the lists have no gaps
-    parts: int  # numbers of the splits' outputs and their lse, 0 of one split
-    logits: int  # numbers of the logits and the lse, 0 where no weights are needed
-    problems: int
+    split: bool  # whether there is more than one; the only one writes the result
+    focal: bool
+    buffer: int  # numbers of the splits' outputs, their lse, and the logits
     read: Launch
-    weigh: Launch
+    merge: Launch | None
 
     def __call__(self, given: Given, weights: torch.Tensor | None) -> torch.Tensor:
         """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
@@ -542,16 +514,15 @@ class _Launch:
         if own[3] is not None:
             own[3:] = [part.contiguous() for part in own[3:]]  # type: ignore[union-attr]
         output: torch.Tensor = query.new_empty(self.output)  # type: ignore[union-attr]
-        device, parts, counts, logits = output.device, None, None, None
+        buffer = None
+        if self.buffer:
+            buffer = torch.empty(self.buffer, dtype=torch.float32, device=output.device)
+        parts = buffer if self.split else output
+        logits = buffer if self.focal else None
         with current_device_of(output):
-            if self.parts:
-                parts = torch.empty(self.parts, dtype=torch.float32, device=device)
-                counts = counters(self.problems, device)
-            if self.logits:
-                logits = torch.empty(self.logits, dtype=torch.float32, device=device)
-            self.read(query, key, value, *own, output, parts, counts, logits)
-            if self.logits:
-                self.weigh(logits, weights)
+            self.read(query, key, value, *own, parts, buffer, logits)
+            if self.merge:
+                self.merge(parts, buffer, output, logits, weights)
         return output
 
 
@@ -612,17 +583,28 @@ def _launch(
     )
     split_rows = max(1, -(-read // (splits * tile.rows))) * tile.rows
     splits = max(1, -(-read // split_rows))
-    # the splits' outputs and the logits begin whole cache lines, so do the logits of each head
-    parts_lse = _whole_lines(problems * splits * group * value_dim)
-    logits_start, logits_row = _whole_lines(batch * heads), _whole_lines(read)
-    members = 1 << (group - 1).bit_length()
-    blocks = {"BLOCK_DIM": block_dim, "BLOCK_VALUE": block_value}
+    merges = splits > 1 or focal
+    lse_start = _whole_lines(batch * heads * splits * value_dim) if splits > 1 else 0
+    logits_start = _whole_lines(lse_start + batch * heads * splits)
+    logits_row = _whole_lines(read) if focal else 0
+    merge = Launch(
+        _merge_kernel,
+        (batch, heads + (-(-read // SCORES) if focal else 0), 1),
+        (splits, read, lse_start, logits_start, logits_row, heads),
+        {
+            "VALUE_DIM": value_dim,
+            "BLOCK_VALUE": block_value,
+            "BLOCK_SPLITS": 1 << (splits - 1).bit_length(),
+            "BLOCK_HEADS": min(HEADS, 1 << (heads - 1).bit_length()),
+            "BLOCK_ROWS": SCORES,
+        },
+    )
     return _Launch(
         output=(batch, heads, 1, value_dim),
         dense=all(p is None or p.strides[-1] == 1 for p in (rows, rows_mask, dense_mask)),
-        parts=parts_lse + problems * splits * group if splits > 1 else 0,
-        logits=logits_start + batch * heads * logits_row if focal else 0,
-        problems=problems,
+        split=splits > 1,
+        focal=focal,
+        buffer=logits_start + batch * heads * logits_row if merges else 0,
         read=Launch(
             _read_kernel,
             (problems, splits, 1),
@@ -633,7 +615,7 @@ def _launch(
                 read,
                 split_rows,
                 0 if beside[0] is None else beside[2].shape[2],
-                parts_lse,
+                lse_start,
                 logits_start,
                 kv_heads,
                 *(query.strides[axis] for axis in (0, 1, 3)),
@@ -649,20 +631,14 @@ def _launch(
                 "DIM": dim,
                 "VALUE_DIM": value_dim,
                 "BLOCK_GROUP": block(group),
-                **blocks,
+                "BLOCK_DIM": block_dim,
+                "BLOCK_VALUE": block_value,
                 "BLOCK_ROWS": tile.rows,
-                "BLOCK_MEMBERS": members,
-                "BLOCK_SPLITS": added_splits(members * block_value, tile, rows is not None),
                 "num_warps": tile.warps,
                 "num_stages": triton_stages(tile, listed=rows is not None),
             },
         ),
-        weigh=Launch(
-            _weights_kernel,
-            (batch, max(1, -(-read // SCORES)), 1),
-            (read, logits_start, logits_row, heads),
-            {"BLOCK_HEADS": min(32, 1 << (heads - 1).bit_length()), "BLOCK_ROWS": SCORES},
-        ),
+        merge=merge if merges else None,
     )
 
 
@@ -710,11 +686,6 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def added_splits(size: int, tile: Tile, listed: bool) -> int:
-    """How many splits are added up together; a list takes registers, ``size`` is of an output."""
-    return max(1, (ADDED if listed else 2 * ADDED) * 32 * tile.warps // size)
-
-
 def triton_stages(tile: Tile, listed: bool) -> int:
     """For Triton: the list is loaded as far ahead of its rows as these are of their use."""
     return 2 * tile.stages - 1 if listed else tile.stages
@@ -753,11 +724,10 @@ def _tile_and_splits(
         late = max(1, LATENCY / in_flight)
         return busiest * late + rounds * LATENCY + (MERGE if splits > 1 else 0)
 
-    most = MOST_SPLITS if problems <= COUNTERS else 1
     options = [
         (tile, splits)
         for tile in TILES[itemsize, max(dim, 64)]
-        for splits in range(1, max(1, min(most, -(-read // tile.rows))) + 1)
+        for splits in range(1, max(1, min(MOST_SPLITS, -(-read // tile.rows))) + 1)
     ]
     return min(options, key=lambda option: (cost(*option), option[1], -option[0].rows))
 

@@ -1,6 +1,7 @@
 """The choice between kernel and plain torch: automatic, forced, logged once; and without Triton."""
 
 import ast
+import itertools
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +19,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 @pytest.fixture(autouse=True)
 def _nothing_logged(monkeypatch):
-    monkeypatch.setattr(backend, "_logged", set())
+    backend._decide.cache_clear()
+    backend._log_once.cache_clear()
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def _capability(monkeypatch, *version):
-    backend._capability.cache_clear()
+    backend._decide.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
 
 
@@ -124,3 +126,44 @@ def test_the_command_line_logs_it_on_stderr():
         f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")
     ]
     assert all(result.stderr.count(line) == 1 and line not in result.stdout for line in messages)
+
+
+@TRITON
+def test_what_triton_compiled_is_launched_again_for_arguments_of_the_same_kind():
+    """The kinds are those that Triton itself tells apart, and the arguments those that it binds."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from compress.kernels.sparse_decode import _merge_kernel
+
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(_merge_kernel.signature, _merge_kernel.params, target)
+    kinds, again = [], []
+
+    class Kernel:
+        arg_names = _merge_kernel.arg_names
+
+        def __getitem__(self, grid):
+            def first(*arguments, **constants):
+                _, kind, _ = bind(*arguments, **constants)
+                kinds.append(kind)
+                return {grid: lambda *arguments: again.append((kind, arguments))}
+
+            return first
+
+    names = Kernel.arg_names[11:]
+    constants = {name: size for size, name in enumerate(names, 1)}
+    numbers = (3, 100, 64, 128, 16, 1)
+    launch = backend.Launch(Kernel(), (2, 3, 1), numbers, constants | {"num_warps": 4})
+    memory = torch.zeros(64)
+    places = list(itertools.product((0, 1, 4, 7), repeat=2)) * 2  # in numbers of 4 bytes
+    for first, second in places:
+        tensors = memory[first:], memory[second:], memory, None, None
+        before = len(kinds)
+        launch(*tensors)
+        bound, kind, _ = bind(*tensors, *numbers, **constants)
+        if len(kinds) == before:
+            addresses = [part if part is None else part.data_ptr() for part in tensors]
+            assert again[-1] == (kind, (*addresses, *list(bound.values())[5:]))
+    assert len(kinds) == 4

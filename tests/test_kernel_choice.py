@@ -12,6 +12,7 @@ from compress.kernels import choice, sparse_decode
 
 TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+ON_GPU = TOLERANCES | {torch.float32: 1e-5}  # exp2 is ex2.approx there
 
 
 def _check(shape, dtype, rows, bias):
@@ -36,7 +37,7 @@ def _check(shape, dtype, rows, bias):
             torch.testing.assert_close(left[b, kv], torch.tensor(remaining).float())
 
 
-def _check_attended(shape, dtype, result):
+def _check_attended(shape, dtype, result, tolerances=TOLERANCES):
     given, cache = cases.draw(shape, torch.float32)
     half, half_cache = cases.draw(shape, dtype)
     wide = {name: half[name].float() for name in ("query", "keys")}
@@ -44,7 +45,7 @@ def _check_attended(shape, dtype, result):
     opened = choice.choose_rows_reference(**half)
     reference = sparse_decode.sparse_decode_reference
     expected = cases.attend({**given, **wide}, cache, opened, reference)
-    atol = TOLERANCES[dtype]
+    atol = tolerances[dtype]
     torch.testing.assert_close(result.cpu().float(), expected, atol=atol, rtol=0)
 
 
@@ -114,7 +115,8 @@ def test_on_a_gpu_it_opens_the_best_groups(shape, dtype):
     opened = choice.choose_rows(**given)
     _check(shape, dtype, *opened)
     cache = tuple(part.cuda() for part in cache)
-    _check_attended(shape, dtype, cases.attend(given, cache, opened, sparse_decode.sparse_decode))
+    result = cases.attend(given, cache, opened, sparse_decode.sparse_decode)
+    _check_attended(shape, dtype, result, ON_GPU)
 
 
 @pytest.mark.gpu

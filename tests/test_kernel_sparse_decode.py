@@ -21,6 +21,8 @@ TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not i
 # Of outputs, which are of the size of 1, and of weights. Half precision rounds outputs, and the
 # weights before the second product. The kernels keep logits in float32, plain torch rounds them.
 KERNEL = {torch.float32: (2e-6, 1e-6), torch.float16: (2e-3, 1e-6), torch.bfloat16: (3e-2, 1e-6)}
+# a GPU's exp2 (ex2.approx) and its order of sums lose two bits more
+ON_GPU = KERNEL | {torch.float32: (1e-5, 1e-6)}
 PLAIN = {torch.float32: (2e-6, 1e-6), torch.float16: (4e-3, 1e-3), torch.bfloat16: (4e-2, 1e-2)}
 
 
@@ -34,7 +36,7 @@ def _oracle(case, seen):
     return weights @ value, weights.mean((1, 2))
 
 
-def _check_beside(shape, dtype, result):
+def _check_beside(shape, dtype, result, tolerances=KERNEL):
     """As if the rows beside the cache were in it, their biases added."""
     case = decode.draw(shape, dtype)
     keys, values, bias = decode.beside(case)
@@ -50,7 +52,7 @@ def _check_beside(shape, dtype, result):
     key, value, added = (part.repeat_interleave(group, 1) for part in (key, value, added))
     weights = ((query @ key.transpose(2, 3)) * 0.2 + added[:, :, None]).softmax(-1)
     assert result.dtype == dtype
-    atol = 2 * KERNEL[dtype][0]
+    atol = 2 * tolerances[dtype][0]
     torch.testing.assert_close(result.cpu().double(), weights @ value, atol=atol, rtol=0)
 
 
@@ -168,8 +170,8 @@ def test_they_compile_without_a_gpu(capabilities, cases, tmp_path):
     printed = programs.run("compile_decode", ",".join(capabilities), *cases, **variables).stdout
     made = [line.split(",") for line in printed.splitlines()]
     expected = [(capability, case.split(":")[0]) for capability in capabilities for case in cases]
-    assert [(capability, dtype) for capability, dtype, *_ in made[::6]] == expected
-    assert len(made) == 6 * len(expected)
+    assert [(capability, dtype) for capability, dtype, *_ in made[::5]] == expected
+    assert len(made) == 5 * len(expected)
     for capability, _, *numbers in made:
         at_once, resident, size, shared, _, spilled = map(int, numbers)
         assert size > 0 and shared <= 99 * 1024  # of the smallest such GPU
@@ -239,9 +241,9 @@ class _NoKernel:
 
 
 def test_a_call_is_checked_and_planned_once(monkeypatch):
-    read, weigh = _NoKernel(), _NoKernel()
+    read, merge = _NoKernel(), _NoKernel()
     monkeypatch.setattr(kernels, "_read_kernel", read)
-    monkeypatch.setattr(kernels, "_weights_kernel", weigh)
+    monkeypatch.setattr(kernels, "_merge_kernel", merge)
     kernels._launch.cache_clear()
     case = decode.draw(LARGE[0], torch.bfloat16)
     planned = kernels._launch.cache_info().misses
@@ -249,7 +251,7 @@ def test_a_call_is_checked_and_planned_once(monkeypatch):
         decode.sparse(case, kernels.sparse_decode)
         decode.focal(case, kernels.focal_decode)
     assert kernels._launch.cache_info().misses == planned + 2
-    assert len(read.launches) == 6 and len(weigh.launches) == 3  # a focal layer's weights
+    assert len(read.launches) == 6 and len(merge.launches) == 3  # a focal layer's weights
     arguments = (*(case[name] for name in ("query", "key", "value", "rows")), None, (0, 9), None)
     with Counted() as counted:
         kernels.sparse_decode(*arguments, 0.2)
@@ -274,15 +276,16 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
     sparse = decode.sparse(_on_gpu(decode.hidden(case, decode.listed(case))), kernels.sparse_decode)
     hidden = _on_gpu(decode.hidden(case, case["mask"][:, 0, 0]))
     focal, weights = decode.focal(hidden, kernels.focal_decode)
-    _check(shape, dtype, sparse, focal, weights, KERNEL)
+    _check(shape, dtype, sparse, focal, weights, ON_GPU)
     own = tuple(part.cuda() for part in decode.beside(case))
-    _check_beside(shape, dtype, decode.sparse(_on_gpu(case), kernels.sparse_decode, own))
+    sparse = decode.sparse(_on_gpu(case), kernels.sparse_decode, own)
+    _check_beside(shape, dtype, sparse, ON_GPU)
     given = {
         name: part.cuda() if isinstance(part, torch.Tensor) else part
         for name, part in decode.grouped(case).items()
     }
     given["sums"] = tuple(part.cuda() for part in given["sums"])
-    _check_means(shape, dtype, summaries.summaries(**given))
+    _check_means(shape, dtype, summaries.summaries(**given), ON_GPU)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ TYPES = {
     "rows_mask_ptr": "*i1",
     "dense_mask_ptr": "*i1",
     "parts_ptr": "*fp32",
-    "counts_ptr": "*i32",
+    "lse_ptr": "*fp32",
     "bias_ptr": "*fp32",
     "index_ptr": "*i64",
     "valid_ptr": "*i1",
@@ -37,9 +37,9 @@ TYPES = {
 
 def is_even(name):
     """As at a launch, where torch's tensors and their strides are multiples of 16."""
-    if name in ("rows_ptr", "rows_mask_ptr", "dense_mask_ptr"):
+    if name in ("start", "rows_ptr", "rows_mask_ptr", "dense_mask_ptr"):
         return False
-    return name.split("_")[-1] in ("ptr", "batch", "head", "row", "start") and name != "start"
+    return name.split("_")[-1] in ("ptr", "batch", "head", "row", "start")
 
 
 def compiled(kernel, capability, dtype, constants, warps, stages, at_once=0):
@@ -64,20 +64,18 @@ def main(capability: int, dtype: str, dim: int, place: int) -> None:
     tile = kernels.TILES[SIZES[dtype], block][place]
     rows = {"BLOCK_ROWS": tile.rows}
     ones = dict.fromkeys(["query_dim", "key_dim", "value_dim"], 1)
+    splits = {"BLOCK_SPLITS": kernels.MOST_SPLITS, "BLOCK_ROWS": kernels.SCORES}
+    splits["BLOCK_HEADS"] = kernels.HEADS
     beside = ["beside_key_ptr", "beside_value_ptr", "bias_ptr"]
     for focal in (False, True):
         absent = dict.fromkeys(["rows_ptr", "rows_mask_ptr", *beside] if focal else ["logits_ptr"])
-        for whole in (False, True):
-            if whole:
-                absent |= dict.fromkeys(["parts_ptr", "counts_ptr"])
-            splits = kernels.added_splits(8 * block, tile, listed=not focal)
-            added = {"BLOCK_MEMBERS": 8, "BLOCK_SPLITS": splits}
-            constants = absent | ones | dims | blocks | rows | added
-            stages = kernels.triton_stages(tile, listed=not focal)
-            read = kernels._read_kernel
-            compiled(read, capability, dtype, constants, tile.warps, stages, tile.at_once)
-    scores = {"BLOCK_HEADS": 32, "BLOCK_ROWS": kernels.SCORES}
-    compiled(kernels._weights_kernel, capability, dtype, scores, 4, 3)
+        constants = absent | ones | dims | blocks | rows
+        stages = kernels.triton_stages(tile, listed=not focal)
+        read = kernels._read_kernel
+        compiled(read, capability, dtype, constants, tile.warps, stages, tile.at_once)
+        absent = dict.fromkeys([] if focal else ["logits_ptr", "weights_ptr"])
+        constants = absent | {"VALUE_DIM": dim, "BLOCK_VALUE": block} | splits
+        compiled(kernels._merge_kernel, capability, dtype, constants, 4, 3)
     ones = dict.fromkeys(["key_dim", "value_dim"], 1)
     sides = {"BLOCK_GROUPS": summaries.GROUPS, "BLOCK_ROWS": summaries.ROWS}
     constants = ones | {"DIM": dim, "VALUE_DIM": dim} | blocks | sides

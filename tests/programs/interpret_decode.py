@@ -28,7 +28,7 @@ def main(file: str) -> None:
         if splits == "many":
             tiles = (kernels.Tile(16, 4, 3, 1),)
             kernels.TILES = dict.fromkeys(kernels.TILES, tiles)
-            kernels.MERGE, kernels.SCORES, kernels.ADDED = 0, 32, 2
+            kernels.MERGE, kernels.SCORES = 0, 32
             kernels._multiprocessors = lambda device: 1000
             kernels._launch.cache_clear()
             kernels._tile_and_splits.cache_clear()
