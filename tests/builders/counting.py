@@ -1,5 +1,6 @@
 """Count what torch does inside a context: operators, bytes written, waits for the device."""
 
+import sys
 from collections import Counter
 
 import torch
@@ -64,12 +65,13 @@ class Tape(TorchDispatchMode):
     """Records a call so that it can be replayed, as a CUDA graph is.
 
     Every tensor keeps its memory and every number of the host its value; an operator that waits is
-    refused.
+    refused, and so is a replay that reads what others own no longer.
     """
 
     def __init__(self):
         super().__init__()
         self.calls = []
+        self.made = set()  # storages, by their address
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -77,10 +79,30 @@ class Tape(TorchDispatchMode):
             raise RuntimeError(f"{name} waits for the device")
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, result))
+        self.made |= _places(result) - _places((args, kwargs))
         return result
+
+    def _check_owned(self):
+        """The tape alone keeps what a graph would read from memory that was given back."""
+        leaves = [part for part in tree_leaves(self.calls) if torch.is_tensor(part)]
+        times = Counter(map(id, leaves))
+        held = {id(tensor): tensor for tensor in leaves}
+        ours = Counter(tensor.untyped_storage()._cdata for tensor in held.values())
+        owned, shapes = set(), {}
+        for key, tensor in held.items():
+            storage = tensor.untyped_storage()
+            shapes[storage._cdata] = storage.data_ptr(), tuple(tensor.shape)
+            # those in the calls and in leaves, in held, in tensor, of the argument, and of torch
+            others = sys.getrefcount(tensor) - 2 * times[key] - 4
+            if others or torch._C._storage_Use_Count(storage._cdata) > ours[storage._cdata] + 1:
+                owned.add(storage._cdata)
+        for storage, (place, shape) in shapes.items():
+            given_back = place not in self.made and storage not in owned
+            assert not given_back, f"{shape} was given back; a graph would read it"
 
     def replay(self):
         """Run all operators again on the same memory."""
+        self._check_owned()
         for function, args, kwargs, before in self.calls:
             old = _places((args, kwargs))
             again = function(*args, **kwargs)

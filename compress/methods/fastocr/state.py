@@ -57,7 +57,7 @@ class Counts:
         """Begin a step of so many sequences with so many visual tokens."""
         if self._totals is None:
             self._totals = torch.zeros(3 + self.layers, dtype=torch.long, device=device)
-        self._add()
+        self.settle()
         self._step[:] = [sequences, visual, 0, *[0] * self.layers]
 
     def refresh(self, sequences: Number) -> None:
@@ -72,8 +72,12 @@ class Counts:
         before = self._step[place]  # a sum on the device is left out where there is nothing yet
         self._step[place] = number if isinstance(before, int) and not before else before + number
 
-    def _add(self) -> None:
-        """Add up the last step, once the next one begins: with one kernel where all is known."""
+    def settle(self) -> None:
+        """Add up the step, of which all is counted: with one kernel where all is known.
+
+        The last layer does, so that it is part of the step: a graph of the next one must not read
+        what this one has given back.
+        """
         if self._totals is None or not self._step:
             return
         step, device = tuple(self._step), self._totals.device
@@ -94,7 +98,7 @@ class Counts:
 
     def facts(self) -> dict[str, Any]:
         """The counts as JSON; shares are None before the first decode step."""
-        self._add()
+        self.settle()
         totals = [0] * (3 + self.layers) if self._totals is None else self._totals.tolist()
         steps, offered = totals[0] + self.dense_steps, totals[1] + self.dense
         shares = [(n + self.dense) / offered for n in totals[3:]] if offered else None
@@ -180,6 +184,20 @@ class DecodeState:
         scaling: float,
     ) -> torch.Tensor:
         """Attention of a decode step; shapes as in :mod:`compress.methods.fastocr.attention`."""
+        output = self._attend(layer, query, key, value, mask, scaling)
+        if layer == self.counts.layers - 1:
+            self.counts.settle()
+        return output
+
+    def _attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
         if isinstance(self.policy, SummaryPolicy):
             return self._choose(self.policy, layer, query, key, value, mask, scaling)
         dense = None
@@ -277,7 +295,9 @@ class DecodeState:
         dense, dense_allowed = (tokens.length, min(stored, self.length)), None
         if mask is not None:
             seen = mask[:, 0, 0].expand(len(listed), -1)
-            allowed = _and(of_heads(seen).gather(-1, listed.long()), allowed)
+            # padding of the list is any number on a GPU
+            places = listed.long() if allowed is None else listed.long() * allowed
+            allowed = _and(of_heads(seen).gather(-1, places), allowed)
             # of a static cache as many as the next steps read: the mask hides those that are not
             # written yet
             pieces = -(-(self.length - tokens.length) // PIECE)
