@@ -60,7 +60,10 @@ PLANS = {
     # the aims are for 4096 and 16384 visual tokens; with 1024 it begins to pay
     "fastocr": [
         *decode("attention", (16384, 4096)),
-        *decode("end_to_end", (16384, 4096, 1024)),
+        *decode("end_to_end", (16384,), batches=(32, 8, 1), models=("3b",)),
+        *decode("end_to_end", (4096,), batches=(8, 1, 32), models=("3b",)),
+        *decode("end_to_end", (16384, 4096), batches=(8, 32, 1), models=("7b",)),
+        *decode("end_to_end", (1024,)),
     ],
     "rtprune": [prefill(mode, b) for b in (16, 1) for mode in ("large", "base")],
     "gradflow": [
