@@ -19,6 +19,7 @@ OUT, STATE = Path(os.environ["OUT"]), Path(os.environ["GPU_WORK"]) / "state"
 DEVICE, TINY = os.environ["GPU_DEVICE"], os.environ["GPU_TINY"] != "0"
 END = min(int(os.environ["GPU_END"]), int(os.environ.get("GPU_STAGE_END", "9" * 12)))
 BF16 = "dtype=bfloat16"
+CHOICES = [(16384, 1), (16384, 32), (4096, 1), (4096, 8), (4096, 32), (16384, 8)]
 
 
 def decode(part, visuals, batches=(1, 8, 32), models=("3b", "7b")):
@@ -28,6 +29,17 @@ def decode(part, visuals, batches=(1, 8, 32), models=("3b", "7b")):
         for v in visuals
         for b in batches
         for m in models
+    ]
+
+
+def decode_kernels(kernels, visuals, batches):
+    """Shapes of the benchmark of the kernels of a decode step."""
+    return [
+        ("kernels", f"kernel={k},model=qwen2.5-vl-{m},visual={v},batch={b},{BF16}")
+        for k in kernels
+        for v in visuals
+        for b in batches
+        for m in ("7b", "3b")
     ]
 
 
@@ -43,19 +55,10 @@ def prefill(mode, batch):
 
 PLANS = {
     "kernels": [
-        *(
-            ("kernels", f"kernel={k},model=qwen2.5-vl-{m},visual={v},batch={b},{BF16}")
-            for k in ("sparse_decode", "focal_decode", "summaries")
-            for v in (4096, 16384)
-            for b in (32, 1, 8)
-            for m in ("7b", "3b")
-        ),
-        *(
-            ("kernels", f"kernel=top_rows,visual={v},batch={b}")
-            for v in (4096, 16384)
-            for b in (32, 1, 8)
-        ),
-        *(sinkhorn(v, b) for v in (256, 400) for b in (1, 16)),
+        *decode_kernels(("sparse_decode", "focal_decode"), (16384,), (32, 1)),
+        *(sinkhorn(v, b) for v in (400, 256) for b in (1, 16)),
+        *(("kernels", f"kernel=top_rows,visual={v},batch={b}") for v, b in CHOICES),
+        *decode_kernels(("sparse_decode", "focal_decode", "summaries"), (4096, 16384), (32, 1, 8)),
     ],
     # the aims are for 4096 and 16384 visual tokens; with 1024 it begins to pay
     "fastocr": [
@@ -110,7 +113,8 @@ def main():
     """Measure what is left of a plan; 3 where CUDA is unusable until the process ends."""
     begun_file = STATE / "shapes.txt"  # neither measured twice nor failed on twice
     begun = set(begun_file.read_text().splitlines()) if begun_file.exists() else set()
-    plan = (TINY_PLANS if TINY else PLANS)[sys.argv[1]]
+    # a plan may name a shape again that it has measured earlier, for its worth
+    plan = dict.fromkeys((TINY_PLANS if TINY else PLANS)[sys.argv[1]])
     plan = [item for item in plan if "\t".join(item) not in begun]
     if not plan:
         return 0
