@@ -7,9 +7,9 @@ order, and are compared as such: what is no number counts as more than all numbe
 
 One program chooses for one sequence and sorts nothing. It keeps the bits of the weights in
 registers. The largest integer ``t`` with ``|{w >= t}| >= k`` is the k-th highest weight; its bits
-are found from the highest down, two at a time, by counting for three numbers at once. The search
-ends early where ``|{w >= t}| = k``. The tokens are then read again, tile by tile: how many before a
-token are above ``t``, and equal to it, says where it goes in the list.
+are found from the highest down, a count for each, and the search ends early where
+``|{w >= t}| = k``. The tokens are then read again, tile by tile: how many before a token are above
+``t``, and equal to it, says where it goes in the list.
 """
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
@@ -27,12 +27,12 @@ LINE, LINES = 32, 4  # tokens that a warp lists together, and how often in a row
 
 @jit()
 def _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual):  # type: ignore[no-untyped-def]
-    """The bits of the weights of some tokens, less than all of them for padding; and the rows."""
+    """The rows of some tokens, and the bits of their weights; of padding, which comes last, 0."""
     real = n < visual
     if valid_ptr is not None:
         real = tl.load(valid_ptr + n, mask=real, other=False)
     row = tl.load(tokens_ptr + n, mask=real, other=0)
-    weight = tl.load(weights_ptr + row, mask=real, other=-float("inf"))  # its bits are negative
+    weight = tl.load(weights_ptr + row, mask=real, other=0.0)
     return row, weight.to(tl.int32, bitcast=True)
 
 
@@ -65,32 +65,20 @@ def _top_kernel(  # type: ignore[no-untyped-def]
         valid_ptr += batch * visual
     _, keys = _keys(weights_ptr, tokens_ptr, valid_ptr, tl.arange(0, BLOCK), visual)
     bound = tl.full([], 0, tl.int32)
-    reached = visual.to(tl.int32)  # at least so many are not below the bound
-    above = tl.full([], 0, tl.int32)  # so many are not below the next number that was tried
-    shift = tl.full([], 29, tl.int32)
-    while (shift > -2) & (reached > budget):
-        step = tl.full([], 1, tl.int32) << tl.maximum(shift, 0)  # the last one has one bit left
-        first = (keys >= bound + step).to(tl.int64)
-        second = (keys >= bound + 2 * step).to(tl.int64) << 20
-        third = (keys >= bound + 3 * step).to(tl.int64) << 40
-        counts = tl.sum(first + second + third)
-        first = (counts & 0xFFFFF).to(tl.int32)
-        second = ((counts >> 20) & 0xFFFFF).to(tl.int32)
-        third = (counts >> 40).to(tl.int32)
-        if third >= budget:
-            reached = third
-            bound += 3 * step
-        elif second >= budget:
-            reached = second
-            above = third
-            bound += 2 * step
-        elif first >= budget:
-            reached = first
-            above = second
-            bound += step
+    reached = visual.to(tl.int32)  # so many are not below the bound
+    above = tl.full([], 0, tl.int32)  # so many are not below the last number that was too high
+    shift = tl.full([], 30, tl.int32)
+    while (shift >= 0) & (reached > budget):
+        tried = bound + (tl.full([], 1, tl.int32) << shift)
+        # the sign of a difference, which takes fewer instructions than a comparison
+        other = (tried - 1 - keys).to(tl.uint32, bitcast=True)
+        count = tl.sum((other >> 31).to(tl.int32))
+        if count >= budget:
+            reached = count
+            bound = tried
         else:
-            above = first
-        shift -= 2
+            above = count
+        shift -= 1
     equals = tl.where(reached > budget, budget - above, budget)  # that are chosen
     begun = tl.full([], 0, tl.int32)  # higher ones in the tiles before, and equal ones
     line = tl.arange(0, BLOCK_LINES) * BLOCK_LINE
@@ -104,8 +92,8 @@ def _top_kernel(  # type: ignore[no-untyped-def]
         before = begun + tl.cumsum(of_line, 0) - of_line
         before = tl.cumsum(counts, 1) - counts + before[:, None]
         equal_before = before >> 16
-        chosen = higher | (equal & (equal_before < equals))
         place = (before & 0xFFFF) + tl.minimum(equal_before, equals)
+        chosen = (higher | (equal & (equal_before < equals))) & (place < budget)
         tl.store(index_ptr + batch * width + place, n.to(tl.int64), mask=chosen)
         tl.store(rows_ptr + batch * listed + place, row, mask=chosen)
         begun += tl.sum(of_line)
