@@ -15,7 +15,7 @@ from compress.runs import diffusion as runs
 def quick_runs() -> Iterator[None]:
     """Few held-out images are predicted, few passes timed; figures are small and films short."""
     with (
-        patch.object(train, "VALIDATED_AT_ONCE", 8),
+        patch.object(train.PruningRun._held_out_loss, "__defaults__", (8,)),
         patch.object(runs, "VALIDATION_LIMIT", 8),
         patch.dict(speed.__kwdefaults__, repeats=2),
         patch.object(plots, "DPI", 20),

@@ -1,0 +1,29 @@
+"""Nothing stays on the CPU where the model is elsewhere, on an accelerator that is emulated."""
+
+import json
+
+import pytest
+
+from builders import programs
+
+WORK = (
+    "refusals",
+    "soft_pruning_and_resuming",
+    "half_precision",
+    "criteria",
+    "a_transformer",
+    "latents_and_captions",
+    "a_run",
+    "readers",
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, str]:
+    done = programs.run("devices", *WORK, cwd=tmp_path_factory.mktemp("devices"))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_all_of_it_lies_on_the_device(outcomes, work):
+    assert not outcomes[work], outcomes[work]
