@@ -139,6 +139,8 @@ def compute(func, args: tuple, kwargs: dict) -> Any:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
     target = kwargs.get("device")
     leaves = target is not None and torch.device(target).type != NAME
+    if target is not None and torch.device(target).index:
+        raise RuntimeError(f"invalid device {target}")
     if leaves and kwargs.get("non_blocking"):
         raise RuntimeError("the host reads a copy that it has not waited for")
     if target is not None and not leaves:
@@ -191,7 +193,8 @@ def install() -> list[torch.library.Library]:
     for names, dtype in ((LOWER, None), (UPPER, torch.float32)):
         for name in names:
             some.impl(name, _cast(overload(name), dtype), "AutocastPrivateUse1")
-    PartialState.default_device = property(lambda _: DEVICE)
+    # as on a machine whose first GPU is not the one that was asked for
+    PartialState.default_device = property(lambda _: torch.device(NAME, 1))
     accelerate.accelerator.get_grad_scaler = lambda *_, **options: torch.amp.GradScaler(
         NAME, **options
     )

@@ -120,11 +120,12 @@ class PruningRun:
             log_with=list(training.trackers) or None,
             project_dir=journal.folder and journal.folder / "trackers",
             cpu=job.device == "cpu",
+            device_placement=False,  # it knows no other GPU than the first
         )
         training.check_batch(self.accelerator.num_processes)
         sharding.gather_in_float32(self.accelerator)
         sharding.check_blocks(self.accelerator, unet)
-        self.device = self.accelerator.device
+        self.device = torch.device(job.device)
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
         self.groups = find_groups(unet)
