@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 from builders import fastocr
 from builders.counting import Counted, Tape
 from builders.fastocr import PAGES, TEXTS, paper, write
-from compress.methods.fastocr import hooks, state
+from compress.methods.fastocr import attention, hooks, state
 from compress.methods.fastocr.policy import make_policy
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models import captured_call
@@ -286,6 +286,25 @@ def test_a_prompt_adds_few_operators_to_a_dense_one(intern, pages):
         make_policy(method, tokens, 4)
     padded = 0 if pages == 1 else 1  # which places of the fixations are padding
     assert counted.operators == {"_to_copy": 1 + padded, "zeros": 1}
+
+
+def test_the_choice_of_a_focal_layer_and_its_list_are_one_kernel(intern, monkeypatch):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:3], TEXTS[:3])
+    layouts, length = visual_layouts(model, inputs), inputs["input_ids"].shape[1]
+    tokens = VisualTokens.of(layouts, length, torch.device("cpu"))
+    policy = make_policy(paper(keep_visual=0.1, focal_layers=[1], min_visual=0), tokens, 4)
+    calls = []
+    monkeypatch.setattr(attention, "use_triton", lambda *args: True)
+    monkeypatch.setattr(attention.topk, "top_rows", lambda *args: calls.append(args))
+    for _ in range(2):  # the first step makes room for both
+        policy.start_step()
+        with Counted() as counted:
+            assert policy.observe(1, torch.rand(3, length)) == 0
+    assert set(counted.operators) == {"rand"} and len(calls) == 2
+    fixation = policy.fixation(2)
+    for *_, index, rows in calls:
+        assert index is fixation.index and rows is fixation.listed
 
 
 def test_a_step_adds_few_operators_to_a_dense_one(intern):
