@@ -31,9 +31,9 @@ import torch
 from compress.kernels.backend import current_device_of, jit, tl
 
 LARGEST = 8191  # columns that are supported; with the dustbin a power of two
-WARPS = 16
+WARPS = 8  # 0.20 ms for 337 x 63 on an H200; 16, with 64 elements a thread, 0.23 ms
 ACROSS = 8  # columns of a thread, at least
-HELD = 64  # elements of a tile in the registers of a thread
+HELD = 128  # elements of a tile in the registers of a thread
 FARTHEST = tl and tl.constexpr(80.0)  # exp of it, and of its negative, is a float32
 
 
