@@ -22,7 +22,7 @@ from compress.kernels.backend import Launch, current_device_of, jit, tl
 
 LARGEST = 32768  # tokens whose weights fit into the registers of one program
 OF_WARP = 1024  # tokens of each warp
-LINE, LINES = 32, 4  # tokens that a warp lists together, and how often in a row
+LINE, LINES = 32, 8  # tokens that a warp lists together, and how many times side by side
 
 
 @jit()
@@ -81,16 +81,18 @@ def _top_kernel(  # type: ignore[no-untyped-def]
         shift -= 1
     equals = tl.where(reached > budget, budget - above, budget)  # that are chosen
     begun = tl.full([], 0, tl.int32)  # higher ones in the tiles before, and equal ones
-    line = tl.arange(0, BLOCK_LINES) * BLOCK_LINE
     for begin in range(0, visual, BLOCK_LINES * BLOCK_LINE):
-        n = begin + line[:, None] + tl.arange(0, BLOCK_LINE)[None, :]
+        # one axis where memory is read and written: of two Triton may take the wrong one first
+        n = begin + tl.arange(0, BLOCK_LINES * BLOCK_LINE)
         row, key = _keys(weights_ptr, tokens_ptr, valid_ptr, n, visual)
         higher = key > bound
         equal = key == bound
         counts = higher.to(tl.int32) + (equal.to(tl.int32) << 16)
-        of_line = tl.sum(counts, 1)
+        lines = tl.reshape(counts, [BLOCK_LINES, BLOCK_LINE])
+        of_line = tl.sum(lines, 1)
         before = begun + tl.cumsum(of_line, 0) - of_line
-        before = tl.cumsum(counts, 1) - counts + before[:, None]
+        before = tl.cumsum(lines, 1) - lines + before[:, None]
+        before = tl.reshape(before, [BLOCK_LINES * BLOCK_LINE])
         equal_before = before >> 16
         place = (before & 0xFFFF) + tl.minimum(equal_before, equals)
         chosen = (higher | (equal & (equal_before < equals))) & (place < budget)
@@ -144,7 +146,8 @@ def blocks(visual: int) -> tuple[dict[str, int], dict[str, int]]:
     """The kernel's constants for so many tokens, and its warps."""
     size = max(OF_WARP, 1 << (visual - 1).bit_length())
     warps = max(4, min(size // OF_WARP, 16))
-    return {"BLOCK": size, "BLOCK_LINES": LINES * warps, "BLOCK_LINE": LINE}, {"num_warps": warps}
+    lines = min(LINES * warps, size // LINE)
+    return {"BLOCK": size, "BLOCK_LINES": lines, "BLOCK_LINE": LINE}, {"num_warps": warps}
 
 
 def why_unsupported(tokens: torch.Tensor) -> str | None:
