@@ -133,6 +133,7 @@ def test_a_recorded_step_is_replayed_at_later_ones(intern, pages, knobs):
         {"focal_layers": [1]},
         {"focal_layers": "auto", "warmup": 2},
         {"focal_layers": [1], "min_mass": 0.5},
+        {"focal_layers": [1], "fixation": "oracle"},
         {"focal_layers": [1], "periphery": 4},
         {"choose": "summaries"},
         {"min_visual": 10_000},

@@ -65,7 +65,7 @@ class Tape(TorchDispatchMode):
     """Records a call so that it can be replayed, as a CUDA graph is.
 
     Every tensor keeps its memory and every number of the host its value; an operator that waits is
-    refused, and so is a replay that reads what others own no longer.
+    refused, a tensor of the host's numbers, and a replay that reads what others own no longer.
     """
 
     def __init__(self):
@@ -77,6 +77,8 @@ class Tape(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in WAITS:
             raise RuntimeError(f"{name} waits for the device")
+        if name == "lift_fresh":
+            raise RuntimeError("a step copies what the host made")
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, result))
         self.made |= _places(result) - _places((args, kwargs))

@@ -128,6 +128,7 @@ class FocalPolicy:
         self.chosen: Fixation | None = None
         self._lists: tuple[torch.Tensor, torch.Tensor]  # its memory
         self._sizes: dict[tuple[bool, ...], torch.Tensor] = {}  # budgets on the device
+        self._flags: dict[tuple[bool, ...], torch.Tensor] = {}  # sequences on the device
         self.current: Fixation | None = None  # the same, with all tokens of refreshed sequences
         # sequences for which the rest of this step is dense
         self.refreshed = torch.zeros(len(tokens.counts), dtype=torch.bool, device=device)
@@ -219,7 +220,11 @@ class FocalPolicy:
         return focal, dense
 
     def _rows(self, flags: Sequence[bool]) -> torch.Tensor:
-        return torch.tensor(flags, device=self.tokens.rows.device)
+        """On the device, where flags are copied to once: later steps do not wait for it."""
+        key = tuple(flags)
+        if key not in self._flags:
+            self._flags[key] = torch.tensor(flags, device=self.tokens.rows.device)
+        return self._flags[key]
 
     def _make_room(self) -> Fixation:
         tokens = self.tokens
@@ -368,13 +373,14 @@ def make_policy(
 
     budgets = tokens.budgets(size if method.fixation == "oracle" else mean_size)
     device = tokens.rows.device
+    valid = filled(budgets, device)
 
     def choose(layer: int, weights: torch.Tensor) -> Fixation:
         if method.fixation == "random":
             return random_fixation(tokens.counts, budgets, method.seed + layer).to(device)
         if method.fixation == "window":
             return last_fixation(tokens.counts, budgets).to(device)
-        return top_k(tokens.scores(weights), max(budgets), filled(budgets, device))
+        return top_k(tokens.scores(weights), max(budgets), valid)
 
     kind = OraclePolicy if method.fixation == "oracle" else FixedPolicy
     open_steps = 1 if focal and dense is not None else method.warmup
