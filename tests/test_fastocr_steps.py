@@ -222,6 +222,29 @@ def test_a_long_answer_is_captured_anew(intern, monkeypatch, knobs):
     assert set(ends) == {5, 10, 15, 16}  # and no row that no step of the piece writes
 
 
+def test_a_later_turn_is_captured_anew(intern, monkeypatch):
+    """It may step over the end of the piece that the captured step reads."""
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    length = inputs["input_ids"].shape[1]
+    monkeypatch.setattr(captured_call, "CudaGraph", Tape)
+    monkeypatch.setattr(hooks, "_fixed", lambda cache: isinstance(cache, StaticCache))
+    monkeypatch.setattr(state, "PIECE", 8)
+
+    def answers(**settings):
+        cache = StaticCache(config=text_model(model).config, max_cache_len=length + 20)
+        settings[cache_argument(model)] = cache
+        tokens, first = write(model, inputs, 5, **settings)
+        ids = torch.cat([inputs["input_ids"], tokens, torch.arange(30, 36).expand(3, -1)], 1)
+        more = (0, ids.shape[1] - length)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], more, value=1)
+        later = {"input_ids": ids, "attention_mask": mask}
+        return torch.cat([first, write(model, later, 6, **settings)[1]], 1)
+
+    with paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model):
+        assert torch.equal(answers(), answers(disable_compile=True))
+
+
 def test_what_cannot_be_captured_says_so(intern, monkeypatch):
     model, processor = intern
     inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])

@@ -346,7 +346,7 @@ class Handle:
             state = self.states[cache]
             # a sliding window forgets the pages of later turns, so there is no choosing from them
             if self.slides or not any(len(layout.positions) for layout in layouts):
-                state.length += new
+                state.follow(new)
                 return
             layouts = [
                 before.followed_by(later, filled)

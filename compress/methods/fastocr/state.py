@@ -161,6 +161,11 @@ class DecodeState:
         if not self.policy.settled:
             self.repeated = 0
 
+    def follow(self, tokens: int) -> None:
+        """Count a later turn of so many tokens, which a step captured before it may not read."""
+        self.length += tokens
+        self.repeated, self.captured = 0, None
+
     @property
     def begins_piece(self) -> bool:
         """Whether the next step over a static cache reads more rows than the last one."""
