@@ -23,6 +23,7 @@ KEYWORDS = {
     ("compress/common/files.py", "image_png"),
     ("compress/common/plots.py", "to_png"),
     ("compress/methods/fastocr/hooks.py", "generate"),
+    ("compress/methods/fastocr/hooks.py", "step"),
     ("compress/tables/table.py", "has"),
     # refused, with the names of those that there are
     ("compress/api.py", "apply"),

@@ -48,7 +48,7 @@ class CapturedCall:
 
     Parameters
     ----------
-    call : called once, with ``inputs`` as keywords; returns any structure that holds tensors.
+    call : called once, with ``inputs``; returns any structure that holds tensors.
     inputs : a replay may be given other values of their tensors. Other tensors that the call reads
         must stay where they are; what it changes in place moves on.
     """
@@ -59,7 +59,7 @@ class CapturedCall:
         self._inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         self._graph = CudaGraph()
         with self._graph:
-            self._output = call(**tree_unflatten(self._inputs, self._structure))
+            self._output = call(tree_unflatten(self._inputs, self._structure))
 
     def fits(self, inputs: dict[str, Any]) -> bool:
         """Whether these inputs differ from the first ones in values of tensors alone."""

@@ -268,19 +268,19 @@ class Handle:
         if state is None or self.paused:
             return original(*args, **kwargs)
 
-        def step(**inputs: Any) -> Any:
+        def begun(inputs: dict[str, Any]) -> Any:
             state.start_step()
             return original(*args, **inputs, **({} if state.off else {STATE: state}))
 
         cache = cache_in(kwargs)
         if args or not self._captures or not _fixed(cache):
-            return step(**kwargs)
+            return begun(kwargs)
         # a state lives as long as its cache, and must not keep it
         [place] = [name for name, value in kwargs.items() if value is cache]
         inputs = {name: value for name, value in kwargs.items() if name != place}
 
-        def run(**inputs: Any) -> Any:
-            output = step(**inputs, **{place: cache})
+        def run(inputs: dict[str, Any]) -> Any:
+            output = begun({**inputs, place: cache})
             return type(output), {k: None if v is cache else v for k, v in output.items()}
 
         if state.captured and not state.begins_piece and state.captured.fits(inputs):
@@ -289,7 +289,7 @@ class Handle:
         elif state.repeated > 1 and not state.captured and not state.begins_piece:
             state.captured = CapturedCall(run, inputs)
         else:
-            return step(**kwargs)
+            return begun(kwargs)
         kind, values = state.captured.output
         return kind(**{k: cache if v is None else v for k, v in values.items()})
 
