@@ -1,5 +1,7 @@
 """A decode step under FastOCR: it waits for nothing, and can be replayed as a graph."""
 
+from contextlib import contextmanager, suppress
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -245,25 +247,51 @@ def test_a_later_turn_is_captured_anew(intern, monkeypatch):
         assert torch.equal(answers(), answers(disable_compile=True))
 
 
-def test_what_cannot_be_captured_says_so(intern, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            RuntimeError("not permitted when capturing\nmore"),
+            "got: not permitted when.*; pass disa",
+        ),
+        (torch.OutOfMemoryError("too large"), "^too large$"),
+    ],
+    ids=["waits", "memory"],
+)
+def test_what_cannot_be_captured_says_so(intern, monkeypatch, error, shown):
     model, processor = intern
     inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
     monkeypatch.setattr(hooks, "_fixed", lambda cache: isinstance(cache, StaticCache))
+    current = ["default"]
 
-    class Refused:
-        def __enter__(self):
-            return self
+    @contextmanager
+    def stream(stream):
+        before = current[:]
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current[:] = before
 
-        def __exit__(self, *error):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    @contextmanager
+    def graph(graph, stream, capture_error_mode):
+        assert current == ["default", ("stream", torch.device("cpu"))]  # of the cache's device
+        current.append(stream)  # not left, as torch does not leave it where a capture cannot end
+        with suppress(RuntimeError):
+            yield
+        raise error
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Refused())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream", device))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    kind = ValueError if type(error) is RuntimeError else type(error)
     with (
         paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model),
-        pytest.raises(ValueError, match=r"got: operation not permitted when.*capturing; pass disa"),
+        pytest.raises(kind, match=shown),
     ):
         write(model, inputs, STEPS, cache_implementation="static")
+    assert current == ["default"]
 
 
 def test_a_step_over_a_growing_cache_cannot_be_replayed(intern):

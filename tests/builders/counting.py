@@ -68,7 +68,7 @@ class Tape(TorchDispatchMode):
     refused, a tensor of the host's numbers, and a replay that reads what others own no longer.
     """
 
-    def __init__(self):
+    def __init__(self, device=None):
         super().__init__()
         self.calls = []
         self.made = set()  # storages, by their address

@@ -287,7 +287,7 @@ class Handle:
             state.advance()
             state.captured.replay(inputs)
         elif state.repeated > 1 and not state.captured and not state.begins_piece:
-            state.captured = CapturedCall(run, inputs)
+            state.captured = CapturedCall(run, inputs, cache.layers[0].device)
         else:
             return begun(kwargs)
         kind, values = state.captured.output
