@@ -15,7 +15,7 @@ from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models import captured_call
 from compress.models.cache_argument import cache_argument
 from compress.models.captured_call import CudaGraph
-from compress.models.generation import replaced_method
+from compress.models.generation import checked_generation, replaced_method
 from compress.models.growing_cache import growing_caches
 from compress.models.visual import build_prompt, text_model, visual_layouts
 
@@ -222,6 +222,24 @@ def test_a_long_answer_is_captured_anew(intern, monkeypatch, knobs):
     assert torch.equal(again, tokens) and counted == facts
     torch.testing.assert_close(same, logits, atol=1e-5, rtol=0)
     assert set(ends) == {5, 10, 15, 16}  # and no row that no step of the piece writes
+
+
+def test_a_method_that_is_attached_later_leaves_the_steps_captured(intern, monkeypatch):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
+    given = []
+    monkeypatch.setattr(hooks, "_fixed", lambda cache: given.append(cache))
+
+    def captures(**settings):
+        given.clear()
+        with (
+            paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model),
+            checked_generation(model, lambda mode, config: None),
+        ):
+            write(model, inputs, 2, cache_implementation="static", **settings)
+        return bool(given)
+
+    assert captures() and not captures(disable_compile=True)
 
 
 def test_a_later_turn_is_captured_anew(intern, monkeypatch):

@@ -42,8 +42,9 @@ def checked_generation(model: Any, check: Check) -> Iterator[None]:
 
     def validate(original: Callable[..., Any], mode: Any, config: Any, kwargs: Any) -> Any:
         check(mode, config)
-        config.disable_compile = True
-        return original(mode, config, kwargs)
+        result = original(mode, config, kwargs)
+        config.disable_compile = True  # last: an earlier method's check is given what the user said
+        return result
 
     with replaced_method(model, "_validate_generation_mode", validate):
         yield
