@@ -431,7 +431,7 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
     The smallest number that was measured from which on every measurement, of all batches and
     models, was at least as fast as dense. Where the largest was not, it is the next number, as what
-    lies beyond was not measured.
+    lies beyond was not measured; 0 where none was slower.
 
     Parameters
     ----------
@@ -446,7 +446,7 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         slow = [r["shape"]["visual"] for r in here if r["ratio"] < 1]
         faster = [size for size in sizes if size > max(slow, default=0)]
         table[device] = {
-            "min_visual": faster[0] if faster else sizes[-1] + 1,
+            "min_visual": (faster[0] if faster else sizes[-1] + 1) if slow else 0,
             "measured": sizes,
             "batch": sorted({row["shape"]["batch"] for row in here}),
             "models": sorted({row["shape"]["model"] for row in here}),
