@@ -1,5 +1,6 @@
 """A decode step under FastOCR: it waits for nothing, and can be replayed as a graph."""
 
+import weakref
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -222,6 +223,21 @@ def test_a_long_answer_is_captured_anew(intern, monkeypatch, knobs):
     assert torch.equal(again, tokens) and counted == facts
     torch.testing.assert_close(same, logits, atol=1e-5, rtol=0)
     assert set(ends) == {5, 10, 15, 16}  # and no row that no step of the piece writes
+
+
+def test_what_was_captured_dies_with_its_cache(intern, monkeypatch):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
+    monkeypatch.setattr(captured_call, "CudaGraph", Tape)
+    monkeypatch.setattr(hooks, "_fixed", lambda cache: isinstance(cache, StaticCache))
+    with paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model) as handle:
+        length = inputs["input_ids"].shape[1] + STEPS
+        cache = StaticCache(config=text_model(model).config, max_cache_len=length)
+        write(model, inputs, 5, **{cache_argument(model): cache})
+        captured = weakref.ref(handle.states[cache].captured)
+        assert captured()
+        del cache
+        assert captured() is None
 
 
 def test_a_method_that_is_attached_later_leaves_the_steps_captured(intern, monkeypatch):

@@ -189,7 +189,7 @@ class Handle:
         try:
             return original(*args, **kwargs)
         finally:
-            self._generated, self._captures = {}, False
+            self._generated, self._captures, self._stepped = {}, False, None
 
     def check(self, mode: GenerationMode, config: GenerationConfig) -> None:
         """Refuse what would move or cut the cache; run the preflight where one is due."""
@@ -327,7 +327,8 @@ class Handle:
             return
         cache, new = cache_in(output), output.last_hidden_state.shape[1]
         own, self._own = self._own, None
-        if cache is None or self._stepped is not None:
+        stepped, self._stepped = self._stepped, None
+        if cache is None or stepped is not None:
             return
         filled = self._filled(cache, new) - new
         layouts = kwargs.get(VISUAL_LAYOUTS)
