@@ -3,7 +3,7 @@
 Each sequence has a list of tokens and a budget ``k``. Chosen are its ``k`` tokens with the highest
 weights, of equal ones the first. They are listed in the order of the tokens, so that their rows are
 read in the order of memory. Weights are not negative, so that their bits are integers in the same
-order, and are compared as such: what is no number counts as more than all numbers.
+order, and are compared as such: NaN comes before all numbers, or behind them where its sign is set.
 
 One program chooses for one sequence and sorts nothing. It keeps the bits of the weights in
 registers. The largest integer ``t`` with ``|{w >= t}| >= k`` is the k-th highest weight; its bits
