@@ -114,8 +114,8 @@ def main():
     begun_file = STATE / "shapes.txt"  # neither measured twice nor failed on twice
     begun = set(begun_file.read_text().splitlines()) if begun_file.exists() else set()
     # a plan may name a shape again that it has measured earlier, for its worth
-    plan = dict.fromkeys((TINY_PLANS if TINY else PLANS)[sys.argv[1]])
-    plan = [item for item in plan if "\t".join(item) not in begun]
+    shapes = dict.fromkeys((TINY_PLANS if TINY else PLANS)[sys.argv[1]])
+    plan = [item for item in shapes if "\t".join(item) not in begun]
     if not plan:
         return 0
     import torch
