@@ -170,7 +170,7 @@ def test_what_was_measured_again_stands_as_it_was_measured_last():
     rows[2]["shape"] |= {"without": None}  # as rows have it since there is such a size
     assert newest(rows) == [rows[2], rows[1], rows[3]]
     assert newest([*rows, rows[0] | {"clock": "wall"}]) == [rows[2], rows[1], rows[3], ANY]
-    assert crossovers(rows)["cpu"]["min_visual"] == 256
+    assert crossovers(rows)["cpu"]["min_visual"] == 0
     assert crossovers(rows[:2])["cpu"]["min_visual"] == 257
 
 
