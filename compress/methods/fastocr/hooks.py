@@ -270,7 +270,9 @@ class Handle:
 
         def begun(inputs: dict[str, Any]) -> Any:
             state.start_step()
-            return original(*args, **inputs, **({} if state.off else {STATE: state}))
+            output = original(*args, **inputs, **({} if state.off else {STATE: state}))
+            state.counts.settle()
+            return output
 
         cache = cache_in(kwargs)
         if args or not self._captures or not _fixed(cache):

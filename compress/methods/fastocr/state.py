@@ -75,8 +75,7 @@ class Counts:
     def settle(self) -> None:
         """Add up the step, of which all is counted: with one kernel where all is known.
 
-        The last layer does, so that it is part of the step: a graph of the next one must not read
-        what this one has given back.
+        Part of the step, as a graph of the next one must not read what this one has given back.
         """
         if self._totals is None or not self._step:
             return
@@ -189,20 +188,6 @@ class DecodeState:
         scaling: float,
     ) -> torch.Tensor:
         """Attention of a decode step; shapes as in :mod:`compress.methods.fastocr.attention`."""
-        output = self._attend(layer, query, key, value, mask, scaling)
-        if layer == self.counts.layers - 1:
-            self.counts.settle()
-        return output
-
-    def _attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> torch.Tensor:
         if isinstance(self.policy, SummaryPolicy):
             return self._choose(self.policy, layer, query, key, value, mask, scaling)
         dense = None
