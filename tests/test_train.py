@@ -138,7 +138,7 @@ def test_report_facts(finished, name):
     facts = report["surgery"]
     assert facts["max_difference"] < 1e-5
     assert facts["loss_slim"] == pytest.approx(facts["loss_masked"], abs=1e-5)
-    assert facts["groups"] == len(run.groups)
+    assert facts["groups"] == len(run.layout.groups)
     (row,) = rows(run, "surgery")
     assert row == {"stage": "surgery", "step": row["step"]} | facts
     assert row["step"] == (0 if name.startswith("one-shot") else STEPS)

@@ -5,6 +5,7 @@ the dense pipeline was read from; only the denoiser is written anew, and beside 
 diffusers has no such class.
 """
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from compress.common.files import read_json, walk, write_json
-from compress.models import free_width
+from compress.models.loading import FREE_WIDTHS
 from compress.models.pipelines import denoiser
 from compress.models.weights import stored_tensors, variant_of, variants
 
@@ -35,7 +36,6 @@ def export(pipeline: DiffusionPipeline, target: Path, source: Path | None = None
         are written as diffusers and transformers write them.
     """
     part, model = denoiser(pipeline)
-    ours = isinstance(model, free_width.FreeWidthUNet2DModel)
     if source is None:
         pipeline.save_pretrained(target, safe_serialization=True)
     else:
@@ -57,9 +57,10 @@ def export(pipeline: DiffusionPipeline, target: Path, source: Path | None = None
             write_json(target / INDEX, index | changed)
         else:
             shutil.copyfile(source / INDEX, target / INDEX)
-    if ours:
+    if isinstance(model, FREE_WIDTHS):
         # named as the index names the module
-        shutil.copyfile(free_width.__file__, target / part / f"{type(model).__module__}.py")
+        code = inspect.getfile(type(model))
+        shutil.copyfile(code, target / part / f"{type(model).__module__}.py")
 
 
 def load_options(folder: Path, pipeline: DiffusionPipeline) -> dict[str, str]:

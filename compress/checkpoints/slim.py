@@ -8,13 +8,13 @@ from diffusers import DiffusionPipeline
 
 from compress.checkpoints.exporting import export, load_options
 from compress.checkpoints.facts import checkpoint_folder, model_card
-from compress.models.free_width import FreeWidthUNet2DModel
+from compress.models.loading import FREE_WIDTHS
 from compress.models.pipelines import condition_of, denoiser
 
 PLAIN = "A plain diffusers pipeline with a smaller denoiser; it needs no extra package:"
-FREE_WIDTHS = f"""\
+OWN_WIDTHS = """\
 A diffusers pipeline whose inner widths differ from layer to layer, which no class of diffusers has.
-The class comes with the folder, in `unet/{FreeWidthUNet2DModel.__module__}.py`, and needs diffusers
+The class comes with the folder, in `{}/{}.py`, and needs diffusers
 alone; `trust_remote_code=True` lets diffusers run that file. (`compress.load` runs no code of a
 folder: it has the class.)"""
 TASKS = {
@@ -34,7 +34,7 @@ def save_slim(
 ) -> Path:
     """Write a pipeline folder that plain diffusers loads, with the facts of its making.
 
-    A UNet with free inner widths has a class of ours, which is written beside its weights:
+    A denoiser with free inner widths has a class of ours, which is written beside its weights:
     diffusers loads it with ``trust_remote_code=True``.
 
     Parameters
@@ -46,14 +46,15 @@ def save_slim(
         byte, and otherwise written as diffusers and transformers write them.
     overwrite : replace a checkpoint that is there.
     """
-    free = isinstance(denoiser(pipeline)[1], FreeWidthUNet2DModel)
+    part, model = denoiser(pipeline)
+    free = isinstance(model, FREE_WIDTHS)
     kind = type(pipeline).__name__
 
     def card(facts: Mapping[str, Any]) -> str:
         widths = [f"- {w['level']}: {w['dense']} -> {w['compressed']}" for w in facts["widths"]]
         arguments = "".join(f", {name}={value}" for name, value in options.items())
         lines = [
-            FREE_WIDTHS if free else PLAIN,
+            OWN_WIDTHS.format(part, type(model).__module__) if free else PLAIN,
             "",
             "```python",
             *(["import torch"] if "torch_dtype" in options else []),

@@ -20,12 +20,14 @@ from transformers import (
 from compress.common.files import is_litter, read_json
 from compress.common.foreign import ForeignFileError, foreign
 from compress.models.free_width import FreeWidthUNet2DModel
+from compress.models.free_width_transformer import FREE_WIDTH_TRANSFORMERS
 from compress.models.locate import PIPELINE_INDEX, ModelFolder, locate
 from compress.models.pipelines import family_of
 from compress.models.weights import check_config, check_weights, variant_of
 
-# how an index names a UNet of ours; by our own class: code that lies in a folder is never run
-OUR_UNET = [FreeWidthUNet2DModel.__module__, FreeWidthUNet2DModel.__name__]
+FREE_WIDTHS = (FreeWidthUNet2DModel, *FREE_WIDTH_TRANSFORMERS.values())
+# how an index names a class of ours: code that lies in a folder is never run
+OURS = {(kind.__module__, kind.__name__): kind for kind in FREE_WIDTHS}
 # anything else would be imported by a name that stands in a file
 LIBRARIES = ("diffusers", "transformers")
 # what finds its own class, or loads parts in turn, might run code or read pickled weights
@@ -170,8 +172,8 @@ def _part(folder: Path, kind: type[DiffusionPipeline], name: str, value: Any) ->
 
 def _part_class(index: Path, name: str, value: list[str]) -> type:
     library, class_name = value
-    if value == OUR_UNET:
-        return FreeWidthUNet2DModel
+    if ours := OURS.get((library, class_name)):
+        return ours
     module = _attribute(diffusers.pipelines, library)
     if library in LIBRARIES:
         module = importlib.import_module(library)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DModel
+from torch import nn
 
 from compress.common.cost import layer_macs, unet_cost, unet_inputs
 from compress.methods.gradflow import depth, flow, surgery
 from compress.methods.gradflow.coarse import coarsen
 from compress.methods.gradflow.groups import ChannelGroup
 from compress.methods.gradflow.layout import Layout, build_layout
+from compress.methods.gradflow.units import unit_layout
 from compress.methods.gradflow.widths import choose_widths
 from compress.models.free_width import FreeWidthUNet2DModel
 
@@ -206,20 +208,36 @@ def plan(
     The layout at uniform widths, and what chooses the inner widths if they are free.
     """
     depth.check_granularity(unet, method.granularity, method.allocation)
-    if method.granularity == "block":
-        layout = depth.depth_layout(unet, groups, method.keep_macs)
+    if depth.stacks_of(unet):
+        layout = transformer_layout(unet, groups, method)
     else:
         layout = build_layout(unet, groups, choose_widths(unet, groups, method.keep_macs))
     steps = method.flow
     if method.granularity == "coarse":
         layout = coarsen(layout)
     allocator = None
-    if method.allocation == "global":
+    if method.allocation == "global" and layout.layers is None:
         allocator = Allocator(unet, layout, method.keep_macs)
     if steps and steps.process == "soft":
         least = allocator.least_keep_counts() if allocator else layout.keep_counts
         flow.updates_fit(steps.updates, layout.sizes(), least, steps.max_move, steps.budget)
     return layout, allocator
+
+
+def transformer_layout(
+    model: nn.Module, groups: Sequence[ChannelGroup], method: "ChannelPruning"
+) -> Layout:
+    """Gates for blocks, masks for units, or both.
+
+    With both, blocks go until about the root of ``keep_macs`` is kept, and units do the rest.
+    """
+    keep, compete = method.keep_macs, method.allocation == "global"
+    if method.granularity == "unit":
+        return unit_layout(model, keep, compete=compete)
+    if method.granularity == "both":
+        gates = depth.depth_layout(model, groups, math.sqrt(keep))
+        return unit_layout(model, keep, compete=False, gates=gates)
+    return depth.depth_layout(model, groups, keep)
 
 
 def _uniform_width(free: FreeWidth, layout: Layout) -> int:

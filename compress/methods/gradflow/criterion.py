@@ -180,6 +180,9 @@ def per_unit(
     tables = {"in": layout.inputs, "out": layout.outputs, "norm": layout.norms}
     for name, value in values.items():
         module = name.rpartition(".")[0]
+        # everything in a transformer's block is of its gate
+        if (gate := layout.gates.get(".".join(name.split(".")[:2]))) is not None:
+            total[gate] += value.sum()
         for side in sides:
             index = tables[side].get(module)
             if index is None:

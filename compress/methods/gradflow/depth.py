@@ -75,16 +75,16 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
 
 def check_granularity(model: nn.Module, granularity: str, allocation: str) -> None:
     """Refuse a granularity that a model has not, or free widths where blocks go."""
-    has = ("block",) if stacks_of(model) else ("fine", "coarse")
+    has = ("block", "unit", "both") if stacks_of(model) else ("fine", "coarse")
     if granularity not in has:
         raise ValueError(
             f"a {type(model).__name__} is pruned with granularity {' or '.join(has)}; got "
             f"granularity {granularity!r}; choose one"
         )
-    if granularity == "block" and allocation == "global":
+    if granularity in ("block", "both") and allocation == "global":
         raise ValueError(
-            "allocation 'global' chooses inner widths, and granularity 'block' changes none; "
-            "choose allocation 'uniform'"
+            f"allocation 'global' lets layers compete for units, and granularity {granularity!r} "
+            "removes layers; choose allocation 'uniform' or granularity 'unit'"
         )
 
 
@@ -131,15 +131,13 @@ def depth_layout(model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: fl
         for slot in group.slots
     }
     branches = {stack.name: stack.branches for stack in stacks_of(model)}
-    outputs: dict[str, torch.Tensor] = {}
-    gated: dict[str, torch.Tensor] = {}
-    for name, unit in gates.items():
-        for key, parameter in model.get_submodule(name).named_parameters(prefix=name):
-            module = key.rpartition(".")[0]
-            outputs[module] = torch.full((len(parameter),), unit)
-        for branch in branches[name.rpartition(".")[0]]:
-            if f"{name}.{branch}" in outputs:
-                gated[f"{name}.{branch}"] = outputs[f"{name}.{branch}"]
+    modules: dict[str, Any] = dict(model.named_modules())
+    gated = {
+        f"{name}.{branch}": torch.full((modules[f"{name}.{branch}"].out_features,), unit)
+        for name, unit in gates.items()
+        for branch in branches[name.rpartition(".")[0]]
+        if f"{name}.{branch}" in modules
+    }
     sizes = torch.tensor([group.units for group in groups])
     counts = choose_counts(model, groups, keep_macs)
     return Layout(
@@ -149,7 +147,7 @@ def depth_layout(model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: fl
         block=torch.arange(len(groups)).repeat_interleave(sizes),
         keep_counts=torch.tensor(counts),
         inputs={},
-        outputs=outputs,
+        outputs={},
         norms={},
         queries={},
         unaligned=(),
@@ -206,27 +204,23 @@ def _without(model: Any, block: str) -> nn.Module:
 
 
 def kept_blocks(model: nn.Module, layout: Layout, mask: torch.Tensor) -> dict[str, list[int]]:
-    """The positions of the blocks that stay, by stack."""
-    gone = _gone(layout, mask)
+    """The positions of the blocks that stay, by stack; nothing where no block may go."""
+    gone = closed(layout, mask)
     return {
         stack.name: [
             i
             for i in range(len(model.get_submodule(stack.name)))  # type: ignore[arg-type]
             if f"{stack.name}.{i}" not in gone
         ]
-        for stack in stacks_of(model)
+        for stack in (stacks_of(model) if layout.gates else ())
     }
 
 
-def shallow_config(model: Any, layout: Layout, mask: torch.Tensor | None) -> dict[str, Any]:
+def shallow_config(model: Any, layout: Layout, mask: torch.Tensor) -> dict[str, Any]:
     """What changes in the configuration; of an SD3 transformer it depends on which blocks go."""
     changes: dict[str, Any] = dict(counts_of(model, layout))
     dual = model.config.get("dual_attention_layers")
-    if dual:
-        if mask is None:  # as many of each kind, whichever they are
-            mask = torch.zeros(layout.units, device="cpu")  # also while planning on the meta device
-            for offset, count in zip(layout.offsets, layout.widths, strict=True):
-                mask[offset : offset + count] = 1
+    if dual and layout.gates:
         (kept,) = kept_blocks(model, layout, mask).values()
         changes["dual_attention_layers"] = tuple(i for i, old in enumerate(kept) if old in dual)
     return changes
@@ -239,7 +233,8 @@ def counts_of(model: nn.Module, layout: Layout) -> dict[str, int]:
         stack.count: len(model.get_submodule(stack.name))  # type: ignore[arg-type]
         - sum(
             group.units - kept
-            for group, kept in zip(layout.groups, layout.widths, strict=True)
+            # groups of inner units come after those of blocks
+            for group, kept in zip(layout.groups, layout.widths, strict=False)
             if group.name.rpartition(".")[0] == stack.name
         )
         for stack in stacks_of(model)
@@ -250,7 +245,7 @@ def cut_blocks(
     tensors: Mapping[str, torch.Tensor], layout: Layout, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Leave out the tensors of blocks that go, and count the others anew; see ``surgery.cut``."""
-    gone, result = _gone(layout, mask), {}
+    gone, result = closed(layout, mask), {}
     for name, tensor in tensors.items():
         stack, position, rest = _parts(name)
         if f"{stack}.{position}" in gone:
@@ -258,11 +253,11 @@ def cut_blocks(
         if rest:
             before = sum(f"{stack}.{i}" in gone for i in range(int(position)))
             name = f"{stack}.{int(position) - before}.{rest}"
-        result[name] = tensor.clone()
+        result[name] = tensor
     return result
 
 
-def _gone(layout: Layout, mask: torch.Tensor) -> set[str]:
+def closed(layout: Layout, mask: torch.Tensor) -> set[str]:
     """The names of the blocks that go."""
     return {name for name, unit in layout.gates.items() if mask[unit] < 0.5}
 

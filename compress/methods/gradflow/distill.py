@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from compress.methods.gradflow import depth
 from compress.methods.gradflow.groups import UNet
 from compress.methods.gradflow.layout import Layout
 from compress.models.objective import predicted as denoised
@@ -37,10 +38,10 @@ class Teacher:
     ) -> None:
         self.dense, self.layout = dense, layout
         self.output_weight, self.feature_weight = output_weight, feature_weight
-        if feature_weight and layout.gates:
+        if feature_weight and depth.stacks_of(dense):
             raise ValueError(
-                "distill_features compares the outputs of blocks, and granularity 'block' removes "
-                f"blocks; got distill_features={feature_weight:g}; set it to 0, or prune otherwise"
+                "distill_features compares the outputs of a UNet's blocks; got "
+                f"distill_features={feature_weight:g} for a {type(dense).__name__}; set it to 0"
             )
         self.blocks = _block_indices(dense, layout) if feature_weight else {}
 

@@ -97,7 +97,11 @@ def flow_step(
 
 
 def binarise(
-    mask: torch.Tensor, scores: torch.Tensor, block: torch.Tensor, keep_counts: torch.Tensor
+    mask: torch.Tensor,
+    scores: torch.Tensor,
+    block: torch.Tensor,
+    keep_counts: torch.Tensor,
+    layers: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep the units with the largest mask in every block; scores break ties.
 
@@ -105,6 +109,7 @@ def binarise(
     ----------
     mask, scores, block : ``(units,)``.
     keep_counts : ``(blocks,)`` integers.
+    layers : ``(units,)``; the best unit of every layer is kept in any case.
 
     Returns
     -------
@@ -112,6 +117,11 @@ def binarise(
     """
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(mask[order], descending=True, stable=True)]
+    if layers is not None:
+        by_layer = order[torch.argsort(layers[order], stable=True)]
+        follows = torch.zeros_like(block)
+        follows[by_layer[1:]] = (layers[by_layer].diff() == 0).to(block.dtype)
+        order = order[torch.argsort(follows[order], stable=True)]
     order = order[torch.argsort(block[order], stable=True)]
     sizes = torch.bincount(block, minlength=len(keep_counts))
     starts = sizes.cumsum(0) - sizes

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from compress.common.cost import unet_cost
-from compress.methods.gradflow import surgery
+from compress.methods.gradflow import depth, surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.unets import find_groups
 from compress.methods.training import Training
@@ -37,8 +37,8 @@ def forecast(
         params, macs = (slim.params, slim.params), (slim.macs, slim.macs)
     else:
         params, macs = allocator.params_range(), allocator.macs_range()
-    lines = [f"{len(groups)} in all, {layout.units:,} units"]
-    for level in () if layout.gates else range(len(layout.widths)):
+    lines = [f"{len(layout.groups)} in all, {layout.units:,} units"]
+    for level in () if depth.stacks_of(unet) else range(len(layout.widths)):
         here = [group for group in groups if group.level == level]
         before = sum(group.width for group in here)
         after = sum(group.slim_width(layout.widths) for group in here)

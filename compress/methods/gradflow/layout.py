@@ -36,6 +36,7 @@ class Layout:
     inner : the slim model's inner widths where they are free, by resnet or attention module.
     gates : units of transformer blocks that go whole, by the block's name.
     gated : index tensors of those blocks' projections, whose outputs the gates multiply.
+    layers : ``(units,)`` the layer of each unit where layers compete: each keeps a unit or more.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -52,6 +53,7 @@ class Layout:
     inner: dict[str, int] = field(default_factory=dict)
     gates: dict[str, int] = field(default_factory=dict)
     gated: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: torch.Tensor | None = None
 
     def extend(self, mask: torch.Tensor) -> torch.Tensor:
         """``[mask, 1]``, the vector that the index tensors point into."""
@@ -75,15 +77,7 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
     for group in groups:
         offsets.append(units)
         units += group.units
-    modules = dict(unet.named_modules())
-    tables: dict[str, dict[str, torch.Tensor]] = {"in": {}, "out": {}, "norm": {}}
-    for group, offset in zip(groups, offsets, strict=True):
-        for slot in group.slots:
-            table = tables[slot.side]
-            if slot.module not in table:
-                table[slot.module] = torch.full((_width(modules[slot.module], slot.side),), units)
-            index = offset + torch.tensor(slot.channels) // group.unit
-            table[slot.module][torch.tensor(slot.positions)] = index
+    tables = index_tables(unet, groups, offsets, units)
     block, keep_counts, unaligned = _blocks(unet, groups, offsets, units, widths)
     return Layout(
         groups=tuple(groups),
@@ -98,6 +92,22 @@ def build_layout(unet: UNet, groups: Sequence[ChannelGroup], widths: Sequence[in
         unaligned=unaligned,
         widths=tuple(widths),
     )
+
+
+def index_tables(
+    model: nn.Module, groups: Sequence[ChannelGroup], offsets: Sequence[int], units: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The index tensors of the groups' slots, by side ("in", "out" or "norm") and module."""
+    modules = dict(model.named_modules())
+    tables: dict[str, dict[str, torch.Tensor]] = {"in": {}, "out": {}, "norm": {}}
+    for group, offset in zip(groups, offsets, strict=True):
+        for slot in group.slots:
+            table = tables[slot.side]
+            if slot.module not in table:
+                table[slot.module] = torch.full((_width(modules[slot.module], slot.side),), units)
+            index = offset + torch.tensor(slot.channels) // group.unit
+            table[slot.module][torch.tensor(slot.positions)] = index
+    return tables
 
 
 def _width(module: Any, side: str) -> int:

@@ -108,6 +108,7 @@ class MaskScheduler:
         self.method, self.scheduler, self.batches = method, scheduler, batches
         self.seed, self.allocator, self._layout = seed, allocator, layout
         self.block = layout.block.to(device)
+        self.layers = None if layout.layers is None else layout.layers.to(device)
         self.sizes = layout.sizes().to(device).float()
         flow_knobs = method.flow
         self.estimate_every = flow_knobs.criterion_every if flow_knobs else 1
@@ -165,7 +166,7 @@ class MaskScheduler:
         before, gamma = soft.mask.clone(), method.gamma * progress**2
         if method.process == "hard":
             kept = budget.ceil().long()
-            soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept))
+            soft.mask.copy_(flow.binarise(before, self.state.scores, self.block, kept, self.layers))
         else:
             soft.mask.copy_(
                 flow.flow_step(
@@ -275,7 +276,9 @@ class MaskScheduler:
         Returns the number of norms that changed their membership.
         """
         soft.mask.copy_(
-            flow.binarise(soft.mask, self.state.scores, self.block, self.state.keep_counts)
+            flow.binarise(
+                soft.mask, self.state.scores, self.block, self.state.keep_counts, self.layers
+            )
         )
         self.state.binary = True
         self._follow(soft.mask, step)

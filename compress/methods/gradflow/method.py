@@ -40,10 +40,11 @@ class ChannelPruning(WeightMethod):
     """Horizon of the lookahead criterion, in learning rate x SGD steps; null is the learning rate
     times the optimiser steps between two estimates."""
     allocation: Literal["uniform", "global"] = "uniform"
-    """"uniform" keeps one ratio per level, so that the result is a plain diffusers model; "global"
-    lets each resnet and attention have an inner width of its own, chosen by score per MAC under the
-    same budget. In a flow they move with the scores during its first half, at every twelfth of its
-    mask updates."""
+    """"uniform" keeps one ratio per level, so that the result is a plain diffusers model, and as
+    many units in each layer of a transformer; "global" lets each resnet and attention have an inner
+    width of its own, chosen by score per MAC under the same budget. In a flow they move with the
+    scores during its first half, at every twelfth of its mask updates. Units of a transformer's
+    layers of one shape, which have one price, simply compete."""
 
     @property
     def flow(self) -> "GradFlow | None":
@@ -120,11 +121,13 @@ class GradFlow(ChannelPruning):
     max_move: float = Field(None, gt=0, le=1, validate_default=True)
     """Continuity bound: no mask moves more than this in one update. By default 0.1, or what the
     steepest fall of the budget needs where there are few updates."""
-    granularity: Literal["fine", "coarse", "block"] = "fine"
+    granularity: Literal["fine", "coarse", "block", "unit", "both"] = "fine"
     """"fine" gives each channel a mask; "coarse" moves up to 4 neighbouring channels together and
     estimates a criterion that takes passes of its own a third as often (the journal extension's
-    variant; both numbers are our choice); "block" gives each block of a transformer a gate on what
-    it adds to the residual stream, so that the result is a plain, shallower model (ours)."""
+    variant; both numbers are our choice). Of a transformer (ours), "block" gives each block a gate
+    on what it adds to the residual stream, so that the result is a plain, shallower model; "unit"
+    gives each attention head and feed-forward channel a mask; "both" does both, blocks until about
+    the root of ``keep_macs`` is kept."""
 
     @field_validator("update_every", mode="before")
     @classmethod
@@ -203,8 +206,9 @@ class OneShot(ChannelPruning):
     """What scores a channel or block; "uniform_depth" (evenly spaced blocks stay) and
     "block_influence" (what hardly turns the residual stream goes, ShortGPT, arXiv 2403.03853) are
     for whole blocks."""
-    granularity: Literal["fine", "block"] = "fine"
-    """"fine" removes channels, "block" whole blocks of a transformer."""
+    granularity: Literal["fine", "block", "unit", "both"] = "fine"
+    """"fine" removes channels; of a transformer, "block" whole blocks, "unit" attention heads and
+    feed-forward channels, "both" both."""
     steps: NonNegative = 300
     """Optimiser steps that a soft stage would take; spent on recovery, so that methods are compared
     at equal total steps."""

@@ -1,13 +1,14 @@
 """Surgery: a new plain model with smaller widths or fewer blocks, filled with the kept slices."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from compress.methods.gradflow import depth
+from compress.methods.gradflow import depth, units
 from compress.methods.gradflow.groups import UNet, dense_widths, heads_of_levels, whole_heads
 from compress.methods.gradflow.layout import Layout
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
@@ -25,8 +26,13 @@ def slim_config(unet: UNet, layout: Layout, mask: torch.Tensor | None = None) ->
     """
     # without diffusers' notes of where it came from
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    if layout.gates:
-        return config | depth.shallow_config(unet, layout, mask)
+    if depth.stacks_of(unet):
+        mask = units.any_mask(layout) if mask is None else mask
+        widths = units.inner_widths(unet, layout, mask)
+        named = {name: torch.tensor(width, device="cpu") for name, width in widths.items()}
+        named = depth.cut_blocks(named, layout, mask)
+        free = {"inner_widths": {name: int(w) for name, w in named.items()}} if named else {}
+        return config | depth.shallow_config(unet, layout, mask) | free
     config["block_out_channels"] = tuple(layout.widths)
     if isinstance(unet, UNet2DConditionModel) and whole_heads(unet):
         config["attention_head_dim"] = [
@@ -44,14 +50,22 @@ def slim_config(unet: UNet, layout: Layout, mask: torch.Tensor | None = None) ->
     return config
 
 
-def width_rows(unet: UNet, layout: Layout) -> list[dict[str, Any]]:
+def width_rows(unet: UNet, layout: Layout, mask: torch.Tensor) -> list[dict[str, Any]]:
     """Rows ``{level, dense, compressed}`` of what the configuration says, and of free widths."""
-    if layout.gates:
-        counts = depth.counts_of(unet, layout)
-        return [{"level": k, "dense": unet.config[k], "compressed": n} for k, n in counts.items()]
+    if depth.stacks_of(unet):
+        counts = depth.counts_of(unet, layout) if layout.gates else {}
+        rows = [(key, unet.config[key], count) for key, count in counts.items()]
+        dense = units.inner_widths_of(unet)
+        widths = units.inner_widths(unet, layout, mask)
+        rows += [(name, dense[name].width, width) for name, width in widths.items()]
+        return _rows(rows)
     levels = enumerate(zip(dense_widths(unet), layout.widths, strict=True))
     rows = [(f"block_out_channels[{i}]", dense, slim) for i, (dense, slim) in levels]
     rows += [(n, inner_width(unet.get_submodule(n)), slim) for n, slim in layout.inner.items()]
+    return _rows(rows)
+
+
+def _rows(rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
     return [dict(zip(("level", "dense", "compressed"), row, strict=True)) for row in rows]
 
 
@@ -64,6 +78,8 @@ def slim_unet(unet: UNet, layout: Layout, mask: torch.Tensor | None = None) -> U
     mask : ``(units,)``, the kept units; where none is known, the sizes are right all the same.
     """
     config = slim_config(unet, layout, mask)
+    if "inner_widths" in config:
+        return units.free_class(unet).from_config(config)
     if layout.inner:
         sinusoid = unet.time_proj.num_channels
         return FreeWidthUNet2DModel(layout.inner, sinusoid, **config)
@@ -83,8 +99,6 @@ def cut(
     layout : where each unit acts.
     mask : ``(units,)``, 0 or 1.
     """
-    if layout.gates:
-        return depth.cut_blocks(tensors, layout, mask)
     extended = layout.extend(mask.cpu()) > 0.5
     result = {}
     for name, tensor in tensors.items():
@@ -96,7 +110,7 @@ def cut(
         if columns is not None and tensor.dim() > 1:
             tensor = tensor[:, extended[columns].to(tensor.device)]
         result[name] = tensor.clone()
-    return result
+    return depth.cut_blocks(result, layout, mask) if layout.gates else result
 
 
 def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
@@ -129,9 +143,14 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
 
 def summary(unet: UNet, layout: Layout) -> str:
     """What becomes smaller, in words: ``widths (24, 32) -> (12, 16)``, or the number of blocks."""
-    if layout.gates:
-        rows = width_rows(unet, layout)
-        return ", ".join(f"{row['level']} {row['dense']} -> {row['compressed']}" for row in rows)
+    if depth.stacks_of(unet):
+        rows = width_rows(unet, layout, units.any_mask(layout))
+        totals: dict[str, tuple[int, int]] = {}
+        for row in rows:  # a sum over the blocks of a stack
+            name = re.sub(r"\.\d+\.", ".", row["level"])
+            before = totals.get(name, (0, 0))
+            totals[name] = (before[0] + row["dense"], before[1] + row["compressed"])
+        return ", ".join(f"{name} {dense} -> {slim}" for name, (dense, slim) in totals.items())
     return f"widths {dense_widths(unet)} -> {layout.widths}"
 
 

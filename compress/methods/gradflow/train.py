@@ -128,11 +128,11 @@ class PruningRun:
         self.device = torch.device(job.device)
         self.dense = unet.to(self.device).eval()
         self.inputs.to(self.device)
-        self.groups = find_groups(unet)
-        layout, allocator = plan(unet, self.groups, method)
+        layout, allocator = plan(unet, find_groups(unet), method)
         # what training starts from; a class with free widths can have the whole sinusoid
         length = self.scheduler.config.num_train_timesteps
-        self.first = unet if allocator or layout.gates else narrowed(unet, layout.widths[0], length)
+        whole = allocator or depth.stacks_of(unet)
+        self.first = unet if whole else narrowed(unet, layout.widths[0], length)
         self.mask_scheduler = MaskScheduler(
             method,
             layout,
@@ -188,7 +188,7 @@ class PruningRun:
         yield from self._steps("recover", self.total_steps)
         if self.training.trackers:
             self.accelerator.end_training()
-        widths = surgery.width_rows(self.dense, self.layout)
+        widths = surgery.width_rows(self.dense, self.layout, self.kept)
         return Pruned(self._averaged(), widths, self._report(), self.mask_scheduler.trace())
 
     def _steps(self, stage: str, stop: int) -> Iterator[Event]:
@@ -299,7 +299,7 @@ class PruningRun:
                 "max_difference": self._max_difference(soft, slim),
                 "loss_masked": self._held_out_loss(soft),
                 "loss_slim": self._held_out_loss(slim),
-                "groups": len(self.groups),
+                "groups": len(self.layout.groups),
                 "unaligned_norms": len(self.layout.unaligned),
             }
         self.journal.log(stage="surgery", step=self.step, **self.surgery_facts)

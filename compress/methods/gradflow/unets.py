@@ -73,9 +73,9 @@ def find_groups(unet: UNet) -> tuple[ChannelGroup, ...]:
     The time embedding keeps its width (our choice: it costs under 1% of the MACs and every
     resnet reads it), and so do the channels of images and texts.
     """
+    check_supported(unet)
     if depth.stacks_of(unet):
         return depth.depth_groups(unet)
-    check_supported(unet)
     conditional = isinstance(unet, UNet2DConditionModel)
     return condition_groups(unet) if conditional else _traced_groups(unet)
 
@@ -83,17 +83,19 @@ def find_groups(unet: UNet) -> tuple[ChannelGroup, ...]:
 def check_supported(unet: nn.Module) -> None:
     """Refuse, by name, what gradflow cannot prune."""
     kind = next((kind for kind in BLOCKS if isinstance(unet, kind)), None)
-    if kind is None:
-        raise ValueError(
-            f"gradflow prunes diffusers UNet2DModel, UNet2DConditionModel and "
-            f"{', '.join(depth.STACKS)}; got {type(unet).__name__}; choose a pipeline with one of "
-            "them"
-        )
     config: Any = unet.config
     if config.get("inner_widths"):
         raise ValueError(
             "gradflow prunes models with one width per level; this one has inner widths of its "
             "own; prune the model that it was made from"
+        )
+    if depth.stacks_of(unet):
+        return
+    if kind is None:
+        raise ValueError(
+            f"gradflow prunes diffusers UNet2DModel, UNet2DConditionModel and "
+            f"{', '.join(depth.STACKS)}; got {type(unet).__name__}; choose a pipeline with one of "
+            "them"
         )
     if config.sample_size is None:
         raise ValueError(

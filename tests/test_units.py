@@ -1,0 +1,171 @@
+"""Attention heads and feed-forward channels of transformers: masks, surgery, and whole runs."""
+
+import json
+
+import pytest
+import torch
+
+import compress
+from builders import transformers
+from builders.events import leave
+from compress.common import cost
+from compress.common.cost import unet_cost
+from compress.common.events import drain
+from compress.common.journal import Journal
+from compress.data.sources import load_images
+from compress.methods.base import PruneJob
+from compress.methods.gradflow import GradFlow, OneShot, flow, surgery
+from compress.methods.gradflow.allocation import plan
+from compress.methods.gradflow.masks import SoftUNet
+from compress.methods.gradflow.train import PruningRun
+from compress.methods.gradflow.unets import find_groups
+from compress.methods.training import Training
+from compress.models.free_width_transformer import (
+    FreeWidthDiTTransformer2DModel,
+    inner_widths_of,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+WAYS = {
+    "unit": {"granularity": "unit"},
+    "competing": {"granularity": "unit", "allocation": "global"},
+    "both": {"granularity": "both"},
+}
+FLOW = {"steps": 4, "max_move": 0.8, "update_every": 1, "criterion_batches": 1}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("builtin:digits", (16, 16), 1, "label")
+
+
+@pytest.fixture(autouse=True)
+def small_flux(monkeypatch):
+    monkeypatch.setattr(cost, "FLUX_TOKENS", 6)
+
+
+def planned(model, way: str, keep: float):
+    method = OneShot(keep_macs=keep, **WAYS[way])
+    return plan(model, find_groups(model), method)[0]
+
+
+# ---- masks and surgery ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("dit", "unit"),
+        ("dit", "both"),
+        ("pixart", "competing"),
+        ("sd3", "competing"),
+        ("sd3", "both"),
+        ("flux", "unit"),
+        ("flux", "both"),
+    ],
+)
+def test_masked_and_slim_agree(name, way):
+    dense = transformers.build(name)
+    layout = planned(dense, way, 0.6)
+    soft = SoftUNet(dense, layout).eval()
+    scores = torch.rand(layout.units, generator=torch.Generator().manual_seed(3))
+    chosen = flow.binarise(soft.mask, scores, layout.block, layout.keep_counts, layout.layers)
+    sample, times, named = transformers.inputs(dense)
+    with torch.no_grad():
+        before = dense(sample, timestep=times, **named).sample
+        open_ = soft(sample, times, condition=named)
+        soft.mask.copy_(chosen)
+        masked = soft(sample, times, condition=named)
+        slim = surgery.perform(dense, layout, soft.mask).eval()
+        found = slim(sample, timestep=times, **named).sample
+    channels = sample.shape[1]
+    assert torch.allclose(open_, before[:, :channels], atol=1e-5)
+    assert torch.allclose(masked, found[:, :channels], atol=1e-5)
+    assert not torch.allclose(found, before, atol=1e-3)
+    assert 0.5 < unet_cost(slim).macs / unet_cost(dense).macs <= 0.6
+    assert unet_cost(surgery.slim_unet(dense, layout)) == unet_cost(slim)
+    uneven = any(len(set(widths)) > 1 for widths in _by_branch(slim).values())
+    assert uneven == (way == "competing")
+
+
+def _by_branch(model) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name, inner in inner_widths_of(model).items():
+        stack, _, branch = name.split(".", 2)
+        found.setdefault(f"{stack}.{branch}", []).append(inner.width)
+    return found
+
+
+def test_every_layer_keeps_a_unit():
+    dense = transformers.build("dit")
+    layout = planned(dense, "competing", 0.5)
+    scores = torch.arange(layout.units).float()  # the last layers have the best units
+    mask = flow.binarise(
+        torch.ones(layout.units), scores, layout.block, layout.keep_counts, layout.layers
+    )
+    kept = torch.zeros(int(layout.layers.max()) + 1).index_add_(0, layout.layers, mask)
+    assert kept.min() == 1 and kept.max() > 8
+    surgery.check_mask(layout, mask)
+
+
+def test_keeping_all_keeps_all_and_too_little_is_refused():
+    dense = transformers.build("pixart")
+    for way in WAYS:
+        layout = planned(dense, way, 1.0)
+        assert layout.keep_counts.sum() == layout.units
+    for way in ("unit", "competing"):
+        with pytest.raises(ValueError, match=r"keep_macs must be at least 0\.\d+ .* one unit of"):
+            planned(dense, way, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"transformer_blocks.0": 8}, "name attentions and feed-forwards .* 'transformer_blocks"),
+        ({"transformer_blocks.0.attn1": 12}, "multiple of the head's size, 8; got 12"),
+        ({"transformer_blocks.0.attn1": 0}, "got 0"),
+    ],
+)
+def test_impossible_widths_are_refused_by_name(widths, message):
+    with pytest.raises(ValueError, match=message):
+        FreeWidthDiTTransformer2DModel(**transformers.SIZES, inner_widths=widths)
+
+
+# ---- from end to end -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["competing", "both"])
+def test_the_result_is_saved_with_its_class_and_not_pruned_again(family, digits, tmp_path, way):
+    method = GradFlow(keep_macs=0.6, **FLOW, **WAYS[way])
+    compressed = compress.apply(
+        family("dit"), method, data=digits, training=Training(steps=1, batch=4)
+    )
+    assert compressed.report["surgery"]["max_difference"] <= 1e-5
+    folder = compressed.save(tmp_path / "slim")
+    index = json.loads((folder / "model_index.json").read_text())
+    code = "compress.models.free_width_transformer"
+    assert index["transformer"] == [code, "FreeWidthDiTTransformer2DModel"]
+    card = (folder / "README.md").read_text()
+    assert f"`transformer/{code}.py`" in card and "trust_remote_code=True" in card
+    loaded = compress.load(folder)
+    for key, value in compressed.model.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="inner widths of its own; prune the model that it was"):
+        find_groups(loaded.transformer)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(family, digits, tmp_path):
+    def begin(folder=None, *, resume=False):
+        method = GradFlow(keep_macs=0.6, **FLOW, **WAYS["competing"])
+        settings = Training(steps=1, batch=4, save_every=1)
+        return PruningRun(
+            method, PruneJob(family("dit"), digits, settings, "cpu", Journal(folder), resume)
+        )
+
+    expected = drain(begin().events())
+    leave(begin(tmp_path).events(), 4)  # after surgery
+    found = drain(begin(tmp_path, resume=True).events())
+    assert found.widths == expected.widths
+    for key, value in expected.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value), key
