@@ -19,7 +19,6 @@ from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.train import PruningRun
 from compress.methods.gradflow.unets import find_groups
-from compress.methods.gradflow.widths import AS_LARGE
 from compress.methods.training import Training
 from compress.models.free_width import FreeWidthUNet2DModel
 
@@ -146,7 +145,7 @@ def test_free_widths_are_legal_and_keep_what_was_asked(name):
         layout = allocator.layout(scores(uniform, seed))
         with torch.device("meta"):
             cost = unet_cost(surgery.slim_unet(unet, layout))
-        assert KEEP - AS_LARGE <= cost.macs / total <= KEEP
+        assert KEEP - 0.03 <= cost.macs / total <= KEEP
         low, high = allocator.macs_range()
         assert low <= cost.macs <= high
         low, high = allocator.params_range()

@@ -28,7 +28,7 @@ from compress.models.pipelines import check_pipeline
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
-KEEP = 0.75
+KEEP, WITHIN = 0.75, 0.01
 FLOW = {
     "steps": 4,
     "max_move": 0.8,
@@ -57,7 +57,7 @@ def start(family, digits):
 @pytest.fixture(scope="module")
 def layout(family):
     model = family("dit").transformer
-    return depth.depth_layout(model, depth.depth_groups(model), KEEP)
+    return depth.depth_layout(model, depth.depth_groups(model), KEEP, WITHIN)
 
 
 def call(model, seed: int = 0) -> torch.Tensor:
@@ -118,10 +118,10 @@ def test_the_first_block_always_stays(family, layout):
     assert [*layout.gates] == [f"transformer_blocks.{i}" for i in range(1, 5)]
     dense = family("dit").transformer
     with pytest.raises(ValueError, match="keep_macs must be at least"):
-        depth.depth_layout(dense, depth.depth_groups(dense), 0.01)
+        depth.depth_layout(dense, depth.depth_groups(dense), 0.01, WITHIN)
     single = pipelines.class_transformer(num_layers=1).transformer
     with pytest.raises(ValueError, match="has none beside those that always stay"):
-        depth.depth_layout(single, depth.depth_groups(single), KEEP)
+        depth.depth_layout(single, depth.depth_groups(single), KEEP, WITHIN)
 
 
 # ---- from end to end -----------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_labels_that_the_pipeline_cannot_guide_away_from_are_refused(classes):
 def test_masked_and_slim_agree_on_every_transformer(name, monkeypatch):
     monkeypatch.setattr(cost, "FLUX_TOKENS", 6)
     dense = transformers.build(name)
-    layout = depth.depth_layout(dense, depth.depth_groups(dense), 0.7)
+    layout = depth.depth_layout(dense, depth.depth_groups(dense), 0.7, WITHIN)
     soft = SoftUNet(dense, layout).eval()
     soft.mask.copy_(flow.binarise(soft.mask, -soft.mask, layout.block, layout.keep_counts))
     # the last of each kind, so that what stays is counted anew

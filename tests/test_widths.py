@@ -13,8 +13,9 @@ from compress.methods.gradflow import surgery
 from compress.methods.gradflow.groups import dense_widths
 from compress.methods.gradflow.layout import build_layout
 from compress.methods.gradflow.unets import find_groups
-from compress.methods.gradflow.widths import AS_LARGE, MacModel, choose_widths, legal_widths
+from compress.methods.gradflow.widths import MacModel, choose_widths, legal_widths
 
+WITHIN = 0.01
 NAMES = [
     "plain",
     "no_attention",
@@ -85,7 +86,7 @@ def test_levels_without_attention_need_no_whole_heads():
     }
     unet = models.build("no_attention", **three)
     assert legal_widths(unet)[-1] == [4, 8, 12, 16, 20, 24, 28, 32]
-    assert choose_widths(unet, find_groups(unet), 0.5) == (12, 16, 20)
+    assert choose_widths(unet, find_groups(unet), 0.5, WITHIN) == (12, 16, 20)
     # no attention, so nothing of attention's own norm either
     assert legal_widths(models.build("no_attention", attn_norm_num_groups=8))[-1] == [4, 8, 12, 16]
     # the middle block alone has attention
@@ -117,10 +118,10 @@ def test_chosen_are_the_most_even_of_the_largest_widths_within_keep_macs(name, k
 
     for keep in keeps:
         largest = max(share for share in kept.values() if share <= keep)
-        near = [w for w, share in kept.items() if largest - AS_LARGE <= share <= keep]
+        near = [w for w, share in kept.items() if largest - WITHIN <= share <= keep]
         even = min(map(unevenness, near))
         best = max((kept[w], w) for w in near if unevenness(w) == even)[1]
-        chosen = choose_widths(unet, groups, keep)
+        chosen = choose_widths(unet, groups, keep, WITHIN)
         assert unevenness(chosen) == even, keep
         assert kept[chosen] == pytest.approx(kept[best], rel=1e-9), keep
         layout = build_layout(unet, groups, chosen)
@@ -131,15 +132,15 @@ def test_chosen_are_the_most_even_of_the_largest_widths_within_keep_macs(name, k
 
 def test_a_grid_of_too_many_widths_is_cut_around_one_ratio(monkeypatch):
     unet, groups = models.build("built_in"), models.groups("built_in")
-    everything = choose_widths(unet, groups, 0.4)
+    everything = choose_widths(unet, groups, 0.4, WITHIN)
     monkeypatch.setattr("compress.methods.gradflow.widths.MAX_CANDIDATES", 500)
-    assert choose_widths(unet, groups, 0.4) == everything
+    assert choose_widths(unet, groups, 0.4, WITHIN) == everything
 
 
 def test_keep_everything_keeps_the_dense_widths():
     for name in ("plain", "built_in"):
         unet = models.build(name)
-        assert choose_widths(unet, models.groups(name), 1.0) == dense_widths(unet)
+        assert choose_widths(unet, models.groups(name), 1.0, WITHIN) == dense_widths(unet)
 
 
 def test_below_the_smallest_legal_widths_is_an_error_that_names_what_can_be_kept():
@@ -147,11 +148,11 @@ def test_below_the_smallest_legal_widths_is_an_error_that_names_what_can_be_kept
     # both levels cannot have 4 channels: they differ in the dense model
     message = r"at least (0\.\d+) .* \[4, 8\] \(GroupNorm has 4 groups.*got keep_macs=0\.01"
     with pytest.raises(ValueError, match=message) as refused:
-        choose_widths(unet, groups, 0.01)
+        choose_widths(unet, groups, 0.01, WITHIN)
     least = float(re.search(message, str(refused.value)).group(1))
-    assert choose_widths(unet, groups, least) == (4, 8)
+    assert choose_widths(unet, groups, least, WITHIN) == (4, 8)
     with pytest.raises(ValueError, match="at least"):
-        choose_widths(unet, groups, least - 0.001)
+        choose_widths(unet, groups, least - 0.001, WITHIN)
 
 
 def test_between_the_widths_of_a_coarse_grid_the_ones_below_are_taken():
@@ -161,5 +162,5 @@ def test_between_the_widths_of_a_coarse_grid_the_ones_below_are_taken():
     shares = np.sort(macs(grid) / macs.total)
     below, above = max(itertools.pairwise(shares), key=lambda pair: pair[1] - pair[0])
     assert above - below > 0.05
-    chosen = macs(np.array([choose_widths(unet, groups, above - 1e-3)]))[0] / macs.total
-    assert below - AS_LARGE <= chosen <= below
+    chosen = macs(np.array([choose_widths(unet, groups, above - 1e-3, WITHIN)]))[0] / macs.total
+    assert below - WITHIN <= chosen <= below

@@ -211,7 +211,8 @@ def plan(
     if depth.stacks_of(unet):
         layout = transformer_layout(unet, groups, method)
     else:
-        layout = build_layout(unet, groups, choose_widths(unet, groups, method.keep_macs))
+        widths = choose_widths(unet, groups, method.keep_macs, method.even_within)
+        layout = build_layout(unet, groups, widths)
     steps = method.flow
     if method.granularity == "coarse":
         layout = coarsen(layout)
@@ -235,9 +236,9 @@ def transformer_layout(
     if method.granularity == "unit":
         return unit_layout(model, keep, compete=compete)
     if method.granularity == "both":
-        gates = depth.depth_layout(model, groups, math.sqrt(keep))
+        gates = depth.depth_layout(model, groups, math.sqrt(keep), method.even_within)
         return unit_layout(model, keep, compete=False, gates=gates)
-    return depth.depth_layout(model, groups, keep)
+    return depth.depth_layout(model, groups, keep, method.even_within)
 
 
 def _uniform_width(free: FreeWidth, layout: Layout) -> int:

@@ -43,6 +43,8 @@ CIFAR10: dict[str, Any] = {
 }
 # stable-diffusion-v1-5, unet/config.json, where it differs from diffusers' defaults: 860 million
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+# of the slim widths, which are the same from 0.01 to 0.03
+EVEN_WITHIN = 0.01
 DENSE: dict[str, Callable[[], UNet]] = {
     "ddpm-cifar10": lambda: UNet2DModel(**CIFAR10),
     "ddpm-digits": lambda: build_unet(dropout=0.0),
@@ -92,7 +94,7 @@ def default_shapes(device: str) -> list[UNetShape]:
 def slim_builder(dense: UNet, keep_macs: float) -> Callable[[], UNet]:
     """A builder of the slim UNet: the configuration that surgery gives it, with new weights."""
     groups = find_groups(dense)
-    layout = build_layout(dense, groups, choose_widths(dense, groups, keep_macs))
+    layout = build_layout(dense, groups, choose_widths(dense, groups, keep_macs, EVEN_WITHIN))
     return lambda: type(dense).from_config(slim_config(dense, layout))
 
 

@@ -19,7 +19,6 @@ from compress.common.cost import unet_cost
 from compress.data.batches import Batch
 from compress.methods.gradflow.groups import ChannelGroup, Slot
 from compress.methods.gradflow.layout import Layout
-from compress.methods.gradflow.widths import AS_LARGE
 from compress.parallel import distributed
 
 if TYPE_CHECKING:
@@ -106,7 +105,9 @@ def depth_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
     return tuple(groups)
 
 
-def depth_layout(model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: float) -> Layout:
+def depth_layout(
+    model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: float, even_within: float
+) -> Layout:
     """Lay out a gate for every block that may go.
 
     Parameters
@@ -114,6 +115,7 @@ def depth_layout(model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: fl
     model : the dense transformer.
     groups : from :func:`depth_groups`.
     keep_macs : fraction of the MACs to keep, in (0, 1].
+    even_within : fraction of the MACs that evenness may cost.
 
     Raises
     ------
@@ -139,7 +141,7 @@ def depth_layout(model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: fl
         if f"{name}.{branch}" in modules
     }
     sizes = torch.tensor([group.units for group in groups])
-    counts = choose_counts(model, groups, keep_macs)
+    counts = choose_counts(model, groups, keep_macs, even_within)
     return Layout(
         groups=tuple(groups),
         offsets=tuple(offsets[:-1]),
@@ -158,11 +160,11 @@ def depth_layout(model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: fl
 
 
 def choose_counts(
-    model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: float
+    model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: float, even_within: float
 ) -> tuple[int, ...]:
     """How many blocks of each kind stay: as evenly as possible, with at most ``keep_macs``.
 
-    Choices within 3 points of the largest count as equally large.
+    Evenness may cost at most ``even_within`` of the MACs.
 
     Raises
     ------
@@ -187,7 +189,7 @@ def choose_counts(
             f"keep_macs={keep_macs}; raise it"
         )
     within = kept <= keep_macs + 1e-9  # what keeps all keeps 1 but for rounding
-    fits = within & (kept >= kept[within].max() - AS_LARGE)
+    fits = within & (kept >= kept[within].max() - even_within)
     grid, kept = grid[fits], kept[fits]
     shares = grid / sizes
     best = np.lexsort((-kept, (shares.max(1) - shares.min(1)).round(9)))[0]

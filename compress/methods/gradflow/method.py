@@ -32,6 +32,9 @@ class ChannelPruning(WeightMethod):
     """What goes together."""
     criterion_batches: Count
     """Minibatches per estimate of the scores, with timesteps stratified over the schedule."""
+    even_within: float = Field(0.01, ge=0, lt=1)
+    """Fraction of the MACs, below the largest that fit in `keep_macs`, that an even choice over the
+    levels may cost: of the widths in that range the most even are taken."""
     reduction: Literal["absolute", "signed"] = "absolute"
     """"absolute" sums |.| over a channel's weights, "signed" is the first-order change."""
     hvp: Literal["finite", "exact"] = "finite"

@@ -18,8 +18,6 @@ from compress.methods.gradflow.groups import (
 )
 from compress.methods.gradflow.sinusoid import frequency_shifts, readers
 
-# as large as the largest is what keeps at most this share of the MACs less
-AS_LARGE = 0.03
 # level widths that are compared; finer grids are cut around one ratio for all levels
 MAX_CANDIDATES = 2**18
 
@@ -101,17 +99,21 @@ class MacModel:
         return macs
 
 
-def choose_widths(unet: UNet, groups: Sequence[ChannelGroup], keep_macs: float) -> tuple[int, ...]:
+def choose_widths(
+    unet: UNet, groups: Sequence[ChannelGroup], keep_macs: float, even_within: float
+) -> tuple[int, ...]:
     """The most even of the largest level widths that keep at most ``keep_macs`` of the MACs.
 
-    Legal widths within 3 points of the largest count as equally large. Of these the ones are taken
-    whose ratios to the dense widths differ least between the levels; ties go to more MACs.
+    Of the legal widths that keep at most ``even_within`` of the MACs less than the largest do, the
+    ones are taken whose ratios to the dense widths differ least between the levels; ties go to
+    more MACs.
 
     Parameters
     ----------
     unet : the dense model.
     groups : its channel groups.
     keep_macs : fraction of the MACs to keep, in (0, 1].
+    even_within : fraction of the MACs that evenness may cost.
 
     Raises
     ------
@@ -131,7 +133,7 @@ def choose_widths(unet: UNet, groups: Sequence[ChannelGroup], keep_macs: float) 
             f"{unet.config.attention_head_dim}); got keep_macs={keep_macs}"
         )
     largest = kept[kept <= keep_macs].max()
-    fits = (kept <= keep_macs) & (kept >= largest - AS_LARGE)
+    fits = (kept <= keep_macs) & (kept >= largest - even_within)
     candidates, kept = candidates[fits], kept[fits]
     shares = candidates / np.array(dense)
     unevenness = shares.max(1) / shares.min(1)
