@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pypdfium2
 import pytest
 from PIL import Image
 
@@ -63,9 +64,33 @@ def test_ranges_that_are_none(folder, numbers):
         list(find_pages([folder / "doc.pdf"], numbers))
 
 
-def test_pages_that_a_file_does_not_have(folder):
-    with pytest.raises(ValueError, match="doc.pdf has 5 pages, and page 7 is asked for"):
-        list(find_pages([folder / "doc.pdf"], "1-3,7"))
+def errors_of(pages, folder):
+    """What opening says, by page; None where there is an image."""
+    said = {}
+    for page in pages:
+        try:
+            page.open()
+            said[page.name.removeprefix(f"{folder}/")] = None
+        except ValueError as error:
+            said[page.name.removeprefix(f"{folder}/")] = str(error).replace(f"{folder}/", "")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "there", "missing"),
+    [("doc.pdf", 5, [1, 3, 4], [9]), ("scan.tif", 3, [1, 3], [4, 9])],
+)
+def test_what_a_file_does_not_have_is_a_page_that_cannot_be_opened(
+    folder, name, count, there, missing
+):
+    said = errors_of(find_pages([folder / name], "1,3-4,9-"), folder)
+    assert [*said] == [f"{name}, page {k}" for k in there + missing]
+    for number, error in zip(there + missing, said.values(), strict=True):
+        expected = f"{name} has {count} pages, and page {number} is asked for; choose others"
+        assert error is None if number in there else error.startswith(expected)
+
+
+def test_numbers_of_pages_of_images_that_have_one(folder):
     with pytest.raises(ValueError, match="are chosen .2.; got none"):
         list(find_pages([folder / "page9.png"], "2"))
 
@@ -84,12 +109,34 @@ def test_a_pdf_is_rendered_at_a_resolution_and_no_larger_than_images_may_be(fold
         pdf_page(folder / "doc.pdf", 6)
 
 
-def test_damaged_files_are_pages_whose_opening_names_them(folder):
-    for name in ("doc.pdf", "scan.tif", "page9.png"):
+@pytest.mark.parametrize("numbers", [None, "2-", "4,2"])
+def test_damaged_files_are_one_page_whose_opening_names_them(folder, numbers):
+    pdf = folder / "doc.pdf"
+    whole, first = pdf.read_bytes(), ", page 2" if numbers else ""
+    for name in ("scan.tif", "page9.png"):
         (folder / name).write_bytes(b"damaged")
-        (page,) = find_pages([folder / name])
-        with pytest.raises(ValueError, match=name):
-            page.open()
+    without_pages = io.BytesIO()
+    pypdfium2.PdfDocument.new().save(without_pages)
+    for content in (whole[: len(whole) // 3], without_pages.getvalue(), b"", b"damaged"):
+        pdf.write_bytes(content)
+        said = errors_of(
+            find_pages([pdf, folder / "scan.tif", folder / "page9.png"], numbers), folder
+        )
+        assert [*said] == [f"doc.pdf{first or ', page 1'}", f"scan.tif{first}", "page9.png"]
+        assert said.popitem()[1].startswith("page9.png should hold an image")
+        assert said.pop(f"scan.tif{first}").startswith("scan.tif should hold an image")
+        assert said.popitem()[1].startswith("doc.pdf should hold a PDF without a password")
+
+
+def test_whatever_the_renderer_raises_is_said_of_its_page(folder, monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("broken\nstream")
+
+    first, second = find_pages([folder / "doc.pdf"], "1-2")
+    monkeypatch.setattr(pypdfium2.PdfPage, "render", fail)
+    with pytest.raises(ValueError, match="doc.pdf should hold a PDF.*: broken stream; restore"):
+        second.open()
+    assert first.size() == (120, 180)
 
 
 def test_paths_without_pages(folder):

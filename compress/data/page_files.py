@@ -15,7 +15,7 @@ from PIL import Image
 
 from compress.common.extras import extra
 from compress.common.files import json_lines, walk
-from compress.common.foreign import foreign
+from compress.common.foreign import ForeignFileError, foreign
 from compress.data.page_archives import HUB, Damaged, hub_rows, members
 from compress.data.pixels import (
     FRAMED,
@@ -70,8 +70,8 @@ def find_pages(
     ------
     FileNotFoundError : when a source does not exist.
     ValueError : for a resolution beyond use, a folder without pages, numbers that cannot be read,
-        a page that a file does not have, or a list that is none. A damaged file, and one that a
-        list names in vain, is one page, whose opening raises.
+        or a list that is none. A damaged file, one that a list names in vain, and the first page of
+        a range that a file does not have are one page each, whose opening raises.
     MissingExtraError : without pypdfium2 for PDFs, or `datasets` for the hub.
     """
     if not 1 <= dpi <= MOST_DPI:
@@ -188,15 +188,20 @@ def pages_of(
         count = pdf_page_count(path) if is_pdf(path) else 1
         if path.suffix.lower() in FRAMED:
             count = frame_count(path)
-    except (ValueError, OSError):
-        count = 1  # what is wrong, its opening says
-    beyond = [n for first, last in ranges for n in (first, last or first) if n > count]
-    if beyond:
-        raise ValueError(
-            f"{path} has {count} page{'s' * (count > 1)}, and page {beyond[0]} is asked for; "
-            "choose others, or leave the last number away (2-)"
-        )
+    except (ValueError, OSError):  # what is wrong, the opening of its first page says
+        count = min(first for first, _ in ranges)
+        ranges = [(count, count)]
     chosen = [n for n in range(1, count + 1) if any(a <= n <= (b or count) for a, b in ranges)]
+    beyond = {max(first, count + 1) for first, last in ranges if (last or first) > count}
+    absent = [
+        Damaged(
+            f"{name}, page {n}",
+            f"{path} has {count} page{'s' * (count != 1)}, and page {n} is asked for; choose "
+            "others, or leave the last number away (2-)",
+        )
+        for n in sorted(beyond)
+    ]
+    missing = [OcrPage(page.name, partial(open_image, page)) for page in absent]
     if is_pdf(path):
         return [
             OcrPage(
@@ -205,7 +210,7 @@ def pages_of(
                 size=partial(_pdf_page_size, path, n, dpi),
             )
             for n in chosen
-        ]
+        ] + missing
     named = count > 1
     return [
         OcrPage(
@@ -214,7 +219,7 @@ def pages_of(
             size=partial(image_size, path, n - 1),
         )
         for n in chosen
-    ]
+    ] + missing
 
 
 def _ranges(numbers: str) -> list[tuple[int, int | None]]:
@@ -287,7 +292,7 @@ def pdf_page(
     """
     with _pdf(path) as document:
         if not 1 <= number <= len(document):
-            raise ValueError(
+            raise ForeignFileError(
                 f"{path} should have a page {number}; it has {len(document)} pages; correct "
                 "the tests or the file"
             )
@@ -308,14 +313,10 @@ def _pdf_page_size(path: Stored, number: int, dpi: float) -> tuple[int, int]:
 @contextlib.contextmanager
 def _pdf(path: Stored) -> Iterator[Any]:
     pypdfium2 = import_pypdfium2()
-    try:
+    with foreign(str(path), "a PDF without a password"):
         content = path if isinstance(path, Path) else path.open("rb").read()
         with pypdfium2.PdfDocument(content) as document:
             yield document
-    except pypdfium2.PdfiumError as error:
-        raise ValueError(
-            f"{path} should be a PDF without a password; {error}; restore the file"
-        ) from error
 
 
 def import_pypdfium2() -> Any:

@@ -10,7 +10,7 @@ from typing import IO, Literal, Protocol, cast
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from compress.common.foreign import foreign
+from compress.common.foreign import ForeignFileError, foreign
 
 Mode = Literal["RGB", "L"]
 
@@ -148,7 +148,7 @@ def check_image(image: Image.Image, name: str = "the image") -> None:
 def check_size(width: int, height: int, name: str) -> None:
     """Refuse images without pixels or with too many; see :func:`check_image`."""
     if not 0 < width * height <= MOST_PIXELS:
-        raise ValueError(
+        raise ForeignFileError(
             f"{name} should have 1 to {MOST_PIXELS:,} pixels; its size is {width}x{height}; scale "
             "or replace it"
         )
