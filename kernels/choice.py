@@ -13,9 +13,11 @@ those before it end, ``start_g = sum_j n_j [j before g]``.
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
+from functools import lru_cache
+
 import torch
 
-from compress.kernels.backend import current_device_of, jit, tl
+from compress.kernels.backend import Launch, current_device_of, jit, tl
 from compress.kernels.sparse_decode import LOG2_E, block, packed
 
 TILE = 32  # groups whose scores are computed together
@@ -129,33 +131,49 @@ def choose_rows(
     a smaller budget; and the logarithm of how many tokens of each group are left,
     ``(batch, kv_heads, groups)`` in float32, -inf for none.
     """
-    batch, heads, _, dim = query.shape
-    kv_heads, groups = sizes.shape[1:]
-    rows = order.new_empty(batch, kv_heads, width)
+    parts = tuple(part.contiguous() for part in (keys, sizes, first, order, budgets))
+    rows = order.new_empty(*sizes.shape[:2], width)
     scores, bias = (torch.empty_like(sizes, dtype=torch.float32) for _ in range(2))
+    launch = _launch(
+        *(query.device, query.dtype, query.shape, query.stride()),
+        *(tuple(sizes.shape[1:]), order.shape[2], width, scaling),
+    )
     with current_device_of(query):
-        _choice_kernel[(batch * kv_heads,)](
-            query,
-            *(part.contiguous() for part in (keys, sizes, first, order, budgets)),
-            scores,
-            rows,
-            bias,
-            scaling * LOG2_E,
-            width,
-            order.shape[2],
-            groups,
-            kv_heads,
-            *(query.stride(axis) for axis in (0, 1, 3)),
-            GROUP=heads // kv_heads,
-            DIM=dim,
-            BLOCK_GROUP=block(heads // kv_heads),
-            BLOCK_DIM=block(dim),
-            BLOCK_GROUPS=block(groups),
-            BLOCK_TILE=TILE,
-            BLOCK_SLOTS=SLOTS,
-            num_warps=WARPS,
-        )
+        launch(query, *parts, scores, rows, bias)
     return rows, bias
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int, int],
+    heads_and_groups: tuple[int, int],
+    visual: int,
+    width: int,
+    scaling: float,
+) -> Launch:
+    """Of calls on a device with a query of this kind, and so many key heads and groups."""
+    (batch, heads, _, dim), (kv_heads, groups) = shape, heads_and_groups
+    return Launch(
+        _choice_kernel,
+        (batch * kv_heads, 1, 1),
+        (
+            *(scaling * LOG2_E, width, visual, groups, kv_heads),
+            *(strides[axis] for axis in (0, 1, 3)),
+        ),
+        {
+            "GROUP": heads // kv_heads,
+            "DIM": dim,
+            "BLOCK_GROUP": block(heads // kv_heads),
+            "BLOCK_DIM": block(dim),
+            "BLOCK_GROUPS": block(groups),
+            "BLOCK_TILE": TILE,
+            "BLOCK_SLOTS": SLOTS,
+            "num_warps": WARPS,
+        },
+    )
 
 
 def choose_rows_reference(

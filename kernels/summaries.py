@@ -9,10 +9,12 @@ product with the zeros and ones that say which token is in which group.
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
+from functools import lru_cache
+
 import torch
 
 from compress.kernels import sparse_decode
-from compress.kernels.backend import current_device_of, jit, tl
+from compress.kernels.backend import Launch, current_device_of, jit, tl
 
 GROUPS = 16  # of a program
 ROWS = 32  # of a tile
@@ -131,45 +133,58 @@ def summaries(
     Mean keys and values in the cache's dtype, and the logarithm of how many tokens each stands for;
     -inf for none.
     """
-    batch, kv_heads, _, dim = key.shape
-    groups, value_dim = sums[2].shape[2], value.shape[3]
     key_sums, value_sums, sizes = (part.contiguous() for part in sums)
     member, rows, index = member.contiguous(), rows.contiguous(), index.contiguous()
     shown = None if valid is None else valid.contiguous()
     keys, values = key.new_empty(key_sums.shape), value.new_empty(value_sums.shape)
     bias = torch.empty_like(sizes)
+    launch = _launch(
+        *(key.device, key.dtype, rows.dtype, shown is None),
+        *(tuple(key.shape), key.stride(), value.shape[3], value.stride()),
+        *(rows.shape[1], index.shape[1], member.shape[2], sizes.shape[2]),
+    )
     with current_device_of(key):
-        _summaries_kernel[(batch * kv_heads, -(-groups // GROUPS))](
-            key,
-            value,
-            rows,
-            index,
-            shown,
-            member,
-            key_sums,
-            value_sums,
-            sizes,
-            keys,
-            values,
-            bias,
-            index.shape[1],
-            member.shape[2],
-            groups,
-            kv_heads,
-            *key.stride(),
-            *value.stride(),
-            rows.stride(0),
-            index.stride(0),
-            0 if shown is None else shown.stride(0),
-            DIM=dim,
-            VALUE_DIM=value_dim,
-            BLOCK_DIM=sparse_decode.block(dim),
-            BLOCK_VALUE=sparse_decode.block(value_dim),
-            BLOCK_GROUPS=GROUPS,
-            BLOCK_ROWS=ROWS,
-            num_warps=WARPS,
+        launch(
+            *(key, value, rows, index, shown, member, key_sums, value_sums, sizes),
+            *(keys, values, bias),
         )
     return keys, values, bias
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    of_rows: torch.dtype,
+    whole: bool,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int, int],
+    value_dim: int,
+    value_strides: tuple[int, int, int, int],
+    picked: int,
+    kept: int,
+    visual: int,
+    groups: int,
+) -> Launch:
+    """Of calls on a device with a cache and rows of this kind; ``whole`` is without a mask."""
+    batch, kv_heads, _, dim = shape
+    return Launch(
+        _summaries_kernel,
+        (batch * kv_heads, -(-groups // GROUPS), 1),
+        (
+            *(kept, visual, groups, kv_heads, *strides, *value_strides),
+            *(picked, kept, 0 if whole else kept),
+        ),
+        {
+            "DIM": dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_DIM": sparse_decode.block(dim),
+            "BLOCK_VALUE": sparse_decode.block(value_dim),
+            "BLOCK_GROUPS": GROUPS,
+            "BLOCK_ROWS": ROWS,
+            "num_warps": WARPS,
+        },
+    )
 
 
 def bytes_moved(
