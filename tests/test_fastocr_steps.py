@@ -13,11 +13,13 @@ from builders.fastocr import PAGES, TEXTS, paper, write
 from compress.methods.fastocr import attention, hooks, state
 from compress.methods.fastocr.policy import make_policy
 from compress.methods.fastocr.visual_tokens import VisualTokens
+from compress.methods.rtprune import RTPrune
 from compress.models import captured_call
 from compress.models.cache_argument import cache_argument
-from compress.models.captured_call import CudaGraph
+from compress.models.captured_call import CapturedCall, CudaGraph
 from compress.models.generation import checked_generation, replaced_method
 from compress.models.growing_cache import growing_caches
+from compress.models.reading import read_pages
 from compress.models.visual import build_prompt, text_model, visual_layouts
 
 STEPS = 9
@@ -324,6 +326,109 @@ def test_what_cannot_be_captured_says_so(intern, monkeypatch, error, shown):
     ):
         write(model, inputs, STEPS, cache_implementation="static")
     assert current == ["default"]
+
+
+def _captured(monkeypatch):
+    """Let steps over static caches be recorded; what was, and what was replayed."""
+    recorded, replayed = [], []
+
+    class Watched(CapturedCall):
+        def __init__(self, *args):
+            recorded.append(1)
+            super().__init__(*args)
+
+        def replay(self, inputs):
+            replayed.append(1)
+            super().replay(inputs)
+
+    monkeypatch.setattr(captured_call, "CudaGraph", Tape)
+    monkeypatch.setattr(hooks, "CapturedCall", Watched)
+    monkeypatch.setattr(hooks, "_records", lambda device: True)
+    return recorded, replayed
+
+
+def test_readers_ask_for_a_static_cache_where_steps_over_it_are_captured(intern, monkeypatch):
+    model, processor = intern
+    method, asked = paper(keep_visual=0.1, focal_layers=[1], min_visual=0), []
+
+    def note(original, *args, **kwargs):
+        asked.append(kwargs.get("cache_implementation"))
+        return original(*args, **kwargs)
+
+    def read():
+        with replaced_method(model, "generate", note):
+            return read_pages(model, processor, PAGES, "Read.", max_new_tokens=STEPS)
+
+    dense = read()
+    with method.attach(model):
+        expected = read()
+    recorded, replayed = _captured(monkeypatch)
+    with method.attach(model):
+        assert read() == expected and recorded and replayed
+    with method.attach(model), monkeypatch.context() as patch:
+        patch.setattr(Tape, "__enter__", refuse)
+        with pytest.raises(ValueError, match="nothing can be captured"):
+            read()
+        assert read() == expected  # the pages after those that this was tried with
+    assert read() == dense and asked == [None, None, "static", "static", None, None]
+    with method.attach(model), monkeypatch.context() as patch:
+        patch.setattr(model, "hf_device_map", {"a": 0, "b": 1}, raising=False)
+        assert read() == expected and asked[-1] is None
+
+
+def refuse(*_):
+    raise ValueError("nothing can be captured")
+
+
+def test_what_is_captured_is_replayed(monkeypatch):
+    """The mask of a prompt that another method shortened grows with each step."""
+    model, processor = fastocr.model("deepseek_ocr2")
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    recorded, replayed = _captured(monkeypatch)
+    with (
+        RTPrune(keep_tokens=0.5).attach(model),
+        paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model),
+    ):
+        write(model, inputs, STEPS, cache_implementation="static")
+    assert len(recorded) <= len(replayed)
+
+
+@pytest.mark.parametrize("knobs", [{"focal_layers": [1]}, {"min_visual": 10_000}], ids=str)
+def test_a_step_that_fails_is_not_counted(intern, knobs):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES, TEXTS)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 4:  # the prompt is read, and two steps are done
+            raise KeyboardInterrupt
+
+    with paper(keep_visual=0.1, **{"min_visual": 0} | knobs).attach(model) as handle:
+        write(model, inputs, 2)
+        expected = handle.facts()
+        handle.reset()
+        hook = text_model(model).layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write(model, inputs, 5)
+        hook.remove()
+        found = handle.facts()
+        assert found.pop("switched_off") == expected.pop("switched_off") and found == expected
+
+
+def test_a_prompt_of_one_token_into_an_emptied_cache_is_none_of_its_steps(intern):
+    model, processor = intern
+    inputs = build_prompt(model, processor, PAGES[:1], TEXTS[:1])
+    short = {"input_ids": torch.tensor([[30]]), "attention_mask": torch.tensor([[1]])}
+    expected = write(model, short, 3)[0]
+    length = inputs["input_ids"].shape[1] + STEPS
+    cache = StaticCache(config=text_model(model).config, max_cache_len=length)
+    with paper(keep_visual=0.1, focal_layers=[1], min_visual=0).attach(model) as handle:
+        write(model, inputs, 3, **{cache_argument(model): cache})
+        facts = handle.facts()
+        cache.reset()
+        assert torch.equal(write(model, short, 3, **{cache_argument(model): cache})[0], expected)
+        assert handle.facts() == facts  # without pages there is nothing to count
 
 
 def test_a_step_over_a_growing_cache_cannot_be_replayed(intern):

@@ -65,6 +65,8 @@ def test_batches_keep_the_budget_and_every_page(budget, monkeypatch):
     assert Counter(p.name for batch in batches for p in batch) == Counter(p.name for p in pages)
     cost = [max(int(page.name) for page in batch) * len(batch) for batch in batches]
     assert all(c <= budget or len(batch) == 1 for c, batch in zip(cost, batches, strict=True))
+    sides = [sorted(int(page.name) for page in batch) for batch in batches]
+    assert all(side[-1] <= 2 * side[0] for side in sides)  # short texts do not wait for long ones
     if budget == 400:  # a sorted window leaves little padding
         assert sum(cost) < 1.4 * sum(sizes)
     assert next(reading.by_tokens(iter(pages), budget, lambda page: 1))  # a stream

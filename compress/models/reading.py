@@ -11,6 +11,7 @@ from transformers import StoppingCriteriaList
 from compress.common.foreign import reason
 from compress.common.stages import stage
 from compress.data.page_files import OcrPage
+from compress.models.generation import fastest_cache
 from compress.models.loops import LoopStopper
 from compress.models.visual import adapter_for, build_prompt, inputs_for, visual_layouts
 
@@ -164,6 +165,7 @@ def _generate(
     left = _positions(model) - length
     limit = max_new_tokens or model.generation_config.max_new_tokens or min(left, MOST_NEW_TOKENS)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
+    settings |= fastest_cache(model)
     if no_repeat_ngram:
         settings["no_repeat_ngram_size"] = no_repeat_ngram
     loops = LoopStopper(len(layouts), length, loop_tokens) if loop_tokens else None

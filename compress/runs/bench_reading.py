@@ -52,7 +52,7 @@ class FolderShape:
     model: str = "builtin:reader-qwen"
     folder: str | None = None
     pages: Annotated[int, Field(ge=1)] = 16
-    batch_tokens: Annotated[int, Field(ge=1)] = 2_500
+    batch_tokens: Annotated[int, Field(ge=1)] = 5_000
     new_tokens: Annotated[int, Field(ge=1)] = 64
     dtype: Dtype = "float32"
 

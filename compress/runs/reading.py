@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 RENDERED_SIZES = {kind.size for kind in (LINE, PAGE, SQUARE_PAGE, DOCUMENT)}
 WINDOW = 256  # pages of a process among which those of like size are put together
+LIKE = 2  # a batch decodes until its longest text ends: no page has so many times another's tokens
 RECORDS = "pages-[0-9][0-9][0-9][0-9].jsonl"
 
 
@@ -94,17 +95,20 @@ def by_tokens(
 
     Parameters
     ----------
-    pages : of which ``WINDOW`` at a time are sorted.
+    pages : of which ``WINDOW`` at a time are sorted; the largest of a batch has at most ``LIKE``
+        times the tokens of the smallest.
     budget : visual tokens of a batch: those of its largest page times its pages. A page that has
         more is a batch of its own.
     count : visual tokens of a page.
     """
     for window in in_batches(pages, WINDOW):
         batch: list[OcrPage] = []
+        fewest = 0
         for tokens, _, page in sorted((count(page), i, page) for i, page in enumerate(window)):
-            if batch and tokens * (len(batch) + 1) > budget:
+            if batch and (tokens * (len(batch) + 1) > budget or tokens > LIKE * fewest):
                 yield batch
                 batch = []
+            fewest = tokens if not batch else fewest
             batch.append(page)
         yield batch
 

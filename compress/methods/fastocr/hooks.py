@@ -29,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
@@ -40,8 +41,8 @@ from compress.methods.fastocr.policy import AttentionPolicy
 from compress.methods.fastocr.state import Counts, DecodeState
 from compress.methods.fastocr.visual_tokens import VisualTokens
 from compress.models.cache_argument import cache_in
-from compress.models.captured_call import CapturedCall
-from compress.models.generation import checked_generation, replaced_method
+from compress.models.captured_call import CapturedCall, kinds_of
+from compress.models.generation import checked_generation, replaced_method, static_caches
 from compress.models.growing_cache import growing_caches
 from compress.models.visual import (
     ADAPTERS,
@@ -128,6 +129,7 @@ def attached(
             replaced_method(model, "generate", handle.generate),
             checked_generation(model, handle.check),
             growing_caches(model),
+            static_caches(model, handle.captures),
         ):
             stack.enter_context(context)
         yield handle
@@ -167,6 +169,20 @@ class Handle:
         self._own: tuple[Sequence[VisualLayout], int] | None = None
         self._stepped: DecodeState | None = None  # of a call that is a decode step
         self._captures = False  # whether generate lets its steps be captured
+        self._refused = False  # whether a step of this model could not be
+
+    def captures(self) -> bool:
+        """Whether decode steps over a static cache, where one is asked for, are captured."""
+        return (
+            _records(self.model.device)
+            and self.model._can_compile_fullgraph
+            and not (self._spread or self.slides or self._refused)
+        )
+
+    @property
+    def _spread(self) -> bool:
+        """Whether the parts of the model are on several devices, which are not one graph."""
+        return len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
 
     def facts(self) -> dict[str, Any]:
         """What was attended to since the start or the last reset; see :class:`Counts`."""
@@ -186,6 +202,10 @@ class Handle:
         self._generated = dict(call.get("kwargs", {}))
         if call.get("inputs") is not None:
             self._generated["input_ids"] = call["inputs"]
+        cache = cache_in(self._generated)
+        # of a static cache that was emptied, a prompt of one token would pass for a decode step
+        if cache is not None and not int(cache.get_seq_length()):
+            self.states.pop(cache, None)
         try:
             return original(*args, **kwargs)
         finally:
@@ -209,9 +229,7 @@ class Handle:
                 "FastOCR reads a prompt in one call, where it finds the pages; got "
                 f"prefill_chunk_size={config.prefill_chunk_size}; leave it out"
             )
-        # the parts of a model on several devices are not one graph
-        places = set((getattr(self.model, "hf_device_map", None) or {}).values())
-        self._captures = not config.disable_compile and len(places) <= 1
+        self._captures = not config.disable_compile and not self._spread
         ids = self._generated.get("input_ids")
         if self.preflight is None or ids is None:
             return
@@ -270,13 +288,24 @@ class Handle:
 
         def begun(inputs: dict[str, Any]) -> Any:
             state.start_step()
-            output = original(*args, **inputs, **({} if state.off else {STATE: state}))
+            try:
+                output = original(*args, **inputs, **({} if state.off else {STATE: state}))
+            except BaseException:  # an interrupt, too
+                state.counts.forget()
+                raise
             state.counts.settle()
             return output
 
+        captures = not args and self._captures and _fixed(cache_in(kwargs))
+        output = self._captured(state, begun, kwargs) if captures else begun(kwargs)
+        state.count_dense()
+        return output
+
+    def _captured(
+        self, state: DecodeState, begun: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a decode step over a static cache: the third that did the same is captured."""
         cache = cache_in(kwargs)
-        if args or not self._captures or not _fixed(cache):
-            return begun(kwargs)
         # a state lives as long as its cache, and must not keep it
         [place] = [name for name, value in kwargs.items() if value is cache]
         inputs = {name: value for name, value in kwargs.items() if name != place}
@@ -285,11 +314,22 @@ class Handle:
             output = begun({**inputs, place: cache})
             return type(output), {k: None if v is cache else v for k, v in output.items()}
 
+        kinds, before = kinds_of(inputs), state.kinds
+        state.kinds = kinds
         if state.captured and not state.begins_piece and state.captured.fits(inputs):
-            state.advance()
+            state.length += 1
             state.captured.replay(inputs)
-        elif state.repeated > 1 and not state.captured and not state.begins_piece:
-            state.captured = CapturedCall(run, inputs, cache.layers[0].device)
+        elif (
+            state.repeated > 1
+            and kinds == before  # those of a prompt that was shortened may grow
+            and not state.captured
+            and not state.begins_piece
+        ):
+            try:
+                state.captured = CapturedCall(run, inputs, cache.layers[0].device)
+            except ValueError:
+                self._refused = True
+                raise
         else:
             return begun(kwargs)
         kind, values = state.captured.output
@@ -382,7 +422,12 @@ class Handle:
 def _fixed(cache: Any) -> bool:
     """Whether a cache is on a GPU, and reading it is the same in every step: not one that grows."""
     layers = getattr(cache, "layers", [])
-    return {type(layer) for layer in layers} == {StaticLayer} and layers[0].device.type == "cuda"
+    return {type(layer) for layer in layers} == {StaticLayer} and _records(layers[0].device)
+
+
+def _records(device: torch.device) -> bool:
+    """Whether calls on a device can be captured."""
+    return device.type == "cuda"
 
 
 def _layouts(model: Any, inputs: Mapping[str, Any]) -> list[VisualLayout]:

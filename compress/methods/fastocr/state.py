@@ -95,6 +95,10 @@ class Counts:
             self._known[value] = torch.tensor(value, device=device)
         return self._known[value]
 
+    def forget(self) -> None:
+        """Leave out the step, which failed."""
+        self._step.clear()
+
     def facts(self) -> dict[str, Any]:
         """The counts as JSON; shares are None before the first decode step."""
         self.settle()
@@ -126,6 +130,7 @@ class DecodeState:
         of them: its steps are dense, and only counted.
     repeated : steps up to the last one that did the same, but for values on the device. The first
         makes what the others only use.
+    kinds : of the inputs of the last step that may be captured.
     captured : a step that is replayed where the cache allows it.
     """
 
@@ -143,13 +148,14 @@ class DecodeState:
         self._last: tuple[Any, ...] = ()  # what the last sparse layer of the step read
         self._periphery: dict[int, Periphery] = {}  # by layer, from its first sparse step
         self.repeated = 0
+        self.kinds: Any = None
         self.captured: CapturedCall | None = None
 
     def start_step(self) -> None:
         """Begin a step, which reads one new token of each sequence."""
         if self.begins_piece:
             self.repeated, self.captured = 0, None
-        self.advance()
+        self.length += 1
         self.repeated += 1
         if self.off:
             return
@@ -170,9 +176,8 @@ class DecodeState:
         """Whether the next step over a static cache reads more rows than the last one."""
         return (self.length - self.tokens.length) % PIECE == 0
 
-    def advance(self) -> None:
-        """Count what the host counts of a step; all there is to do for one that is replayed."""
-        self.length += 1
+    def count_dense(self) -> None:
+        """Count a step that has succeeded, where it was dense; a replay counts the others."""
         visual = sum(self.tokens.counts)
         if self.off and visual:
             self.counts.dense_steps += len(self.tokens.counts)
