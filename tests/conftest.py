@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # while a million objects are imported, which stay: see _frozen_imports
 REPOSITORY = Path(__file__).parents[1]
 # caches that tools keep in the checkout by design
 LITTER_ALLOWED = {".git", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "build", "runs"}
@@ -51,11 +52,13 @@ def _leaves_no_files() -> Iterator[None]:
         raise RuntimeError(f"the tests left files in the checkout: {', '.join(left)}")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _frozen_imports() -> None:
-    # runs collect garbage when they end: without the million objects that imports have made
-    gc.collect()
+    # runs collect garbage when they end: without the million objects that imports have made, and
+    # those of the files before
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # tests make many objects, and few cycles
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -63,7 +63,7 @@ def start(folder, resume, method=SHOT, **training) -> PruningRun:
     """A run of a seeded UNet on seeded noise."""
     torch.manual_seed(0)
     # dropout draws from the global generator, which a resumed run must find as it was
-    unet = UNet2DModel(**CONFIGS["no_attention"], dropout=0.1)
+    unet = UNet2DModel(**CONFIGS["smallest"], dropout=0.1)
     torch.seed()  # a new process has anything in its generator
     settings = Training(**(TRAINING | training))
     return pruning.start(method, settings, unet, folder=folder, resume=resume)
