@@ -151,7 +151,7 @@ def test_fastocr_decodes_with_interpreted_kernels(names, chosen):
 @pytest.mark.parametrize(
     "capabilities, cases",
     [
-        (["90"], ["fp16:128:0", "bf16:80:1", "fp32:64:0"]),
+        (["90"], ["bf16:80:1", "fp32:64:0"]),
         pytest.param(
             ["80", "90"],
             [

@@ -27,7 +27,7 @@ STEPS, RECOVER = 5, 2
 
 def tiny_unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(**models.TWO_LEVELS | changes)
+    return UNet2DModel(**models.CONFIGS["resnets"] | changes)
 
 
 def gradflow(**changes) -> GradFlow:

@@ -39,6 +39,12 @@ CONFIGS = {
         "add_attention": False,
     },
     "no_middle": TWO_LEVELS | {"mid_block_type": None},
+    "resnets": TWO_LEVELS
+    | {
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "mid_block_type": None,
+    },
     "smallest": TWO_LEVELS
     | {
         "block_out_channels": (8,),

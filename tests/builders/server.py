@@ -4,14 +4,11 @@ Jobs are lines of JSON on the standard input; the answer to each is the child's 
 package is not imported here: a program may be one that does without it.
 """
 
-import gc
 import json
 import os
 import runpy
 import signal
 import sys
-
-gc.disable()  # nothing of what is imported is garbage
 
 import accelerate  # noqa: F401
 import torch

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from builders import pruning
 from builders.events import leave
 from builders.forks import exit_code, fork, free_port
-from builders.models import TWO_LEVELS
+from builders.models import CONFIGS
 from compress.common.events import drain
 from compress.data.digits import digits
 from compress.eval import diffusion
@@ -86,7 +86,7 @@ FLOAT = torch.Tensor.float
 
 def unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(**(TWO_LEVELS | {"sample_size": 16} | changes))
+    return UNet2DModel(**(CONFIGS["no_middle"] | {"sample_size": 16} | changes))
 
 
 def cut_weights(blocks, precision):
