@@ -51,7 +51,7 @@ class FolderShape:
 
     model: str = "builtin:reader-qwen"
     folder: str | None = None
-    pages: Annotated[int, Field(ge=1)] = 16
+    pages: Annotated[int, Field(ge=1)] = 32
     batch_tokens: Annotated[int, Field(ge=1)] = 5_000
     new_tokens: Annotated[int, Field(ge=1)] = 64
     dtype: Dtype = "float32"
