@@ -60,11 +60,14 @@ def static_caches(model: Any, captures: Callable[[], bool]) -> Iterator[None]:
     model : of transformers.
     captures : says, before an answer, whether its decode steps will be captured over such a cache.
     """
+    before = vars(model).get(CAPTURES)  # contexts may lie in one another
     setattr(model, CAPTURES, captures)
     try:
         yield
     finally:
         delattr(model, CAPTURES)
+        if before:
+            setattr(model, CAPTURES, before)
 
 
 def fastest_cache(model: Any) -> dict[str, Any]:
