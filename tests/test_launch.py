@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builders.programs import rank_of
+from builders.programs import LAUNCHERS, rank_of
 
 COMMAND = (sys.executable, "-P", "-m", "compress.cli")
 RECIPE = """
@@ -69,21 +69,10 @@ def same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["processes", "torchrun", "accelerate"])
+@pytest.mark.parametrize("way", LAUNCHERS)
 def test_every_launcher_gives_the_run_of_one_process(place, alone, way):
-    module = ("-m", "compress.cli")
-    launchers = {
-        "processes": COMMAND,
-        "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *module),
-        "accelerate": (
-            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
-            *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
-            *("--main_process_port=0", *module),
-        ),
-    }
-    through = launchers[way] if way == "processes" else (sys.executable, "-P", *launchers[way])
     options = ("--processes", "2", "--json") if way == "processes" else ("--json",)
-    done = compress(place, way, *options, through=through)
+    done = compress(place, way, *options, through=LAUNCHERS[way])
     assert done.returncode == 0, done.stderr
     # one process prints
     assert json.loads(done.stdout)["run"]["processes"] == 2

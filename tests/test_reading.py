@@ -1,5 +1,6 @@
 """Many pages: batches by tokens, and rows that survive what happens to a job."""
 
+import json
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from builders.programs import rank_of
+from builders.programs import LAUNCHERS, rank_of
 from compress.bench.reading_parts import PARTS
 from compress.bench.suite import bench
 from compress.common.events import drain
@@ -204,6 +205,44 @@ def test_a_folder_is_timed_in_every_way_that_serves_the_model(reader, tmp_path):
         assert row["memory_mb"] > 4 and row["pages_per_second"] > 0
     table = BENCHMARK.table(lines(rows))
     assert table.count("\n| cpu") == len(ways) and "| dense, in file order |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", LAUNCHERS)
+def test_every_launcher_reads_and_scores_as_one_process(reader, tmp_path, way):
+    bad = render(tmp_path / "in", 7, 1)
+    pages = [str(path) for path in (tmp_path / "in").rglob("*.png")]
+    (tmp_path / "scored").mkdir()
+    for index in range(5):
+        made = page(0, index, KINDS[index % len(KINDS)], "test")
+        made.image.save(tmp_path / "scored" / f"{index}.png")
+        (tmp_path / "scored" / f"{index}.txt").write_text(made.text)
+
+    several = ("--processes", "2") if way == "processes" else ()
+    for name, through, processes in (("one", COMMAND, ()), ("two", LAUNCHERS[way], several)):
+
+        def run(command, *arguments, through=through, options=processes):
+            return subprocess.run(
+                [*through, command, *map(str, arguments), "--max-new-tokens", "4", *options],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+
+        run("read", tmp_path / "in", "--model", reader, "--output", tmp_path / name)
+        scores = ("--data", tmp_path / "scored", "--output", tmp_path / f"scores-{name}")
+        done = run("eval", reader, *scores)
+        assert done.returncode == 0, done.stderr
+    check(tmp_path / "two", pages, bad, tmp_path / "one")
+    assert len(list((tmp_path / "two").glob("pages-*.jsonl"))) == 2
+    one, two = (
+        json.loads((tmp_path / f"scores-{name}" / "metrics.json").read_text())["metrics"]
+        for name in ("one", "two")
+    )
+    times = {"pages_per_second", *(f"{part}_ms" for part in PARTS)}
+    assert one.keys() == two.keys() >= times
+    assert all(one[name] == two[name] for name in one.keys() - times)
 
 
 def resident(pid):

@@ -10,6 +10,20 @@ from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
+_COMMAND = ("-m", "compress.cli")
+# the command line on two processes, by what starts them; the first takes --processes, too
+LAUNCHERS = {
+    "processes": (sys.executable, "-P", *_COMMAND),
+    "torchrun": (
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc_per_node=2", *_COMMAND),
+    ),
+    "accelerate": (
+        *(sys.executable, "-P", "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
+        *("--main_process_port=0", *_COMMAND),
+    ),
+}
 
 
 def path(name: str) -> str:
