@@ -730,11 +730,11 @@ def test_an_answer_does_not_depend_on_its_batch(knobs):
         knobs = {"warmup": 2, **knobs}
     method = paper(keep_visual=0.05, **knobs)
     with method.attach(model) as handle:
-        tokens, logits = write(model, inputs, 6)
+        tokens, logits = write(model, inputs, 4)
         together = handle.facts()
         handle.reset()
         for row, page in enumerate(_alone(model, processor)):
-            alone, alone_logits = write(model, page, 6)
+            alone, alone_logits = write(model, page, 4)
             assert torch.equal(alone[0], tokens[row])
             torch.testing.assert_close(alone_logits[0], logits[row], atol=1e-5, rtol=0)
         for name, fact in handle.facts().items():
