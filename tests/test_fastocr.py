@@ -227,15 +227,16 @@ def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, dense, 
     assert len(gathered) == 3
 
 
-def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(family, dense):
+@pytest.mark.parametrize("choose", ["summaries", "signs"])
+def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(family, dense, choose):
     name, model, processor, inputs = family
     tokens, logits = dense
     most = max(len(layout.positions) for layout in visual_layouts(model, inputs))
-    with paper(choose="summaries", keep_visual=1.0, min_visual=0).attach(model) as handle:
+    with paper(choose=choose, keep_visual=1.0, min_visual=0).attach(model) as handle:
         found_tokens, found_logits = write(model, inputs)
         assert handle.facts()["attended_by_layer"] == [1.0, 1.0]
     assert torch.equal(found_tokens, tokens) and torch.equal(found_logits, logits)
-    one_each = paper(choose="summaries", keep_visual=0.05, periphery=most, groups="runs")
+    one_each = paper(choose=choose, keep_visual=0.05, periphery=most, groups="runs")
     for settings in ({}, {"cache_implementation": "static"}):
         with one_each.attach(model):
             found_tokens, found_logits = write(model, inputs, 2, **settings)
@@ -719,6 +720,7 @@ def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
         {"focal_layers": "auto", "fixation": "static"},
         {"focal_layers": [1], "min_visual": 100},
         {"choose": "summaries", "min_visual": 0},
+        {"choose": "signs", "min_visual": 0},
         {"focal_layers": "auto", "min_visual": 100, "fixation": "window"},
     ],
     ids=str,
@@ -1036,7 +1038,7 @@ def test_the_same_method_twice_is_refused(qwen):
         ({"warmup": 1}, "greater than or equal to 2"),
         ({"keep": 0.5}, "keep"),
         ({"fixation": "static", "reuse": False}, "belong to the dynamic fixation"),
-        ({"choose": "summaries", "periphery": 0}, "some to choose from; got periphery=0"),
+        ({"choose": "summaries", "periphery": 0}, "needs summaries to read; got periphery=0"),
         ({"choose": "summaries", "focal_layers": [1]}, "focal_layers belongs to choose: focal"),
         ({"choose": "summaries", "fixation": "window"}, "fixation belongs to choose: focal"),
         ({"periphery": "auto"}, "auto belongs to choose: summ"),

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compress.kernels.signs import pack
+
 TEXT = 5  # rows behind the visual ones, which all heads read
 
 
@@ -62,6 +64,27 @@ def draw(shape, dtype):
         "width": max(shape.budgets),
         "scaling": 0.2,
     }, (normal(*cache), normal(*cache), normal(*own, shape.groups, shape.dim))
+
+
+def draw_signs(shape, dtype):
+    """Arguments of ``sign_scores`` by name, and the keys that they stand for."""
+    given, _ = draw(shape, dtype)
+    generator = torch.Generator().manual_seed(1)
+    own = len(shape.budgets), shape.kv_heads
+    keys = given["keys"]
+    member = torch.randint(shape.groups, (*own, shape.visual), generator=generator)
+    positive = torch.rand(*own, shape.visual, shape.dim, generator=generator) < 0.5
+    scales = torch.rand(*own, shape.dim, generator=generator).to(dtype)
+    means = keys.double().gather(2, member[..., None].expand(-1, -1, -1, shape.dim))
+    stood_for = means + scales.double()[:, :, None].where(positive, -scales.double()[:, :, None])
+    return {
+        "query": given["query"],
+        "keys": keys,
+        "member": member.to(torch.uint8),
+        "codes": pack(positive),
+        "scales": scales,
+        "scaling": 0.2,
+    }, stood_for
 
 
 def attend(given, cache, opened, decode):

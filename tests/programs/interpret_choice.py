@@ -1,4 +1,4 @@
-"""Interpret the kernel that opens groups, and attention to them: ``interpret_choice.py FILE``."""
+"""Interpret the kernels that open groups or score by signs: ``interpret_choice.py FILE``."""
 
 import sys
 
@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from builders import choice as cases
-from compress.kernels import choice, sparse_decode
+from compress.kernels import choice, signs, sparse_decode
 
 
 def main(file: str) -> None:
@@ -19,6 +19,7 @@ def main(file: str) -> None:
             outputs |= {f"{name} rows": rows, f"{name} bias": bias}
             sparse = cases.attend(given, cache, (rows, bias), sparse_decode.sparse_decode)
             outputs[f"{name} attended"] = sparse
+            outputs[f"{name} scores"] = signs.sign_scores(**cases.draw_signs(shape, dtype)[0])
     save_file(outputs, file)
 
 

@@ -2,11 +2,11 @@
 
 Pure functions do the work: :func:`sparse_decode` reads some rows of the cache,
 :func:`peripheral_decode` also summaries of the other visual tokens, :func:`choose_rows` chooses
-rows by summaries, :func:`focal_decode` reads all rows and returns the attention over them, and
-:func:`top_rows` chooses the rows with most of it. On a GPU they are the kernels of
+rows by summaries or signs, :func:`focal_decode` reads all rows and returns the attention over
+them, and :func:`top_rows` chooses the rows with most of it. On a GPU they are the kernels of
 :mod:`compress.kernels.sparse_decode`, :mod:`compress.kernels.summaries`,
-:mod:`compress.kernels.choice` and :mod:`compress.kernels.topk`, elsewhere the plain torch beside
-them.
+:mod:`compress.kernels.choice`, :mod:`compress.kernels.signs` and :mod:`compress.kernels.topk`,
+elsewhere the plain torch beside them.
 
 Shapes: ``query`` is ``(batch, heads, 1, dim)``; ``key`` ``(batch, kv_heads, length, dim)`` and
 ``value`` are those of the cache; ``heads`` is a multiple of ``kv_heads``. A mask is True where
@@ -21,10 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from compress.kernels import choice, topk
+from compress.kernels import signs as bits
 from compress.kernels import sparse_decode as kernels
 from compress.kernels import summaries as groups
 from compress.kernels.backend import use_triton
-from compress.methods.fastocr.choosing import Index
+from compress.methods.fastocr.choosing import Index, Signs
 from compress.methods.fastocr.fixation import Fixation, HeadReduce
 from compress.methods.fastocr.periphery import Periphery
 
@@ -55,11 +56,44 @@ def sparse_decode(
 def choose_rows(
     query: torch.Tensor, index: Index, budgets: torch.Tensor, width: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`compress.kernels.choice.choose_rows` from the groups of a layer, on any device."""
+    """:func:`compress.kernels.choice.choose_rows` from the groups of a layer, on any device.
+
+    With signs the tokens with the highest scores, of equal ones the first, whatever their group.
+    """
+    if index.signs:
+        return _choose_by_signs(query, index, index.signs, budgets, width, scaling)
     fast = _use_kernel("choose_rows", query, index.keys, index.values)
     choose = choice.choose_rows if fast else choice.choose_rows_reference
     groups = index.keys, index.sizes, index.first, index.order
     return choose(query, *groups, budgets, width, scaling)
+
+
+def _choose_by_signs(
+    query: torch.Tensor,
+    index: Index,
+    signs: Signs,
+    budgets: torch.Tensor,
+    width: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fast = _use_kernel("sign_scores", query, index.keys, index.values)
+    score = bits.sign_scores if fast else bits.sign_scores_reference
+    scores = score(query, index.keys, signs.member, signs.codes, signs.scales, scaling)
+    heads, visual = index.order.shape[1:]
+    places = torch.arange(visual, dtype=torch.int32, device=query.device)
+    valid = places < index.sizes.sum(2)[..., None]
+    # not negative, and in the same order, as top_rows wants them
+    best = scores.masked_fill(~valid, -torch.inf).amax(2, keepdim=True)
+    weights = (scores - best).exp().flatten(0, 1)
+    each = budgets.repeat_interleave(heads, output_size=len(weights))
+    chosen = torch.zeros(len(weights), width, dtype=torch.long, device=query.device)
+    tokens = places.expand(len(weights), -1).contiguous()
+    top_rows(weights, tokens, valid.flatten(0, 1), each, chosen, torch.zeros_like(chosen).int())
+    chosen = chosen.unflatten(0, (-1, heads))
+    inside = (places[:width] < budgets[:, None, None]).int().expand_as(chosen)
+    member = signs.member.gather(2, chosen).long()
+    opened = torch.zeros_like(index.sizes).scatter_add_(2, member, inside)
+    return index.order.gather(2, chosen), (index.sizes - opened).log()
 
 
 def peripheral_decode(

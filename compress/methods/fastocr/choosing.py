@@ -9,6 +9,10 @@ depends on another one or on the step before, and there is nothing to calibrate.
 Of the group that does not fit into the budget, the first tokens in reading order are opened; its
 mean stays that of the whole group, and stands for the others.
 
+With signs the tokens are chosen one by one, whatever their groups: what a key has beyond the mean
+of its group is kept as one bit for each number, and every step scores all tokens by these
+(:mod:`compress.kernels.signs`).
+
 Shapes: ``keys`` and ``values`` are ``(batch, kv_heads, visual, dim)``, as in the cache.
 """
 
@@ -20,6 +24,7 @@ from typing import Literal, Self
 
 import torch
 
+from compress.kernels.signs import pack
 from compress.methods.fastocr.fixation import budget, filled
 from compress.methods.fastocr.periphery import memberships, spread
 from compress.methods.fastocr.visual_tokens import VisualTokens
@@ -87,8 +92,9 @@ class Index:
     sizes, first : tokens of each group and where they begin in the order, int32, ``(batch,
         kv_heads, groups)``.
     order : rows of the cache, ``(batch, kv_heads, visual)``, int32.
-    read : what a step reads, summed over the sequences: tokens that it opens, and groups that have
-        tokens, of the head with most.
+    read : what a step reads, summed over the sequences: tokens that it opens, groups that have
+        tokens, of the head with most, and the bits as the tokens that take as many bytes.
+    signs : of the tokens in that order; None where groups are opened.
     """
 
     keys: torch.Tensor
@@ -97,6 +103,7 @@ class Index:
     first: torch.Tensor
     order: torch.Tensor
     read: torch.Tensor
+    signs: "Signs | None"
 
     @classmethod
     def of(
@@ -108,6 +115,7 @@ class Index:
         most: int,
         grouping: Grouping,
         opened: int,
+        by_signs: bool,
     ) -> Self:
         """Group the visual tokens of a layer.
 
@@ -118,6 +126,7 @@ class Index:
         counts, most : groups of each sequence, ``(batch, 1)``, and the largest number.
         grouping : "runs" of neighbouring tokens, or "kmeans", which begins with them.
         opened : tokens that a step opens, of all sequences.
+        by_signs : whether it chooses them by their signs.
         """
         member = runs(tokens, counts)[:, None].expand(keys.shape[:3])
         if grouping == "kmeans":
@@ -129,9 +138,11 @@ class Index:
             for part in (keys, values)
         )
         behind = member.masked_fill(~tokens.valid[:, None], most)
-        order = (
-            tokens.listed[:, None].expand_as(member).gather(2, behind.argsort(dim=2, stable=True))
-        )
+        places = behind.argsort(dim=2, stable=True)
+        order = tokens.listed[:, None].expand_as(member).gather(2, places)
+        signs = Signs.of(keys, of_keys, member, tokens.valid, places) if by_signs else None
+        if signs:
+            opened += sum(math.ceil(count * signs.share) for count in tokens.counts)
         return cls(
             of_keys,
             of_values,
@@ -139,7 +150,58 @@ class Index:
             (sizes.cumsum(2) - sizes).int(),
             order,
             (sizes > 0).sum(2).amax(1).sum() + opened,
+            signs,
         )
+
+
+@dataclass(frozen=True)
+class Signs:
+    """One bit for each number of the keys of a layer's visual tokens, group by group.
+
+    Parameters
+    ----------
+    member : group of each token, ``(batch, kv_heads, visual)``, a byte where that is enough.
+    codes : whether a key is above the mean of its group, ``(batch, kv_heads, visual, dim / 8)``.
+    scales : mean distance from it, ``(batch, kv_heads, dim)``, in the cache's dtype.
+    """
+
+    member: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        keys: torch.Tensor,
+        means: torch.Tensor,
+        member: torch.Tensor,
+        valid: torch.Tensor,
+        places: torch.Tensor,
+    ) -> Self:
+        """Of these keys and the means of their groups.
+
+        Parameters
+        ----------
+        keys, member : ``(batch, kv_heads, visual, dim)``, and their groups.
+        valid : which tokens are not padding, ``(batch, visual)``.
+        places : the tokens group by group, ``(batch, kv_heads, visual)``.
+        """
+        wide = member[..., None].expand_as(keys)
+        beyond = keys.float() - means.float().gather(2, wide)
+        real = valid[:, None, :, None].float()
+        scales = (beyond.abs() * real).sum(2) / real.sum(2).clamp(min=1)
+        codes = pack(beyond > 0)
+        return cls(
+            member.gather(2, places).to(torch.uint8 if means.shape[2] <= 256 else torch.int16),
+            codes.gather(2, places[..., None].expand_as(codes)),
+            scales.to(keys.dtype),
+        )
+
+    @property
+    def share(self) -> float:
+        """Bytes of a token here, of those of its key and value in 16 bits."""
+        here = self.codes.shape[3] + self.member.element_size()
+        return here / (2 * 2 * self.scales.shape[2])
 
 
 class SummaryPolicy:
@@ -151,6 +213,7 @@ class SummaryPolicy:
     keep : fraction of a sequence's visual tokens that a layer opens.
     groups : summaries per key head; "auto" is the square root of the number of visual tokens.
     grouping : how the tokens are grouped.
+    by_signs : whether tokens are chosen one by one.
 
     Attributes
     ----------
@@ -166,11 +229,13 @@ class SummaryPolicy:
         keep: float,
         groups: Literal["auto"] | int = "auto",
         grouping: Grouping = "kmeans",
+        by_signs: bool = False,
     ) -> None:
         device = tokens.rows.device
         counts = [group_count(groups, count) for count in tokens.counts]
         self.tokens = tokens
         self.grouping = grouping
+        self.by_signs = by_signs
         self.most = max(counts)
         self.counts = torch.tensor(counts)[:, None].to(device, non_blocking=True)
         self.kept = tokens.budgets(partial(budget, keep))
@@ -204,5 +269,6 @@ class SummaryPolicy:
                 self.most,
                 self.grouping,
                 sum(self.kept),
+                self.by_signs,
             )
         return self.indexes[layer]

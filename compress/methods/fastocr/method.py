@@ -52,10 +52,12 @@ class FastOCR(RuntimeMethod):
     calibrated: ClassVar[tuple[str, ...]] = ("focal_layers",)
 
     name: Literal["fastocr"] = "fastocr"
-    choose: Literal["focal", "summaries"] = "focal"
+    choose: Literal["focal", "summaries", "signs"] = "focal"
     """What chooses the tokens that a layer attends to: focal layers, which is the paper, or the
-    layer's own query, among summaries of all visual tokens. It opens the best ones, and reads the
-    others as they are; no layer is dense, and nothing is calibrated. Our own choice."""
+    layer's own query, which is our own choice, and leaves no layer dense and nothing to calibrate.
+    It asks "summaries" of all visual tokens, opens the best ones, and reads the others as they are;
+    or it asks the "signs" of the keys, one bit for each number, which find the best tokens one by
+    one, and reads the others as summaries."""
     keep_visual: Fraction = 0.05
     """Fraction of a sequence's visual tokens that a layer that is not focal attends to, or that
     every layer opens; rounded up."""
@@ -119,20 +121,21 @@ class FastOCR(RuntimeMethod):
             return settings
         # a recipe's lists are JSON's, which is not known any more after this
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return {"periphery": "auto"} | given if given.get("choose") == "summaries" else given
+        own = given.get("choose", "focal") != "focal"
+        return {"periphery": "auto"} | given if own else given
 
     @model_validator(mode="after")
     def _only_focal_layers_have_their_settings(self) -> "FastOCR":
         if self.choose == "focal":
             if self.periphery == "auto":
                 raise ValueError(
-                    "periphery: auto belongs to choose: summaries; got choose='focal'; give a "
-                    "number"
+                    "periphery: auto belongs to choose: summaries or signs; got choose='focal'; "
+                    "give a number"
                 )
             return self
         if not self.periphery:
             raise ValueError(
-                "choose: summaries needs some to choose from; got periphery=0; set it to their "
+                f"choose: {self.choose} needs summaries to read; got periphery=0; set it to their "
                 "number per key head, or to auto"
             )
         shared = {"name", "choose", "keep_visual", "periphery", "groups", "min_visual"}
@@ -140,7 +143,7 @@ class FastOCR(RuntimeMethod):
             value = getattr(self, name)
             if name not in shared and value != field.default:
                 raise ValueError(
-                    f"{name} belongs to choose: focal; got choose='summaries' with {name}="
+                    f"{name} belongs to choose: focal; got choose={self.choose!r} with {name}="
                     f"{value!r}; leave it out"
                 )
         return self
@@ -157,8 +160,8 @@ class FastOCR(RuntimeMethod):
 
     def label(self) -> str:
         """The fixation, and the other knobs that are not the paper's, but not its size."""
-        if self.choose == "summaries":
-            return f"summaries {self.periphery}" + ", runs" * (self.groups == "runs")
+        if self.choose != "focal":
+            return f"{self.choose} {self.periphery}" + ", runs" * (self.groups == "runs")
         parts: list[str] = [self.name if self.fixation == "dynamic" else self.fixation]
         if self.fixation == "dynamic" and self.dense_layers not in ("auto", "none"):
             parts.append(f"{', '.join(map(str, self.dense_layers))} dense")

@@ -338,9 +338,13 @@ def make_policy(
     ------
     ValueError : for a fixed fixation that does not know how many layers of the method are dense.
     """
-    if method.choose == "summaries":
+    if method.choose != "focal":
         return SummaryPolicy(
-            tokens, keep=method.keep_visual, groups=method.periphery, grouping=method.groups
+            tokens,
+            keep=method.keep_visual,
+            groups=method.periphery,
+            grouping=method.groups,
+            by_signs=method.choose == "signs",
         )
     periphery = 0 if method.periphery == "auto" else method.periphery
     focal, dense = listed(method.focal_layers), listed(method.dense_layers)
