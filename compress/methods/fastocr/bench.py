@@ -28,7 +28,7 @@ from compress.bench.suite import Benchmark
 from compress.bench.timing import Bench, Ceilings, costliest, reached, time_ways
 from compress.common.settings import Batch, Count
 from compress.eval.tables import Cell, markdown
-from compress.methods.fastocr.choosing import SummaryPolicy, group_count
+from compress.methods.fastocr.choosing import SummaryPolicy, group_count, sign_cost
 from compress.methods.fastocr.fixation import budget
 from compress.methods.fastocr.hooks import attached
 from compress.methods.fastocr.policy import FocalPolicy
@@ -542,12 +542,14 @@ def _bytes_table() -> str:
             layers, focal = shape.built_layers, len(shape.focal)
             kept = budget(shape.keep_visual, visual)
             dense = shape.bytes_of(layers, 0)
+            groups = group_count("auto", visual)
             line = {"sizes of": model, "visual tokens": f"{visual:,}", "dense": _mib(dense)}
             for policy, (full, others) in {
                 "focal, as published": (focal, kept),
                 "focal, three layers dense": (focal + 3, kept),
                 "focal, 64 summaries": (focal, kept + 64),
-                "summaries that choose": (0, kept + group_count("auto", visual)),
+                "summaries that choose": (0, kept + groups),
+                "signs that choose": (0, kept + groups + sign_cost(visual, shape.heads[2], groups)),
             }.items():
                 read = shape.bytes_of(full, others)
                 line[policy] = f"{_mib(read)}, {dense / read:.1f}x fewer"
@@ -556,7 +558,7 @@ def _bytes_table() -> str:
         f"{markdown(lines)}\n\nKeys and values that a decode step must read of one sequence in "
         f"bfloat16, counted: {shape.text} tokens of text, 5% of the visual tokens, a seventh of "
         "the layers focal; a summary is one token, and as many as the square root of the visual "
-        "tokens choose."
+        "tokens are read where layers choose; signs are the tokens that take as many bytes."
     )
 
 

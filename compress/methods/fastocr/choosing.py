@@ -31,6 +31,7 @@ from compress.methods.fastocr.visual_tokens import VisualTokens
 
 Grouping = Literal["kmeans", "runs"]
 ROUNDS = 10  # of Lloyd's algorithm
+BYTE = 256  # groups whose numbers are a byte
 VALUES = 0.5  # weight of a value's distance against a key's, each in units of its spread
 
 
@@ -41,6 +42,15 @@ def group_count(groups: Literal["auto"] | int, tokens: int) -> int:
     (64, 18, 20)
     """
     return min(round(math.sqrt(tokens)) if groups == "auto" else groups, tokens)
+
+
+def sign_cost(tokens: int, dim: int, groups: int) -> int:
+    """Tokens whose keys and values in 16 bits take as many bytes as the signs of so many.
+
+    >>> sign_cost(312, 32, 12), sign_cost(4096, 128, 64)
+    (13, 136)
+    """
+    return math.ceil(tokens * (math.ceil(dim / 8) + (1 if groups <= BYTE else 2)) / (4 * dim))
 
 
 def runs(tokens: VisualTokens, groups: torch.Tensor) -> torch.Tensor:
@@ -142,7 +152,7 @@ class Index:
         order = tokens.listed[:, None].expand_as(member).gather(2, places)
         signs = Signs.of(keys, of_keys, member, tokens.valid, places) if by_signs else None
         if signs:
-            opened += sum(math.ceil(count * signs.share) for count in tokens.counts)
+            opened += sum(sign_cost(count, keys.shape[3], most) for count in tokens.counts)
         return cls(
             of_keys,
             of_values,
@@ -192,16 +202,10 @@ class Signs:
         scales = (beyond.abs() * real).sum(2) / real.sum(2).clamp(min=1)
         codes = pack(beyond > 0)
         return cls(
-            member.gather(2, places).to(torch.uint8 if means.shape[2] <= 256 else torch.int16),
+            member.gather(2, places).to(torch.uint8 if means.shape[2] <= BYTE else torch.int16),
             codes.gather(2, places[..., None].expand_as(codes)),
             scales.to(keys.dtype),
         )
-
-    @property
-    def share(self) -> float:
-        """Bytes of a token here, of those of its key and value in 16 bits."""
-        here = self.codes.shape[3] + self.member.element_size()
-        return here / (2 * 2 * self.scales.shape[2])
 
 
 class SummaryPolicy:
