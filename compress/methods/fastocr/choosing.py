@@ -125,7 +125,7 @@ class Index:
         most: int,
         grouping: Grouping,
         opened: int,
-        by_signs: bool,
+        by_signs: bool = False,
     ) -> Self:
         """Group the visual tokens of a layer.
 
