@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from builders import pruning
 from builders.events import leave
 from builders.forks import exit_code, fork, free_port
-from builders.models import CONFIGS
+from builders.models import TWO_LEVELS
 from compress.common.events import drain
 from compress.data.digits import digits
 from compress.eval import diffusion
@@ -45,10 +45,20 @@ SOFT = {
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
 TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 2}
-SOFTLY = {"method": SOFT, "training": TRAINING | {"distill_features": 0.5, "flip": True}}
+SMALLER = {"mid_block_type": None}
+SOFTLY = {
+    "unet": SMALLER,
+    "method": SOFT,
+    "training": TRAINING | {"distill_features": 0.5, "flip": True},
+}
 RUNS = {
     "soft": SOFTLY,
-    "alike": {"method": SOFT, "training": TRAINING | {"distill": 0.5}, "parts": 2},
+    "alike": {
+        "unet": SMALLER,
+        "method": SOFT,
+        "training": TRAINING | {"distill": 0.5},
+        "parts": 2,
+    },
     "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]},
 }
 SLOW_RUNS = {
@@ -86,7 +96,7 @@ FLOAT = torch.Tensor.float
 
 def unet(**changes) -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(**(CONFIGS["no_middle"] | {"sample_size": 16} | changes))
+    return UNet2DModel(**(TWO_LEVELS | {"sample_size": 16} | changes))
 
 
 def cut_weights(blocks, precision):
