@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.data.digits import digits
 from compress.data.sources import load_images
+from compress.eval.sampling import sample
 from compress.models.digits_features import BUILTIN, load_digits_features
 from compress.models.loading import load_pipeline
 from compress.models.locate import builtin_models, locate
@@ -111,15 +112,28 @@ def test_weights_are_finite_and_named_like_a_plain_unet(pipeline):
     assert all(torch.isfinite(tensor).all() for tensor in stored.values())
 
 
-@pytest.mark.parametrize("name", ["ddpm-digits", "digits-features", "digits-judge"])
+@pytest.mark.parametrize("name", ["ddpm-digits", "dit-digits", "digits-features", "digits-judge"])
 def test_training_logs_ship_with_the_weights(name):
     rows = [json.loads(line) for line in (BUILTIN / name / "train.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps)) and len(steps) >= 4
 
 
+def test_dit_digits_draws_the_digits_that_are_asked_for():
+    pipeline = load_pipeline("builtin:dit-digits")
+    assert len(pipeline.transformer.transformer_blocks) >= 12
+    folder = locate("builtin:dit-digits").folder
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10 * 2**20
+    labels = [*range(10)] * 3
+    drawn = sample(
+        pipeline, count=30, steps=10, sampler="ddim", seed=0, conditions=labels, guidance_scale=2.0
+    )
+    found = load_digits_features("digits-judge")(drawn / 127.5 - 1).argmax(1)
+    assert (found == torch.tensor(labels)).float().mean() >= 0.9
+
+
 def test_built_in_models_by_kind():
-    assert builtin_models("diffusion") == ["ddpm-digits"]
+    assert builtin_models("diffusion") == ["ddpm-digits", "dit-digits"]
     assert builtin_models("reader") == ["reader-deepseek", "reader-qwen"]
 
 

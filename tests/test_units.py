@@ -14,7 +14,7 @@ from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.data.sources import load_images
 from compress.methods.base import PruneJob
-from compress.methods.gradflow import GradFlow, OneShot, flow, surgery
+from compress.methods.gradflow import GradFlow, OneShot, flow, obs, surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.train import PruningRun
@@ -169,3 +169,30 @@ def test_a_resumed_run_ends_with_the_same_weights(family, digits, tmp_path):
     assert found.widths == expected.widths
     for key, value in expected.model.state_dict().items():
         assert torch.equal(found.model.state_dict()[key], value), key
+
+
+# ---- a rival -------------------------------------------------------------------------------
+
+
+def test_obs_scores_what_no_refit_makes_up_for(family, digits):
+    method = OneShot(keep_macs=0.6, granularity="unit", criterion="obs", criterion_batches=2)
+    job = PruneJob(family("dit"), digits, Training(steps=1, batch=4), "cpu", Journal(None), False)
+    run = PruningRun(method, job)
+    soft, name = run._plain(), "transformer_blocks.1.attn1.to_out.0"
+    run.mask_scheduler.estimate(soft)
+    moment = run.mask_scheduler.moments[name]
+    weight = soft.unet.get_submodule(name).weight.detach().double()
+    root = torch.linalg.cholesky(moment)  # inputs with these second moments
+    for unit in soft.layout.inputs[name].unique():
+        stays = soft.layout.inputs[name] != unit
+        wanted = (weight @ root).T
+        fitted = torch.linalg.lstsq(root[stays].T, wanted).solution
+        error = (root[stays].T @ fitted - wanted).square().sum()
+        raw = obs.scores(soft, run.mask_scheduler.moments)[unit].double()
+        assert torch.allclose(raw, error, rtol=1e-4)
+    run.mask_scheduler.binarise(soft, 0)
+    kept = soft.layout.extend(soft.mask)[soft.layout.inputs[name]] > 0.5
+    fitted = torch.linalg.lstsq(root[kept].T, wanted).solution.T.float()
+    assert torch.allclose(soft.unet.get_submodule(name).weight[:, kept], fitted, atol=1e-4)
+    with pytest.raises(ValueError, match="scores heads and feed-forward channels; got granul"):
+        OneShot(criterion="obs")

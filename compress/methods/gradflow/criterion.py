@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.data.batches import Batch
-from compress.methods.gradflow import depth
+from compress.methods.gradflow import depth, obs
 from compress.methods.gradflow.layout import Layout
 from compress.methods.gradflow.masks import SoftUNet
 from compress.models.objective import prediction_target
@@ -336,6 +336,13 @@ def depth_scores(
     """Keep-scores of whole blocks; see :func:`compress.methods.gradflow.depth.depth_scores`."""
     with _criterion_passes(soft):
         return depth.depth_scores(soft, batches, denoising_loss(soft, scheduler), criterion)
+
+
+def obs_moments(soft: SoftUNet, scheduler: SchedulerMixin, batches: Sequence[Batch]) -> Tensors:
+    """See :func:`compress.methods.gradflow.obs.hessians`."""
+    length = scheduler.config.num_train_timesteps
+    with _criterion_passes(soft):
+        return obs.hessians(soft, batches, denoising_loss(soft, scheduler), length)
 
 
 def normalise(scores: torch.Tensor, layout: Layout, criterion: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 
 from compress.data.batches import Batch
 from compress.methods.gradflow import criterion as scoring
-from compress.methods.gradflow import depth, flow
+from compress.methods.gradflow import depth, flow, obs
 from compress.methods.gradflow.allocation import Allocator
 from compress.methods.gradflow.coarse import COARSE_REFRESH
 from compress.methods.gradflow.layout import Layout
@@ -107,6 +107,7 @@ class MaskScheduler:
     ) -> None:
         self.method, self.scheduler, self.batches = method, scheduler, batches
         self.seed, self.allocator, self._layout = seed, allocator, layout
+        self.moments: Tensors = {}  # of "obs", between its scores and the cut
         self.block = layout.block.to(device)
         self.layers = None if layout.layers is None else layout.layers.to(device)
         self.sizes = layout.sizes().to(device).float()
@@ -246,6 +247,9 @@ class MaskScheduler:
 
     def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
         method = self.method
+        if method.criterion == obs.CRITERION:
+            self.moments = scoring.obs_moments(soft, self.scheduler, batches)
+            return obs.scores(soft, self.moments)
         if method.criterion in depth.CRITERIA:
             return scoring.depth_scores(soft, self.scheduler, batches, method.criterion)
         parts = len(batches) // method.criterion_batches
@@ -280,6 +284,7 @@ class MaskScheduler:
                 soft.mask, self.state.scores, self.block, self.state.keep_counts, self.layers
             )
         )
+        obs.refit(soft, self.moments)
         self.state.binary = True
         self._follow(soft.mask, step)
         return soft.adopt_slim_membership()

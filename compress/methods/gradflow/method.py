@@ -205,10 +205,12 @@ class OneShot(ChannelPruning):
         "fisher",
         "uniform_depth",
         "block_influence",
+        "obs",
     ] = "diff_pruning"
     """What scores a channel or block; "uniform_depth" (evenly spaced blocks stay) and
     "block_influence" (what hardly turns the residual stream goes, ShortGPT, arXiv 2403.03853) are
-    for whole blocks."""
+    for whole blocks; "obs" is for units: what a least-squares refit of a layer cannot make up for,
+    and that refit (after OBS-Diff, ICLR 2026)."""
     granularity: Literal["fine", "block", "unit", "both"] = "fine"
     """"fine" removes channels; of a transformer, "block" whole blocks, "unit" attention heads and
     feed-forward channels, "both" both."""
@@ -226,6 +228,11 @@ class OneShot(ChannelPruning):
             raise ValueError(
                 f"criterion {self.criterion!r} scores whole blocks; got granularity "
                 f"{self.granularity!r}; choose granularity 'block' or another criterion"
+            )
+        if self.criterion == "obs" and self.granularity != "unit":
+            raise ValueError(
+                "criterion 'obs' scores heads and feed-forward channels; got granularity "
+                f"{self.granularity!r}; choose granularity 'unit' or another criterion"
             )
         return self
 
