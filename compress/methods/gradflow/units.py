@@ -126,7 +126,7 @@ def _kinds(model: nn.Module) -> list[Kind]:
 
 def _on_meta(kind: Any, model: Any, **changes: Any) -> nn.Module:
     with torch.device("meta"):
-        return kind.from_config(model.config, **changes)  # type: ignore[no-any-return]
+        return kind.from_config(model.config, **changes)
 
 
 def free_class(model: nn.Module) -> Any:
