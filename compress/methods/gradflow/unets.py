@@ -83,7 +83,7 @@ def find_groups(unet: UNet) -> tuple[ChannelGroup, ...]:
 def check_supported(unet: nn.Module) -> None:
     """Refuse, by name, what gradflow cannot prune."""
     kind = next((kind for kind in BLOCKS if isinstance(unet, kind)), None)
-    config: Any = unet.config
+    config: Any = getattr(unet, "config", {})
     if config.get("inner_widths"):
         raise ValueError(
             "gradflow prunes models with one width per level; this one has inner widths of its "
