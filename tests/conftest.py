@@ -55,7 +55,9 @@ def _leaves_no_files() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _frozen_imports() -> None:
     # runs collect garbage when they end: without the million objects that imports have made, and
-    # those of the files before
+    # those of the files before, but for what these left behind
+    if gc.get_freeze_count():
+        gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)  # tests make many objects, and few cycles
     gc.enable()

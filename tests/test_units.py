@@ -1,5 +1,6 @@
 """Attention heads and feed-forward channels of transformers: masks, surgery, and whole runs."""
 
+import contextlib
 import json
 
 import pytest
@@ -24,6 +25,7 @@ from compress.models.free_width_transformer import (
     FreeWidthDiTTransformer2DModel,
     inner_widths_of,
 )
+from compress.parallel import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -117,6 +119,8 @@ def test_keeping_all_keeps_all_and_too_little_is_refused():
     for way in ("unit", "competing"):
         with pytest.raises(ValueError, match=r"keep_macs must be at least 0\.\d+ .* one unit of"):
             planned(dense, way, 0.01)
+    with pytest.raises(ValueError, match=r"one unit of every layer; got keep_macs=0\.05; raise"):
+        planned(transformers.build("dit"), "both", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +195,34 @@ def test_obs_scores_what_no_refit_makes_up_for(family, digits):
         raw = obs.scores(soft, run.mask_scheduler.moments)[unit].double()
         assert torch.allclose(raw, error, rtol=1e-4)
     run.mask_scheduler.binarise(soft, 0)
+    run.mask_scheduler.refit(soft)
+    assert not run.mask_scheduler.moments
     kept = soft.layout.extend(soft.mask)[soft.layout.inputs[name]] > 0.5
     fitted = torch.linalg.lstsq(root[kept].T, wanted).solution.T.float()
     assert torch.allclose(soft.unet.get_submodule(name).weight[:, kept], fitted, atol=1e-4)
     with pytest.raises(ValueError, match="scores heads and feed-forward channels; got granul"):
         OneShot(criterion="obs")
+
+
+def test_obs_refits_where_cut_weights_are_gathered_for_the_cut(family, digits, monkeypatch):
+    """What is changed in gathered weights is gone once they are cut again."""
+
+    @contextlib.contextmanager
+    def gathered(network):
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        yield
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                p.copy_(before[name])
+
+    def pruned():
+        method = OneShot(keep_macs=0.6, granularity="unit", criterion="obs", steps=0)
+        training = Training(steps=1, batch=4, ema=0.0)
+        job = PruneJob(family("dit"), digits, training, "cpu", Journal(None), False)
+        return drain(PruningRun(method, job).events())
+
+    expected = pruned()
+    monkeypatch.setattr(sharding, "whole", gathered)
+    found = pruned()
+    for key, value in expected.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value), key

@@ -184,14 +184,15 @@ def pages_of(
     ranges : first and last number of the pages that are taken; to the end where the last is None.
     dpi : at which a PDF is rendered.
     """
+    begin = min(first for first, _ in ranges)
     try:
         count = pdf_page_count(path) if is_pdf(path) else 1
         if path.suffix.lower() in FRAMED:
             count = frame_count(path)
     except (ValueError, OSError):  # what is wrong, the opening of its first page says
-        count = min(first for first, _ in ranges)
+        count = begin
         ranges = [(count, count)]
-    chosen = [n for n in range(1, count + 1) if any(a <= n <= (b or count) for a, b in ranges)]
+    chosen = [n for n in range(begin, count + 1) if any(a <= n <= (b or count) for a, b in ranges)]
     beyond = {max(first, count + 1) for first, last in ranges if (last or first) > count}
     absent = [
         Damaged(

@@ -1,5 +1,6 @@
 """Let a vision-language model transcribe pages."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from compress.models.generation import fastest_cache
 from compress.models.loops import LoopStopper
 from compress.models.visual import adapter_for, build_prompt, inputs_for, visual_layouts
 
+logger = logging.getLogger(__name__)
 MOST_NEW_TOKENS = 4096  # where neither the caller nor the checkpoint says
 
 
@@ -165,14 +167,24 @@ def _generate(
     left = _positions(model) - length
     limit = max_new_tokens or model.generation_config.max_new_tokens or min(left, MOST_NEW_TOKENS)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
-    settings |= fastest_cache(model)
     if no_repeat_ngram:
         settings["no_repeat_ngram_size"] = no_repeat_ngram
-    loops = LoopStopper(len(layouts), length, loop_tokens) if loop_tokens else None
-    if loops:
-        settings["stopping_criteria"] = StoppingCriteriaList([loops])
+
+    def write(fast: dict[str, Any]) -> tuple[torch.Tensor, LoopStopper | None]:
+        loops = LoopStopper(len(layouts), length, loop_tokens) if loop_tokens else None
+        stops = {"stopping_criteria": StoppingCriteriaList([loops])} if loops else {}
+        return model.generate(**inputs, **settings, **stops, **fast)[:, length:].cpu(), loops
+
+    fast = fastest_cache(model)
     with stage("generate"):
-        new = model.generate(**inputs, **settings)[:, length:].cpu()
+        try:
+            new, loops = write(fast)
+        except ValueError as error:
+            if not fast or fastest_cache(model):
+                raise
+            # what cannot be captured is found out in the first answer
+            logger.warning("pages are read without a static cache, which is slower: %s", error)
+            new, loops = write({})
     stopped = [-1] * len(new) if loops is None else loops.stopped.tolist()
     answers = [row if end < 0 else row[:end] for row, end in zip(new, stopped, strict=True)]
     texts = processor.batch_decode(

@@ -236,7 +236,9 @@ def transformer_layout(
     if method.granularity == "unit":
         return unit_layout(model, keep, compete=compete)
     if method.granularity == "both":
-        gates = depth.depth_layout(model, groups, math.sqrt(keep), method.even_within)
+        # where too few blocks may go for that, the units decide whether the rest is possible
+        blocks = max(math.sqrt(keep), depth.least_share(model, groups))
+        gates = depth.depth_layout(model, groups, blocks, method.even_within)
         return unit_layout(model, keep, compete=False, gates=gates)
     return depth.depth_layout(model, groups, keep, method.even_within)
 

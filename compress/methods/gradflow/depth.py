@@ -170,6 +170,30 @@ def choose_counts(
     ------
     ValueError : where the blocks that must stay keep more than ``keep_macs``.
     """
+    grid, kept = _legal_counts(model, groups)
+    if kept.min() > keep_macs:
+        raise ValueError(
+            f"keep_macs must be at least {math.ceil(kept.min() * 1e4) / 1e4:.4f} for this "
+            f"{type(model).__name__}, what is left without the blocks that may go; got "
+            f"keep_macs={keep_macs}; raise it"
+        )
+    within = kept <= keep_macs + 1e-9  # what keeps all keeps 1 but for rounding
+    fits = within & (kept >= kept[within].max() - even_within)
+    grid, kept = grid[fits], kept[fits]
+    shares = grid / np.array([group.units for group in groups])
+    best = np.lexsort((-kept, (shares.max(1) - shares.min(1)).round(9)))[0]
+    return tuple(int(count) for count in grid[best])
+
+
+def least_share(model: nn.Module, groups: Sequence[ChannelGroup]) -> float:
+    """The fraction of the MACs that is left without the blocks that may go."""
+    return float(_legal_counts(model, groups)[1].min()) if groups else 1.0
+
+
+def _legal_counts(
+    model: nn.Module, groups: Sequence[ChannelGroup]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """How many blocks of each kind may stay, ``(choices, kinds)``, and the MACs kept by each."""
     total = unet_cost(model).macs
     prices = np.array([total - unet_cost(_without(model, group.name)).macs for group in groups])
     sizes = np.array([group.units for group in groups])
@@ -181,19 +205,7 @@ def choose_counts(
     least = [0 if stays[stack] else 1 for stack in stacks]
     axes = [np.arange(low, size + 1) for low, size in zip(least, sizes, strict=True)]
     grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes)], axis=1)
-    kept = 1 - (sizes - grid) @ prices / total
-    if kept.min() > keep_macs:
-        raise ValueError(
-            f"keep_macs must be at least {math.ceil(kept.min() * 1e4) / 1e4:.4f} for this "
-            f"{type(model).__name__}, what is left without the blocks that may go; got "
-            f"keep_macs={keep_macs}; raise it"
-        )
-    within = kept <= keep_macs + 1e-9  # what keeps all keeps 1 but for rounding
-    fits = within & (kept >= kept[within].max() - even_within)
-    grid, kept = grid[fits], kept[fits]
-    shares = grid / sizes
-    best = np.lexsort((-kept, (shares.max(1) - shares.min(1)).round(9)))[0]
-    return tuple(int(count) for count in grid[best])
+    return grid, 1 - (sizes - grid) @ prices / total
 
 
 def _without(model: Any, block: str) -> nn.Module:

@@ -284,10 +284,14 @@ class MaskScheduler:
                 soft.mask, self.state.scores, self.block, self.state.keep_counts, self.layers
             )
         )
-        obs.refit(soft, self.moments)
         self.state.binary = True
         self._follow(soft.mask, step)
         return soft.adopt_slim_membership()
+
+    def refit(self, soft: SoftUNet) -> None:
+        """Fit what the binary mask keeps to the dense layers' outputs, where "obs" scored it."""
+        obs.refit(soft, self.moments)
+        self.moments = {}
 
     def trace(self) -> Tensors:
         """The traced units' masks ``(updates, units)`` and the steps ``(updates,)``."""

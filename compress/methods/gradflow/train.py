@@ -293,7 +293,8 @@ class PruningRun:
         soft: SoftUNet = self._plain()
         if not self.mask_scheduler.state.binary:
             self._binarise(soft)
-        with sharding.whole(soft):
+        with sharding.whole(soft):  # what is changed inside is gone where weights are cut
+            self.mask_scheduler.refit(soft)
             slim = surgery.perform(soft.unet, self.layout, soft.mask)
             self.surgery_facts |= {
                 "max_difference": self._max_difference(soft, slim),
