@@ -92,12 +92,11 @@ def sign_scores(
     batch, heads, _, dim = query.shape
     kv_heads, groups = keys.shape[1:3]
     visual, size = codes.shape[2:]
-    grouped = packed(query, kv_heads)
-    logits = (grouped @ keys.transpose(2, 3)).float()
+    scaled, logits = _products(query, keys, scales)
     scores = torch.empty(member.shape, dtype=torch.float32, device=query.device)
     with current_device_of(query):
         _signs_kernel[(batch * kv_heads, -(-visual // TILE))](
-            (grouped * scales[:, :, None]).contiguous(),
+            scaled.contiguous(),
             logits,
             member.contiguous(),
             codes.contiguous(),
@@ -125,13 +124,20 @@ def sign_scores_reference(
     scaling: float,
 ) -> torch.Tensor:
     """:func:`sign_scores` in plain torch, on any device: same arguments, same result."""
-    grouped = packed(query, keys.shape[1])
-    means = (grouped @ keys.transpose(2, 3)).float()
+    scaled, means = _products(query, keys, scales)
     means = means.gather(3, member.long()[:, :, None].expand(-1, -1, means.shape[2], -1))
     bits = codes[..., None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
     signs = bits.flatten(3)[..., : query.shape[3]].to(query.dtype) * 2 - 1
-    logits = means + ((grouped * scales[:, :, None]) @ signs.transpose(2, 3)).float()
+    logits = means + (scaled @ signs.transpose(2, 3)).float()
     return (logits * scaling).logsumexp(2)
+
+
+def _products(
+    query: torch.Tensor, keys: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The query times the scales, and its products with the means in float32, by key head."""
+    grouped = packed(query, keys.shape[1])
+    return grouped * scales[:, :, None], (grouped @ keys.transpose(2, 3)).float()
 
 
 def pack(positive: torch.Tensor) -> torch.Tensor:

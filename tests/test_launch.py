@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from builders.programs import LAUNCHERS, rank_of
 
-COMMAND = (sys.executable, "-P", "-m", "compress.cli")
+COMMAND = LAUNCHERS["processes"]
 RECIPE = """
 model: builtin:ddpm-digits
 data: builtin:digits

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -27,7 +26,7 @@ from compress.runs import reading
 from compress.runs.bench_reading import BENCHMARK
 from compress.tables.bench import lines
 
-COMMAND = (sys.executable, "-P", "-m", "compress.cli")
+COMMAND = LAUNCHERS["processes"]
 KINDS = (LINE, LINE, PAGE, SQUARE_PAGE)
 
 

@@ -90,8 +90,7 @@ def inner_widths_of(model: nn.Module) -> dict[str, InnerWidth]:
     return found
 
 
-def _set_width(model: nn.Module, name: str, width: int) -> None:
-    inner = inner_widths_of(model).get(name)
+def _set_width(model: nn.Module, name: str, inner: InnerWidth | None, width: int) -> None:
     if inner is None:
         raise ValueError(
             "inner_widths should name attentions and feed-forwards of the model; got "
@@ -137,8 +136,9 @@ class _FreeWidths:
         super().__init__(**plain)
         widths, model = dict(inner_widths or {}), self
         model.register_to_config(inner_widths=widths)  # type: ignore[attr-defined]
+        known = inner_widths_of(model) if widths else {}  # type: ignore[arg-type]
         for name, width in widths.items():
-            _set_width(model, name, width)  # type: ignore[arg-type]
+            _set_width(model, name, known.get(name), width)  # type: ignore[arg-type]
 
     @staticmethod
     def _get_init_keys(input_class: Any) -> set[str]:

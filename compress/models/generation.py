@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from transformers import GenerationConfig
@@ -13,18 +13,25 @@ CAPTURES = "_captures_over_static_caches"
 
 
 @contextmanager
-def replaced_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Let ``owner.name(...)`` call ``wrapper(original method, ...)`` until the context is left."""
-    original = getattr(owner, name)
-    own = name in vars(owner)
-    setattr(owner, name, functools.wraps(original)(functools.partial(wrapper, original)))
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object an attribute of its own until the context is left; one may lie in another."""
+    before = {key: own for key, own in vars(owner).items() if key == name}
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
+        delattr(owner, name)
+        for own in before.values():
+            setattr(owner, name, own)
+
+
+@contextmanager
+def replaced_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let ``owner.name(...)`` call ``wrapper(original method, ...)`` until the context is left."""
+    original = getattr(owner, name)
+    value = functools.wraps(original)(functools.partial(wrapper, original))
+    with _replaced(owner, name, value):
+        yield
 
 
 @contextmanager
@@ -51,8 +58,7 @@ def checked_generation(model: Any, check: Check) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def static_caches(model: Any, captures: Callable[[], bool]) -> Iterator[None]:
+def static_caches(model: Any, captures: Callable[[], bool]) -> AbstractContextManager[None]:
     """Let :func:`fastest_cache` choose a static cache for ``model`` until the context is left.
 
     Parameters
@@ -60,14 +66,7 @@ def static_caches(model: Any, captures: Callable[[], bool]) -> Iterator[None]:
     model : of transformers.
     captures : says, before an answer, whether its decode steps will be captured over such a cache.
     """
-    before = vars(model).get(CAPTURES)  # contexts may lie in one another
-    setattr(model, CAPTURES, captures)
-    try:
-        yield
-    finally:
-        delattr(model, CAPTURES)
-        if before:
-            setattr(model, CAPTURES, before)
+    return _replaced(model, CAPTURES, captures)
 
 
 def fastest_cache(model: Any) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def per_unit(
     for name, value in values.items():
         module = name.rpartition(".")[0]
         # everything in a transformer's block is of its gate
-        if (gate := layout.gates.get(".".join(name.split(".")[:2]))) is not None:
+        if (gate := layout.gates.get(depth.block_of(name))) is not None:
             total[gate] += value.sum()
         for side in sides:
             index = tables[side].get(module)

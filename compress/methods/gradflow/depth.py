@@ -283,6 +283,11 @@ def _parts(name: str) -> tuple[str, str, str]:
     return (head, position, rest) if position.isdigit() else (name, "", "")
 
 
+def block_of(name: str) -> str:
+    """The name of the block that a module or parameter lies in; of no block where it is in none."""
+    return ".".join(name.split(".")[:2])
+
+
 def depth_scores(
     soft: "SoftUNet", batches: Sequence[Batch], loss: Callable[[Batch], Any], criterion: str
 ) -> torch.Tensor:

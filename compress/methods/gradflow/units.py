@@ -108,7 +108,7 @@ def _kinds(model: nn.Module) -> list[Kind]:
     """The kinds of layers, in the order of the model."""
     found: dict[tuple[Any, ...], dict[str, InnerWidth]] = {}
     for name, inner in inner_widths_of(model).items():
-        block = _block_of(name)
+        block = depth.block_of(name)
         parameters = model.get_submodule(block).named_parameters()
         shapes = tuple((key, p.shape) for key, p in parameters)
         key = (block.rpartition(".")[0], name.removeprefix(block), shapes)
@@ -134,10 +134,6 @@ def free_class(model: nn.Module) -> Any:
     return next(
         FREE_WIDTH_TRANSFORMERS[c] for c in type(model).__mro__ if c in FREE_WIDTH_TRANSFORMERS
     )
-
-
-def _block_of(layer: str) -> str:
-    return ".".join(layer.split(".")[:2])
 
 
 def _group(layers: Mapping[str, InnerWidth]) -> ChannelGroup:
@@ -168,7 +164,9 @@ def _counts(
         gone = depth.closed(gates, mask)
         changes = depth.shallow_config(model, gates, mask)
         base = unet_cost(_on_meta(type(model), model, **changes)).macs
-    layers = np.array([sum(_block_of(name) not in gone for name in kind.layers) for kind in kinds])
+    layers = np.array(
+        [sum(depth.block_of(name) not in gone for name in kind.layers) for kind in kinds]
+    )
     sizes = np.array([kind.size for kind in kinds])
     heads = np.array([kind.one.unit > 1 for kind in kinds])
     costs = np.array([kind.price for kind in kinds]) * layers * sizes
@@ -211,6 +209,6 @@ def inner_widths(model: nn.Module, layout: Layout, mask: torch.Tensor) -> dict[s
     widths = {}
     for name, inner in inner_widths_of(model).items():
         layer, copies = inner.writers[0]
-        if layer in layout.outputs and _block_of(name) not in gone:
+        if layer in layout.outputs and depth.block_of(name) not in gone:
             widths[name] = int(kept[layout.outputs[layer]].sum()) // copies
     return widths
