@@ -433,6 +433,27 @@ def test_a_prompt_of_one_token_into_an_emptied_cache_is_none_of_its_steps(intern
         assert handle.facts() == facts  # without pages there is nothing to count
 
 
+def test_what_was_replaced_is_restored_and_abandoned_contexts_end_in_any_order():
+    class Owner:
+        def method(self):
+            return []
+
+    def add(word):
+        return replaced_method(owner, "method", lambda original: [*original(), word])
+
+    owner = Owner()
+    with add("outer"):
+        with add("inner"):
+            assert owner.method() == ["outer", "inner"]
+        assert owner.method() == ["outer"]
+    assert owner.method() == [] and not vars(owner)
+    outer, inner = add("outer"), add("inner")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+
+
 def test_a_step_over_a_growing_cache_cannot_be_replayed(intern):
     """The control: what is recorded there reads the keys and values of its own step."""
     model, processor = intern

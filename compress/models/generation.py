@@ -15,14 +15,15 @@ CAPTURES = "_captures_over_static_caches"
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an object an attribute of its own until the context is left; one may lie in another."""
-    before = {key: own for key, own in vars(owner).items() if key == name}
+    own, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
-    finally:
-        delattr(owner, name)
-        for own in before.values():
-            setattr(owner, name, own)
+    finally:  # contexts that nobody leaves are left in any order, when they are collected
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 @contextmanager
