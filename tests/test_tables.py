@@ -260,7 +260,7 @@ def test_a_comparison_with_nothing_is_not_won_and_rows_of_other_recipes_are_left
 
 
 def test_costs_are_shares_of_the_dense_model_and_the_runs_own_time(tmp_path, runs):
-    toy = diffusion.table("toy", TOY | {"costs": True}, tmp_path)
+    toy = diffusion.table("toy", TOY | {"columns": [*diffusion.SHARES, *diffusion.TIMES]}, tmp_path)
     list(toy.run_missing())
     for line in cells(toy.render()):
         costs = [cell.strip("*") for cell in line[-5:]]
@@ -268,11 +268,14 @@ def test_costs_are_shares_of_the_dense_model_and_the_runs_own_time(tmp_path, run
         assert costs[3:] == ["1.0 ± 1.0", "0.500 ± 0.000"]
 
 
-@pytest.mark.parametrize(("name", "count"), [("main", 60), ("ablation", 18), ("attempts", 6)])
-def test_every_run_of_a_comparison_has_the_same_steps_and_training(name, count, shipped):
+@pytest.mark.parametrize(
+    ("name", "count", "steps"),
+    [("main", 60, 400), ("ablation", 18, 400), ("attempts", 6, 400), ("dit", 66, 150)],
+)
+def test_every_run_of_a_comparison_has_the_same_steps_and_training(name, count, steps, shipped):
     recipes = [job.run.args[0] for job in shipped[name].jobs]
     assert len(recipes) == count == len({r.model_dump_json() for r in recipes})
-    assert {r.method.steps + r.recover.steps for r in recipes} == {400}
+    assert {r.method.steps + r.recover.steps for r in recipes} == {steps}
     training = {}
     for job, recipe in zip(shipped[name].jobs, recipes, strict=True):
         # what was tried concerns the rival as well

@@ -123,6 +123,15 @@ def test_keeping_all_keeps_all_and_too_little_is_refused():
         planned(transformers.build("dit"), "both", 0.05)
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.6])
+def test_blocks_leave_to_units_what_whole_blocks_cannot_keep(keep):
+    dense = transformers.build("dit")  # a block is about a quarter
+    layout = planned(dense, "both", keep)
+    slim = surgery.slim_unet(dense, layout)
+    assert slim.config.num_layers == (4 if keep == 0.9 else 3)
+    assert keep - 0.01 < unet_cost(slim).macs / unet_cost(dense).macs <= keep
+
+
 @pytest.mark.parametrize(
     ("widths", "message"),
     [

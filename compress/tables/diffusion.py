@@ -21,6 +21,8 @@ from compress.runs.run import run_events
 from compress.tables.table import Job, Run, Table, finish, has, weights
 
 QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")
+# of the dense model, in the note
+OF_DENSE = ("fid_digits", "class_accuracy", "validation_loss")
 SHARES = {"macs_share": "macs", "params_share": "params", "latency_share": "latency_ms"}
 TIMES = ("prune_cpu_seconds", "criterion_share")
 # how a run is executed, not what comes out
@@ -38,8 +40,9 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
     """A declared table, its rows in the folder ``results``."""
     blocks = [list(_combinations(block)) for block in declared["blocks"]]
     lines = [labels for block in blocks for labels, _ in block]
+    common = declared.get("sets", [])
     jobs = [
-        _job(labels, sets, declared["recipe"], seed)
+        _job(labels, [*common, *sets], declared["recipe"], seed)
         for block in blocks
         for seed in range(declared.get("seeds", 3))
         for labels, sets in block
@@ -57,7 +60,7 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
         return sorted(found, key=lambda line: groups.index(tuple(line[key] for key in within)))
 
     def body(rows: Sequence[Row]) -> str:
-        columns = (*QUALITY, *SHARES, *TIMES) if declared.get("costs") else QUALITY
+        columns = declared.get("columns", QUALITY)
         labels, found = list(declared["blocks"][0]), measured(rows)
         parts = [_shown(found, [*labels, "seeds"], columns, within, bold=not against)]
         if compared := [line for line in found if "differences" in line]:
@@ -70,12 +73,12 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
 def _combinations(
     block: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """The labels of each line, and what it sets in the recipe, whole sections first."""
+    """The labels of each line, and what it sets in the recipe."""
     for values in itertools.product(*block.values()):
         labels = dict(zip(block, values, strict=True))
         chosen = [block[label][value] for label, value in labels.items()]
         sets = [s for part in chosen for s in ([part] if isinstance(part, str) else part)]
-        yield labels, sorted(sets, key=lambda s: s.partition("=")[0].count("."))
+        yield labels, sets
 
 
 def _name(labels: Mapping[str, str]) -> str:
@@ -83,6 +86,7 @@ def _name(labels: Mapping[str, str]) -> str:
 
 
 def _job(labels: Mapping[str, str], sets: Sequence[str], base: str, seed: int) -> Job:
+    sets = sorted(sets, key=lambda s: s.partition("=")[0].count("."))  # whole sections first
     recipe = load_pipeline_recipe(base, [*sets, f"seed={seed}"])
     return Job(_name(labels), same_result(recipe), partial(measure, recipe, base, sets))
 
@@ -155,8 +159,8 @@ def _lines(
         owners = [job for job in jobs if job.name == _name(labels)]
         values = {row["seed"]: _values(row) for job in owners for row in rows if job.owns(row)}
         if values:
-            first, *_ = values.values()
-            spreads = {name: _spread(name, [v[name] for v in values.values()]) for name in first}
+            names = set.intersection(*(set(measures) for measures in values.values()))
+            spreads = {name: _spread(name, [v[name] for v in values.values()]) for name in names}
             facts = {"seeds": str(len(values)), "dense": rows[0]["dense"], "by_seed": values}
             measured.append({**labels, **facts, **spreads})
     return measured
@@ -233,7 +237,8 @@ def _values(row: Row) -> dict[str, float]:
     """What was measured of a run's result, and what it costs beside the dense model."""
     shares = {name: row["values"][of] / row["dense"][of] for name, of in SHARES.items()}
     times = {name: row[name] for name in TIMES if name in row}
-    return {name: row["values"][name] for name in QUALITY} | shares | times
+    known = {name: value for name, value in row["values"].items() if value is not None}
+    return known | shares | times
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
@@ -272,15 +277,16 @@ def _shown(
 
 def _note(declared: Mapping[str, Any], rows: Sequence[Row], jobs: int) -> str:
     """How all runs of a table were made, and what they are measured against."""
-    recipe, dense = load_pipeline_recipe(declared["recipe"]), rows[0]["dense"]
-    evaluate, recover = recipe.evaluate, recipe.recover
+    recipe = load_pipeline_recipe(declared["recipe"], declared.get("sets", []))
+    evaluate, recover, dense = recipe.evaluate, recipe.recover, rows[0]["dense"]
+    shown = [n for n in OF_DENSE if n in declared.get("columns", QUALITY)]
+    facts = ", ".join(f"{metric(n).column()} {metric(n).cell(dense[n])}" for n in shown)
     real = _floor(recipe.data, evaluate.samples)
     return (
         f"{declared['note']} {recipe.method.steps + recover.steps} optimiser steps of batch "
         f"{recover.batch}, distillation {recover.distill:g}; {evaluate.sampling_seeds} x "
         f"{evaluate.samples} samples, {evaluate.sampler.upper()} {evaluate.steps} steps. Dense "
-        f"model: fid_digits {dense['fid_digits']:.2f}, validation loss "
-        f"{dense['validation_loss']:.5f}; {evaluate.samples} images of one half of the real data "
-        f"against the other: fid_digits {real['fid_digits']:.2f}. Mean ± standard deviation over "
+        f"model: {facts}; {evaluate.samples} images of one half of the real data against the "
+        f"other: fid_digits {real['fid_digits']:.2f}. Mean ± standard deviation over "
         f"training seeds; {len(rows)} of {jobs} runs are in."
     )

@@ -230,15 +230,13 @@ def transformer_layout(
 ) -> Layout:
     """Gates for blocks, masks for units, or both.
 
-    With both, blocks go until about the root of ``keep_macs`` is kept, and units do the rest.
+    With both, blocks keep about the root of ``keep_macs``, and units do the rest.
     """
     keep, compete = method.keep_macs, method.allocation == "global"
     if method.granularity == "unit":
         return unit_layout(model, keep, compete=compete)
     if method.granularity == "both":
-        # where too few blocks may go for that, the units decide whether the rest is possible
-        blocks = max(math.sqrt(keep), depth.least_share(model, groups))
-        gates = depth.depth_layout(model, groups, blocks, method.even_within)
+        gates = depth.depth_layout(model, groups, keep, method.even_within, units=True)
         return unit_layout(model, keep, compete=False, gates=gates)
     return depth.depth_layout(model, groups, keep, method.even_within)
 

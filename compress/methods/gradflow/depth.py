@@ -106,7 +106,12 @@ def depth_groups(model: nn.Module) -> tuple[ChannelGroup, ...]:
 
 
 def depth_layout(
-    model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: float, even_within: float
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    keep_macs: float,
+    even_within: float,
+    *,
+    units: bool = False,
 ) -> Layout:
     """Lay out a gate for every block that may go.
 
@@ -116,6 +121,7 @@ def depth_layout(
     groups : from :func:`depth_groups`.
     keep_macs : fraction of the MACs to keep, in (0, 1].
     even_within : fraction of the MACs that evenness may cost.
+    units : whether inner units go as well, so that blocks leave them about as much to do.
 
     Raises
     ------
@@ -141,7 +147,7 @@ def depth_layout(
         if f"{name}.{branch}" in modules
     }
     sizes = torch.tensor([group.units for group in groups])
-    counts = choose_counts(model, groups, keep_macs, even_within)
+    counts = choose_counts(model, groups, keep_macs, even_within, units=units)
     return Layout(
         groups=tuple(groups),
         offsets=tuple(offsets[:-1]),
@@ -160,17 +166,27 @@ def depth_layout(
 
 
 def choose_counts(
-    model: nn.Module, groups: Sequence[ChannelGroup], keep_macs: float, even_within: float
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    keep_macs: float,
+    even_within: float,
+    *,
+    units: bool,
 ) -> tuple[int, ...]:
     """How many blocks of each kind stay: as evenly as possible, with at most ``keep_macs``.
 
-    Evenness may cost at most ``even_within`` of the MACs.
+    Where ``units`` go as well, blocks keep what is nearest to the root of ``keep_macs``, and not
+    less than ``keep_macs``. Evenness may cost at most ``even_within`` of the MACs.
 
     Raises
     ------
     ValueError : where the blocks that must stay keep more than ``keep_macs``.
     """
     grid, kept = _legal_counts(model, groups)
+    if units:  # they decide whether the rest is possible
+        enough = kept >= keep_macs - 1e-9
+        grid, kept = grid[enough], kept[enough]
+        keep_macs = kept[np.abs(kept - math.sqrt(keep_macs)).argmin()]
     if kept.min() > keep_macs:
         raise ValueError(
             f"keep_macs must be at least {math.ceil(kept.min() * 1e4) / 1e4:.4f} for this "
@@ -183,11 +199,6 @@ def choose_counts(
     shares = grid / np.array([group.units for group in groups])
     best = np.lexsort((-kept, (shares.max(1) - shares.min(1)).round(9)))[0]
     return tuple(int(count) for count in grid[best])
-
-
-def least_share(model: nn.Module, groups: Sequence[ChannelGroup]) -> float:
-    """The fraction of the MACs that is left without the blocks that may go."""
-    return float(_legal_counts(model, groups)[1].min()) if groups else 1.0
 
 
 def _legal_counts(
