@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -89,14 +90,32 @@ def test_a_batch_that_fails_is_read_page_by_page(monkeypatch):
     def try_pages(model, processor, pages, **settings):
         if len(pages) > 1:
             raise torch.OutOfMemoryError("too large")
-        if pages[0].name == "b":
-            raise ValueError("no\nuse")
+        if pages[0].name in errors:
+            raise errors[pages[0].name]
         return [reading.Reading(pages[0].name, 1, 1, True)]
 
     monkeypatch.setattr(reading, "try_pages", try_pages)
-    pages = [OcrPage(name, Image.Image) for name in "abc"]
+    errors = {"b": ValueError("no\nuse"), "d": RuntimeError("3 is not 4"), "e": IndexError()}
+    pages = [OcrPage(name, Image.Image) for name in "abcde"]
     read = reading.read_batch(None, None, pages, ReadSettings())
-    assert [one.text for one in read] == ["a", "", "c"] and read[1].error == "b: no use"
+    assert [one.text for one in read] == ["a", "", "c", "", ""]
+    assert [one.error for one in read if one.error] == [
+        "b: no use",
+        "d: 3 is not 4",
+        "e: IndexError",
+    ]
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed."
+    for error in (torch.AcceleratorError("the device is lost"), RuntimeError(killed)):
+        errors["c"] = error
+        with pytest.raises(type(error), match=str(error)[:10]):
+            reading.read_batch(None, None, pages, ReadSettings())
+
+
+def test_a_process_that_opens_pages_and_is_killed_ends_the_job_and_says_how_it_goes_on():
+    page = OcrPage("a", partial(signal.raise_signal, signal.SIGKILL))
+    said = pytest.raises(OSError, match="opens pages was killed.*--resume")
+    with said, reading.openers_watched():
+        list(reading.opened_ahead([[page]], 1))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from compress.models.loops import LoopStopper
 from compress.models.visual import adapter_for, build_prompt, inputs_for, visual_layouts
 
 logger = logging.getLogger(__name__)
+OPENER_KILLED = "DataLoader worker"  # how torch begins to say so
 MOST_NEW_TOKENS = 4096  # where neither the caller nor the checkpoint says
 
 
@@ -122,14 +123,27 @@ def open_prompts(
 
     try:
         return list(images), built(), errors
-    except Exception:  # a processor raises whatever it likes: find the pages that it is about
+    except Exception as failure:  # a processor raises whatever it likes: find the pages it is about
+        check_of_a_page(failure)
         for place, image in list(images.items()):
             try:
                 page_prompts(model, processor, [image], prompt)
             except Exception as error:
+                check_of_a_page(error)
                 errors[place] = f"{pages[place].name}: {reason(error)}"
                 del images[place]
         return list(images), built(), errors
+
+
+def check_of_a_page(error: Exception) -> None:
+    """Raise an error again that no page is to blame for.
+
+    A lost device is of no use to the other pages either, and torch says that a process of its
+    data loader was killed wherever the main thread is at that time.
+    """
+    lost = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer
+    if isinstance(error, lost) or str(error).startswith(OPENER_KILLED):
+        raise error
 
 
 def page_prompts(

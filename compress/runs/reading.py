@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from compress.eval.settings import PageFiles, ReadSettings
 from compress.methods.base import Event, RuntimeMethod
 from compress.models.deepseek_ocr_processor import with_mode
 from compress.models.locate import ModelFolder, locate
-from compress.models.reading import Reading, try_pages
+from compress.models.reading import OPENER_KILLED, Reading, check_of_a_page, try_pages
 from compress.models.visual import adapter_for
 from compress.parallel import distributed
 
@@ -153,18 +153,25 @@ def opened_ahead(batches: Iterable[list[OcrPage]], workers: int) -> Iterator[lis
     ----------
     batches : of pages.
     workers : number of processes; 0 opens pages here, when it is their turn.
-
-    Raises
-    ------
-    OSError : when such a process was killed.
     """
     loader: DataLoader[list[OcrPage]] = DataLoader(
         _Opened(), batch_size=None, sampler=batches, num_workers=workers, collate_fn=list
     )
+    yield from loader
+
+
+@contextmanager
+def openers_watched() -> Iterator[None]:
+    """Say what to do where a process that opens pages was killed.
+
+    Raises
+    ------
+    OSError : in place of what torch raises.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith(OPENER_KILLED):
             raise
         raise OSError(
             "a process that opens pages was killed, perhaps for lack of memory; go on with "
@@ -178,7 +185,8 @@ def read_batch(
     """Read pages as one batch, or one by one where that fails; see :func:`try_pages`."""
     try:
         return try_pages(model, processor, pages, **settings.generation)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except Exception as error:  # a model raises whatever it likes, and no page ends the job
+        check_of_a_page(error)
         if len(pages) == 1:
             return [Reading("", 0, 0, False, f"{pages[0].name}: {reason(error)}")]
     return [one for page in pages for one in read_batch(model, processor, [page], settings)]
@@ -361,7 +369,7 @@ def _read_share(
         if place % processes == rank and page.name not in before.done
     )
     path, count, begun = output / f"pages-{rank:04}.jsonl", 0, time.perf_counter()
-    with writing(path), path.open("ab") as file:
+    with openers_watched(), writing(path), path.open("ab") as file:
         for read, seconds in read_pages_of(at, mine, settings, files, device):
             rows = [_row(page, reading, seconds / len(read)) for page, reading in read]
             failed = before.failed
