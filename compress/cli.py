@@ -36,7 +36,6 @@ from compress.methods.registry import RUNTIME_METHODS
 from compress.parallel import launch
 
 if TYPE_CHECKING:
-    from compress.doctor import Check
     from compress.methods.base import Event
     from compress.runs.reading import Record
 
@@ -113,6 +112,7 @@ Processes = Annotated[
         min=1, max=MOST_PROCESSES, help="Number of processes on this machine that share the work."
     ),
 ]
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; the recipe's own by default.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue where a run stopped.")]
 Overwrite = Annotated[
@@ -176,8 +176,7 @@ def run(
             inputs["recipe"] = recipe
         check_apart(folder, inputs)
         check_target(folder, resume=resume, overwrite=overwrite)
-    _check_versions()
-    _hide_library_output()
+    _begin()
     if dry_run:
         from compress.runs.forecast import dry_run as predict
 
@@ -291,7 +290,7 @@ def recipes(as_json: Json = False) -> None:
 @options_of(Sampling, Columns, OcrEvaluation, renamed={Columns: "{}_column"})
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")],
+    model: Model,
     options: dict[str, Any],
     suite: Annotated[
         str | None, typer.Option(help="diffusion or ocr; by default what the model is.")
@@ -317,8 +316,7 @@ def evaluate(
     if suite not in kinds:
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
     _check_resume(resume, overwrite)
-    _check_versions()
-    _hide_library_output()
+    _begin()
     from compress.models.locate import locate
 
     at = locate(model, kinds[suite])  # type: ignore[arg-type]
@@ -404,8 +402,7 @@ def read(
     }
     if output is None and (unused := [name for name, value in for_folders.items() if value]):
         raise ValueError(f"{', '.join(unused)} is for the folder of --output; name it")
-    _check_versions()
-    _hide_library_output()
+    _begin()
     from compress.runs import reading
 
     if output is not None:
@@ -468,14 +465,13 @@ def _print_record(record: "Record", output: Path, as_json: bool) -> None:
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, builtin:NAME or a hub id.")],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     device: Device = None,
 ) -> None:
     """Serve a reader with the methods of its checkpoint, by OpenAI's protocol."""
-    _check_versions()
-    _hide_library_output()
+    _begin()
     from compress.runs.serving import application
 
     served = application(model, device)
@@ -528,8 +524,7 @@ def calibrate(
     calibration = validated(Calibration, taken(options, Calibration))
     settings = validated(ReadSettings, taken(options, ReadSettings))
     typed = validated(CALIBRATING[method], options, method)
-    _check_versions()
-    _hide_library_output()
+    _begin()
     from compress.runs.reader import calibrated_checkpoint
 
     result = calibrated_checkpoint(
@@ -573,8 +568,7 @@ def bench(
     device: Device = None,
 ) -> None:
     """Time a method, the kernels, or whole folders of pages against the dense way, in one run."""
-    _check_versions()
-    _hide_library_output()
+    _begin()
     from compress.bench.cells import describe
     from compress.bench.suite import bench as rows_of
     from compress.runs.bench_reading import all_benchmarks
@@ -622,8 +616,7 @@ def tables(
     only_render: Annotated[bool, typer.Option("--render", help="Run nothing.")] = False,
 ) -> None:
     """Run what the generated tables lack, one run at a time, and print them. Resumable."""
-    _check_versions()
-    _hide_library_output()
+    _begin()
     from compress.common.files import write_text
     from compress.tables.documents import all_tables, fill, read_documents
     from compress.tables.table import parse_shard
@@ -650,7 +643,12 @@ def doctor(as_json: Json = False) -> None:
     from compress.doctor import examine
 
     checks = examine()
-    _print([asdict(check) for check in checks], as_json, "\n".join(map(_check_line, checks)))
+    lines = []
+    for check in checks:
+        mark = "ok  " if check.ok else ("FAIL" if check.required else "warn")
+        hint = f"; {check.hint}" if check.hint else ""
+        lines.append(f"{mark}  {check.name:<22} {check.found}{hint}")
+    _print([asdict(check) for check in checks], as_json, "\n".join(lines))
     broken = [check.name for check in checks if check.required and not check.ok]
     if broken:
         _say(f"error: broken: {', '.join(broken)}")
@@ -689,7 +687,8 @@ class _StderrHandler(logging.Handler):
         _say(one_line(record.getMessage()))
 
 
-def _check_versions() -> None:
+def _begin() -> None:
+    """Refuse packages of other versions, and hide what a user can do nothing about."""
     from compress.doctor import versions
 
     wrong = [check for check in versions() if not check.ok]
@@ -698,10 +697,6 @@ def _check_versions() -> None:
         for check in wrong:
             _say(f"  {check.name} {check.found}; {check.hint}")
         raise typer.Exit(FAILURE)
-
-
-def _hide_library_output() -> None:
-    """Hide what a user of the command line can do nothing about."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -885,11 +880,6 @@ def _lines(content: Mapping[str, Any]) -> str:
         shown = [f"{item:,}" if isinstance(item, int | float) else str(item) for item in items]
         lines += [f"{name:<{width}}  {item}" for item in shown or ["none"]]
     return "\n".join(lines)
-
-
-def _check_line(check: "Check") -> str:
-    mark = "ok  " if check.ok else ("FAIL" if check.required else "warn")
-    return f"{mark}  {check.name:<22} {check.found}" + (f"; {check.hint}" if check.hint else "")
 
 
 if __name__ == "__main__":

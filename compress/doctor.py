@@ -11,6 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from compress.common.extras import DISTRIBUTION, EXTRAS, command
+from compress.common.files import cache_folder, sha256
 
 OPTIONAL = {
     "tensorboard": "train.trackers: [tensorboard]",
@@ -60,14 +61,22 @@ def versions() -> Iterator[Check]:
         bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
         supported = bounds or "any version"
         hint = f"run: pip install '{requirement.name}{bounds}'"
-        try:
-            installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            yield Check(requirement.name, f"missing (supported: {supported})", False, True, hint)
-            continue
-        ok = requirement.specifier.contains(installed, prereleases=True)
-        state = f"{installed} (supported: {supported})"
+        installed = _installed(requirement.name)
+        ok = installed is not None and _supports(requirement, installed)
+        state = f"{installed or 'missing'} (supported: {supported})"
         yield Check(requirement.name, state, ok, True, "" if ok else hint)
+
+
+def _installed(name: str) -> str | None:
+    """The version of a package; None for one that is missing."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _supports(requirement: Requirement, installed: str) -> bool:
+    return requirement.specifier.contains(installed, prereleases=True)
 
 
 def _requirements(extra: str) -> list[Requirement]:
@@ -84,12 +93,10 @@ def _extras() -> Iterator[Check]:
     for extra, purpose in EXTRAS.items():
         missing, unsupported = [], []
         for requirement in _requirements(extra):
-            try:
-                installed = metadata.version(requirement.name)
-            except metadata.PackageNotFoundError:
+            installed = _installed(requirement.name)
+            if installed is None:
                 missing.append(requirement.name)
-                continue
-            if not requirement.specifier.contains(installed, prereleases=True):
+            elif not _supports(requirement, installed):
                 unsupported.append(f"{requirement.name} {installed}")
         state = f"without {', '.join(missing)}" if missing else "installed"
         if unsupported:
@@ -114,7 +121,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
-    for name, folder in (("disk here", Path.cwd()), ("cache", _cache_folder())):
+    for name, folder in (("disk here", Path.cwd()), ("cache", cache_folder())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if not os.access(existing, os.W_OK):
@@ -129,19 +136,14 @@ def _disk() -> Iterator[Check]:
 
 def _optional() -> Iterator[Check]:
     for name, purpose in OPTIONAL.items():
-        try:
-            yield Check(name, f"{metadata.version(name)} (optional, for {purpose})")
-        except metadata.PackageNotFoundError:
-            yield Check(name, f"not installed (optional, for {purpose})")
+        yield Check(name, f"{_installed(name) or 'not installed'} (optional, for {purpose})")
 
 
 def _builtin_models() -> Iterator[Check]:
-    if util.find_spec("torch") is None or util.find_spec("safetensors") is None:
+    if util.find_spec("torch") is None:
         return
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    from compress.common.files import sha256
 
     hint = "the installation is damaged; run: pip install --force-reinstall compress-models"
     folder = Path(str(resources.files("compress.models.builtin")))
@@ -163,10 +165,6 @@ def _builtin_models() -> Iterator[Check]:
             yield Check(name, state)
         else:
             yield Check(name, f"{state}, not all finite", False, True, hint)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress")
 
 
 def _size(count: int) -> str:

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from compress.common.cost import unet_cost, unet_inputs
 from compress.common.environment import device_name
-from compress.common.files import write_bytes
+from compress.common.files import cache_folder, write_bytes
 from compress.data.sources import Images
 from compress.eval.consistency import SIGMA, WINDOW, mse_to, ssim_to
 from compress.eval.fidelity import DIGITS, INCEPTION, fidelity, metric_names
@@ -53,20 +52,12 @@ def draw_batches(
         for first in range(0, settings.samples, settings.batch)
     ]
 
+    names = {"steps", "sampler", "batch", "conditions", "guidance_scale"}
+    options = settings.model_dump(include=names)
+
     def draw_one(part: tuple[int, int, int]) -> torch.Tensor:
         seed, first, count = part
-        return sample(
-            pipeline,
-            count=count,
-            steps=settings.steps,
-            sampler=settings.sampler,
-            seed=seed,
-            batch=settings.batch,
-            device=device,
-            first=first,
-            conditions=settings.conditions,
-            guidance_scale=settings.guidance_scale,
-        )
+        return sample(pipeline, count=count, seed=seed, first=first, device=device, **options)
 
     yield from distributed.shared_out(parts, draw_one)
 
@@ -100,11 +91,9 @@ def samples_key(
 
 
 def samples_cache_path(key: Mapping[str, Any]) -> Path:
-    """Where samples with a `samples_key` are kept: in $COMPRESS_CACHE or ~/.cache/compress."""
-    home = os.environ.get("COMPRESS_CACHE")
-    root = Path(home) if home else Path.home() / ".cache" / "compress"
+    """Where samples with a `samples_key` are kept, below the cache's folder."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return root / "samples" / f"{digest[:32]}.safetensors"
+    return cache_folder() / "samples" / f"{digest[:32]}.safetensors"
 
 
 def save_samples(path: Path, samples: torch.Tensor) -> None:
@@ -158,7 +147,6 @@ def evaluate(
     samples: torch.Tensor | None = None,
     dense: torch.Tensor | None = None,
     extractor: str = DIGITS,
-    weights: str | None = None,
     device: str | torch.device = "cpu",
     extra: Mapping[str, Value] | None = None,
 ) -> dict[str, Value]:
@@ -174,9 +162,9 @@ def evaluate(
     samples : the pipeline's images where they were drawn already with these settings, uint8
         ``(seeds, samples, channels, height, width)``.
     dense : the dense model's images from the same noise; None when this pipeline is the dense one.
-    extractor, weights : as in `fidelity.fidelity`.
+    extractor : as in `fidelity.fidelity`.
     device : where sampling and the extractor run.
-    extra : further metrics, for example ``validation_loss``.
+    extra : further metrics of `DIFFUSION`, for example ``validation_loss``.
 
     Returns
     -------
@@ -184,14 +172,8 @@ def evaluate(
 
     Raises
     ------
-    ValueError : for what the samplers and the extractors refuse, unpaired samples, or extra metrics
-        whose name is not in `DIFFUSION`.
+    ValueError : for what the samplers and the extractors refuse, and for unpaired samples.
     """
-    unknown = sorted(set(extra or {}) - set(DIFFUSION))
-    if unknown:
-        raise ValueError(
-            f"extra metrics must be among {list(DIFFUSION)}; got {unknown}; rename them"
-        )
     if samples is None:
         samples = gather(draw_batches(pipeline, settings, device), settings)
     for name, images in (("samples", samples), ("dense", dense)):
@@ -207,7 +189,7 @@ def evaluate(
         "macs": Value(cost.macs, "counted at batch 1, functional attention included"),
     }
     if settings.wants(*metric_names(extractor)):
-        values |= distances(samples, reference, settings, extractor, weights, device)
+        values |= distances(samples, reference, settings, extractor, device)
     values |= distributed.from_main(lambda: likeness(samples, dense, settings))
     if extractor == DIGITS:
         values |= distributed.from_main(lambda: digit_checks(samples, settings))
@@ -220,10 +202,10 @@ def distances(
     reference: torch.Tensor,
     settings: SamplingSettings,
     extractor: str,
-    weights: str | None,
     device: str | torch.device,
 ) -> dict[str, Value]:
     """FID, KID, IS, precision and recall: mean over sampling seeds, t interval over them."""
+    weights = settings.inception_weights
     per_seed = [
         fidelity(images, reference, extractor=extractor, weights=weights, device=device)
         for images in samples
@@ -250,11 +232,6 @@ def likeness(
     if dense is None:
         same = "the dense model's images compared with themselves"
         return {"ssim_to_dense": Value(1.0, same, n), "mse_to_dense": Value(0.0, same, n)}
-    if samples.shape != dense.shape:
-        raise ValueError(
-            f"samples are paired with the dense model's; got {tuple(samples.shape)} and "
-            f"{tuple(dense.shape)}; draw both with the same settings"
-        )
     originals = dense.flatten(0, 1)
     pairs = f"{settings}, same noise; mean over pairs, normal interval"
     measured = {"mse_to_dense": (mse_to(images, originals), f"grey levels in [0, 1], {pairs}")}
@@ -283,8 +260,8 @@ def digit_checks(samples: torch.Tensor, settings: SamplingSettings) -> dict[str,
     classifier = load_digits_features(CLASSIFIER)
     with torch.no_grad():
         chances = torch.cat([classifier(part) for part in images.split(512)]).softmax(dim=1)
-    n, found = len(images), chances.argmax(dim=1)
-    counts = found.bincount(minlength=10)
+    n, classes = len(images), chances.argmax(dim=1)
+    counts = classes.bincount(minlength=10)
     hits = {
         "looks_like_digits": int((chances.amax(dim=1) >= CLASSIFIER_CONFIDENCE).sum()),
         "class_share_min": int(counts.min()),
@@ -292,8 +269,8 @@ def digit_checks(samples: torch.Tensor, settings: SamplingSettings) -> dict[str,
     }
     if all(isinstance(label, int) for label in settings.conditions) and settings.conditions:
         labels = settings.conditions
-        asked = [labels[i % len(labels)] for i in range(samples.shape[1])]
-        hits["class_accuracy"] = int((found == torch.tensor(asked).repeat(len(samples))).sum())
+        wanted = [labels[i % len(labels)] for i in range(samples.shape[1])]
+        hits["class_accuracy"] = int((classes == torch.tensor(wanted).repeat(len(samples))).sum())
     rule = f"{CLASSIFIER} (p >= {CLASSIFIER_CONFIDENCE} counts as a digit)"
     how = f"{rule}, {settings}; Wilson interval"
     return {name: Value(k / n, how, n, share_interval(k, n)) for name, k in hits.items()}

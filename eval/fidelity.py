@@ -166,13 +166,7 @@ def _features(
 
 
 def floor(
-    half: torch.Tensor,
-    other_half: torch.Tensor,
-    *,
-    count: int | None = None,
-    extractor: str = DIGITS,
-    weights: str | None = None,
-    device: str | torch.device = "cpu",
+    half: torch.Tensor, other_half: torch.Tensor, *, count: int | None = None
 ) -> dict[str, float]:
     """Metrics between two halves of the real data: what a perfect generator would score.
 
@@ -187,7 +181,6 @@ def floor(
     ----------
     half, other_half : uint8 ``(n, channels, height, width)``.
     count : use so many images of ``half``, evenly spaced; None, or more than it has: all.
-    extractor, weights, device : as in `fidelity`.
 
     Returns
     -------
@@ -195,7 +188,7 @@ def floor(
     """
     if count is not None and count < len(half):
         half = half[torch.linspace(0, len(half) - 1, count).round().long()]
-    return fidelity(half, other_half, extractor=extractor, weights=weights, device=device)
+    return fidelity(half, other_half)
 
 
 @cache

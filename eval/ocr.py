@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.common.files import as_json
+from compress.common.files import append_rows, drop_torn_line, json_lines
+from compress.common.foreign import foreign
 from compress.data.ocr_pages import OcrData, OcrPage, page_name
 from compress.data.olmocr_bench import Bench
 from compress.eval.metrics import UNSEEN_FONT
@@ -18,6 +19,7 @@ from compress.eval.omnidocbench import score_omnidocbench
 from compress.eval.retention import Accuracy
 from compress.eval.text_metrics import TextScores, ocean_scores, text_scores
 from compress.eval.values import Value, page_mean, ratio_of_sums, resampled_sums, share
+from compress.models.reading import Reading
 from compress.parallel import distributed
 
 # rules -> in which order Ocean-OCR's metrics get prediction and label
@@ -27,30 +29,19 @@ OCEAN_ORDERS = {
 }
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Reading):
     """What was read on one page.
 
     Parameters
     ----------
     page : its name.
-    text : what was read.
-    new_tokens, visual_tokens : generated, and of the page in the prompt.
-    ended : whether the model ended by itself, rather than at the length limit.
     facts : what run-time methods counted while the page's batch was read, by method; on the first
         page of a batch only.
-    error : why the page could not be read; its text is empty then, and scored as such.
-    loop : whether generation was stopped since it repeated itself.
     """
 
     page: str
-    text: str
-    new_tokens: int
-    visual_tokens: int
-    ended: bool
     facts: dict[str, Any] | None = None
-    error: str | None = None
-    loop: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,7 @@ def predict(
             pages, seconds = pages + times[-1][0], seconds + times.pop()[1]
         times.append((pages, seconds))
         if distributed.is_main():
-            with file.open("ab") as out:
-                out.write(b"".join(as_json(asdict(one)) for one in predictions))
+            append_rows(file, *({"page": one.page} | asdict(one) for one in predictions))
         count += len(predictions)
         yield count
         begun = time.perf_counter()
@@ -148,20 +138,11 @@ def read_predictions(file: Path) -> list[Prediction]:
     """Predictions of a file, none if there is none; a last line that a kill cut off is removed."""
     if not file.is_file():
         return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with file.open("r+b") as out:
-            out.truncate(len(whole))
+    drop_torn_line(file)
     predictions = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
+    for number, line in json_lines(file):
+        with foreign(f"{file}, line {number},", "a prediction", "remove the line or the file"):
             predictions.append(Prediction(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{file}, line {number}, should be a prediction; {error}; remove the line or the "
-                "file"
-            ) from error
     return predictions
 
 
@@ -190,12 +171,8 @@ def score(
 
     Raises
     ------
-    ValueError : for a page without prediction, unknown rules, or when no page could be read.
+    ValueError : for a page without prediction, or when no page could be read.
     """
-    if strict not in OCEAN_ORDERS:
-        raise ValueError(
-            f"strict must be one of {', '.join(OCEAN_ORDERS)}; got {strict!r}; choose one"
-        )
     published = strict == "published"
     by_page = {prediction.page: prediction for prediction in predictions}
     missing = [page.name for page in data.pages if page.name not in by_page]
@@ -258,7 +235,7 @@ def check_accuracy(data: OcrData) -> None:
     ValueError : when all texts are empty, no test of a benchmark can run, or it has no block that
         is scored.
     """
-    blank = [Prediction(page.name, "", 0, 0, True) for page in data.pages]
+    blank = [Prediction("", 0, 0, True, page=page.name) for page in data.pages]
     if score(data, blank).accuracy is None:
         raise ValueError(
             f"accuracy is measured on pages with texts; those of all {len(blank)} pages of "

@@ -18,7 +18,7 @@ from compress.common.extras import extra
 from compress.data.omnidocbench import Block, Page
 from compress.eval.retention import Accuracy
 from compress.eval.table_similarity import html_tables, markdown_tables, table_html, teds
-from compress.eval.text_metrics import Errors, edit_distance, reading_order_distance
+from compress.eval.text_metrics import Errors, edit_distance
 from compress.eval.values import (
     Value,
     page_mean,
@@ -254,9 +254,9 @@ def score_page(page: Page, prediction: str, *, published: bool = False) -> PageR
         formula=_sum(formula),
         teds=float(np.mean([whole for whole, _ in similar])) if similar else None,
         teds_structure=float(np.mean([bare for _, bare in similar])) if similar else None,
-        reading_order=reading_order_distance(
+        reading_order=edit_distance(
             [order for _, orders in sorted(order_read) for order in orders], sorted(order_true)
-        )
+        ).rate
         if order_true
         else None,
     )

@@ -86,13 +86,10 @@ def sample(
 
     Raises
     ------
-    ValueError : for an unknown sampler, impossible counts or steps, a pipeline that is not
+    ValueError : for an unknown sampler, impossible steps, a pipeline that is not
         supported or lacks conditions, or a model whose output is not finite.
     """
     scheduler = sampler_of(pipeline, sampler, steps)
-    for name, value in (("count", count), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {name}={value}; raise it")
     size, channels = image_shape(pipeline)
     where, drawn = torch.device(device), []
     needed = condition_of(pipeline)

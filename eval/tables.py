@@ -23,13 +23,6 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Append one row as one line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def cell_table(rows: Sequence[Row], columns: Mapping[str, Cell]) -> str:
     """A Markdown table, a line for each row; a column has a heading and what it says of a row."""
     return markdown([{name: cell(row) for name, cell in columns.items()} for row in rows])

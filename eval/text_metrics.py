@@ -130,15 +130,6 @@ def _errors(result: jiwer.CharacterOutput | jiwer.WordOutput) -> Errors:
     return Errors(edits, len(result.references[0]))
 
 
-def bleu(prediction: str, reference: str) -> float:
-    """Sentence BLEU of one page in [0, 1], higher is better; 1 for two empty texts.
-
-    sacrebleu with its defaults: tokenisation 13a, case kept, exponential smoothing, and for texts
-    shorter than 4 tokens only the orders that they have.
-    """
-    return _page_bleu(prediction, reference)[0]
-
-
 def meteor_exact_stem(prediction: str, reference: str) -> float:
     """METEOR with exact and stem matches only, in [0, 1), higher is better.
 
@@ -178,17 +169,6 @@ def token_multiset_scores(prediction: str, reference: str) -> TokenScores:
     """Precision, recall and F1 of the multisets of `tokens`: the third copy of two is wrong."""
     predicted, expected = Counter(tokens(prediction)), Counter(tokens(reference))
     return _token_scores((predicted & expected).total(), predicted.total(), expected.total())
-
-
-def reading_order_distance(predicted: Sequence[int], reference: Sequence[int]) -> float:
-    """Normalised edit distance between two orders of blocks, in [0, 1]; 0 is the right order.
-
-    Parameters
-    ----------
-    predicted : ids of the blocks in the order in which they were read; missing ones are left out.
-    reference : ids of all blocks in the right order.
-    """
-    return edit_distance(predicted, reference).rate
 
 
 def tail_copies(text: str, size: int) -> int:
@@ -321,6 +301,11 @@ def ocean_scores(prediction: str, reference: str, *, published_order: bool) -> d
 
 
 def _page_bleu(prediction: str, reference: str) -> tuple[float, list[int]]:
+    """Sentence BLEU of one page in [0, 1], 1 for two empty texts, and what a corpus sums up.
+
+    sacrebleu with its defaults: tokenisation 13a, case kept, exponential smoothing, and for texts
+    shorter than 4 tokens only the orders that they have.
+    """
     result = _PAGE_BLEU.sentence_score(prediction, [reference])
     value = result.score / 100 if prediction.strip() or reference.strip() else 1.0
     return value, [*result.counts, *result.totals, result.sys_len, result.ref_len]

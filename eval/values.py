@@ -1,6 +1,5 @@
 """One measured number with its interval, and how intervals are made."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,13 +29,8 @@ class Value:
 
 def share_interval(hits: int, n: int) -> tuple[float, float]:
     """95% Wilson interval of a share; it stays inside [0, 1] at the ends too."""
-    z = float(stats.norm.ppf(0.975))
-    share, scale = hits / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # at the ends exactly, where rounding would leave 3e-18
-    low = 0.0 if hits == 0 else max(0.0, middle - half)
-    return low, 1.0 if hits == n else min(1.0, middle + half)
+    low, high = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    return float(low), float(high)
 
 
 def resampled_sums(rows: ArrayLike, seed: int = 0) -> NDArray[np.float64]:

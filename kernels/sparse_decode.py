@@ -359,9 +359,9 @@ def sparse_decode(
     ------
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
-    given = query, key, value, rows, rows_mask, dense_mask, *(beside or (None, None, None))
-    launch = _launch(query.device, dense, scaling, False, _trains(given), _signatures(given))
-    return launch(given, None)
+    inputs = query, key, value, rows, rows_mask, dense_mask, *(beside or (None, None, None))
+    launch = _launch(query.device, dense, scaling, False, _trains(inputs), _signatures(inputs))
+    return launch(inputs, None)
 
 
 def focal_decode(
@@ -392,10 +392,10 @@ def focal_decode(
         if mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
             _check_mask("mask", mask.shape, (batch, 1, 1, length))
         mask = mask[:, 0, 0].expand(batch, -1)
-    given = query, key, value, None, None, mask, None, None, None
-    launch = _launch(query.device, (0, length), scaling, True, _trains(given), _signatures(given))
+    inputs = query, key, value, None, None, mask, None, None, None
+    launch = _launch(query.device, (0, length), scaling, True, _trains(inputs), _signatures(inputs))
     weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
-    return launch(given, weights), weights
+    return launch(inputs, weights), weights
 
 
 def why_unsupported(
@@ -417,9 +417,9 @@ def why_unsupported(
     )
 
 
-def _trains(given: tuple[torch.Tensor | None, ...]) -> bool:
+def _trains(inputs: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether gradients are required of one of them."""
-    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in given)
+    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs)
 
 
 @cache
@@ -477,7 +477,7 @@ def bytes_moved(
 # ---- launching -----------------------------------------------------------------------------------
 
 
-Given = tuple[torch.Tensor | None, ...]  # query, key, value, rows, masks, beside
+Inputs = tuple[torch.Tensor | None, ...]  # query, key, value, rows, masks, beside
 
 
 class _Signature(NamedTuple):
@@ -488,9 +488,9 @@ class _Signature(NamedTuple):
     dtype: torch.dtype
 
 
-def _signatures(given: Given) -> tuple[Any, ...]:
+def _signatures(inputs: Inputs) -> tuple[Any, ...]:
     return tuple(
-        [None if part is None else (part.shape, part.stride(), part.dtype) for part in given]
+        [None if part is None else (part.shape, part.stride(), part.dtype) for part in inputs]
     )
 
 
@@ -506,9 +506,9 @@ class _Launch:
     read: Launch
     merge: Launch | None
 
-    def __call__(self, given: Given, weights: torch.Tensor | None) -> torch.Tensor:
-        """Launch the kernels; ``weights`` (batch, length) are written where they are given."""
-        query, key, value, *own = given
+    def __call__(self, inputs: Inputs, weights: torch.Tensor | None) -> torch.Tensor:
+        """Launch the kernels; ``weights`` (batch, length) are written where they are passed."""
+        query, key, value, *own = inputs
         if not self.dense:
             own[:3] = [None if part is None else _last_dense(part) for part in own[:3]]
         if own[3] is not None:
@@ -535,7 +535,7 @@ def _launch(
     trains: bool,
     signatures: tuple[Any, ...],
 ) -> _Launch:
-    """Check what a call is given, and plan it.
+    """Check what a call is passed, and plan it.
 
     Parameters
     ----------
@@ -673,10 +673,10 @@ def _check(query: Any, key: Any, value: Any, masks: tuple[Any, ...], trains: boo
         raise ValueError(f"{reason}; convert them, or use the plain torch reference")
 
 
-def _check_mask(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if found != shape:
+def _check_mask(name: str, got: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if got != shape:
         raise ValueError(
-            f"{name} of shape {shape} is expected; got {tuple(found)}; give one for each row that "
+            f"{name} of shape {shape} is expected; got {tuple(got)}; give one for each row that "
             "is read"
         )
 

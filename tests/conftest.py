@@ -109,11 +109,10 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def quick_runs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Figures are drawn for modules that say ``FIGURES = True``."""
+def quick_runs() -> Iterator[None]:
     from builders import quick
 
-    with quick.quick_runs(getattr(request.module, "FIGURES", False)):
+    with quick.quick_runs():
         yield
 
 

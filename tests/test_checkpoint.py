@@ -229,7 +229,8 @@ def test_a_missing_file_is_named(folder, name):
         "[]",
         "{}",
         '{"format": 2, "files": {}}',
-        '{"format": 1, "kind": "slim"}',
+        '{"format": 2, "kind": "slim"}',
+        '{"format": 1, "kind": "slim", "files": {}, "hash": ""}',
         '{"format": []}',
     ],
 )

@@ -610,7 +610,7 @@ def test_images_of_the_hub_are_seen_as_files_are(tmp_path, hub_cache):
         made.to_parquet(tmp_path / "set" / f"{split}.parquet")
     train = load_images(f"hub:{tmp_path / 'set'}", 8, 3).train
     assert [red_level(train[k]) for k in range(2)] == [100, 255]
-    with pytest.raises(ValueError, match="row 2 should have an image that can be read"):
+    with pytest.raises(ValueError, match="row 2 should hold an image in the column"):
         train[2]
 
 

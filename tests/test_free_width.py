@@ -156,16 +156,6 @@ def test_the_code_of_a_folder_is_not_run_unless_it_is_trusted(pipeline, folder):
     assert np.array_equal(draw(loaded), draw(pipeline))
 
 
-def test_a_checkpoint_from_before_the_code_came_with_it_is_read(pipeline, folder):
-    (folder / CODE).unlink()
-    facts = json.loads((folder / "compress.json").read_text())
-    del facts["files"][CODE], facts["hash"]
-    (folder / "compress.json").write_text(json.dumps(facts | {"format": 1}))
-    for loaded in (load(folder), DDPMPipeline.from_pretrained(folder)):  # the class is imported
-        assert type(loaded.unet) is FreeWidthUNet2DModel
-        assert np.array_equal(draw(loaded), draw(pipeline))
-
-
 def test_a_checkpoint_on_the_hub_is_read(pipeline, folder, tmp_path, monkeypatch):
     # a cache as the hub's client lays it out
     cache = tmp_path / "models--somebody--model"

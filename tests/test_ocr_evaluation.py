@@ -39,7 +39,7 @@ from compress.runs.evaluation import default_pages, evaluate_events
 
 
 def prediction(name, text, ended=True):
-    return Prediction(name, text, len(text) + 1, 10, ended)
+    return Prediction(text, len(text) + 1, 10, ended, page=name)
 
 
 def pages_of(*texts):
@@ -277,7 +277,7 @@ def test_a_damaged_line_is_named(tmp_path):
     good = json.dumps(asdict(prediction("0", "a")))
     for bad in ('{"page": "1"}', "nonsense"):
         file.write_text(f"{good}\n{bad}\n")
-        with pytest.raises(ValueError, match="line 2, should be a prediction"):
+        with pytest.raises(ValueError, match="line 2, should hold a prediction"):
             read_predictions(file)
 
 
@@ -388,8 +388,6 @@ def test_oceans_metrics_are_page_means_in_the_order_asked_for():
     assert found["ocean_precision"].value < found["ocean_recall"].value  # published: they trade
     assert metric("ocean_f1").better == "higher"
     assert metric("ocean_edit_distance").better == "lower"
-    with pytest.raises(ValueError, match="corrected, published; got 'theirs'"):
-        score(data, read, strict="theirs")
 
 
 def test_pages_without_any_text_have_no_accuracy():

@@ -104,7 +104,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "a class with code of its own": (index(_class_name=["mine", "Mine"]), "got .'mine', 'Mine'"),
     "a class that is no pipeline": (index(_class_name="AutoencoderKL"), "got 'AutoencoderKL'"),
     "no version": (index(_class_name="X", _diffusers_version=...), "version that it does not name"),
-    "a list as index": (text("model_index.json", "[]"), "model_index.json should hold a JSON obj"),
+    "a list as index": (text("model_index.json", "[]"), "model_index.json should hold a mapping"),
     "no JSON as index": (text("model_index.json", "{"), "model_index.json should hold JSON"),
     "a number as part": (index(unet=5), "of the unet .*; got 5"),
     "a part without class": (index(unet=["diffusers"]), "of the unet .*; got .'diffusers'"),
@@ -233,9 +233,6 @@ def test_half_precision_is_loaded_as_one_dtype(half):
 
 # the name that every version of diffusers understands
 @pytest.mark.filterwarnings("ignore:.*torch_dtype. is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "half", [pytest.param("half", marks=pytest.mark.slow), "variant"], indirect=True
-)
 def test_a_run_on_half_precision_leaves_a_folder_that_plain_diffusers_draws_with(
     half, tmp_path, monkeypatch
 ):

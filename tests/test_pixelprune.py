@@ -17,7 +17,7 @@ from compress import PixelPrune
 from compress.checkpoints.applied import Applied
 from compress.methods.base import Shown
 from compress.methods.pixelprune.encoder import FAMILIES, unit_pixels
-from compress.methods.pixelprune.prediction import distances, kept_units, reconstructed
+from compress.methods.pixelprune.prediction import _close, _Places, distances, kept_units
 from compress.models.cache_argument import cache_argument, cache_in
 from compress.models.visual import ADAPTERS, VISUAL_LAYOUTS, build_prompt, text_model
 
@@ -87,6 +87,17 @@ ALL_SIZES = [size for size in SIZES for _ in range(3)]
 
 def flat(images):
     return torch.tensor([image[place] for image in images for place in sorted(image)])
+
+
+def reconstructed(values, kept, sizes, threshold=0.0, distance="max"):
+    """All units from those that stay: the inverse of ``kept_units``."""
+    units = values.new_zeros(len(kept), values.shape[1])
+    units[kept] = values
+    places, close = _Places.of(sizes, units.device), _close(threshold, distance)
+    for at in places.diagonals():
+        predicted = units[places.predictors(units, at, close)]
+        units[at] = torch.where(kept[at, None], units[at], predicted)
+    return units
 
 
 @pytest.mark.parametrize("distance", ["max", "mae", "rmse"])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from compress.eval.tables import append_row, read_rows
+from compress.common.files import append_rows
+from compress.eval.tables import read_rows
 from compress.methods.base import Event
 from compress.runs.recipe import ReaderRecipe, load_recipe
 from compress.runs.run import RunResult
@@ -54,7 +55,7 @@ def test_a_recipe_is_run_once_and_its_variants_become_rows(metrics, tmp_path, mo
 
     monkeypatch.setattr(reader, "run_events", run)
     table = {table.name: table for table in reader.recipe_tables(tmp_path, tmp_path)}["fastocr"]
-    append_row(table.path, {"recipe": table.jobs[0].name, "model": MODEL, "model_hash": "earlier"})
+    append_rows(table.path, {"recipe": table.jobs[0].name, "model": MODEL, "model_hash": "earlier"})
     assert list(table.run_missing())[1:] == ["    dense"]
     assert list(table.run_missing()) == []
     # the folder is that of these weights, where an interrupted run goes on
@@ -112,9 +113,9 @@ def test_curves_are_lines_of_several_files_by_share(tmp_path):
         return [{"name": "fastocr", "keep_visual": keep, "min_fixation": 0, "fixation": fixation}]
 
     for file, fixation in (("a", "window"), ("b", "random")):
-        append_row(tmp_path / file, row([], 1, 1.0, 200))
+        append_rows(tmp_path / file, row([], 1, 1.0, 200))
         for share, retention in ((0.5, 0.99), (0.3, 0.985), (0.2, 0.5)):
-            append_row(tmp_path / file, row(method(share, fixation), share, retention, 100))
+            append_rows(tmp_path / file, row(method(share, fixation), share, retention, 100))
     chosen = {
         "last": {"file": "a", "method": "window"},
         "drawn, 30%": {"file": "b", "method": "random", "keep": "30%"},

@@ -25,7 +25,6 @@ from compress.reports.reader import write_ocr_report
 from compress.reports.run_folder import read_run
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-FIGURES = True
 
 UNITS = {
     "params": ("lower", "parameters", 2_177_753, 1_088_213, 1, None),
@@ -246,7 +245,7 @@ def test_texts_that_a_model_read_are_shown_as_text_with_marks(tmp_path):
         "methods": [],
         "run": {"model": "<i>", "data": "test", "pages": 1},
     }
-    read = [Prediction("<i>", "a <q>car</q>", 9, 4, True)]
+    read = [Prediction("a <q>car</q>", 9, 4, True, page="<i>")]
     page = Page(write_ocr_report(tmp_path, data, read, metrics).read_text(encoding="utf8"))
     assert page.open == [] and not {"i", "q"} & {tag for tag, _ in page.tags}
     assert "a <q>ca" in page.text and "page, <i>: edit distance" in page.text
@@ -350,8 +349,8 @@ def test_no_finished_run(tmp_path, call):
     [
         ("log.jsonl", "not json\n", r"line 1 of .*log\.jsonl"),
         ("log.jsonl", '{"loss": 1}\n', r"line 1 of .*log\.jsonl"),
-        ("trace.safetensors", "junk", r"trace\.safetensors should be a safetensors file"),
-        ("recipe.yaml", "a: [", r"recipe\.yaml should be YAML"),
+        ("trace.safetensors", "junk", r"trace\.safetensors should hold safetensors"),
+        ("recipe.yaml", "a: [", r"recipe\.yaml should hold YAML"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.methods.rtprune.baselines import divprune
-from compress.methods.rtprune.selection import by_norm, drop_adjacent_newlines, left_over
+from compress.methods.rtprune.selection import by_norm, drop_adjacent_newlines
 from compress.methods.rtprune.transport import (
     merge,
     nearest_plan,
@@ -48,8 +48,6 @@ def test_the_largest_norms_stay_in_their_order():
         norms = [sum(x * x for x in token) for token in page.tolist()]
         expected = sorted(range(11), key=lambda i: -norms[i])[:6]
         assert kept.tolist() == sorted(expected)
-        gone = left_over(kept, 11)
-        assert sorted([*kept.tolist(), *gone.tolist()]) == list(range(11))
 
 
 def test_of_equal_norms_the_first_stay_in_a_batch_as_alone():

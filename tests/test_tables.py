@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import save_file
 from scipy import stats
 
-from compress.eval.tables import append_row, read_rows
+from compress.common.files import append_rows
+from compress.eval.tables import read_rows
 from compress.runs.recipe import load_pipeline_recipe
 from compress.tables import bench, diffusion, processes
 from compress.tables import table as tables
@@ -129,7 +130,7 @@ def test_rows_of_earlier_weights_are_marked_and_measured_again(tmp_path, monkeyp
         {"model": "builtin:x", "model_hash": "old", "name": "a"},
         {"model": "builtin:x", "model_hash": "old", "name": "b"},
     ):
-        append_row(path, row)
+        append_rows(path, row)
     assert mine.render().endswith("**Measured on earlier weights of builtin:x.**")
     assert list(mine.run_missing()) == ["mine [1/1] a", "    stage"]
     assert [(row["name"], row["model_hash"]) for row in read_rows(path)] == [
@@ -254,7 +255,7 @@ def test_spread_equals_that_of_the_standard_library(count):
 def test_a_comparison_with_nothing_is_not_won_and_rows_of_other_recipes_are_left_out(tmp_path):
     toy = diffusion.table("toy", TOY, tmp_path)
     for sets in (["method.keep_macs=0.5"], ["method.keep_macs=0.9"]):
-        append_row(toy.path, measured(load_pipeline_recipe("ddpm_gradflow_full", sets)))
+        append_rows(toy.path, measured(load_pipeline_recipe("ddpm_gradflow_full", sets)))
     [line] = cells(toy.render())
     assert line[:4] == ["half", "ours", "1", "1.00"]
 

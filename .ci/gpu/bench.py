@@ -123,7 +123,7 @@ def main():
     from compress.bench.cells import describe
     from compress.bench.rows import ceiling_rows, parse_shape
     from compress.bench.timing import Bench, measure_ceilings
-    from compress.eval.tables import append_row
+    from compress.common.files import append_rows
     from compress.methods.gradflow import bench as gradflow
     from compress.methods.registry import benchmarks
 
@@ -153,15 +153,15 @@ def main():
                 dtypes.append(shape.dtype)
                 ceilings = measure_ceilings(where, dtypes)
                 for row in ceiling_rows(name, ceilings, where):
-                    append_row(OUT / "rows.jsonl", row)
+                    append_rows(OUT / "rows.jsonl", row)
             for row in known[name].run(shape, where, ceilings):
-                append_row(OUT / "rows.jsonl", row)
+                append_rows(OUT / "rows.jsonl", row)
                 print("  ".join(describe(row)), f"[{time.time() - begin:.1f} s]", flush=True)
                 print("  profile", json.dumps(row.get("profile")), "graphs", row.get("graphs"))
         except Exception as error:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            append_row(STATE / "failures.jsonl", {"bench": name, "shape": text, "error": line})
+            append_rows(STATE / "failures.jsonl", {"bench": name, "shape": text, "error": line})
             print(f"FAILED {name} {text}: {line}", flush=True)
             memory = isinstance(error, torch.cuda.OutOfMemoryError)
             if not memory and ("CUDA error" in str(error) or "AcceleratorError" in line):

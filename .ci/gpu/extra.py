@@ -85,12 +85,12 @@ def env():
         }
     from compress.bench.rows import ceiling_rows
     from compress.bench.timing import Bench, measure_ceilings
-    from compress.eval.tables import append_row
+    from compress.common.files import append_rows
 
     where = Bench(DEVICE, repeats=2 if TINY else 15)
     ceilings = measure_ceilings(where, ["float32"] if TINY else ["bfloat16", "float32"])
     for row in ceiling_rows("kernels", ceilings, where):
-        append_row(OUT / "rows.jsonl", row)
+        append_rows(OUT / "rows.jsonl", row)
     record |= {
         "copy_gb_per_s": round(ceilings.copy, 1),
         "tflop_per_s": {k: round(v, 1) for k, v in ceilings.rate.items()},

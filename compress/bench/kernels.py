@@ -126,6 +126,18 @@ def run(shape: KernelShape, bench: Bench, ceilings: Ceilings) -> Iterator[Row]:
     yield make_row("kernels", shape.kernel, asdict(shape), timing.ms, bench, facts)
 
 
+def _ours(
+    kernel: str,
+    device: torch.device,
+    why_not: str | None,
+    pair: tuple[Callable[..., Any], Callable[..., Any]],
+    *inputs: Any,
+) -> dict[str, Callable[[], Any]]:
+    """A kernel, where it runs, and the plain torch that stands in for it."""
+    fast, plain = (partial(way, *inputs) for way in pair)
+    return ({"triton": fast} if use_triton(kernel, device, why_not) else {}) | {"torch": plain}
+
+
 def _decode(shape: KernelShape, device: str) -> _Task:
     """The attention of one layer, against two ways of attending to the whole cache."""
     heads, kv_heads, dim = head_sizes(shape.model)
@@ -142,39 +154,27 @@ def _decode(shape: KernelShape, device: str) -> _Task:
     scores = torch.rand(shape.batch, shape.visual, generator=generator, device=device)
     rows, text = scores.topk(kept, dim=1).indices.int(), (shape.visual, length)
 
-    def moved(picked: int, dense: int, focal: bool) -> int:
-        return attention.bytes_moved(
-            batch=shape.batch,
-            heads=heads,
-            kv_heads=kv_heads,
-            dim=dim,
-            itemsize=key.element_size(),
-            picked=picked,
-            dense=dense,
-            focal=focal,
-        )
-
-    def ours(fast: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Ways:
-        why_not = attention.why_unsupported(query, key, value)
-        ways = {"triton": fast} if use_triton(shape.kernel, query.device, why_not) else {}
-        ways["torch"] = plain
-        return {name: partial(way, query, key, value, *args) for name, way in ways.items()}
-
+    moved = partial(
+        attention.bytes_moved,
+        batch=shape.batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        itemsize=key.element_size(),
+    )
+    cache, why_not = (query, key, value), attention.why_unsupported(query, key, value)
+    pair: Any = attention.sparse_decode, attention.sparse_decode_reference
+    others: Any = rows, None, text, None, scaling
+    own = moved(picked=kept, dense=shape.text)
     if shape.kernel == "focal_decode":
-        ways = ours(attention.focal_decode, attention.focal_decode_reference, None, scaling)
-        own = moved(0, length, focal=True)
-    else:
-        ways = ours(
-            attention.sparse_decode,
-            attention.sparse_decode_reference,
-            *(rows, None, text, None, scaling),
-        )
-        own = moved(kept, shape.text, focal=False)
+        pair, others = (attention.focal_decode, attention.focal_decode_reference), (None, scaling)
+        own = moved(picked=0, dense=length, focal=True)
+    ways = _ours(shape.kernel, query.device, why_not, pair, *cache, *others)
     dense: Ways = {
-        name: partial(way, query, key, value, scaling)
+        name: partial(way, *cache, scaling)
         for name, way in (("sdpa", sdpa), ("matmul", two_products))
     }
-    whole = moved(0, length, focal=False)
+    whole = moved(picked=0, dense=length)
     bytes_of = dict.fromkeys(ways, own) | dict.fromkeys(dense, whole)
     return _Task({**ways, **dense}, bytes_of, COPY_AIM)
 
@@ -205,11 +205,10 @@ def _summaries(shape: KernelShape, device: str) -> _Task:
         count = sizes.clamp(min=1)[..., None]
         return (keys / count).to(key.dtype), (values / count).to(key.dtype), sizes.log()
 
-    given = key, value, index.int(), index, None, member, sums(member)
-    ways: dict[str, Callable[[], Any]] = {}
-    if use_triton("summaries", key.device, attention.why_unsupported(key[:, :, :1], key, value)):
-        ways["triton"] = partial(groups_of.summaries, *given)
-    ways["torch"] = partial(groups_of.summaries_reference, *given)
+    inputs = key, value, index.int(), index, None, member, sums(member)
+    why_not = attention.why_unsupported(key[:, :, :1], key, value)
+    pair = groups_of.summaries, groups_of.summaries_reference
+    ways = _ours("summaries", key.device, why_not, pair, *inputs)
     ways["from_all"] = means_of_the_others
     moved = groups_of.bytes_moved(
         batch=shape.batch,
@@ -234,16 +233,14 @@ def _top_rows(shape: KernelShape, device: str) -> _Task:
     rows = tokens.int()
     index = torch.zeros(shape.batch, kept, dtype=torch.long, device=device)
     budgets = torch.full((shape.batch,), kept, dtype=torch.int32, device=device)
-    given = weights, rows, None, budgets, index, index.int()
+    inputs = weights, rows, None, budgets, index, index.int()
 
     def topk() -> None:
         index.copy_(weights.gather(1, tokens).topk(kept, dim=1, sorted=False).indices)
         rows.gather(1, index)
 
-    ways: dict[str, Callable[[], Any]] = {}
-    if use_triton("top_rows", weights.device, choice.why_unsupported(rows)):
-        ways["triton"] = partial(choice.top_rows, *given)
-    ways["torch"] = partial(choice.top_rows_reference, *given)
+    pair = choice.top_rows, choice.top_rows_reference
+    ways = _ours("top_rows", weights.device, choice.why_unsupported(rows), pair, *inputs)
     ways["topk"] = topk
     moved = choice.bytes_moved(shape.batch, shape.visual, kept)
     return _Task(ways, dict.fromkeys(ways, moved), TOPK_AIM)
@@ -262,11 +259,9 @@ def _sinkhorn(shape: KernelShape, device: str) -> _Task:
         for page in scores:
             _by_pot(page, numpy)
 
-    ways: dict[str, Callable[[], Any]] = {}
     problem = scores, rows, columns, DUSTBIN, ITERATIONS
-    if use_triton("sinkhorn", scores.device, transport.why_unsupported(pruned)):
-        ways["triton"] = partial(transport.sinkhorn, *problem)
-    ways["torch"] = partial(transport.sinkhorn_reference, *problem)
+    pair = transport.sinkhorn, transport.sinkhorn_reference
+    ways = _ours("sinkhorn", scores.device, transport.why_unsupported(pruned), pair, *problem)
     ways["pot"] = partial(pot, numpy=False)
     if not scores.is_cuda:
         ways["pot_numpy"] = partial(pot, numpy=True)

@@ -8,9 +8,9 @@ from typing import Any
 from compress.bench.rows import Row, ceiling_rows, parse_shape
 from compress.bench.timing import Bench, measure_ceilings
 from compress.common.environment import choose_device
-from compress.common.files import write_json
+from compress.common.files import append_rows, write_json
 from compress.common.output_folder import check_new_file
-from compress.eval.tables import append_row, read_rows
+from compress.eval.tables import read_rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Benchmark:
     run : (shape, where, ceilings) to rows.
     table : rows without ceilings, each cell once, to Markdown with the note beneath.
     crossovers : rows to a JSON table, by device: from which size on the method is faster.
-    repeats : timed calls of each way where nobody says how many.
+    repeats : timed calls of each way by default.
     """
 
     name: str
@@ -90,7 +90,7 @@ def bench(
     for row in _rows(benchmark, sizes, where):
         rows.append(row)
         if results is not None:
-            append_row(results, row)
+            append_rows(results, row)
         yield row
     if crossover is not None and benchmark.crossovers is not None:
         write_json(crossover, benchmark.crossovers(rows))

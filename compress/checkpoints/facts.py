@@ -17,11 +17,11 @@ from compress.common.files import atomic_folder, expand, read_json, sha256, writ
 from compress.common.foreign import ForeignFileError, foreign
 from compress.common.output_folder import CHECKPOINT, check_replaceable
 from compress.common.output_folder import CHECKPOINT_FACTS as FACTS
+from compress.eval.tables import markdown
 from compress.models.locate import ModelFolder
 from compress.models.weights import check_inside
 
-# the earlier format has no hash of the facts themselves
-FORMAT, UNSEALED = 2, 1
+FORMAT = 2
 # what loading reads, or what plain diffusers may run
 READ = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py"}
 INSTALL = "pip install compress-models"
@@ -62,17 +62,10 @@ def checkpoint_folder(
         yield temporary
         content = {"format": FORMAT, "kind": kind, **facts}
         write_text(temporary / "README.md", card(content))
-        content |= {"files": file_hashes(temporary)}
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        hashes = {path.relative_to(temporary).as_posix(): sha256(path) for path in files}
+        content |= {"files": hashes}
         write_json(temporary / FACTS, content | {"hash": _own_hash(content)})
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder, by its path there."""
-    return {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 class _Reference(BaseModel):
@@ -89,7 +82,7 @@ class _Facts(BaseModel):
 
     kind: Literal["slim", "runtime"]
     files: dict[str, str]
-    hash: str = ""
+    hash: str
     base_model: str | None = None
     methods: list[dict[str, Any]] = []
     weights: _Reference | None = None
@@ -107,7 +100,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
     facts = read_json(path)
     version = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
-    if version not in (FORMAT, UNSEALED):
+    if version != FORMAT:
         raise ForeignFileError(
             f"{path} should have format {FORMAT}; got {version!r:.60}; this version of compress "
             "cannot read it: make the checkpoint again"
@@ -146,13 +139,7 @@ def verify(folder: Path) -> dict[str, Any] | None:
     facts = read_facts(folder)
     if facts is None:
         return None
-    if facts["format"] == UNSEALED:
-        logger.warning(
-            "warning: %s is of an earlier version of compress: whether it is what was saved is not "
-            "verified",
-            folder / FACTS,
-        )
-    elif facts.get("hash") != _own_hash(facts):
+    if facts["hash"] != _own_hash(facts):
         raise ForeignFileError(
             f"{folder / FACTS} is not what was saved (its SHA-256 differs from the one it holds); "
             "restore the file"
@@ -245,14 +232,14 @@ def _metrics_table(metrics: Mapping[str, Any]) -> list[str]:
     """What a run measured of both models; none for no metrics."""
     if not metrics:
         return []
+    lines = [
+        {"metric": name}
+        | {side: _value(entry[side]) for side in ("dense", "compressed")}
+        | {"n": str(entry["compressed"].get("n", ""))}
+        for name, entry in metrics.items()
+    ]
     return [
-        "| metric | dense | compressed | n |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {_value(entry['dense'])} | {_value(entry['compressed'])} "
-            f"| {entry['compressed'].get('n', '')} |"
-            for name, entry in metrics.items()
-        ),
+        markdown(lines),
         "",
         "Brackets are 95% confidence intervals; n is what a value was measured on.",
         "",

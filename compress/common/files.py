@@ -179,6 +179,11 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $COMPRESS_CACHE, or ~/.cache/compress."""
+    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress")
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
@@ -216,6 +221,19 @@ def json_lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield number, line
+
+
+def append_rows(path: Path, *rows: Any) -> None:
+    """Append rows as lines of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), path.open("ab") as file:
+        file.write(b"".join(map(as_json, rows)))
+
+
+def drop_torn_line(path: Path) -> None:
+    """Remove a last line that a kill cut off."""
+    with path.open("r+b") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def walk(folder: Path) -> list[Path]:
@@ -264,11 +282,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_hash(folder: Path, suffixes: tuple[str, ...] = (".safetensors", ".json")) -> str:
+def folder_hash(folder: Path) -> str:
     """One SHA-256 over the names and contents of a folder's weights and configuration."""
     digest = hashlib.sha256()
     for path in sorted(walk(folder)):
-        if path.suffix in suffixes:
+        if path.suffix in (".safetensors", ".json"):
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(sha256(path).encode())
     return digest.hexdigest()

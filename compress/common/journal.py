@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from compress.common.files import json_lines, unfinished, write_bytes, write_text, writing
+from compress.common.files import append_rows, json_lines, unfinished, write_bytes, write_text
+from compress.common.foreign import foreign
 
 Tensors = dict[str, torch.Tensor]
 
@@ -82,8 +83,7 @@ class Journal:
         """Append one row."""
         self.rows.append(row)
         if self._log is not None and self.writes:
-            with writing(self._log), self._log.open("a", encoding="utf8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(self._log, row)
 
     def save(self, tensors: Tensors, facts: dict[str, Any]) -> None:
         """Add a state and forget the oldest; a kill at any moment leaves an intact newest one."""
@@ -162,14 +162,9 @@ class Journal:
 
 def _read(path: Path) -> Saved:
     """Read one state."""
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        # states from before version 0.2 have no checksum
-        whole = facts.pop("sha256", None) in (None, fingerprint(tensors))
-    except Exception as error:
-        raise ValueError(f"{path} should hold a saved state but cannot be read: {error}") from error
-    if not whole:
-        raise ValueError(f"{path} should hold a saved state but its content is damaged")
+    with foreign(path, "a saved state"), safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if facts.pop("sha256") != fingerprint(tensors):
+            raise ValueError("its content is damaged")
     return Saved(tensors, facts)

@@ -40,9 +40,9 @@ class OcrPage:
     ----------
     name : of the page in this set, and of its prediction.
     open : gives the image.
-    text : what stands on it; None where a benchmark has tests instead, or nobody knows.
+    text : what stands on it; None where a benchmark has tests instead, or it is not known.
     unseen_font : whether it is set in the font that no training page has.
-    size : gives width and height in pixels and decodes nothing; None where nobody needs them.
+    size : gives width and height in pixels and decodes nothing; None where they are not needed.
     """
 
     name: str
@@ -186,9 +186,10 @@ def pages_of(
     """
     begin = min(first for first, _ in ranges)
     try:
-        count = pdf_page_count(path) if is_pdf(path) else 1
-        if path.suffix.lower() in FRAMED:
-            count = frame_count(path)
+        count = frame_count(path) if path.suffix.lower() in FRAMED else 1
+        if is_pdf(path):
+            with _pdf(path) as document:
+                count = len(document)
     except (ValueError, OSError):  # what is wrong, the opening of its first page says
         count = begin
         ranges = [(count, count)]
@@ -267,12 +268,6 @@ def absolute(source: str | Path) -> str:
 def _place(source: str | Path) -> Path:
     """The whole path of a source or a page; of the hub's one that depends on no folder here."""
     return Path(os.path.abspath(os.path.join("/", absolute(source))))
-
-
-def pdf_page_count(path: Stored) -> int:
-    """Number of pages of a PDF."""
-    with _pdf(path) as document:
-        return len(document)
 
 
 def pdf_page(

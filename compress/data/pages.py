@@ -192,7 +192,8 @@ class _Sheet:
 
     def add(self, kind: str, text: str, html: str, boxes: list[Box]) -> None:
         """Append a block."""
-        box = _around(boxes)
+        x0, y0, x1, y1 = zip(*boxes, strict=True)
+        box = min(x0), min(y0), max(x1), max(y1)
         self.blocks.append(Block(kind, text, html, box, order=len(self.blocks)))
 
     def prose(self, plan: _Plan, left: float, top: float, width: float) -> None:
@@ -228,11 +229,6 @@ class _Sheet:
         html = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
         text = "\n".join(" ".join(row) for row in rows)
         self.add("table", text, f"<table>{html}</table>", [(x0, y0, x1 + 1, y1 + 1)])
-
-
-def _around(boxes: list[Box]) -> Box:
-    x0, y0, x1, y1 = zip(*boxes, strict=True)
-    return min(x0), min(y0), max(x1), max(y1)
 
 
 def _plan(rng: random.Random, difficulty: Difficulty, lines: int) -> list[_Plan]:

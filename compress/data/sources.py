@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from compress.common.extras import extra
 from compress.common.files import expand, json_lines, walk
+from compress.common.foreign import foreign
 from compress.data.batches import Examples
 from compress.data.digits import HALVES, digits
 from compress.data.pixels import FRAMED, Mode, frame_count, is_image, open_image, upright
@@ -73,27 +74,10 @@ class HubImages(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         if index >= len(self):
             raise IndexError(index)  # which ends an iteration
-        try:
+        what = f"an image in the column {self.column!r}"
+        with foreign(f"row {index}", what, "mend or remove the row"):
             image = upright(self.rows[index][self.column], MODES[self.channels])
-        except Exception as error:  # as Pillow has it for a damaged image
-            raise ValueError(
-                f"row {index} should have an image that can be read in the column {self.column!r}: "
-                f"{error}; mend or remove the row"
-            ) from error
         return to_tensor(image, self.size)
-
-
-class HubColumn(Sequence[Any]):
-    """One column of a `datasets` split, read row by row and without the images beside it."""
-
-    def __init__(self, rows: Any, column: str) -> None:
-        self.rows, self.column = rows.select_columns([column]), column
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.rows[index][self.column]
 
 
 @dataclass(frozen=True)
@@ -390,7 +374,7 @@ def _hub_conditions(source: str, rows: Any, condition: Condition, column: str) -
     feature = rows.features.get(column)
     kind = getattr(feature, "dtype", None)
     if condition == "caption" and kind in ("string", "large_string"):
-        return HubColumn(rows, column)
+        return rows.select_columns([column])[column]  # which is read row by row
     if condition == "label" and isinstance(feature, datasets.ClassLabel | datasets.Value):
         if "int" in str(kind):
             return [int(label) for label in rows[column]]

@@ -87,9 +87,9 @@ class CapturedCall:
 
     def replay(self, inputs: dict[str, Any]) -> None:
         """Run it again, on inputs that fit."""
-        for own, given in zip(self._inputs, tree_flatten(inputs)[0], strict=True):
+        for own, new in zip(self._inputs, tree_flatten(inputs)[0], strict=True):
             if isinstance(own, torch.Tensor):
-                own.copy_(given)
+                own.copy_(new)
         self._graph.replay()
 
     @property

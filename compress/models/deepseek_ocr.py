@@ -1,9 +1,9 @@
 """Read and write folders in the layout of `deepseek-ai/DeepSeek-OCR`."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import UnlimitedOcrForConditionalGeneration
 
@@ -47,19 +47,18 @@ def save_deepseek_ocr(
     OSError : when the disk is full or the folder cannot be written.
     """
     config = original_config(model.config, model.dtype)
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    weights = original_weights(state) | unused_weights(model.config)
-    shards = list(_shards(weights, largest_shard))
+    weights = original_weights(model) | unused_weights(model.config)
+    shards = split_torch_state_dict_into_shards(weights, max_shard_size=largest_shard)
     with new_folder(folder, "model") as temporary:
         where = {}
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
-            save_file(shard, temporary / name, metadata={"format": "pt"})
-            where.update(dict.fromkeys(shard, name))
-        total = sum(tensor.nbytes for tensor in weights.values())
+        for number, names in enumerate(shards.filename_to_tensors.values(), 1):
+            file = f"model-{number:05d}-of-{len(shards.filename_to_tensors):06d}.safetensors"
+            shard = {name: weights[name] for name in names}
+            save_file(shard, temporary / file, metadata={"format": "pt"})
+            where.update(dict.fromkeys(names, file))
         write_json(
             temporary / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+            {"metadata": shards.metadata, "weight_map": dict(sorted(where.items()))},
         )
         write_json(temporary / "config.json", config)
         model.generation_config.save_pretrained(temporary)
@@ -86,15 +85,3 @@ def load_deepseek_ocr(
     config.image_token_id = processor.image_token_id
     config.text_config.pad_token_id = processor.tokenizer.pad_token_id
     return read_model(UnlimitedOcrForConditionalGeneration, folder, dtype, config), processor
-
-
-def _shards(weights: Mapping[str, torch.Tensor], largest: int) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name in sorted(weights):
-        if shard and size + weights[name].nbytes > largest:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = weights[name]
-        size += weights[name].nbytes
-    yield shard

@@ -7,7 +7,6 @@ from ``config.json``; those that the checkpoint's code fixes (patch, window, ...
 them, which is how a small model is stored.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import (
     UnlimitedOcrConfig,
     UnlimitedOcrForConditionalGeneration,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 ARCHITECTURE = "DeepseekOCRForCausalLM"
 ARCHITECTURE_2 = "DeepseekOCR2ForCausalLM"
@@ -78,25 +78,6 @@ REQUIRED = {
     "attention_bias": False,
     "tile_tag": "2D",
 }
-_SAM = r"^model\.vision_tower\.sam_encoder\."
-_CLIP = r"^model\.vision_tower\.vision_encoder\."
-RENAMED = [  # the first that fits counts
-    (_SAM + r"layers\.(\d+)\.layer_norm", r"model.sam_model.blocks.\1.norm"),
-    (_SAM + r"layers\.", "model.sam_model.blocks."),
-    (_SAM + r"patch_embed\.projection\.", "model.sam_model.patch_embed.proj."),
-    (_SAM + r"neck\.conv1\.", "model.sam_model.neck.0."),
-    (_SAM + r"neck\.layer_norm1\.", "model.sam_model.neck.1."),
-    (_SAM + r"neck\.conv2\.", "model.sam_model.neck.2."),
-    (_SAM + r"neck\.layer_norm2\.", "model.sam_model.neck.3."),
-    (_SAM + r"proj\.conv1\.", "model.sam_model.net_2."),
-    (_SAM + r"proj\.conv2\.", "model.sam_model.net_3."),
-    (_SAM, "model.sam_model."),
-    (_CLIP + r"encoder\.", "model.vision_model.transformer."),
-    (_CLIP, "model.vision_model."),
-    (r"^model\.multi_modal_projector\.", "model.projector.layers."),
-    (r"^model\.view_separator$", "model.view_seperator"),
-    (r"^model\.language_model\.", "model."),
-]
 
 
 # ---- configuration ---------------------------------------------------------------------------
@@ -262,32 +243,13 @@ def _width(
 # ---- weights ---------------------------------------------------------------------------------
 
 
-def original_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a native state dict under the checkpoint's names.
+def original_weights(model: UnlimitedOcrForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """The tensors of a network under the checkpoint's names.
 
     Experts are split, the encoder's query, key and value joined.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for native, tensor in state.items():
-        name = native
-        for pattern, replacement in RENAMED:
-            name, replaced = re.subn(pattern, replacement, name)
-            if replaced:
-                break
-        if name.endswith("mlp.experts.gate_up_proj"):
-            for i, expert in enumerate(tensor):
-                gate, up = expert.chunk(2)
-                weights[f"{name.removesuffix('gate_up_proj')}{i}.gate_proj.weight"] = gate.clone()
-                weights[f"{name.removesuffix('gate_up_proj')}{i}.up_proj.weight"] = up.clone()
-        elif name.endswith("mlp.experts.down_proj"):
-            for i, expert in enumerate(tensor):
-                weights[f"{name.removesuffix('down_proj')}{i}.down_proj.weight"] = expert.clone()
-        elif name.startswith("model.vision_model.") and ".q_proj." in name:
-            parts = [state[native.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-            weights[name.replace(".q_proj.", ".qkv_proj.")] = torch.cat(parts)
-        elif not (name.startswith("model.vision_model.") and re.search(r"\.[kv]_proj\.", name)):
-            weights[name] = tensor.contiguous().clone()
-    return weights
+    weights = revert_weight_conversion(model, model.state_dict())
+    return {name: tensor.contiguous().clone() for name, tensor in weights.items()}
 
 
 def unused_weights(config: UnlimitedOcrConfig) -> dict[str, torch.Tensor]:
@@ -306,6 +268,5 @@ def unused_weights(config: UnlimitedOcrConfig) -> dict[str, torch.Tensor]:
 def weight_shapes(config: UnlimitedOcrConfig) -> dict[str, tuple[int, ...]]:
     """Name, in the checkpoint, and shape of the tensors that the network computes with."""
     with torch.device("meta"):
-        model = UnlimitedOcrForConditionalGeneration(config)
-    weights = original_weights(model.state_dict())
+        weights = original_weights(UnlimitedOcrForConditionalGeneration(config))
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}

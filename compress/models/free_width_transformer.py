@@ -64,7 +64,7 @@ def inner_widths_of(model: nn.Module) -> dict[str, InnerWidth]:
     That is an attention, a feed-forward, or ``proj_mlp`` in the single blocks of Flux.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    found: dict[str, InnerWidth] = {}
+    widths: dict[str, InnerWidth] = {}
 
     def add(name: str, unit: int, writers: Mapping[str, int], readers: Mapping[str, int]) -> None:
         # what a kind of block does not have is absent or None
@@ -72,7 +72,7 @@ def inner_widths_of(model: nn.Module) -> dict[str, InnerWidth]:
         readers = {key: first for key, first in readers.items() if key in modules}
         layer, copies = next(iter(writers.items()))
         width = modules[layer].out_features // copies
-        found[name] = InnerWidth(width, unit, tuple(writers.items()), tuple(readers.items()))
+        widths[name] = InnerWidth(width, unit, tuple(writers.items()), tuple(readers.items()))
 
     for name, module in modules.items():
         block = name.rpartition(".")[0]
@@ -87,7 +87,7 @@ def inner_widths_of(model: nn.Module) -> dict[str, InnerWidth]:
         elif name.endswith(".proj_mlp"):  # after the attention's in `proj_out`
             start = modules[f"{block}.attn"].to_q.out_features
             add(name, 1, {name: 1}, {f"{block}.proj_out": start})
-    return found
+    return widths
 
 
 def _set_width(model: nn.Module, name: str, inner: InnerWidth | None, width: int) -> None:

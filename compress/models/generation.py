@@ -19,7 +19,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     setattr(owner, name, value)
     try:
         yield
-    finally:  # contexts that nobody leaves are left in any order, when they are collected
+    finally:  # contexts that are not left are collected, in any order
         if own:
             setattr(owner, name, before)
         else:

@@ -1,8 +1,10 @@
 """What a model's folder says about its licence, for the cards of checkpoints made from it."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
 
 from compress.common.files import expand
 from compress.models.locate import BUILTIN
@@ -45,13 +47,9 @@ def licence_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.stem.upper() in FILES)
 
 
-def _metadata(card: Path) -> dict[str, object]:
-    """What a model card has between its first two lines of dashes."""
-    if not card.is_file():
-        return {}
-    before, *parts = card.read_text(encoding="utf8", errors="replace").split("---\n", 2)
+def _metadata(card: Path) -> dict[str, Any]:
+    """What a model card has between its first two lines of dashes; nothing for none."""
     try:
-        metadata = yaml.safe_load(parts[0]) if len(parts) == 2 and not before.strip() else None
-    except yaml.YAMLError:
+        return metadata_load(card) or {}
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
         return {}
-    return metadata if isinstance(metadata, dict) else {}

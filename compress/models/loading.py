@@ -23,7 +23,7 @@ from compress.models.free_width import FreeWidthUNet2DModel
 from compress.models.free_width_transformer import FREE_WIDTH_TRANSFORMERS
 from compress.models.locate import PIPELINE_INDEX, ModelFolder, locate
 from compress.models.pipelines import family_of
-from compress.models.weights import check_config, check_weights, variant_of
+from compress.models.weights import check_config, check_weights, read_settings, variant_of
 
 FREE_WIDTHS = (FreeWidthUNet2DModel, *FREE_WIDTH_TRANSFORMERS.values())
 # how an index names a class of ours: code that lies in a folder is never run
@@ -114,10 +114,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"a diffusers pipeline folder has a {PIPELINE_INDEX}; {folder} has none; name the "
             "pipeline's top folder"
         )
-    index = read_json(path)
-    if not isinstance(index, dict):
-        raise ForeignFileError(f"{path} should hold a JSON object; got {index!r:.80}; restore it")
-    return index
+    return read_settings(path)
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:

@@ -357,7 +357,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 @contextlib.contextmanager
 def placed(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Let modules be in evaluation mode on a device; training flags and places return on exit."""
-    places = [(module, _device(module)) for module in modules]
+    cpu = torch.device("cpu")
+    places = [(module, next((p.device for p in module.parameters()), cpu)) for module in modules]
     training = {part: part.training for module, _ in places for part in module.modules()}
     try:
         for module, _ in places:
@@ -368,7 +369,3 @@ def placed(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator
             module.to(home)
         for part, flag in training.items():
             part.training = flag
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -37,6 +37,33 @@ class Page(Protocol):
 P = TypeVar("P", bound=Page)
 
 
+class PrunedPages:
+    """What was pruned since the start or the last :meth:`reset`.
+
+    Parameters
+    ----------
+    counts : of the facts of a page, those that are summed over all pages.
+
+    Attributes
+    ----------
+    pages : one for each that was pruned, in their order; its ``facts()`` are JSON.
+    """
+
+    def __init__(self, *counts: str) -> None:
+        self.counts = counts
+        self.pages: list[Any] = []
+
+    def facts(self) -> dict[str, Any]:
+        """Facts of each page, and the counts of all together, for JSON."""
+        pages = [page.facts() for page in self.pages]
+        total = {name: sum(page[name] for page in pages) for name in self.counts}
+        return {"pages": pages, "total": total}
+
+    def reset(self) -> None:
+        """Forget the pages."""
+        self.pages.clear()
+
+
 @dataclass
 class Prompt(Generic[P]):
     """A batch of prompts before the decoder.
@@ -90,12 +117,6 @@ class Prompt(Generic[P]):
     def where(self) -> list[tuple[int, torch.Tensor]]:
         """Sequence and positions of each page, ``(tokens,)``."""
         return pages_in(self.layouts)
-
-
-def _flat_index(where: Sequence[tuple[int, torch.Tensor]], embeds: torch.Tensor) -> torch.Tensor:
-    """Places of sequences as rows of ``embeds.flatten(0, 1)``, on its device, not waited for."""
-    index = torch.cat([row * embeds.shape[1] + positions for row, positions in where])
-    return index.to(embeds.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -257,13 +278,13 @@ class PromptPruning(Generic[P]):
             )
         pages = [self.pages[features] for features in encoded]
         features = [page.to(embeds) for page in encoded]
-        asked = Prompt(pages, features, embeds, torch.stack([attended, is_visual]))
-        choices = self.choose(asked)
-        attended, layouts = asked.attended, asked.layouts
+        whole = Prompt(pages, features, embeds, torch.stack([attended, is_visual]))
+        choices = self.choose(whole)
+        attended, layouts = whole.attended, whole.layouts
         if all(choice is None for choice in choices):
             return kwargs
         stays, places, values = attended.clone(), [], []
-        for (row, positions), choice in zip(asked.where, choices, strict=True):
+        for (row, positions), choice in zip(whole.where, choices, strict=True):
             if choice is not None:
                 stays[row, positions] = False
                 stays[row, positions[choice.kept]] = True
@@ -273,7 +294,9 @@ class PromptPruning(Generic[P]):
                     values.append(become)
         if values:
             embeds = embeds.clone()
-            embeds.flatten(0, 1).index_copy_(0, _flat_index(places, embeds), torch.cat(values))
+            index = torch.cat([row * length + positions for row, positions in places])
+            index = index.to(embeds.device, non_blocking=True)
+            embeds.flatten(0, 1).index_copy_(0, index, torch.cat(values))
         source = shortened(stays, attended, self.method)
         layouts = [layout.of_kept(row) for layout, row in zip(layouts, source, strict=True)]
         source = source.to(embeds.device, non_blocking=True)

@@ -66,7 +66,7 @@ class VisualLayout:
         kept : position in this sequence of each one in the new sequence, -1 for new padding,
             ``(length,)``.
         """
-        # one place more, which is nobody's: index -1, of new padding, is that one
+        # one place more, of no token: index -1, of new padding, is that one
         token_at = torch.full((int(torch.cat([kept, self.positions]).max()) + 2,), -1)
         token_at[self.positions] = torch.arange(len(self.positions))
         tokens = token_at[kept]

@@ -43,7 +43,7 @@ def load_vlm(
     model : ``builtin:NAME``, a folder in transformers' layout or in that of
         `deepseek-ai/DeepSeek-OCR`, or a hub id.
     dtype : of the parameters.
-    adapter : whether a family without one is refused: nobody can build its prompts but its own
+    adapter : whether a family without one is refused: its prompts can only be built by its own
         processor. False takes what transformers has as an image-text-to-text model.
 
     Raises

@@ -69,7 +69,7 @@ def _samples(run: Run) -> list[Section]:
     return [Section("Samples, from the same noise", figures=figures)] if figures else []
 
 
-def sample_grid(images: np.ndarray, scale: int = 4) -> bytes:
+def sample_grid(images: np.ndarray) -> bytes:
     """Tile the first 64 images, uint8 ``(n, channels, height, width)``, eight a row, as a PNG."""
     chosen = images[: GRID * GRID]
     count, channels, height, width = chosen.shape
@@ -80,6 +80,6 @@ def sample_grid(images: np.ndarray, scale: int = 4) -> bytes:
         tiles[top : top + height, left : left + width] = image.transpose(1, 2, 0)
     picture = Image.fromarray(tiles[..., 0] if channels == 1 else tiles)
     # small images only: large ones are legible as they are
-    scale = max(1, min(scale, 1200 // picture.width))
+    scale = max(1, min(4, 1200 // picture.width))
     size = picture.width * scale, picture.height * scale
     return image_png(picture.resize(size, Image.Resampling.NEAREST), optimize=True)

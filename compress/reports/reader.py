@@ -55,8 +55,8 @@ def write_reader_report(
             facts = [batch[method.name] for batch in batches if method.name in batch]
             sections += method.sections(Shown(model, processor, image, prompt, others, facts))
         by_name: dict[str, RuntimeMethod] = {m.name: m for v in variants for m in v.methods}
-        for count, (name, found) in enumerate((metrics["calibration"] or {}).items()):
-            for section in by_name[name.split()[0]].calibration_sections(found):
+        for count, (name, calibration) in enumerate((metrics["calibration"] or {}).items()):
+            for section in by_name[name.split()[0]].calibration_sections(calibration):
                 figures = [
                     replace(figure, name=f"{figure.name}{count or ''}")
                     for figure in section.figures

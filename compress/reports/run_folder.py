@@ -12,6 +12,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from compress.common.files import json_lines, read_json
+from compress.common.foreign import foreign
 from compress.eval.metrics import GROUPS, METRICS, Group, Metric, metric
 from compress.methods.base import RunRecord, RuntimeMethod
 from compress.methods.registry import METHODS, runtime_method
@@ -53,10 +54,8 @@ def read_run(folder: Path) -> Run:
     metrics = read_metrics(folder)
     recipe_file = folder / "recipe.yaml"
     recipe_text = recipe_file.read_text(encoding="utf8") if recipe_file.is_file() else ""
-    try:
+    with foreign(recipe_file, "YAML"):
         recipe = yaml.safe_load(recipe_text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe_file} should be YAML: {error}; restore the file") from error
     return Run(
         metrics=metrics,
         log=_read_log(folder / "log.jsonl"),
@@ -92,14 +91,10 @@ def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
     rows: dict[tuple[str, int, str], dict[str, Any]] = {}
     if path.is_file():
         for number, line in json_lines(path):
-            try:
+            what = "a JSON object with stage and step"
+            with foreign(f"line {number} of {path}", what, "remove the line"):
                 row = json.loads(line)
                 rows[row["stage"], row["step"], row.get("net", "")] = row
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {path} should be a JSON object with stage and step; got "
-                    f"{line[:60]!r}; remove the line"
-                ) from error
     stages: dict[str, list[dict[str, Any]]] = {}
     for _, row in sorted(rows.items(), key=lambda item: item[0][1]):
         stages.setdefault(row["stage"], []).append(row)
@@ -109,13 +104,8 @@ def _read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
-    try:
+    with foreign(path, "safetensors", "run again with --overwrite"):
         return load_file(path)
-    except Exception as error:  # safetensors has no public base class in its numpy face
-        raise ValueError(
-            f"{path} should be a safetensors file; reading it failed: {error}; run again with "
-            "--overwrite"
-        ) from error
 
 
 def metric_of(name: str) -> Metric:

@@ -78,10 +78,10 @@ def served(model: Any, processor: Any, shape: FolderShape) -> dict[str, tuple[Ru
         try:
             if method.needs_calibration():
                 pages = calibration_pages("builtin:pages", CALIBRATION_PAGES)
-                found = calibrate_on_pages(
+                calibrated = calibrate_on_pages(
                     method, model, processor, pages, OcrEvaluation(), shape.new_tokens
                 )
-                method = with_calibration(method, found)
+                method = with_calibration(method, calibrated)
             Applied(model, [method]).remove()
             methods.append(method)
         except ValueError:  # it does not serve the model

@@ -114,7 +114,7 @@ class DiffusionRun:
             self._check_space()
         if distributed.processes() == 1:  # several may cut the weights
             check_memory(
-                16 * parameters(denoiser(self.pipeline)[1]),
+                16 * denoiser(self.pipeline)[1].num_parameters(),
                 self.device,
                 "weights, gradients and Adam's moments are held while the net is trained",
                 "choose another --device, or a machine with more memory",
@@ -147,7 +147,7 @@ class DiffusionRun:
     def _check_space(self) -> None:
         """Refuse a disk that cannot hold the states and the checkpoint."""
         existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        params = parameters(denoiser(self.pipeline)[1])
+        params = denoiser(self.pipeline)[1].num_parameters()
         # one state more than are kept, since the oldest goes when the newest is complete
         needed = ((self.training.keep_states + 1) * 4 + 1) * 4 * params + 2**22
         # the checkpoint holds the frozen parts as they are, and is written again with its metrics
@@ -194,7 +194,6 @@ class DiffusionRun:
                 samples=images[name],
                 dense=None if name == "dense" else images["dense"],
                 extractor=_extractor(self.recipe.data),
-                weights=settings.inception_weights,
                 device=self.device,
                 extra={"validation_loss": validation},
             )
@@ -244,11 +243,6 @@ class DiffusionRun:
         }
 
 
-def parameters(model: torch.nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def load_data(source: str, pipeline: DiffusionPipeline, columns: Columns) -> ImageData:
     """Images as a pipeline draws them, with what its denoiser must know about each."""
     condition = condition_of(pipeline)
@@ -294,7 +288,7 @@ def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -
 
     Returns
     -------
-    Why the distances cannot be measured, where nobody asked for them by name and Inception's
+    Why the distances cannot be measured, where none is requested by name and Inception's
     weights can neither be found nor fetched; else empty.
 
     Raises
@@ -451,7 +445,6 @@ def evaluate_pipeline(
         reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
         settings=settings,
         extractor=_extractor(data),
-        weights=settings.inception_weights,
         device=where,
         extra={"validation_loss": validation},
     )

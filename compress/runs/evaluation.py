@@ -88,74 +88,63 @@ def evaluate_events(
     FileExistsError : when the folder is in use and neither ``resume`` nor ``overwrite`` is given.
     """
     settings = settings or OcrEvaluation(unseen_font=True)
+    report = f"report in {output / 'report.html'}"
     with distributed.explained():
         where = distributed.join(choose_device(device))
-        return (yield from _evaluate(model, output, settings, data, where, resume, overwrite))
-
-
-def _evaluate(
-    model: str | Path | ModelFolder,
-    output: Path,
-    settings: OcrEvaluation,
-    data: str | None,
-    where: str,
-    resume: bool,
-    overwrite: bool,
-) -> Generator[Event, None, dict[str, Any]]:
-    main = distributed.is_main()  # of several processes only this one touches the folder
-    at = locate(model, "reader")
-    source = data or default_pages(at)
-    if main:
-        check_target(output, resume=resume, overwrite=overwrite)
-        check_apart(output, {"model": at.folder, "data": source})
-    pages = load_pages(source, settings.samples, settings.unseen_font)
-    pages = replace(pages, pages=tuple(as_known(at)(pages.pages)))
-    if pages.annotations is not None:
-        ocr.check_accuracy(pages)
-    facts = {
-        "model": at.name,
-        "base_model": base_model(at),
-        "data": source,
-        **settings.model_dump(mode="json"),
-        "model_hash": at.hash,
-    }
-    if resume and main:
-        # what was read does not depend on how it is scored
-        scoring = () if is_finished(output) else ("metrics", "strict")
-        check_same_settings(output / SETTINGS, facts, scoring)
-    if resume and distributed.from_main(lambda: is_finished(output)):
-        distributed.from_main(lambda: tidy(output))
-        yield Event("done", 1, 1, message=f"already finished; report in {output / 'report.html'}")
-        return distributed.from_main(lambda: read_json(output / "metrics.json"))
-    network, processor, methods = open_reader(at, settings, where)
-    applied = Applied(network, methods) if methods else None
-    times: ocr.Times = []
-    parts: ocr.Parts = []
-    read = page_reader(network, processor, settings, applied, parts)
-    claimed = claim(output, "evaluation", resume=resume, overwrite=overwrite)
-    with claimed if main else contextlib.nullcontext():
-        text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
-        distributed.from_main(lambda: write_text(output / SETTINGS, text))
-        for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS, times):
-            yield Event("read", count, len(pages.pages))
-        run = {
-            **facts,
-            "pages": len(pages.pages),
-            "processes": distributed.processes(),
-            **created(where),
-            "versions": versions_of(PACKAGES),
+        main = distributed.is_main()  # of several processes only this one touches the folder
+        at = locate(model, "reader")
+        source = data or default_pages(at)
+        if main:
+            check_target(output, resume=resume, overwrite=overwrite)
+            check_apart(output, {"model": at.folder, "data": source})
+        pages = load_pages(source, settings.samples, settings.unseen_font)
+        pages = replace(pages, pages=tuple(as_known(at)(pages.pages)))
+        if pages.annotations is not None:
+            ocr.check_accuracy(pages)
+        facts = {
+            "model": at.name,
+            "base_model": base_model(at),
+            "data": source,
+            **settings.model_dump(mode="json"),
+            "model_hash": at.hash,
         }
+        if resume and main:
+            # what was read does not depend on how it is scored
+            scoring = () if is_finished(output) else ("metrics", "strict")
+            check_same_settings(output / SETTINGS, facts, scoring)
+        if resume and distributed.from_main(lambda: is_finished(output)):
+            distributed.from_main(lambda: tidy(output))
+            yield Event("done", 1, 1, message=f"already finished; {report}")
+            return distributed.from_main(lambda: read_json(output / "metrics.json"))
+        network, processor, methods = open_reader(at, settings, where)
+        applied = Applied(network, methods) if methods else None
+        times: ocr.Times = []
+        parts: ocr.Parts = []
+        read = page_reader(network, processor, settings, applied, parts)
+        claimed = claim(output, "evaluation", resume=resume, overwrite=overwrite)
+        with claimed if main else contextlib.nullcontext():
+            text = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
+            distributed.from_main(lambda: write_text(output / SETTINGS, text))
+            for count in ocr.predict(pages, read, settings.batch, output / PREDICTIONS, times):
+                yield Event("read", count, len(pages.pages))
+            run = {
+                **facts,
+                "pages": len(pages.pages),
+                "processes": distributed.processes(),
+                **created(where),
+                "versions": versions_of(PACKAGES),
+            }
 
-        def scored() -> dict[str, Any]:
-            speed = ocr.speed(times) | ocr.split(parts)
-            metrics = {**_score(pages, output, settings, methods, speed), "run": run}
-            write_json(output / "metrics.json", metrics)
-            write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
-            return metrics
+            def scored() -> dict[str, Any]:
+                speed = ocr.speed(times) | ocr.split(parts)
+                metrics = {**_score(pages, output, settings, methods, speed), "run": run}
+                write_json(output / "metrics.json", metrics)
+                write_ocr_report(output, pages, ocr.read_predictions(output / PREDICTIONS), metrics)
+                return metrics
 
-        metrics = distributed.from_main(scored)
-    yield Event("done", 1, 1, message=f"report in {output / 'report.html'}")
-    return metrics
+            metrics = distributed.from_main(scored)
+        yield Event("done", 1, 1, message=report)
+        return metrics
 
 
 def page_reader(
@@ -189,7 +178,7 @@ def page_reader(
             if reading.error:
                 logger.warning("scored as an empty page: %s", reading.error)
         return [
-            ocr.Prediction(page.name, facts=None if place else facts, **asdict(reading))
+            ocr.Prediction(page=page.name, facts=None if place else facts, **asdict(reading))
             for place, (page, reading) in enumerate(zip(pages, readings, strict=True))
         ]
 

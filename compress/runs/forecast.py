@@ -57,7 +57,7 @@ def _predict(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> dict[s
         from compress.runs.reader import forecast
 
         return forecast(recipe, "cpu")
-    from compress.runs.diffusion import DiffusionRun, parameters
+    from compress.runs.diffusion import DiffusionRun
 
     run = DiffusionRun(recipe, folder, device)
     refused = []
@@ -68,7 +68,7 @@ def _predict(recipe: Recipe | ReaderRecipe, folder: Path, device: str) -> dict[s
     else:
         run.check_sampling()
     # weights, gradients, two moments and a teacher of dense size
-    memory = 5 * 4 * parameters(denoiser(run.pipeline)[1]) / 2**20
+    memory = 5 * 4 * denoiser(run.pipeline)[1].num_parameters() / 2**20
     return {
         "model": recipe.model,
         **_sizes(run),

@@ -26,7 +26,7 @@ from compress.parallel import distributed
 from compress.reports.reader import write_reader_report
 from compress.runs.counting import counted, counted_metrics
 from compress.runs.evaluation import PACKAGES, page_reader
-from compress.runs.reading import as_known, open_reader
+from compress.runs.reading import as_known, in_batches, open_reader
 from compress.runs.recipe import ReaderRecipe
 
 CALIBRATION = "calibration.json"
@@ -288,8 +288,7 @@ def calibrate_on_pages(
     max_new_tokens : of a page.
     """
     batches = []
-    for first in range(0, len(pages), settings.batch):
-        chosen = pages[first : first + settings.batch]
+    for chosen in in_batches(pages, settings.batch):
         _, inputs, errors = open_prompts(model, processor, chosen, settings.prompt)
         for error in errors.values():
             raise ValueError(
@@ -371,9 +370,9 @@ def calibration_pages(source: str, count: int) -> list[OcrPage]:
     return list(load_pages(source).pages[:count])
 
 
-def with_calibration(method: RuntimeMethod, found: Calibrated) -> RuntimeMethod:
+def with_calibration(method: RuntimeMethod, calibrated: Calibrated) -> RuntimeMethod:
     """The method with the settings that were measured for it, in place of those it left open."""
-    return type(method)(**method.model_dump() | found.settings)
+    return type(method)(**method.model_dump() | calibrated.settings)
 
 
 def _with_its_own(method: RuntimeMethod, calibrated: Mapping[str, Calibrated]) -> RuntimeMethod:
@@ -447,7 +446,7 @@ def forecast(recipe: ReaderRecipe, device: str) -> dict[str, Any]:
         "pages": count,
         "readings": count * len(run.variants),
         "family": adapter_for(run.model.config).name,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": run.model.num_parameters(),
         "stored_values": sum(math.prod(t.shape) for t in stored_tensors(run.at.folder).values()),
         "variants": [variant.name for variant in run.variants],
     }

@@ -8,14 +8,13 @@ places among the sources, so processes need nothing of each other until the end.
 import itertools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from compress.checkpoints.applied import Applied
 from compress.checkpoints.runtime import base_model, load_runtime
 from compress.common.environment import choose_device
-from compress.common.files import as_json, write_text, writing
+from compress.common.files import append_rows, drop_torn_line, sync, write_text
 from compress.common.foreign import foreign, reason
 from compress.common.output_folder import TEXTS, check_apart, recorded_folder
 from compress.data.page_files import OcrPage, absolute, common_root, find_pages, text_file
@@ -314,8 +313,8 @@ def read_to_folder(
     def begin() -> tuple[int, int]:
         """How many pages there are, and are left."""
         done = _repaired(output, root if files.markdown else None).done
-        found = find_pages(sources, files.pages, files.dpi) if done else ()
-        return total, sum(page.name not in done for page in found) if done else total
+        every = find_pages(sources, files.pages, files.dpi) if done else ()
+        return total, sum(page.name not in done for page in every) if done else total
 
     total = 0
     with distributed.explained():
@@ -369,13 +368,14 @@ def _read_share(
         if place % processes == rank and page.name not in before.done
     )
     path, count, begun = output / f"pages-{rank:04}.jsonl", 0, time.perf_counter()
-    with openers_watched(), writing(path), path.open("ab") as file:
+    with openers_watched():
         for read, seconds in read_pages_of(at, mine, settings, files, device):
             rows = [_row(page, reading, seconds / len(read)) for page, reading in read]
             failed = before.failed
-            _append(
-                file, [r for r in rows if not r["error"] or r["error"] != failed.get(r["page"])]
+            append_rows(
+                path, *(r for r in rows if not r["error"] or r["error"] != failed.get(r["page"]))
             )
+            sync(path)
             for row in rows:
                 if row["error"]:
                     logger.warning("not read: %s", row["error"])
@@ -404,13 +404,6 @@ def _row(page: OcrPage, reading: Reading, seconds: float) -> dict[str, Any]:
         "flags": [] if reading.error else [name for name, raised in flags.items() if raised],
         "error": reading.error,
     }
-
-
-def _append(file: IO[bytes], rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows, which are on the disk then."""
-    file.write(b"".join(map(as_json, rows)))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _write_markdown(output: Path, root: Path, row: dict[str, Any]) -> None:
@@ -458,11 +451,7 @@ def _repaired(folder: Path, root: Path | None) -> Record:
     root : of the sources, where there are to be such files.
     """
     for path in folder.glob(RECORDS):
-        with path.open("r+b") as file:
-            whole = 0
-            for line in file:
-                whole += len(line) if line.endswith(b"\n") else 0
-            file.truncate(whole)
+        drop_torn_line(path)
         if root is None:
             continue
         for row in rows_of(path):

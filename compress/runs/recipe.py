@@ -376,15 +376,10 @@ def _describe(error: Any, known: Sequence[str], lines: Lines) -> str:
             return f"{_place(path, lines)}: {_unknown_key(path, known)}; {got}"
         case "missing" | "missing_argument":
             return f"{_place(path, lines)}: expected a value (the key is required); got nothing"
-        case "union_tag_not_found":
+        case "union_tag_not_found" | "union_tag_invalid":
             choices = _methods_at(path)
-            path = (*path, "name")
-            return f"{_place(path, lines)}: expected one of {', '.join(choices)}; got nothing"
-        case "union_tag_invalid":
-            choices = _methods_at(path)
-            path = (*path, "name")
-            got = f"got {_show(context['tag'])}"
-            expected = f"one of {', '.join(choices)}"
+            path, expected = (*path, "name"), f"one of {', '.join(choices)}"
+            got = f"got {_show(context['tag'])}" if "tag" in context else "got nothing"
         case "value_error":
             # a rule of ours, or of a method: its text already says what was expected
             return f"{_place(path, lines)}: {context['error']}; {got}"

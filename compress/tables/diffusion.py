@@ -51,19 +51,19 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
     within, against = declared.get("best_within", ()), declared.get("against", {})
 
     def measured(rows: Sequence[Row]) -> list[Row]:
-        found = _lines(lines, jobs, rows)
+        result = _lines(lines, jobs, rows)
         if against:
-            _compare(found, against, within)
-        found += [_reported(line) for line in declared.get("reported", ())]
+            _compare(result, against, within)
+        result += [_reported(line) for line in declared.get("reported", ())]
         # those that are compared beneath each other
-        groups = list(dict.fromkeys(tuple(line[key] for key in within) for line in found))
-        return sorted(found, key=lambda line: groups.index(tuple(line[key] for key in within)))
+        groups = list(dict.fromkeys(tuple(line[key] for key in within) for line in result))
+        return sorted(result, key=lambda line: groups.index(tuple(line[key] for key in within)))
 
     def body(rows: Sequence[Row]) -> str:
         columns = declared.get("columns", QUALITY)
-        labels, found = list(declared["blocks"][0]), measured(rows)
-        parts = [_shown(found, [*labels, "seeds"], columns, within, bold=not against)]
-        if compared := [line for line in found if "differences" in line]:
+        labels, result = list(declared["blocks"][0]), measured(rows)
+        parts = [_shown(result, [*labels, "seeds"], columns, within, bold=not against)]
+        if compared := [line for line in result if "differences" in line]:
             parts.append(_differences(compared, labels, against))
         return "\n\n".join([*parts, _note(declared, rows, len(jobs))])
 

@@ -127,7 +127,9 @@ def _aims(aims: Sequence[Mapping[str, Any]], tables: Mapping[str, Table]) -> str
         ]
         cells = {"aim": aim["aim"]}
         for place, on_cpu in (("on a GPU", False), ("on a CPU", True)):
-            values = [_fact(line, aim["fact"]) for line in measured if on_cpu == _is_cpu(line)]
+            values = [
+                _fact(line, aim["fact"]) for line in measured if on_cpu == (line["device"] == "cpu")
+            ]
             cells[place] = "not measured"
             if values:
                 reached = sum(
@@ -138,10 +140,6 @@ def _aims(aims: Sequence[Mapping[str, Any]], tables: Mapping[str, Table]) -> str
                 cells[place] = f"reached in {reached} of {len(values)} rows: {' to '.join(ends)}"
         lines.append(cells)
     return markdown(lines)
-
-
-def _is_cpu(line: Row) -> bool:
-    return bool(line["device"] == "cpu")
 
 
 def _fact(line: Row, name: str) -> float:

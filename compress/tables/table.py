@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compress.common.files import folder_hash, write_text
-from compress.eval.tables import Row, append_row, read_rows
+from compress.common.files import append_rows, folder_hash, write_text
+from compress.eval.tables import Row, read_rows
 from compress.methods.base import Event
 from compress.models.locate import BUILTIN
 
@@ -83,9 +83,8 @@ class Table:
             others = [row for row in before if not job.owns(row)]
             if len(others) < len(before):
                 write_text(self.path, "".join(json.dumps(row) + "\n" for row in others))
-            for row in rows:
-                facts = {"command": f"compress tables {self.name}", "commit": _commit()}
-                append_row(self.path, facts | row)
+            facts = {"command": f"compress tables {self.name}", "commit": _commit()}
+            append_rows(self.path, *(facts | row for row in rows))
 
     def render(self) -> str:
         """The table in Markdown, with how it was made."""

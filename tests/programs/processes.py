@@ -45,19 +45,23 @@ SOFT = {
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
 TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 2}
+SMALLER = {"mid_block_type": None}
 SOFTLY = {
-    "unet": {"mid_block_type": None},
+    "unet": SMALLER,
     "method": SOFT,
-    "training": TRAINING | {"distill": 0.5, "flip": True},
-    "parts": 2,
+    "training": TRAINING | {"distill_features": 0.5, "flip": True},
 }
-RUNS = {"soft": SOFTLY, "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]}}
-SLOW_RUNS = {
-    "soft": {
-        "unet": {"mid_block_type": None},
+RUNS = {
+    "soft": SOFTLY,
+    "alike": {
+        "unet": SMALLER,
         "method": SOFT,
-        "training": TRAINING | {"distill_features": 0.5, "flip": True},
+        "training": TRAINING | {"distill": 0.5},
+        "parts": 2,
     },
+    "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]},
+}
+SLOW_RUNS = {
     "flow": {
         "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
         "training": TRAINING
@@ -114,9 +118,9 @@ def numbers(tensors):
     return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
 
 
-def prune(runs, name, folder=None, stop=None, resume=False, copy=None):
+def prune(name, folder=None, stop=None, resume=False, copy=None):
     """Run to the end, or leave after some steps; the folder as it is at STOP may be copied."""
-    scenario = runs[name]
+    scenario = (RUNS | SLOW_RUNS)[name]
     AcceleratorState._reset_state(False)
     training = dict(scenario["training"])
     if distributed.processes() > 1:
@@ -201,18 +205,19 @@ def work(runs, count):
         return
     for name, scenario in runs.items():
         if count > 1 or "blocks" not in scenario:
-            keep(f"{name} x{count}", *prune(runs, name))
+            keep(f"{name} x{count}", *prune(name))
 
 
 def alone_and_together(count):
     whole = Path(f"whole of {count}")
     whole.mkdir(exist_ok=True)
-    keep(f"soft x{count}", *prune(RUNS, "soft", whole, copy=Path(f"left of {count}")))
+    keep(f"soft x{count}", *prune("soft", whole, copy=Path(f"left of {count}")))
+    keep(f"alike x{count}", *prune("alike"))
     if count > 1:
-        keep("cut x2", *prune(RUNS, "cut"))
+        keep("cut x2", *prune("cut"))
         # what one process left goes on with cut weights, and then with whole ones
-        prune(RUNS, "cut", Path("left of 1"), stop=STOP, resume=True)
-        keep("resumed x2", *prune(RUNS, "soft", Path("left of 1"), resume=True))
+        prune("cut", Path("left of 1"), stop=STOP, resume=True)
+        keep("resumed x2", *prune("soft", Path("left of 1"), resume=True))
     measure(f"measured x{count}")
     texts = {"differ": differ(), "gone": others()}
     Path(f"texts x{count} {distributed.process()}.json").write_text(json.dumps(texts))

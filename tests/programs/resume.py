@@ -1,4 +1,4 @@
-"""Runs that are killed at every kind of moment, and resumed: ``resume.py FOLDER SCENARIO ...``.
+"""Runs that are killed at every kind of moment, and their resumption: ``resume.py FOLDER``.
 
 One process imports torch and forks a child for every run, so that a killed run and its resumption
 never share memory; all of them run on one thread.
@@ -141,11 +141,10 @@ def die(method, where, folder):
             kill()
 
 
-def main(root: Path, *names: str) -> None:
+def main(root: Path) -> None:
     torch.set_num_threads(1)
     codes = {}
-    for name in names:
-        method, where = SCENARIOS[name]
+    for name, (method, where) in SCENARIOS.items():
         folder = root / name
         folder.mkdir()
         codes[name] = []
@@ -158,4 +157,4 @@ def main(root: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -9,9 +9,9 @@ import torch
 
 from compress.common.stages import stage
 from compress.methods.pixelprune.encoder import FAMILIES, encoder_arguments, unit_pixels
-from compress.methods.pixelprune.pages import Handle, PrunedPage
+from compress.methods.pixelprune.pages import PrunedPage
 from compress.methods.pixelprune.prediction import kept_units
-from compress.models.prompt_pruning import Choice, Prompt, PromptPruning
+from compress.models.prompt_pruning import Choice, Prompt, PromptPruning, PrunedPages
 from compress.models.visual import ADAPTERS, adapter_for
 from compress.models.vlm import load_processor_of
 
@@ -29,7 +29,7 @@ NOT_SERVED = {
 
 
 @contextmanager
-def attached(method: "PixelPrune", model: Any) -> Iterator[Handle]:
+def attached(method: "PixelPrune", model: Any) -> Iterator[PrunedPages]:
     """:meth:`PixelPrune.attach`."""
     kind = model.config.model_type
     if kind not in FAMILIES:
@@ -68,7 +68,7 @@ class _Pages:
     def __init__(self, method: "PixelPrune", model: Any) -> None:
         self.method = method
         self.model = model
-        self.handle = Handle()
+        self.handle = PrunedPages("units", "kept")
         self.std = _std(method, model)
 
     def _encode(

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compress.common.settings import Positive
 from compress.eval.metrics import Metric
 from compress.methods.base import Handle, RuntimeMethod, Section, Shown
 
 if TYPE_CHECKING:
     from compress.bench.suite import Benchmark
-
-Positive = Annotated[float, Field(gt=0)]
 
 
 class PixelPrune(RuntimeMethod):

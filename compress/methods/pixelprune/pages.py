@@ -30,25 +30,3 @@ class PrunedPage:
         """Counts and their ratio, for JSON."""
         units, kept = len(self.grid), len(self.kept)
         return {"units": units, "kept": kept, "share": kept / units}
-
-
-class Handle:
-    """What was pruned since the start or the last :meth:`reset`.
-
-    Attributes
-    ----------
-    pages : one for each page that was encoded, in their order.
-    """
-
-    def __init__(self) -> None:
-        self.pages: list[PrunedPage] = []
-
-    def facts(self) -> dict[str, Any]:
-        """Counts of each page, and of all together, for JSON."""
-        pages = [page.facts() for page in self.pages]
-        total = {name: sum(page[name] for page in pages) for name in ("units", "kept")}
-        return {"pages": pages, "total": total}
-
-    def reset(self) -> None:
-        """Forget the pages."""
-        self.pages.clear()

@@ -1,4 +1,4 @@
-"""Which units of images their neighbours predict: predictive coding, and its inverse.
+"""Which units of images their neighbours predict: predictive coding.
 
 A unit is a vector of pixels. The one at (r, c) is predicted from A to its left, B above it and C
 above A: in the first row by A, in the first column by B, elsewhere by B where C is similar to A and
@@ -71,31 +71,6 @@ def kept_units(
             stay[gone[(multiples % 1).argsort()[:missing]]] = True
     # what stays with its own pixels predicts others than what it was taken for
     return _kept(units, sizes, threshold, distance, forced) if forced.any() else kept
-
-
-def reconstructed(
-    values: torch.Tensor,
-    kept: torch.Tensor,
-    sizes: Sequence[Size],
-    threshold: float = 0.0,
-    distance: Distance = "max",
-) -> torch.Tensor:
-    """All units, ``(units, values)``, from those that stay: the inverse of :func:`kept_units`.
-
-    Parameters
-    ----------
-    values : of the units that stay, ``(kept, values)``.
-    kept : which ones these are, ``(units,)`` bool.
-    sizes, threshold, distance : what they were chosen by.
-    """
-    units = values.new_zeros(len(kept), values.shape[1])
-    units[kept] = values
-    places = _Places.of(sizes, units.device)
-    close = _close(threshold, distance)
-    for at in places.diagonals():
-        predicted = units[places.predictors(units, at, close)]
-        units[at] = torch.where(kept[at, None], units[at], predicted)
-    return units
 
 
 def _close(threshold: float, distance: Distance) -> Close:

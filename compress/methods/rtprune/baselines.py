@@ -7,7 +7,7 @@ ascending; as many as RTPrune keeps, and newlines and separators stay as with RT
 import torch
 import torch.nn.functional as F
 
-from compress.methods.rtprune.selection import check_keep, left_over, ranked
+from compress.methods.rtprune.selection import check_keep, ranked
 
 CONTEXTUAL_SHARE = 10 / 64  # VisionZip's setting: 54 dominant and 10 contextual tokens of 64
 EXHAUSTED = 1e-5  # share of a token that the selected ones do not span, below which it counts as 0
@@ -124,12 +124,12 @@ def visionzip(
     Indices ``(keep,)`` and the features there ``(keep, dim)``.
     """
     check_keep(features, keep)
-    count = len(features)
     contextual = round(keep * CONTEXTUAL_SHARE)
-    dominant = ranked(attention.float())[: keep - contextual].sort().values
+    order = ranked(attention.float())
+    dominant = order[: keep - contextual].sort().values
     if not contextual:
         return dominant, features[dominant]
-    others = left_over(dominant, count)
+    others = order[keep - contextual :].sort().values
     step = len(others) // contextual
     targets = others[: step * contextual : step]
     merged = others[~torch.isin(others, targets)]

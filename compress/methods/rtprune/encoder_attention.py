@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import apply_rotary_pos_emb
 
 # attention (views, tokens), in units of its mean in the view, and keys (views, tokens, dim)
 Captured = tuple[torch.Tensor, torch.Tensor]
@@ -71,8 +72,7 @@ def _of_class_token(outputs: Any, heads: int, dim: int) -> Captured:
 def _received(outputs: Any, heads: int, dim: int, patches: int) -> Captured:
     query, key = (outputs[name].float().unflatten(-1, (-1, dim)).transpose(1, 2) for name in "qk")
     metric = key[:, :, patches:].mean(1)
-    cos, sin = (part.float()[:, None] for part in outputs["rope"])
-    query, key = (x * cos + _half_turned(x) * sin for x in (query, key))
+    query, key = apply_rotary_pos_emb(query, key, *(part.float() for part in outputs["rope"]))
     key = key.repeat_interleave(heads // key.shape[1], 1)
     scores = query[:, :, patches:] @ key.transpose(-1, -2) * dim**-0.5
     queries = scores.shape[2]
@@ -80,11 +80,6 @@ def _received(outputs: Any, heads: int, dim: int, patches: int) -> Captured:
     attention = scores.masked_fill(later, -torch.inf).softmax(-1)[..., patches:].mean(1).sum(1)
     attention = attention / torch.arange(queries, 0, -1, device=scores.device)
     return attention / attention.mean(1, keepdim=True), metric
-
-
-def _half_turned(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
 
 
 def token_values(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from compress.common.stages import stage
 from compress.methods.rtprune.encoder_attention import EncoderRecorder
 from compress.methods.rtprune.encoding import encoded_pages
-from compress.methods.rtprune.pages import EncodedPage, Handle, prune_pages
-from compress.models.prompt_pruning import Choice, Prompt, PromptPruning
+from compress.methods.rtprune.pages import COUNTS, EncodedPage, prune_pages
+from compress.models.prompt_pruning import Choice, Prompt, PromptPruning, PrunedPages
 from compress.models.visual import adapter_for
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ FAMILIES = ("unlimited_ocr", "deepseek_ocr2")  # DeepSeek-OCR is an unlimited_oc
 
 
 @contextmanager
-def attached(method: "RTPrune", model: Any) -> Iterator[Handle]:
+def attached(method: "RTPrune", model: Any) -> Iterator[PrunedPages]:
     """:meth:`RTPrune.attach`."""
     if model.config.model_type not in FAMILIES:
         raise ValueError(
@@ -43,7 +43,7 @@ class _Pages:
     def __init__(self, method: "RTPrune", model: Any) -> None:
         self.method = method
         self.model = model
-        self.handle = Handle()
+        self.handle = PrunedPages(*COUNTS)
         self.recorder = EncoderRecorder()
 
     def _encode(

@@ -62,6 +62,10 @@ class Merged:
     mass: torch.Tensor
 
 
+# of a page's facts, those that are summed over all pages
+COUNTS = ("visual_tokens", "visual_kept", "prunable", "kept", "newlines_dropped")
+
+
 @dataclass(frozen=True)
 class PrunedPage:
     """What is left of a page.
@@ -110,29 +114,6 @@ class PrunedPage:
             "density": self.density,
             "distinctness": self.distinctness,
         }
-
-
-class Handle:
-    """What was pruned since the start or the last :meth:`reset`.
-
-    Attributes
-    ----------
-    pages : one for each page of each prompt, in their order.
-    """
-
-    def __init__(self) -> None:
-        self.pages: list[PrunedPage] = []
-
-    def facts(self) -> dict[str, Any]:
-        """Counts and ratios of each page, and the counts of all together, for JSON."""
-        pages = [page.facts() for page in self.pages]
-        counts = ("visual_tokens", "visual_kept", "prunable", "kept", "newlines_dropped")
-        total = {name: sum(page[name] for page in pages) for name in counts}
-        return {"pages": pages, "total": total}
-
-    def reset(self) -> None:
-        """Forget the pages."""
-        self.pages.clear()
 
 
 def prune_pages(
@@ -306,11 +287,10 @@ def _merge(method: "RTPrune", group: _Group, plans: Mapping[int, _Plan]) -> None
     Pages that keep different numbers are padded with any tokens, which nothing is moved to or from.
     """
     count = len(group.on_page)
-    found = [(place, plans[number].kept) for place, number in enumerate(group.numbers)]
     parts = [
         (place, kept, np.delete(np.arange(count), kept))
-        for place, kept in found
-        if kept is not None
+        for place, number in enumerate(group.numbers)
+        if (kept := plans[number].kept) is not None
     ]
     if not parts:
         return

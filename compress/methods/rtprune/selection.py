@@ -44,13 +44,6 @@ def check_features(features: torch.Tensor) -> None:
         )
 
 
-def left_over(kept: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending indices of those of ``count`` tokens that are not in ``kept``, ``(pruned,)``."""
-    pruned = torch.ones(count, dtype=torch.bool, device=kept.device)
-    pruned[kept] = False
-    return pruned.nonzero()[:, 0]
-
-
 def drop_adjacent_newlines(indices: torch.Tensor, newline_indices: torch.Tensor) -> torch.Tensor:
     """Leave out each newline that follows a newline, so that an empty row has none.
 
