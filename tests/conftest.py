@@ -109,10 +109,11 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def quick_runs() -> Iterator[None]:
+def quick_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures are drawn for modules that say ``FIGURES = True``."""
     from builders import quick
 
-    with quick.quick_runs():
+    with quick.quick_runs(getattr(request.module, "FIGURES", False)):
         yield
 
 

@@ -59,13 +59,9 @@ def same(folder, name, other=None):
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
-def test_two_processes_keep_what_one_keeps(driven):
-    same(driven, "soft")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flow", "one-shot"])
-def test_so_they_do_with_every_criterion_and_way_to_train(slowly_driven, name):
+@pytest.mark.parametrize("name", ["soft", "flow", "one-shot"])
+def test_two_processes_keep_what_one_keeps(slowly_driven, name):
     same(slowly_driven, name)
 
 
@@ -87,12 +83,12 @@ def test_processes_that_cut_the_weights_keep_what_one_keeps(driven):
 
 def test_equal_micro_batches_give_equal_bits(driven):
     # two processes in one part each, and one process in two: the same convolutions, the same sums
-    one, two = pair(driven, "alike")
+    one, two = pair(driven, "soft")
     assert one.keys() == two.keys() and 0 < one["kept"].mean() < 1
     for key in one:
         assert torch.equal(one[key], two[key]), key
     # to the last bit of float64, in which losses are averaged
-    assert losses(driven, "alike x1") == pytest.approx(losses(driven, "alike x2"), rel=1e-14)
+    assert losses(driven, "soft x1") == pytest.approx(losses(driven, "soft x2"), rel=1e-14)
 
 
 @pytest.mark.slow
@@ -122,7 +118,7 @@ def test_soft_masks_are_really_soft(driven):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flow", "one-shot"])
-def test_so_do_cut_weights(slowly_driven, name):
+def test_processes_that_cut_the_weights_do_so_with_every_criterion(slowly_driven, name):
     same(slowly_driven, name, f"cut {name} x2")
 
 

@@ -43,7 +43,7 @@ pytestmark = [
 ]
 TOLERANCE = 1e-5
 UPSCALE = "upscale"  # a class-conditional UNet2DConditionModel: the label is a noise level
-NAMES = ["ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text", UPSCALE]
+NAMES = ["labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text", UPSCALE]
 OURS = {"README.md", "compress.json"}
 
 

@@ -68,7 +68,7 @@ def without(tmp_path_factory):
     """The folder, and what was printed, without the extras and triton."""
     folder = tmp_path_factory.mktemp("without")
     Image.new("L", (64, 64), 255).save(folder / "page.png")
-    return folder, programs.run("without_extras", *LINES, cwd=folder, fresh=True)
+    return folder, programs.run("without_extras", *LINES, cwd=folder)
 
 
 def test_what_needs_an_extra_is_refused_before_work_begins_and_all_else_works(without):

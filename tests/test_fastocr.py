@@ -227,9 +227,9 @@ def test_all_visual_tokens_through_the_gather_are_dense_decoding(family, dense, 
     assert len(gathered) == 3
 
 
-@pytest.mark.parametrize("choose", ["summaries", "signs"])
-def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(family, dense, choose):
+def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(family, dense):
     name, model, processor, inputs = family
+    choose = ("summaries", "signs")[list(FAMILIES).index(name) % 2]  # each in several families
     tokens, logits = dense
     most = max(len(layout.positions) for layout in visual_layouts(model, inputs))
     with paper(choose=choose, keep_visual=1.0, min_visual=0).attach(model) as handle:
@@ -247,7 +247,7 @@ def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(famil
 @pytest.mark.parametrize("focal", [[0], [1]], ids=["focal above", "reuse"])
 def test_sparse_steps_are_dense_attention_with_minus_infinity(family, focal):
     name, model, processor, inputs = family
-    steps = 4
+    steps = 3
     with paper(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
         result = write(model, inputs, steps)
         facts = handle.facts()
@@ -432,11 +432,10 @@ def _conversation(model, turns, answers=((), ())):
         yield before[:, ids.shape[1] :], torch.stack(made.logits, 1), before.shape[1]
 
 
-@pytest.mark.parametrize("later", ["words", "pages"])
-def test_a_second_turn_on_the_same_cache(family, later):
+def test_a_second_turn_on_the_same_cache(family):
     name, model, processor, inputs = family
-    if later == "pages" and "image_grid_thw" in inputs:
-        pytest.skip("transformers itself cannot place the pages of a second turn")
+    # with those grids transformers itself cannot place the pages of a second turn
+    later = "words" if "image_grid_thw" in inputs else "pages"
     # transformers' dense logits of a padded batch are off once the window slides; and pages of
     # 1024 pixels take their time
     rows = range(1 if name in ("unlimited_ocr", "deepseek_ocr2") else 2)
@@ -715,10 +714,10 @@ def test_auto_chooses_the_layers_that_calibration_chooses_page_by_page(qwen):
     [
         {"focal_layers": "auto"},
         {"focal_layers": "auto", "min_mass": 0.1, "periphery": 4},
-        {"focal_layers": "auto", "reuse": False},
+        pytest.param({"focal_layers": "auto", "reuse": False}, marks=pytest.mark.slow),
         {"focal_layers": "auto", "dense_layers": "auto", "min_fixation": 9},
-        {"focal_layers": "auto", "fixation": "static"},
-        {"focal_layers": [1], "min_visual": 100},
+        pytest.param({"focal_layers": "auto", "fixation": "static"}, marks=pytest.mark.slow),
+        pytest.param({"focal_layers": [1], "min_visual": 100}, marks=pytest.mark.slow),
         {"choose": "summaries", "min_visual": 0},
         {"choose": "signs", "min_visual": 0},
         {"focal_layers": "auto", "min_visual": 100, "fixation": "window"},

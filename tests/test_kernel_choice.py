@@ -140,8 +140,7 @@ def interpreted(tmp_path_factory):
 
 
 @TRITON
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("number", range(len(cases.SMALL)))
+@pytest.mark.parametrize("dtype, number", cases.INTERPRETED, ids=str)
 def test_interpreted_it_opens_the_best_groups(interpreted, number, dtype):
     name, shape = f"{dtype} {number}", cases.SMALL[number]
     _check(shape, dtype, interpreted[f"{name} rows"], interpreted[f"{name} bias"])

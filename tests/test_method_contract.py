@@ -28,6 +28,7 @@ from compress.runs.recipe import Recipe, dump, load_recipe
 from compress.runs.run import run_events
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
+FIGURES = True
 
 ROOT = Path(__file__).parents[1]
 TOY = Path(__file__).parent / "toy"
@@ -43,7 +44,7 @@ runtime_methods = pytest.mark.parametrize("name", RUNTIME_METHODS)
 
 def weight_method(name):
     kind = WEIGHT_METHODS[name]
-    return kind(keep_macs=0.73, steps=min(6, kind.model_fields["steps"].default))
+    return kind(keep_macs=0.73, steps=min(3, kind.model_fields["steps"].default))
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 NAMES = ("ddpm", "ddim", "labels", "ldm", "sd1", "sd2", "sdxl", "ldm_text")
 PROMPTED = ("sd1", "sd2", "sdxl", "ldm_text")
-FLOW, RECOVER = 4, 2
+FLOW, RECOVER = 3, 2
 SIDES = ("dense", "compressed")
 METHOD = {
     "steps": FLOW,
@@ -69,7 +69,7 @@ METHOD = {
     "criterion_every": 2,
     "criterion_batches": 1,
     "max_move": 0.8,
-    "settle": 0.25,
+    "settle": 0.34,
 }
 
 
@@ -136,7 +136,8 @@ def frozen(pipeline) -> dict[str, torch.Tensor]:
 # ---- training ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+# the first is that of test_pipeline.py
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_every_family_goes_through_flow_surgery_and_recovery(family, finished, name):
     before = frozen(family(name))
     run, pruned = finished(name)
@@ -217,7 +218,7 @@ def test_captions_and_their_dropout_matter_to_the_loss(start, finished):
 def test_checkpointed_activations_give_the_same_losses(start, finished, name):
     checkpointed = start(name, gradient_checkpointing=True)
     # the flow of one and the recovery, too, of the other
-    leave(checkpointed.events(), 2 if name == "sdxl" else FLOW + RECOVER)
+    leave(checkpointed.events(), 2 if name == "sdxl" else FLOW + 1)
     found = losses(checkpointed)
     assert losses(finished(name)[0])[: len(found)] == pytest.approx(found, rel=1e-4)
 
@@ -312,8 +313,8 @@ def cut(family, applied):
     "change",
     [
         halved(torch.float16),
-        halved(torch.bfloat16),
-        halved(torch.float64),
+        pytest.param(halved(torch.bfloat16), marks=pytest.mark.slow),
+        pytest.param(halved(torch.float64), marks=pytest.mark.slow),
         lambda pipeline: cast(pipeline.vae, torch.float16),
         compiled,
         lambda pipeline: pipeline.unet.compile(),

@@ -24,6 +24,7 @@ from compress.models.page_pictures import KEPT, MERGED, MOVE, tokens_on_page
 from compress.models.visual import ADAPTERS, ViewOnPage, views_on_page, visual_layouts
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
+FIGURES = True
 
 SIZES = [(800, 1200), (1500, 700), (600, 600)]
 

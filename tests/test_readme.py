@@ -61,15 +61,16 @@ def quickly(arguments: list[str]) -> list[str]:
     if trains(arguments):
         return [*arguments, *(part for override in SHORT for part in ("--set", override))]
     if arguments[0] in ("read", "eval", "calibrate"):
-        return [*arguments, "--max-new-tokens", "16"]
+        pages = ["--pages", "1"] * (arguments[0] == "calibrate")
+        return [*arguments, *pages, "--max-new-tokens", "8"]
     return arguments
 
 
 def smaller(code: str) -> str:
     """The code with fewer steps, images and words, which decide nothing but its time."""
     code = re.sub(r"(steps|batch)=\d+", r"\1=2", code)
-    code = re.sub(r"(\.read\(\[\w+\])", r"\1, max_new_tokens=16", code)
-    return re.sub(r'("evaluate.)(samples=\d+")', r'\1\2, \1max_new_tokens=16"', code)
+    code = re.sub(r"(\.read\(\[\w+\])", r"\1, max_new_tokens=8", code)
+    return re.sub(r'("evaluate.)(samples=\d+")', r'\1\2, \1max_new_tokens=8"', code)
 
 
 @pytest.fixture

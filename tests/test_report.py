@@ -25,6 +25,7 @@ from compress.reports.reader import write_ocr_report
 from compress.reports.run_folder import read_run
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
+FIGURES = True
 
 UNITS = {
     "params": ("lower", "parameters", 2_177_753, 1_088_213, 1, None),

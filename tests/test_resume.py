@@ -18,14 +18,31 @@ from compress.common.journal import Journal
 from compress.methods.gradflow import GradFlow
 from programs.resume import EVENTS, FLOW, SCENARIOS, SOFT, start
 
+# beside each a moment of the same kind is tried by default
+SLOW = {
+    "event 7 (settling)",
+    "before any state",
+    "before surgery",
+    "in a save, before the rename",
+    *(name for name in SCENARIOS if name.endswith("(random)")),
+}
+REFERENCES = ("uninterrupted", "one-shot uninterrupted")
 RESUMED = [name for name, (_, kill) in SCENARIOS.items() if kill]
 
 
+def each(names):
+    """Parameters; they are the scenarios that the program runs."""
+    return [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in names]
+
+
 @pytest.fixture(scope="module")
-def driven(tmp_path_factory):
+def driven(tmp_path_factory, request):
     """Every scenario's folder after its last process, and the exit codes of its processes."""
     folder = tmp_path_factory.mktemp("resume")
-    stderr = programs.run("resume", folder).stderr
+    items = [item for item in request.session.items if item.path == request.path]
+    asked = {item.callspec.params.get("name") for item in items if hasattr(item, "callspec")}
+    names = [name for name in SCENARIOS if name in asked or name in REFERENCES]
+    stderr = programs.run("resume", folder, *names).stderr
     codes = json.loads((folder / "codes.json").read_text())
     assert codes["uninterrupted"] == codes["one-shot uninterrupted"] == [0], stderr
     return folder, codes, stderr
@@ -40,7 +57,7 @@ def log(folder) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", each(RESUMED))
 def test_resumed_weights_are_those_of_an_uninterrupted_run(driven, name):
     folder, codes, stderr = driven
     assert codes[name] == [-signal.SIGKILL, 0], stderr
@@ -51,7 +68,7 @@ def test_resumed_weights_are_those_of_an_uninterrupted_run(driven, name):
         assert torch.equal(found[key], expected[key]), key
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", each(RESUMED))
 def test_the_log_has_every_step_once(driven, name):
     folder = driven[0]
     steps = [row["step"] for row in log(folder / name) if row["stage"] in ("flow", "recover")]
@@ -60,7 +77,7 @@ def test_the_log_has_every_step_once(driven, name):
     assert log(folder / name) == log(folder / reference_of(name))
 
 
-@pytest.mark.parametrize("name", [n for n in RESUMED if not n.startswith("one-shot")])
+@pytest.mark.parametrize("name", each(n for n in RESUMED if not n.startswith("one-shot")))
 def test_masks_and_counters_continue(driven, name):
     folder = driven[0]
     traces = [load_file(folder / n / "trace.safetensors") for n in (name, "uninterrupted")]
@@ -72,35 +89,35 @@ def test_masks_and_counters_continue(driven, name):
     assert facts[0]["widths"] == facts[1]["widths"]
 
 
-@pytest.mark.parametrize(
-    ("name", "steps_left"),
-    [
-        ("event 3 (flow)", EVENTS - 2),
-        ("event 7 (settling)", EVENTS - 6),
-        ("before any state", EVENTS),
-        ("before surgery", EVENTS - FLOW),
-        ("after surgery, before its state", EVENTS - FLOW),
-        ("between log and state", EVENTS - 4),
-        ("in a save, half written", EVENTS - 4),
-        ("in a save, after the rename", EVENTS - 12),
-    ],
-)
-def test_only_what_is_not_saved_is_done_again(driven, name, steps_left):
-    folder = driven[0]
-    assert json.loads((folder / name / "facts.json").read_text())["events"] == steps_left
+SAVED = {
+    "event 3 (flow)": 2,
+    "event 7 (settling)": 6,
+    "before any state": 0,
+    "before surgery": FLOW,
+    "after surgery, before its state": FLOW,
+    "between log and state": 4,
+    "in a save, half written": 4,
+    "in a save, after the rename": 12,
+}
 
 
-def test_a_kill_in_the_save_leaves_the_old_state_readable(driven):
+@pytest.mark.parametrize("name", each(SAVED))
+def test_only_what_is_not_saved_is_done_again(driven, name):
     folder = driven[0]
-    for name in RESUMED:
-        left = json.loads((folder / name / "left.json").read_text())
-        states = [f for f in left if f.startswith("state/state") and f.endswith(".safetensors")]
-        assert bool(states) == (name != "before any state")
+    facts = json.loads((folder / name / "facts.json").read_text())
+    assert facts["events"] == EVENTS - SAVED[name]
+
+
+@pytest.mark.parametrize("name", each(RESUMED))
+def test_a_kill_in_the_save_leaves_the_old_state_readable(driven, name):
+    left = json.loads((driven[0] / name / "left.json").read_text())
+    states = [f for f in left if f.startswith("state/state") and f.endswith(".safetensors")]
+    assert bool(states) == (name != "before any state")
 
 
 def test_the_criterion_kept_its_own_time(driven):
-    folder = driven[0]
-    for name in ("uninterrupted", "event 11 (recovery)"):
+    folder, codes, _ = driven
+    for name in codes:
         report = json.loads((folder / name / "facts.json").read_text())["report"]
         assert 0 < report["criterion_seconds"] <= report["train_seconds"]
 

@@ -169,8 +169,7 @@ def _check_against_oracle(
 # ---- generation --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("keep_tokens", [0.5, "dynamic"])
+@pytest.mark.parametrize(("keep_tokens", "implementation"), [(0.5, "sdpa"), ("dynamic", "eager")])
 def test_deepseek_ocr_generates_as_the_oracle(deepseek, prompt, keep_tokens, implementation):
     _check_against_oracle(deepseek, prompt, keep_tokens, implementation=implementation)
 
@@ -206,8 +205,10 @@ def _flash_like(calls):
     AttentionMaskInterface.register("flash_like", flash_attention_mask)
 
 
-@pytest.mark.parametrize("pages", [1, 2])
-@pytest.mark.parametrize("family", ["deepseek_ocr", "unlimited_ocr", "deepseek_ocr2"])
+@pytest.mark.parametrize(
+    ("family", "pages"),
+    [("deepseek_ocr", 1), ("deepseek_ocr", 2), ("unlimited_ocr", 1), ("deepseek_ocr2", 2)],
+)
 def test_flash_attention_takes_kept_position_ids_for_one_sequence(prompt, family, pages):
     """They have gaps; and a padded batch goes by the 2-D mask."""
     window = 3 if family == "unlimited_ocr" else None
@@ -491,8 +492,9 @@ def test_where_nothing_is_pruned_nothing_is_changed(deepseek, prompt):
     assert seen[0]["position_ids"] is None and VISUAL_LAYOUTS not in seen[0]
 
 
-@pytest.mark.parametrize("keep_tokens", [0.5, "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "keep_tokens"), [(torch.bfloat16, 0.5), (torch.float16, "dynamic")]
+)
 def test_half_precision_is_close_to_float32(prompt, dtype, keep_tokens):
     """The same rounded weights and pixels in float32; both keep the same tokens here."""
     model = ocr.deepseek_ocr().to(dtype)
@@ -513,8 +515,10 @@ def test_half_precision_is_close_to_float32(prompt, dtype, keep_tokens):
 # ---- with FastOCR ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["rtprune", "fastocr"])
-@pytest.mark.parametrize("family", ["deepseek_ocr", "unlimited_ocr", "deepseek_ocr2"])
+@pytest.mark.parametrize(
+    ("family", "first"),
+    [("deepseek_ocr", "rtprune"), ("unlimited_ocr", "fastocr"), ("deepseek_ocr2", "rtprune")],
+)
 def test_fastocr_with_all_tokens_leaves_rtprune_as_it_is(prompt, family, first):
     model = getattr(ocr, family)()
     inputs = ocr.deepseek2_prompt(["read"]) if family == "deepseek_ocr2" else prompt
@@ -626,8 +630,9 @@ def test_generate_continues_a_pruned_cache_by_the_new_tokens_alone(deepseek, pro
         torch.testing.assert_close(logits[row], expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["deepseek", "second"])
-@pytest.mark.parametrize("keep_tokens", [1.0, "dynamic"])
+@pytest.mark.parametrize(
+    ("family", "keep_tokens"), [("deepseek", "dynamic"), ("deepseek", 1.0), ("second", "dynamic")]
+)
 def test_a_page_without_crops_needs_no_sizes(request, family, keep_tokens):
     model = request.getfixturevalue(family)
     if family == "deepseek":

@@ -27,6 +27,8 @@ SMALL = [
     Shape(2, 2, 128, 1, 20, (7, 20, 0)),
     Shape(6, 2, 96, 16, 50, (50, 50)),
 ]
+# what is interpreted, slowly: (dtype, number of the shape); half precision in one
+INTERPRETED = [*((torch.float32, number) for number in range(len(SMALL))), (torch.float16, 1)]
 LARGE = [
     Shape(28, 4, 128, 64, 4096, (205,)),
     Shape(16, 2, 128, 128, 16384, (819, 3, 16384)),

@@ -74,6 +74,11 @@ SD = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
+TWO_SD = SD | {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 # shapes of UNet2DConditionModel, with slim widths for each
 CONDITION_CONFIGS = {
     "sd1": (SD, (8, 24, 24)),
@@ -97,18 +102,18 @@ CONDITION_CONFIGS = {
         },
         (8, 24, 48),
     ),
-    "ldm": (SD | {"in_channels": 3, "out_channels": 3, "freq_shift": 1}, (12, 16, 16)),
-    "labels": (SD | {"num_class_embeds": 5}, (8, 16, 16)),
-    "timestep_labels": (SD | {"class_embed_type": "timestep"}, (8, 16, 16)),
-    "identity_labels": (SD | {"class_embed_type": "identity"}, (8, 16, 16)),
+    "ldm": (TWO_SD | {"in_channels": 3, "out_channels": 3, "freq_shift": 1}, (12, 16)),
+    "labels": (TWO_SD | {"num_class_embeds": 5}, (8, 16)),
+    "timestep_labels": (TWO_SD | {"class_embed_type": "timestep"}, (8, 16)),
+    "identity_labels": (TWO_SD | {"class_embed_type": "identity"}, (8, 16)),
     "projected_labels": (
-        SD | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
-        (8, 16, 16),
+        TWO_SD | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 10},
+        (8, 16),
     ),
-    "scale_shift": (SD | {"resnet_time_scale_shift": "scale_shift"}, (8, 16, 16)),
-    "only_cross": (SD | {"only_cross_attention": True}, (8, 24, 24)),
-    "plain_middle": (SD | {"mid_block_type": "UNetMidBlock2D"}, (8, 24, 24)),
-    "no_middle": (SD | {"mid_block_type": None}, (8, 24, 24)),
+    "scale_shift": (TWO_SD | {"resnet_time_scale_shift": "scale_shift"}, (8, 16)),
+    "only_cross": (TWO_SD | {"only_cross_attention": True}, (8, 24)),
+    "plain_middle": (TWO_SD | {"mid_block_type": "UNetMidBlock2D"}, (8, 24)),
+    "no_middle": (TWO_SD | {"mid_block_type": None}, (8, 24)),
 }
 CIFAR = {
     "sample_size": 32,
@@ -159,8 +164,14 @@ def groups(name: str) -> tuple[ChannelGroup, ...]:
     return find_groups(build(name))
 
 
+@cache
+def _layout(name: str, *widths: int) -> Layout:
+    return build_layout(build(name), groups(name), widths)
+
+
 def layout(name: str, widths) -> Layout:
-    return build_layout(build(name), groups(name), tuple(widths))
+    """Of a seeded UNet; nobody may change it."""
+    return _layout(name, *widths)
 
 
 def inputs(unet: UNet2DModel, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

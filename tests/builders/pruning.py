@@ -26,8 +26,13 @@ def start(
     scheduler: DDPMScheduler | None = None,
     folder=None,
     resume: bool = False,
+    validated: bool = False,
 ) -> PruningRun:
+    """A run whose loss is validated as often as everybody's, or at its end alone."""
     # few timesteps: Diff-Pruning takes a gradient at each
     pipeline = DDPMPipeline(unet, scheduler or DDPMScheduler(num_train_timesteps=10))
     job = PruneJob(pipeline, data or noise(), training, "cpu", Journal(folder), resume)
-    return PruningRun(method, job)
+    run = PruningRun(method, job)
+    if not validated:
+        run.validate_every = run.total_steps
+    return run

@@ -2,7 +2,6 @@
 
 import sys
 
-import torch
 from safetensors.torch import save_file
 
 from builders import choice as cases
@@ -11,15 +10,15 @@ from compress.kernels import choice, signs, sparse_decode
 
 def main(file: str) -> None:
     outputs = {}
-    for number, shape in enumerate(cases.SMALL):
-        for dtype in (torch.float32, torch.float16):
-            given, cache = cases.draw(shape, dtype)
-            name = f"{dtype} {number}"
-            rows, bias = choice.choose_rows(**given)
-            outputs |= {f"{name} rows": rows, f"{name} bias": bias}
-            sparse = cases.attend(given, cache, (rows, bias), sparse_decode.sparse_decode)
-            outputs[f"{name} attended"] = sparse
-            outputs[f"{name} scores"] = signs.sign_scores(**cases.draw_signs(shape, dtype)[0])
+    for dtype, number in cases.INTERPRETED:
+        shape = cases.SMALL[number]
+        given, cache = cases.draw(shape, dtype)
+        name = f"{dtype} {number}"
+        rows, bias = choice.choose_rows(**given)
+        outputs |= {f"{name} rows": rows, f"{name} bias": bias}
+        sparse = cases.attend(given, cache, (rows, bias), sparse_decode.sparse_decode)
+        outputs[f"{name} attended"] = sparse
+        outputs[f"{name} scores"] = signs.sign_scores(**cases.draw_signs(shape, dtype)[0])
     save_file(outputs, file)
 
 

@@ -45,23 +45,19 @@ SOFT = {
 }
 SHOT = {"name": "oneshot", "keep_macs": 0.29, "steps": 2, "criterion_batches": 1}
 TRAINING = {"steps": RECOVER, "batch": 8, "lr": 1e-3, "save_every": 2}
-SMALLER = {"mid_block_type": None}
 SOFTLY = {
-    "unet": SMALLER,
+    "unet": {"mid_block_type": None},
     "method": SOFT,
-    "training": TRAINING | {"distill_features": 0.5, "flip": True},
+    "training": TRAINING | {"distill": 0.5, "flip": True},
+    "parts": 2,
 }
-RUNS = {
-    "soft": SOFTLY,
-    "alike": {
-        "unet": SMALLER,
-        "method": SOFT,
-        "training": TRAINING | {"distill": 0.5},
-        "parts": 2,
-    },
-    "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]},
-}
+RUNS = {"soft": SOFTLY, "cut": SOFTLY | {"blocks": ["ResnetBlock2D"]}}
 SLOW_RUNS = {
+    "soft": {
+        "unet": {"mid_block_type": None},
+        "method": SOFT,
+        "training": TRAINING | {"distill_features": 0.5, "flip": True},
+    },
     "flow": {
         "method": SOFT | {"criterion": "gradient_flow", "hvp": "exact", "steps": 6},
         "training": TRAINING
@@ -118,9 +114,9 @@ def numbers(tensors):
     return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
 
 
-def prune(name, folder=None, stop=None, resume=False, copy=None):
+def prune(runs, name, folder=None, stop=None, resume=False, copy=None):
     """Run to the end, or leave after some steps; the folder as it is at STOP may be copied."""
-    scenario = (RUNS | SLOW_RUNS)[name]
+    scenario = runs[name]
     AcceleratorState._reset_state(False)
     training = dict(scenario["training"])
     if distributed.processes() > 1:
@@ -205,19 +201,18 @@ def work(runs, count):
         return
     for name, scenario in runs.items():
         if count > 1 or "blocks" not in scenario:
-            keep(f"{name} x{count}", *prune(name))
+            keep(f"{name} x{count}", *prune(runs, name))
 
 
 def alone_and_together(count):
     whole = Path(f"whole of {count}")
     whole.mkdir(exist_ok=True)
-    keep(f"soft x{count}", *prune("soft", whole, copy=Path(f"left of {count}")))
-    keep(f"alike x{count}", *prune("alike"))
+    keep(f"soft x{count}", *prune(RUNS, "soft", whole, copy=Path(f"left of {count}")))
     if count > 1:
-        keep("cut x2", *prune("cut"))
+        keep("cut x2", *prune(RUNS, "cut"))
         # what one process left goes on with cut weights, and then with whole ones
-        prune("cut", Path("left of 1"), stop=STOP, resume=True)
-        keep("resumed x2", *prune("soft", Path("left of 1"), resume=True))
+        prune(RUNS, "cut", Path("left of 1"), stop=STOP, resume=True)
+        keep("resumed x2", *prune(RUNS, "soft", Path("left of 1"), resume=True))
     measure(f"measured x{count}")
     texts = {"differ": differ(), "gone": others()}
     Path(f"texts x{count} {distributed.process()}.json").write_text(json.dumps(texts))

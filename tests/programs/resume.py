@@ -1,4 +1,4 @@
-"""Runs that are killed at every kind of moment, and their resumption: ``resume.py FOLDER``.
+"""Runs that are killed at every kind of moment, and resumed: ``resume.py FOLDER SCENARIO ...``.
 
 One process imports torch and forks a child for every run, so that a killed run and its resumption
 never share memory; all of them run on one thread.
@@ -141,10 +141,11 @@ def die(method, where, folder):
             kill()
 
 
-def main(root: Path) -> None:
+def main(root: Path, *names: str) -> None:
     torch.set_num_threads(1)
     codes = {}
-    for name, (method, where) in SCENARIOS.items():
+    for name in names:
+        method, where = SCENARIOS[name]
         folder = root / name
         folder.mkdir()
         codes[name] = []
@@ -157,4 +158,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
