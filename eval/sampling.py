@@ -5,7 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from compress.common.foreign import foreign
 from compress.models.objective import noise_schedule
@@ -72,7 +77,8 @@ def sample(
     pipeline : a UNet and a scheduler, or one of ``compress.models.pipelines.KINDS``.
     count : number of images.
     steps : denoising steps; more costs proportionally more time.
-    sampler : ``ddim`` (eta 0: the noise decides the image) or ``ddpm``.
+    sampler : ``ddim`` (eta 0: the noise decides the image; of flow matching Euler's steps) or
+        ``ddpm``.
     seed : of the noise.
     batch : images per forward pass; memory grows with it, the noise does not depend on it.
     device : where the denoiser runs.
@@ -167,6 +173,8 @@ def _draw(
         options["prompt"] = list(conditions)
         # they take a UNet's own size for a square
         options["height"], options["width"] = image_shape(pipeline)[0]
+        kind = kind_of(pipeline)
+        options |= dict.fromkeys(kind.without if kind else (), False)
     modules = [part for part in ours.components.values() if isinstance(part, torch.nn.Module)]
     with placed(modules, device):
         images = ours(
@@ -197,6 +205,8 @@ def sampler_of(pipeline: DiffusionPipeline, sampler: str, steps: int) -> Any:
             f"steps must lie in 1..{length}, the length of the pipeline's noise schedule; got "
             f"steps={steps}; change steps"
         )
+    if kind and kind.flows:  # the pipeline sets the steps, as many images have tokens
+        return fresh_scheduler(FlowMatchEulerDiscreteScheduler, config)
     # samplers that know nothing of clipping do not clip; latents have no bounds
     defaults = {"clip_sample": False} if autoencoder_of(pipeline) is not None else {}
     scheduler = fresh_scheduler(SAMPLERS[sampler], defaults | dict(config))

@@ -59,7 +59,7 @@ class Sampling(_Choice):
     """Images per sampling seed; the distances need many, and are biased upwards by few. Precision
     and recall look at 3 neighbours, so there are at least 4."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
-    """Sampler: ddim (deterministic, eta 0) or ddpm (ancestral)."""
+    """Sampler: ddim (deterministic, eta 0; of flow matching Euler's steps) or ddpm (ancestral)."""
     steps: Count = 20
     """Denoising steps per image."""
     guidance_scale: float | None = Field(None, ge=1)

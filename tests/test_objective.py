@@ -10,7 +10,6 @@ from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
 )
@@ -90,7 +89,6 @@ def test_the_schedule_for_training_is_that_of_the_pipelines_scheduler(scheduler)
     ("scheduler", "message"),
     [
         (EDMEulerScheduler(), "EDMEulerScheduler has another one"),
-        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler has another one"),
         (DDPMScheduler(prediction_type="velocity"), "epsilon, v_prediction, sample.*'velocity'"),
         (
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
@@ -98,7 +96,7 @@ def test_the_schedule_for_training_is_that_of_the_pipelines_scheduler(scheduler)
         ),
         (LCMScheduler(), "LCMScheduler is of models distilled so"),
     ],
-    ids=["edm", "flow matching", "prediction", "continuous", "consistency"],
+    ids=["edm", "prediction", "continuous", "consistency"],
 )
 def test_other_schedulers_are_refused_by_name(scheduler, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates (MACs), functional attention included."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,8 @@ def sample_size(unet: Any) -> tuple[int, int]:
     ------
     ValueError : where its config does not say one number or two.
     """
+    if "axes_dims_rope" in unet.config:  # a FluxTransformer2DModel: two by two latents are a token
+        return (2 * math.isqrt(FLUX_TOKENS),) * 2
     size = unet.config.get("sample_size")
     pair = size if isinstance(size, list | tuple) else (size, size)
     if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):

@@ -3,24 +3,29 @@
 Autoencoder and text encoders are used as they are: evaluated without gradients, never trained.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
+from torch.nn import functional as F
 
-from compress.common.cost import unet_inputs
+from compress.common.cost import sample_size, unet_inputs
 from compress.data.batches import Batch, Examples, by_chance, noise_and_timesteps, noise_of
 from compress.data.sources import Condition, ImageData, Images, Pairs, stacked
 from compress.models.pipelines import (
     UNLABELLED,
     autoencoder_of,
+    by_class,
     check_pipeline,
     classes_of,
     condition_of,
+    default_guidance,
     denoiser,
     fresh_scheduler,
     image_shape,
@@ -35,6 +40,8 @@ ENCODED_AT_ONCE = 8
 DROPPED, POSTERIOR = 2, 3
 # LDMTextToImagePipeline pads to this length, whatever its tokenizer says
 LDM_TOKENS = 77
+# a FluxPipeline divides timesteps by it, and its transformer multiplies them
+FLUX_TIME = 1000
 VALIDATION_DRAWS = 2
 VALIDATED_AT_ONCE = 256
 VALIDATION_SEED = 99
@@ -71,7 +78,7 @@ def _check_texts(pipeline: DiffusionPipeline) -> None:
             inputs = condition([""], [False], next(condition.modules[0].parameters()).device)
         takes, gets = _widths(unet_inputs(denoiser(pipeline)[1])), _widths(inputs)
         for name, width in gets.items():
-            if takes[name] != width:
+            if takes.get(name, width) != width:
                 raise ValueError(
                     f"the UNet takes {name} of width {takes[name]}, and the text encoders give "
                     f"{width}; load both from one pipeline"
@@ -83,7 +90,40 @@ def _widths(inputs: Mapping[str, Any]) -> dict[str, int]:
     return {name: v.shape[-1] for name, v in flat.items() if isinstance(v, torch.Tensor)}
 
 
-def noise_schedule(scheduler: Any) -> DDPMScheduler:
+class FlowNoise(FlowMatchEulerDiscreteScheduler):
+    """The straight line from a clean sample to noise, on which timestep t is t / T of the way.
+
+    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024,
+    arXiv 2403.03206). T is ``num_train_timesteps``; timesteps need not be whole.
+    """
+
+    def add_noise(
+        self, samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The samples ``(batch, channels, height, width)`` on their way to the noise."""
+        share = timesteps.view(-1, 1, 1, 1) / self.config.num_train_timesteps
+        return torch.lerp(samples, noise, share.to(samples))
+
+    def spread(self, timesteps: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Timesteps ``(batch,)`` of the density of training, of some that are uniform.
+
+        As Stable Diffusion 3 was trained (sections 3.1 and 5.3.2): logit-normal with location 0 and
+        scale 1, then moved towards noise as the scheduler does when it draws images of ``tokens``.
+        """
+        config = self.config
+        share = torch.special.ndtri((timesteps + 0.5) / config.num_train_timesteps).sigmoid()
+        if config.use_dynamic_shifting:
+            rise = (config.max_shift - config.base_shift) / (
+                config.max_image_seq_len - config.base_image_seq_len
+            )
+            mu = config.base_shift + rise * (tokens - config.base_image_seq_len)
+            share = self.time_shift(mu, 1.0, share)
+        else:
+            share = config.shift * share / (1 + (config.shift - 1) * share)
+        return share * config.num_train_timesteps
+
+
+def noise_schedule(scheduler: Any) -> Any:
     """The noise schedule that a pipeline's scheduler stands for, for training.
 
     Samplers such as Euler's add noise in their own scaling; the UNet was trained on this one.
@@ -93,6 +133,8 @@ def noise_schedule(scheduler: Any) -> DDPMScheduler:
     ValueError : naming a scheduler without such a schedule, or an unknown prediction type.
     """
     config, name = scheduler.config, type(scheduler).__name__
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return fresh_scheduler(FlowNoise, config)
     needed = {"num_train_timesteps", "beta_schedule"}
     if not needed <= set(config):
         raise ValueError(
@@ -122,8 +164,10 @@ def prediction_target(scheduler: Any, batch: Batch) -> torch.Tensor:
     """What the UNet should predict, ``(batch, channels, height, width)``.
 
     The noise, the clean sample, or the velocity ``sqrt(a) noise - sqrt(1 - a) sample``, as the
-    scheduler's ``prediction_type`` says.
+    scheduler's ``prediction_type`` says; of flow matching the velocity ``noise - sample``.
     """
+    if isinstance(scheduler, FlowNoise):
+        return batch.noise - batch.images
     kind = scheduler.config.prediction_type
     if kind == "sample":
         return batch.images
@@ -146,6 +190,11 @@ def predicted(
     noisy, timesteps : ``(batch, channels, height, width)`` and ``(batch,)``.
     condition : its further inputs, by name.
     """
+    if "img_ids" in condition:  # of Flux, which reads tokens, and time from 0 to 1
+        tokens = F.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2)
+        found = call(tokens, timestep=timesteps / FLUX_TIME, **condition).sample
+        squares = found.transpose(1, 2).unflatten(2, [side // 2 for side in noisy.shape[2:]])
+        return F.pixel_shuffle(squares, 2)
     sample: torch.Tensor = call(noisy, timestep=timesteps, **condition).sample
     channels = noisy.shape[1]
     # never a view: FSDP's hook on a module's output can be lost on one
@@ -162,6 +211,7 @@ def drop_jointly(denoiser: nn.Module) -> None:
 class Latents:
     """Latents times ``scaling_factor``: a draw of AutoencoderKL's posterior, or VQModel's vectors.
 
+    Where the autoencoder has a ``shift_factor``, it is taken away before.
     VQModel quantises when it decodes, so what is trained on is not quantised.
     """
 
@@ -178,6 +228,8 @@ class Latents:
             mean = torch.cat([part.latent_dist.mean for part in encoded])
             spread = torch.cat([part.latent_dist.std for part in encoded])
             latents = mean + spread * noise_of(mean, seed, step, first, POSTERIOR)
+        if shift := self.autoencoder.config.get("shift_factor"):
+            latents = latents - shift
         return latents * self.autoencoder.config.scaling_factor
 
 
@@ -287,6 +339,95 @@ class XLPrompts(Conditioner):
         return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 
+class EncodedPrompts(Conditioner):
+    """Captions through the pipeline's own ``encode_prompt``; a dropped one is the empty prompt.
+
+    Parameters
+    ----------
+    pipeline : with its text encoders.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        kind = kind_of(pipeline)
+        self.modules = tuple(getattr(pipeline, e) for _, e in kind.encoders) if kind else ()
+
+    def __call__(
+        self, conditions: Sequence[Any] | None, dropped: Sequence[bool], device: torch.device
+    ) -> dict[str, Any]:
+        """What :meth:`encoded` gives."""
+        return self.encoded(_without(conditions, dropped), device)
+
+    def encoded(self, texts: list[str], device: torch.device) -> dict[str, Any]:
+        """``encoder_hidden_states`` ``(batch, tokens, width)``, and what else there is."""
+        raise NotImplementedError
+
+
+class PixArtPrompts(EncodedPrompts):
+    """With the mask of the text, and with sizes where PixArt-alpha knows them."""
+
+    def encoded(self, texts: list[str], device: torch.device) -> dict[str, Any]:
+        """``added_cond_kwargs`` has ``resolution`` ``(batch, 2)`` and ``aspect_ratio``, or None."""
+        states, mask, *_ = self.pipeline.encode_prompt(
+            texts, do_classifier_free_guidance=False, device=device
+        )
+        sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if self.pipeline.transformer.config.use_additional_conditions:
+            height, width = image_shape(self.pipeline)[0]
+            resolution = torch.tensor([[height, width]]).repeat(len(texts), 1)
+            ratio = torch.tensor([[height / width]]).repeat(len(texts), 1)
+            sizes = {"resolution": resolution.to(states), "aspect_ratio": ratio.to(states)}
+        return {
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": mask,
+            "added_cond_kwargs": sizes,
+        }
+
+
+class SD3Prompts(EncodedPrompts):
+    """Two CLIPs beside each other, then T5; and the pooled texts of the CLIPs."""
+
+    def encoded(self, texts: list[str], device: torch.device) -> dict[str, Any]:
+        """``pooled_projections`` ``(batch, width)``."""
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            texts, None, None, device=device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+class FluxPrompts(EncodedPrompts):
+    """T5, CLIP's pooled text, places of all tokens, and the guidance that was distilled."""
+
+    def encoded(self, texts: list[str], device: torch.device) -> dict[str, Any]:
+        """``img_ids`` and ``txt_ids`` ``(tokens, 3)``, and ``guidance`` ``(batch,)`` if known.
+
+        The guidance is what the pipeline draws with by default.
+        """
+        states, pooled, text_ids = self.pipeline.encode_prompt(texts, None, device=device)
+        transformer = self.pipeline.transformer
+        height, width = (side // 2 for side in sample_size(transformer))
+        places = torch.cartesian_prod(*map(torch.arange, (1, height, width)))
+        inputs = {
+            "encoder_hidden_states": states,
+            "pooled_projections": pooled,
+            "txt_ids": text_ids,
+            "img_ids": places.to(text_ids),
+        }
+        if transformer.config.guidance_embeds:
+            scale = default_guidance(self.pipeline)
+            inputs["guidance"] = torch.full((len(texts),), scale, device=device)
+        return inputs
+
+
+# by the name of the class of the pipeline
+ENCODED: Mapping[str, type[EncodedPrompts]] = {
+    "FluxPipeline": FluxPrompts,
+    "PixArtAlphaPipeline": PixArtPrompts,
+    "PixArtSigmaPipeline": PixArtPrompts,
+    "StableDiffusion3Pipeline": SD3Prompts,
+}
+
+
 def _without(conditions: Sequence[Any] | None, dropped: Sequence[bool]) -> list[str]:
     for text in conditions or ():
         if not isinstance(text, str):
@@ -312,11 +453,13 @@ class Inputs:
     wants : what the data must say about each image.
     encode : makes latents of images; the images are the clean samples when None.
     condition : gives the UNet's further inputs.
+    spread : turns timesteps that are uniform into those of training; they stay when None.
     """
 
     wants: Condition | None = None
     encode: Latents | None = None
     condition: Conditioner = field(default_factory=Conditioner)
+    spread: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -373,7 +516,8 @@ class Inputs:
         dropped = by_chance(len(images), dropout, seed, step, first, DROPPED)
         condition = self.condition(examples.conditions, dropped, images.device)
         batch = noise_and_timesteps(clean, timesteps, seed, step, first, total)
-        return batch._replace(condition=condition)
+        times = self.spread(batch.timesteps) if self.spread else batch.timesteps
+        return batch._replace(timesteps=times, condition=condition)
 
 
 def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
@@ -392,7 +536,16 @@ def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
         config = denoiser(pipeline)[1].config
         unlabelled = UNLABELLED if "num_embeds_ada_norm" in config else None
         condition = Labels(classes_of(config), unlabelled)
-    if len(pairs) == 1:
+    spread, prompts = None, by_class(ENCODED, type(pipeline))
+    schedule = noise_schedule(pipeline.scheduler) if kind.flows else None
+    if isinstance(schedule, FlowNoise):
+        transformer = denoiser(pipeline)[1]
+        patch = 2 if kind.packs else transformer.config.patch_size
+        tokens = math.prod(side // patch for side in sample_size(transformer))
+        spread = partial(schedule.spread, tokens=tokens)
+    if prompts:
+        condition = prompts(pipeline)
+    elif len(pairs) == 1:
         length = LDM_TOKENS if kind.encoders[0][1] == "bert" else None
         condition = Prompts(pairs[0][0], pairs[0][1], length)
     elif pairs:
@@ -401,7 +554,7 @@ def inputs_of(pipeline: DiffusionPipeline) -> Inputs:
             zeros=pipeline.config.force_zeros_for_empty_prompt,
             size=image_shape(pipeline)[0],
         )
-    return Inputs(wants, encode, condition)
+    return Inputs(wants, encode, condition, spread)
 
 
 def validation_loss(

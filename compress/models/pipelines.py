@@ -5,14 +5,22 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UNet2DModel,
+)
 from torch import nn
 
 from compress.common.cost import sample_size, unet_inputs
 from compress.data.sources import Condition
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,10 @@ class Kind:
     inputs : what the pipeline hands to its denoiser beside noisy images and timesteps.
     passes_generator : whether its scheduler gets the samples' generators at every step.
     drops_variance : whether it takes the first half of twice as many channels for the prediction.
+    transformer : the class of its denoiser, where that is one.
+    flows : whether the denoiser is trained by flow matching, and latents have a ``shift_factor``.
+    packs : whether the transformer takes squares of two by two latents for tokens.
+    without : what it would do by itself when it draws, and is told not to.
     """
 
     autoencoder: str | None = None
@@ -33,6 +45,10 @@ class Kind:
     inputs: frozenset[str] = frozenset()
     passes_generator: bool = True
     drops_variance: bool = False
+    transformer: str | None = None
+    flows: bool = False
+    packs: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def parts(self) -> frozenset[str]:
@@ -49,10 +65,29 @@ SAMPLES = ("sample", "hidden_states", "timestep")
 # the label that a DiTPipeline takes for none
 UNLABELLED = 1000
 PIXELS = Kind(inputs=frozenset({"class_labels"}))
+PIXART = Kind(
+    "vae",
+    (("tokenizer", "text_encoder"),),
+    frozenset({"encoder_hidden_states", "added_cond_kwargs"}),
+    drops_variance=True,
+    transformer="PixArtTransformer2DModel",
+    # captions and images as they are: cleaning needs packages, and sizes are the model's own
+    without=("clean_caption", "use_resolution_binning"),
+)
+JOINT_INPUTS = frozenset({"encoder_hidden_states", "pooled_projections"})
 # by the name of the class, since importing them all takes seconds
 KINDS: Mapping[str, Kind] = {
     "DiTPipeline": Kind(
         "vae", inputs=frozenset({"class_labels"}), passes_generator=False, drops_variance=True
+    ),
+    "FluxPipeline": Kind(
+        "vae",
+        (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+        JOINT_INPUTS | {"img_ids", "txt_ids", "guidance"},
+        passes_generator=False,
+        transformer="FluxTransformer2DModel",
+        flows=True,
+        packs=True,
     ),
     "LDMPipeline": Kind("vqvae", passes_generator=False),
     "LDMTextToImagePipeline": Kind(
@@ -60,6 +95,16 @@ KINDS: Mapping[str, Kind] = {
         (("tokenizer", "bert"),),
         frozenset({"encoder_hidden_states"}),
         passes_generator=False,
+    ),
+    "PixArtAlphaPipeline": PIXART,
+    "PixArtSigmaPipeline": PIXART,
+    "StableDiffusion3Pipeline": Kind(
+        "vae",
+        tuple((f"tokenizer{n}", f"text_encoder{n}") for n in ("", "_2", "_3")),
+        JOINT_INPUTS,
+        passes_generator=False,
+        transformer="SD3Transformer2DModel",
+        flows=True,
     ),
     "StableDiffusionPipeline": Kind(
         "vae", (("tokenizer", "text_encoder"),), frozenset({"encoder_hidden_states"})
@@ -81,7 +126,12 @@ def kind_of(pipeline: Any) -> Kind | None:
 
 def family_of(kind: type) -> Kind | None:
     """The family of a class of pipelines that has more than a unet and a scheduler."""
-    return next((KINDS[c.__name__] for c in kind.__mro__ if c.__name__ in KINDS), None)
+    return by_class(KINDS, kind)
+
+
+def by_class(table: Mapping[str, T], kind: type) -> T | None:
+    """The entry of a class, or of the first of its bases that has one, by name."""
+    return next((table[c.__name__] for c in kind.__mro__ if c.__name__ in table), None)
 
 
 def denoiser(pipeline: Any) -> tuple[str, Any]:
@@ -148,6 +198,12 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             f"DiTTransformer2DModel has num_embeds_ada_norm={UNLABELLED}; got a "
             f"{type(unet).__name__} with {classes_of(unet.config)}; choose another model"
         )
+    if kind.transformer and by_class({kind.transformer: True}, type(unet)) is None:
+        raise ValueError(
+            f"the denoiser of a {name} is a {kind.transformer}; this one is a "
+            f"{type(unet).__name__}; choose another model"
+        )
+    _check_flow(name, kind, pipeline.scheduler)
     extra = {k: v for k, v in unet_inputs(unet).items() if k not in SAMPLES}
     needs = [key for key in extra if key not in kind.inputs]
     if "class_labels" in extra and extra["class_labels"].is_floating_point():
@@ -165,11 +221,12 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
                 f"a {name} needs its {part} to be trained and sampled; this one has none; load "
                 "the whole pipeline"
             )
-    expected = {unet.config.in_channels, (1 + kind.drops_variance) * unet.config.in_channels}
-    if unet.config.out_channels not in expected:
+    reads = unet.config.in_channels
+    predicts = unet.config.out_channels or reads  # Flux leaves it open
+    if predicts not in {reads, (1 + kind.drops_variance) * reads}:
         raise ValueError(
             f"compress trains UNets that predict as many channels as they read; this one reads "
-            f"{unet.config.in_channels} and predicts {unet.config.out_channels}; choose a model "
+            f"{reads} and predicts {predicts}; choose a model "
             "without learned variance and without further images as input"
         )
     if kind.encoders and any(side % PROMPTED_SIDES for side in image_shape(pipeline)[0]):
@@ -179,7 +236,23 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
             "another model"
         )
     if kind.autoencoder:
-        _check_autoencoder(getattr(pipeline, kind.autoencoder), unet)
+        _check_autoencoder(getattr(pipeline, kind.autoencoder), unet, kind)
+
+
+def _check_flow(name: str, kind: Kind, scheduler: Any) -> None:
+    """Refuse a scheduler that its pipeline cannot draw with, or whose draws cannot be repeated."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) != kind.flows:
+        raise ValueError(
+            f"a {name} is {'' if kind.flows else 'not '}trained and sampled by flow matching; its "
+            f"scheduler is a {type(scheduler).__name__}; choose another "
+            f"{'' if kind.flows else 'scheduler or another '}pipeline"
+        )
+    odd = [key for key in ("invert_sigmas", "stochastic_sampling") if scheduler.config.get(key)]
+    if odd:
+        raise ValueError(
+            f"flow matching goes from noise to a sample without chance; this pipeline's scheduler "
+            f"has {' and '.join(odd)}; choose another pipeline"
+        )
 
 
 def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -251,7 +324,7 @@ def _check_described(name: str, module: Any) -> None:
         )
 
 
-def _check_autoencoder(autoencoder: Any, unet: Any) -> None:
+def _check_autoencoder(autoencoder: Any, unet: Any, kind: Kind) -> None:
     kinds = ("AutoencoderKL", "VQModel")
     if type(autoencoder).__name__ not in kinds:
         raise ValueError(
@@ -261,17 +334,25 @@ def _check_autoencoder(autoencoder: Any, unet: Any) -> None:
     config = autoencoder.config
     # VQModel quantises vectors of a width of their own, if it says so
     channels = config.get("vq_embed_dim") or config.latent_channels
-    if channels != unet.config.in_channels:
+    reads = unet.config.in_channels // (4 if kind.packs else 1)
+    if channels != reads:
         raise ValueError(
             f"latents have {channels} channels, so the UNet should read as many; it reads "
-            f"{unet.config.in_channels}; choose a model that takes nothing beside latents"
+            f"{reads}; choose a model that takes nothing beside latents"
         )
     if config.in_channels != config.out_channels:
         raise ValueError(
             f"the autoencoder should draw images like those that it reads; it reads "
             f"{config.in_channels} channels and draws {config.out_channels}; choose another model"
         )
-    moved = [key for key in ("latents_mean", "shift_factor") if config.get(key) is not None]
+    if kind.flows and (config.get("shift_factor") is None or not config.scaling_factor):
+        raise ValueError(
+            "latents are shifted by shift_factor and scaled by scaling_factor; the "
+            f"{type(autoencoder).__name__} has shift_factor={config.get('shift_factor')} and "
+            f"scaling_factor={config.scaling_factor}; set both in its config"
+        )
+    foreign = ("latents_mean", *([] if kind.flows else ["shift_factor"]))
+    moved = [key for key in foreign if config.get(key) is not None]
     if moved or not config.scaling_factor:
         raise ValueError(
             f"latents are scaled by scaling_factor alone; the {type(autoencoder).__name__} has "

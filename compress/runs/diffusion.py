@@ -37,6 +37,7 @@ from compress.models.objective import (
     check_trainable,
     inputs_of,
     noise_schedule,
+    predicted,
     validation_loss,
 )
 from compress.models.pipelines import (
@@ -377,7 +378,7 @@ def _validation(
     scheduler = noise_schedule(pipeline.scheduler)
     with placed(inputs.modules, device):
         loss = validation_loss(
-            lambda x, t, **condition: model(x, t, **condition).sample,
+            lambda x, t, **condition: predicted(model, x, t, condition),
             cast(Images, Subset(cast(Dataset, data.held_out), range(count))),
             scheduler,
             inputs=inputs,
@@ -385,7 +386,7 @@ def _validation(
             device=device,
         )
     how = ["denoising MSE on held-out images, fixed noise and stratified timesteps, 2 draws each"]
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type", "the velocity of flow matching")
     how += [f"prediction_type {kind}"] if kind != "epsilon" else []
     how += ["of latents"] if inputs.encode else []
     how += [f"each with its {inputs.wants}"] if inputs.wants else []

@@ -15,9 +15,16 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     LDMPipeline,
     LDMTextToImagePipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,7 +32,15 @@ from diffusers import (
     VQModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 STEPS = 50
 SIZE = 16
@@ -210,6 +225,75 @@ def class_transformer(**changes) -> DiTPipeline:
     return DiTPipeline(transformer, AutoencoderKL(**same_size), noise)
 
 
+BLOCKS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3}
+JOINT = {**BLOCKS, "joint_attention_dim": 16}
+
+
+def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """T5 with single characters for a vocabulary."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0)]
+    tokens = T5Tokenizer([*special, *((sign, -3.0) for sign in string.ascii_letters)], extra_ids=0)
+    sizes = {"d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return tokens, T5EncoderModel(T5Config(vocab_size=len(tokens), **sizes))
+
+
+def shifted_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(**AUTOENCODER, shift_factor=0.1, scaling_factor=1.5)
+
+
+def pixart(kind: type = PixArtSigmaPipeline, **changes) -> DiffusionPipeline:
+    tokens, encoder = t5(12)
+    sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 8, "caption_channels": 12}
+    transformer = PixArtTransformer2DModel(**BLOCKS | sizes | {"cross_attention_dim": 16} | changes)
+    noise = DDIMScheduler(**LATENT_NOISE, clip_sample=False)
+    return kind(tokens, encoder, AutoencoderKL(**AUTOENCODER), transformer, noise)
+
+
+def stable_diffusion_3(folder: Path) -> DiffusionPipeline:
+    tokens = [tokenizer(folder / number) for number in "12"]
+    clips = [CLIPTextModelWithProjection(text_config(t, projection_dim=6)) for t in tokens]
+    tokens_3, encoder_3 = t5(32)  # the CLIPs beside each other are narrower
+    transformer = SD3Transformer2DModel(
+        **JOINT | {"joint_attention_dim": 32},
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        pooled_projection_dim=12,
+        caption_projection_dim=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(STEPS, shift=3.0),
+        shifted_autoencoder(),
+        *(clips[0], tokens[0], clips[1], tokens[1], encoder_3, tokens_3),
+    )
+
+
+def flux(folder: Path, *, guidance: bool = True) -> DiffusionPipeline:
+    """Of 8 x 8 latents, with ``FLUX_TOKENS`` of 16."""
+    tokens, (tokens_2, encoder_2) = tokenizer(folder), t5(16)
+    transformer = FluxTransformer2DModel(
+        **JOINT | {"num_layers": 2},
+        in_channels=16,
+        pooled_projection_dim=12,
+        num_single_layers=2,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=guidance,
+    )
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(STEPS, use_dynamic_shifting=True),
+        shifted_autoencoder(),
+        CLIPTextModel(text_config(tokens)),
+        tokens,
+        encoder_2,
+        tokens_2,
+        transformer,
+    )
+
+
 def build(name: str, folder: Path) -> DiffusionPipeline:
     """A seeded pipeline in evaluation mode, silent."""
     torch.manual_seed(1)
@@ -225,6 +309,9 @@ def build(name: str, folder: Path) -> DiffusionPipeline:
         "sdxl": lambda: stable_diffusion_xl(folder / "words"),
         "ldm_text": lambda: latent_text_to_image(folder / "words"),
         "dit": class_transformer,
+        "pixart": pixart,
+        "sd3": lambda: stable_diffusion_3(folder / "words"),
+        "flux": lambda: flux(folder / "words"),
     }
     pipeline = makers[name]()
     for part in pipeline.components.values():

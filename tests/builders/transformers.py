@@ -1,4 +1,4 @@
-"""Tiny real transformers of the families whose pipelines are not trained here yet, and of DiT."""
+"""Tiny real transformers of every family."""
 
 import torch
 from diffusers import (
@@ -9,7 +9,7 @@ from diffusers import (
 )
 from torch.utils._pytree import tree_map
 
-from compress.common.cost import unet_inputs
+from compress.common.cost import sample_size, unet_inputs
 
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 4}
 LATENTS = {"in_channels": 4, "out_channels": 4, "sample_size": 8}
@@ -53,4 +53,7 @@ def inputs(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, dict]:
         for key, value in unet_inputs(model, 2, "cpu").items()
     }
     del named["timestep"]
-    return named.pop("hidden_states"), torch.tensor([7, 30]), named
+    sample = named.pop("hidden_states")
+    if "img_ids" in named:  # of Flux we give latents, four for a token
+        sample = torch.randn(2, sample.shape[-1] // 4, *sample_size(model))
+    return sample, torch.tensor([7, 30]), named

@@ -79,11 +79,24 @@ def slim_unet(unet: UNet, layout: Layout, mask: torch.Tensor | None = None) -> U
     """
     config = slim_config(unet, layout, mask)
     if "inner_widths" in config:
-        return units.free_class(unet).from_config(config)
-    if layout.inner:
-        sinusoid = unet.time_proj.num_channels
-        return FreeWidthUNet2DModel(layout.inner, sinusoid, **config)
-    return type(unet).from_config(config)
+        slim = units.free_class(unet).from_config(config)
+    elif layout.inner:
+        slim = FreeWidthUNet2DModel(layout.inner, unet.time_proj.num_channels, **config)
+    else:
+        slim = type(unet).from_config(config)
+    named = slim.state_dict()
+    for name, buffer in unet.named_buffers():
+        if name in named:  # such as SD3's positions, which are of no width and no block
+            named[name].copy_(buffer)
+    return slim
+
+
+def filled(slim: UNet, weights: Mapping[str, torch.Tensor]) -> UNet:
+    """The slim model with these parameters; its buffers stay."""
+    named = slim.state_dict()
+    buffers = {name: named[name] for name, _ in slim.named_buffers() if name in named}
+    slim.load_state_dict(buffers | dict(weights), strict=True)
+    return slim
 
 
 def cut(
@@ -132,12 +145,7 @@ def perform(unet: UNet, layout: Layout, mask: torch.Tensor) -> UNet:
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in weights:
                 weights[key] = weights[key] * math.sqrt(share)
-    slim = slim_unet(unet, layout, mask)
-    # such as SD3's positions, which are of no width and no block; not by the dense model's state
-    # dict, which lets go of weights that FSDP has gathered
-    named = slim.state_dict()
-    buffers = {name: buffer for name, buffer in unet.named_buffers() if name in named}
-    slim.load_state_dict(weights | buffers, strict=True)
+    slim = filled(slim_unet(unet, layout, mask), weights)
     return slim.to(next(unet.parameters()).device)
 
 

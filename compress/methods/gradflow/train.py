@@ -445,8 +445,8 @@ class PruningRun:
 
     def _averaged(self) -> UNet:
         slim = surgery.slim_unet(self.first, self.layout, self.kept)
-        slim.load_state_dict({n: t.cpu() for n, t in sharding.gathered(self.ema).items()})
-        return slim.eval()
+        ema = {n: t.cpu() for n, t in sharding.gathered(self.ema).items()}
+        return surgery.filled(slim, ema).eval()
 
     def _plain(self) -> Any:
         return self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,290 @@
+"""Pipelines of transformers with prompts: inputs, flow matching, and runs from end to end."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch.utils._pytree import tree_map
+
+import compress
+from builders import pipelines
+from builders.events import leave
+from compress.common import cost
+from compress.common.events import drain
+from compress.common.journal import Journal
+from compress.data.batches import Batch, Examples
+from compress.data.sources import load_images
+from compress.eval.sampling import sample
+from compress.methods.base import PruneJob
+from compress.methods.gradflow import GradFlow
+from compress.methods.gradflow.train import PruningRun
+from compress.methods.training import Training
+from compress.models.objective import (
+    FlowNoise,
+    check_trainable,
+    inputs_of,
+    noise_schedule,
+    predicted,
+    prediction_target,
+)
+from compress.models.pipelines import check_pipeline, condition_of, image_shape, with_parts
+from compress.runs.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+NAMES = ("pixart", "sd3", "flux")
+CAPTIONS = ["red 1", "blue", "a", "b"]
+METHOD = {"keep_macs": 0.8, "steps": 2, "max_move": 1.0, "update_every": 1, "criterion_batches": 1}
+
+
+@pytest.fixture(autouse=True)
+def small_flux(monkeypatch):
+    monkeypatch.setattr(cost, "FLUX_TOKENS", 16)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return pipelines.pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def batch_of(pipeline, conditions=CAPTIONS, **options) -> Batch:
+    torch.manual_seed(5)
+    examples = Examples(torch.rand(len(conditions), 3, 16, 16) * 2 - 1, conditions)
+    return inputs_of(pipeline).batch(examples, pipelines.STEPS, 0, 5, **options)
+
+
+def given_by_the_pipeline(pipeline, prompts) -> dict:
+    """What a pipeline hands its transformer when it draws, without guidance."""
+    seen = {}
+
+    def watch(_, arguments, named):
+        seen.update(named)
+        seen.setdefault("hidden_states", *arguments)
+
+    handle = pipeline.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    options = dict.fromkeys(("clean_caption", "use_resolution_binning"), False)
+    drawing = with_parts(pipeline, {"scheduler": copy.deepcopy(pipeline.scheduler)})
+    drawing.set_progress_bar_config(disable=True)
+    try:
+        drawing(
+            prompts,
+            num_inference_steps=1,
+            output_type="latent",
+            height=16,
+            width=16,
+            **({} if isinstance(pipeline, FluxPipeline) else {"guidance_scale": 1.0}),
+            **(options if condition_of(pipeline) and "PixArt" in type(pipeline).__name__ else {}),
+        )
+    finally:
+        handle.remove()
+    unheard = ("timestep", "return_dict", "joint_attention_kwargs")
+    return {key: value for key, value in seen.items() if key not in unheard}
+
+
+# ---- inputs --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, "pixart-alpha"])
+def test_the_transformer_is_given_what_the_pipeline_gives_it(family, name):
+    if name == "pixart-alpha":
+        torch.manual_seed(0)
+        # knows sizes as the model of 1024 pixels does
+        pipeline = pipelines.pixart(PixArtAlphaPipeline, use_additional_conditions=True)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.text_encoder.eval()
+        pipeline.transformer.register_to_config(use_additional_conditions=True)
+    else:
+        pipeline = family(name)
+    for given, dropped in ((CAPTIONS, 0.0), ([""] * 4, 1.0)):
+        batch = batch_of(pipeline, dropout=dropped)
+        if name == "pixart-alpha":  # the pipeline gives sizes at 128 latents alone
+            sizes = batch.condition["added_cond_kwargs"]
+            assert sizes["resolution"].tolist() == [[16, 16]] * 4
+            assert sizes["aspect_ratio"].tolist() == [[1]] * 4
+            continue
+        seen = given_by_the_pipeline(pipeline, given)
+        assert {*seen} - {"guidance"} == {"hidden_states", *batch.condition} - {"guidance"}
+        for key, value in batch.condition.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.allclose(seen[key], value, atol=1e-5), key
+            else:
+                assert seen[key] == value
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_distilled_guidance_is_the_one_that_images_are_drawn_with(tmp_path, guidance):
+    pipeline = pipelines.flux(tmp_path, guidance=guidance)
+    condition = batch_of(pipeline).condition
+    assert ("guidance" in condition) == guidance
+    assert not guidance or condition["guidance"].tolist() == [3.5] * 4
+
+
+@torch.no_grad()
+def test_flux_reads_packed_latents_and_time_from_0_to_1(family):
+    pipeline, batch = family("flux"), batch_of(family("flux"))
+    found = predicted(pipeline.transformer, batch.images, batch.timesteps, batch.condition)
+    packed = pipeline._pack_latents(batch.images, *batch.images.shape)
+    tokens = pipeline.transformer(packed, timestep=batch.timesteps / 1000, **batch.condition).sample
+    scale = pipeline.vae_scale_factor
+    assert torch.equal(found, pipeline._unpack_latents(tokens, 16, 16, scale))
+    assert found.shape == batch.images.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_latents_are_shifted_and_scaled_as_the_pipeline_takes_them_back(family, name):
+    pipeline = family(name)
+    batch = batch_of(pipeline)
+    torch.manual_seed(5)
+    posterior = pipeline.vae.encode(torch.rand(4, 3, 16, 16) * 2 - 1).latent_dist
+    back = batch.images / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
+    drawn = (back - posterior.mean) / posterior.std
+    assert abs(drawn.mean()) < 5 / drawn.numel() ** 0.5 and abs(drawn.std() - 1) < 0.2
+
+
+# ---- flow matching -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_noise_is_that_of_the_scheduler_and_the_target_leads_back(family, name):
+    scheduler = FlowMatchEulerDiscreteScheduler(**family(name).scheduler.config)
+    noise, batch = noise_schedule(scheduler), batch_of(family(name))
+    for timestep in scheduler.timesteps[[0, 20, -1]]:
+        times = timestep.expand(4)
+        noisy = noise.add_noise(batch.images, batch.noise, times)
+        assert torch.allclose(
+            noisy, scheduler.scale_noise(batch.images, times, batch.noise), atol=1e-5
+        )
+        share = (timestep / pipelines.STEPS).item()
+        assert torch.allclose(
+            noisy - share * prediction_target(noise, batch), batch.images, atol=1e-5
+        )
+
+
+def test_timesteps_are_logit_normal_and_shifted_as_images_are_drawn():
+    uniform = torch.arange(1000)
+    plain = FlowNoise(1000).spread(uniform, tokens=16) / 1000
+    logits = plain.logit()
+    assert logits.mean().abs() < 1e-3 and abs(logits.std() - 1) < 0.01
+    assert logits.sort().values[841] == pytest.approx(1, abs=0.01)  # a standard deviation
+    # where the scheduler moves these shares of the way to, when it draws
+    shares = plain.flip(0)[::100].numpy()
+    static = FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
+    static.set_timesteps(sigmas=shares)
+    dynamic = FlowMatchEulerDiscreteScheduler(1000, use_dynamic_shifting=True)
+    dynamic.set_timesteps(sigmas=shares, mu=calculate_shift(1024))
+    for scheduler in (static, dynamic):
+        found = noise_schedule(scheduler).spread(uniform, tokens=1024).flip(0)[::100]
+        assert torch.allclose(found, scheduler.timesteps, rtol=1e-4)
+
+
+# ---- what is refused -----------------------------------------------------------------------
+
+
+REFUSED = {
+    "diffusion for flow": ("flux", {"scheduler": DDIMScheduler()}, "is trained and sampled by flo"),
+    "flow for diffusion": (
+        "pixart",
+        {"scheduler": FlowMatchEulerDiscreteScheduler()},
+        "is not trained and sampled by flow",
+    ),
+    "chance": (
+        "sd3",
+        {"scheduler": FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)},
+        "has stochastic_sampling; choose",
+    ),
+    "no third encoder": ("sd3", {"text_encoder_3": None}, "needs its text_encoder_3"),
+    "no shift": (
+        "sd3",
+        {"vae": pipelines.AutoencoderKL(**pipelines.AUTOENCODER)},
+        "shift_factor=None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_by_name(family, case):
+    name, parts, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(with_parts(family(name), parts))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_families_are_not_refused_but_for_another_transformer(family, name):
+    check_trainable(family(name))
+    other = family("sd3" if name == "pixart" else "pixart").transformer
+    with pytest.raises(ValueError, match="the denoiser of a .* is a .*; this one is a"):
+        check_pipeline(with_parts(family(name), {"transformer": other}))
+    with pytest.raises(ValueError, match="use ddim"):
+        if name == "pixart":
+            pytest.skip("its scheduler is given generators")
+        sample(family(name), count=1, steps=2, sampler="ddpm", seed=0, conditions=["a"])
+
+
+# ---- from end to end -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        ("pixart", "both"),
+        ("sd3", "block"),
+        pytest.param("flux", "unit", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_leaves_a_pipeline_that_draws_the_same(family, pictures, tmp_path, name, granularity):
+    family(name).save_pretrained(tmp_path / "model")
+    asked = Recipe.model_validate(
+        {
+            "model": str(tmp_path / "model"),
+            "data": f"folder:{pictures}",
+            "method": {"name": "gradflow", "granularity": granularity, **METHOD},
+            "recover": {"steps": 1, "batch": 4, "distill": 0.5},
+            "evaluate": {
+                "samples": 4,
+                "steps": 2,
+                "sampling_seeds": 1,
+                "metrics": ["validation_loss", "macs", "ssim_to_dense"],
+            },
+        }
+    )
+    result = compress.run(asked, output=tmp_path / "run", device="cpu")
+    assert result.metrics["run"]["surgery"]["max_difference"] <= 1e-5
+    measured = result.metrics["metrics"]
+    assert 0.6 < measured["macs"]["ratio"] <= 0.8 and measured["validation_loss"]["ratio"] < 2
+    folder = tmp_path / "run" / "checkpoint"
+    plain = DiffusionPipeline.from_pretrained(folder, trust_remote_code=granularity != "block")
+    drawn = [
+        sample(p, count=2, steps=2, sampler="ddim", seed=0, conditions=["red 1", "blue"])
+        for p in (compress.load(folder), plain)
+    ]
+    assert torch.equal(*drawn) and drawn[0].shape == (2, 3, 16, 16)
+    assert drawn[0].float().std() > 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_weights(family, pictures, tmp_path):
+    def begin(folder=None, *, resume=False):
+        pipeline = family("flux")
+        data = load_images(
+            f"folder:{pictures}", *image_shape(pipeline), condition_of(pipeline), None
+        )
+        settings = Training(steps=2, batch=4, save_every=1, condition_dropout=0.5)
+        job = PruneJob(pipeline, data, settings, "cpu", Journal(folder), resume)
+        return PruningRun(GradFlow(granularity="block", **METHOD), job)
+
+    expected = drain(begin().events()).model.state_dict()
+    for step in (1, 3):  # in the flow and in the recovery
+        (tmp_path / str(step)).mkdir()
+        leave(begin(tmp_path / str(step)).events(), step)
+        found = drain(begin(tmp_path / str(step), resume=True).events()).model.state_dict()
+        assert tree_map(torch.equal, dict(found), dict(expected)) == dict.fromkeys(expected, True)
