@@ -413,8 +413,8 @@ class FluxPrompts(EncodedPrompts):
             "txt_ids": text_ids,
             "img_ids": places.to(text_ids),
         }
-        if transformer.config.guidance_embeds:
-            scale = default_guidance(self.pipeline)
+        scale = default_guidance(self.pipeline)
+        if transformer.config.guidance_embeds and scale is not None:
             inputs["guidance"] = torch.full((len(texts),), scale, device=device)
         return inputs
 
