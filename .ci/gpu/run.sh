@@ -3,13 +3,14 @@
 #
 #   OUT=DIR bash .gpu/run.sh              # 540 s
 #   OUT=DIR BUDGET=200 bash .gpu/run.sh   # goes on with what is left, on the same machine
+#   OUT=DIR STAGES="install train_deep" bash .gpu/run.sh   # a second call: trains reader-deep
 #
 # Stages run in the order of their value, each under a limit; one that fails does not stop the next.
 # What is finished is not run again in a later call on the same machine: rows that exist, stages that
 # ended. The files in $OUT are written as results come, so that a call that is cut off leaves what it had.
 #
 # BUDGET   seconds of this call, installation included (540)
-# STAGES   which of them; FORCE=1 also those that ended
+# STAGES   which of them (train_deep only where it is named); FORCE=1 also those that ended
 # SLOW     factor of the stages' limits, for a busy machine (1)
 # WORK     where packages, caches and state go (/tmp/compress-gpu)
 # DEVICE, TINY=1   cpu and tiny sizes: a rehearsal without a GPU
@@ -114,7 +115,18 @@ compressed() { # NAME OVERRIDES...
     "$python" "$here/extra.py" metrics "$name" "$work/run/$name" "$((SECONDS - begin))" "$rc"
     return $rc
 }
-export -f install tests bench compressed
+
+train_deep() {
+    local run=$work/run/reader-deep rc=0 options=()
+    [ ! -e "$run" ] || options=(--resume)
+    [ "$GPU_TINY" = 0 ] || options+=(--small --final 1)
+    [ "$GPU_DEVICE" = cpu ] || options+=(--bf16 --workers 14)
+    timeout "$((GPU_STAGE_END - $(date +%s)))" "$python" "$work/site/compress/models/builtin/train_reader_deep.py" \
+        --run "$run" --warm-start --device "$GPU_DEVICE" "${options[@]}" || rc=$?
+    cp -r "$run/log.jsonl" "$run/model" "$OUT/"
+    return $rc
+}
+export -f install tests bench compressed train_deep
 export root here work python
 
 stage install 90 bash -c install
@@ -130,6 +142,7 @@ stage bf16 120 bash -c 'compressed ddpm_gradflow_bf16 --set train.mixed_precisio
 stage fp32 120 bash -c 'compressed ddpm_gradflow_float32'
 stage reader 120 "$python" "$here/extra.py" reader
 stage more 300 bash -c 'bench more'
+stage train_deep 500 bash -c train_deep
 if [ "$GPU_DEVICE" = cuda ]; then
     stage compiled 120 "$python" "$here/extra.py" compiled
     stage sanitizer 90 compute-sanitizer --tool memcheck --print-limit 20 "$python" "$here/extra.py" touch

@@ -2,19 +2,21 @@
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rapidfuzz.distance import Levenshtein
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from compress.common.files import json_lines, write_text
@@ -31,6 +33,7 @@ EASIER = 0.2  # share of batches from levels below the current one
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 STACKS = 0.25  # learning rate of weights with more than two dimensions, over the others
 MOST_PAGES = 1024  # page indices set aside for a step
+SAVE_EVERY = 30.0  # seconds between states
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
@@ -108,6 +111,8 @@ class Plan:
     pages : validation pages of the current level in an evaluation.
     bf16 : whether products are in bfloat16: a quarter faster on CPUs with units for it, hundreds of
         times slower on others.
+    first : level to begin with.
+    workers : processes that render the pages of the next steps; 0 renders them in the step.
     """
 
     seed: int = 0
@@ -117,6 +122,8 @@ class Plan:
     every: int = 500
     pages: int = 32
     bf16: bool = False
+    first: int = 0
+    workers: int = 0
     levels: tuple[Level, ...] = LEVELS
 
     def learning_rate(self, progress: Progress) -> float:
@@ -135,6 +142,16 @@ class Plan:
         chosen = self.levels[level]
         numbers = range(first, first + chosen.batch)
         return level, [page(self.seed, i, chosen.difficulty, "train") for i in numbers]
+
+
+class Draws(Dataset[tuple[int, list[Page]]]):
+    """The level and the pages of a step, by the progress before it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __getitem__(self, progress: Progress) -> tuple[int, list[Page]]:
+        return self.plan.draw(progress)
 
 
 def cross_entropy(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -167,7 +184,8 @@ class Trainer:
 
     def __init__(self, reader: Reader, plan: Plan, journal: Journal) -> None:
         self.reader, self.model, self.plan, self.journal = reader, reader.model, plan, journal
-        self.progress = Progress()
+        self.progress = Progress(level=plan.first)
+        self._ahead: tuple[int, Iterator[tuple[int, list[Page]]]] | None = None
         matrices, stacks, rest = [], [], []
         for name, parameter in self.model.named_parameters():
             if parameter.ndim > 2:
@@ -193,7 +211,7 @@ class Trainer:
     def step(self) -> float:
         """One optimiser step; returns the loss."""
         progress = self.progress
-        level, pages = self.plan.draw(progress)
+        level, pages = self._draw()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.plan.learning_rate(progress) * group.get("share", 1.0)
@@ -214,6 +232,20 @@ class Trainer:
             progress.level += 1
             progress.level_steps, progress.running = 0, None
         return loss.item()
+
+    def _draw(self) -> tuple[int, list[Page]]:
+        """The level and the pages of this step; workers draw the next ones of the same level."""
+        if not self.plan.workers:
+            return self.plan.draw(self.progress)
+        if self._ahead is None or self._ahead[0] != self.progress.level:
+            now = replace(self.progress)
+            coming = (replace(now, step=step) for step in itertools.count(now.step))
+            draws: Any = DataLoader(
+                Draws(self.plan), batch_size=None, sampler=coming, num_workers=self.plan.workers
+            )
+            self._ahead = now.level, iter(draws)
+        level, pages = next(self._ahead[1])
+        return level, pages
 
     @property
     def done(self) -> bool:
@@ -335,6 +367,12 @@ def train(description: str, build: Callable[[], Reader], levels: tuple[Level, ..
     build : the untrained reader, from torch's random state.
     levels : of its curriculum.
     """
+    parser = arguments(description)
+    run(parser, parser.parse_args(), build, Plan(levels=levels))
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What all training scripts of readers take."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--run", type=Path, required=True, help="new folder of log, state and model"
@@ -348,21 +386,39 @@ def train(description: str, build: Callable[[], Reader], levels: tuple[Level, ..
     parser.add_argument("--lr", type=float, default=Plan.lr)
     parser.add_argument("--final", type=int, default=Plan.final, help="steps on the last level")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that render pages ahead, for a GPU"
+    )
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    build: Callable[[], Reader],
+    plan: Plan,
+) -> None:
+    """Train by a command line.
+
+    Parameters
+    ----------
+    parser, args : of :func:`arguments`, and what it read.
+    build : the untrained reader, from torch's random state.
+    plan : what the command line does not say.
+    """
     if not args.resume and os.path.lexists(args.run):
         parser.error(f"{args.run} exists; give --resume to go on, or another folder")
     with claim(args.run, "training", resume=args.resume, overwrite=False):
-        _train(args, build, levels)
+        _run(args, build, plan)
 
 
-def _train(
-    args: argparse.Namespace, build: Callable[[], Reader], levels: tuple[Level, ...]
-) -> None:
+def _run(args: argparse.Namespace, build: Callable[[], Reader], plan: Plan) -> None:
     output = args.run / "model"
     torch.manual_seed(args.seed)
     reader = build()
     reader.model.to(args.device)
-    plan = Plan(seed=args.seed, lr=args.lr, final=args.final, bf16=args.bf16, levels=levels)
+    given = {name: getattr(args, name) for name in ("seed", "lr", "final", "bf16", "workers")}
+    plan = replace(plan, **given)
     trainer = Trainer(reader, plan, Journal(args.run))
     if args.resume:
         trainer.resume()
@@ -377,6 +433,6 @@ def _train(
         rows = [json.dumps(row) + "\n" for row in trainer.journal.rows]
         write_text(output / "train.jsonl", "".join(rows))
 
-    trainer.run(300, publish)
+    trainer.run(SAVE_EVERY, publish)
     if output.is_dir():  # its last rows, where the last weights were not the best
         keep_log()

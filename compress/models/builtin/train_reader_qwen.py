@@ -74,7 +74,9 @@ def build_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def build_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(
+    processor: Qwen2_5_VLProcessor, layers: int = 8
+) -> Qwen2_5_VLForConditionalGeneration:
     """The architecture of reader-qwen: 8 text layers of width 128, 3 vision layers of width 96."""
     tokenizer = processor.tokenizer
     special = {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIALS}
@@ -88,7 +90,7 @@ def build_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGener
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 8,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
@@ -125,8 +127,13 @@ def build_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGener
     return model
 
 
-def encode(processor: Qwen2_5_VLProcessor, pages: list[Page]) -> dict[str, torch.Tensor]:
-    """Inputs and labels of pages of one size: the loss is on the answer and its end only."""
+def encode(
+    processor: Qwen2_5_VLProcessor, pages: list[Page], device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Inputs and labels of pages of one size: the loss is on the answer and its end only.
+
+    Pixels are prepared on ``device``, where they stay.
+    """
     end = processor.tokenizer.eos_token
     inputs = processor(
         images=[p.image for p in pages],
@@ -134,6 +141,7 @@ def encode(processor: Qwen2_5_VLProcessor, pages: list[Page]) -> dict[str, torch
         padding=True,
         padding_side="right",
         return_tensors="pt",
+        device=device,
     )
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     images = inputs["mm_token_type_ids"][0].sum()
