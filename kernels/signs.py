@@ -10,9 +10,11 @@ On the GPU one program scores a tile of tokens of one key head.
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
+from functools import lru_cache
+
 import torch
 
-from compress.kernels.backend import current_device_of, jit, tl
+from compress.kernels.backend import Launch, current_device_of, jit, tl
 from compress.kernels.sparse_decode import LOG2_E, block, packed
 
 TILE = 64  # tokens of a program
@@ -89,30 +91,44 @@ def sign_scores(
     -------
     ``(batch, kv_heads, visual)`` in float32.
     """
-    batch, heads, _, dim = query.shape
-    kv_heads, groups = keys.shape[1:3]
-    visual, size = codes.shape[2:]
     scaled, logits = _products(query, keys, scales)
+    parts = tuple(part.contiguous() for part in (scaled, logits, member, codes))
     scores = torch.empty(member.shape, dtype=torch.float32, device=query.device)
+    launch = _launch(
+        query.device, query.dtype, member.dtype, scaled.shape, codes.shape, keys.shape[2], scaling
+    )
     with current_device_of(query):
-        _signs_kernel[(batch * kv_heads, -(-visual // TILE))](
-            scaled.contiguous(),
-            logits,
-            member.contiguous(),
-            codes.contiguous(),
-            scores,
-            scaling * LOG2_E,
-            visual,
-            groups,
-            GROUP=heads // kv_heads,
-            DIM=dim,
-            BYTES=size,
-            BLOCK_GROUP=block(heads // kv_heads),
-            BLOCK_DIM=block(dim),
-            BLOCK=TILE,
-            num_warps=WARPS,
-        )
+        launch(*parts, scores)
     return scores
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    of_members: torch.dtype,
+    queries: tuple[int, int, int, int],
+    codes: tuple[int, int, int, int],
+    groups: int,
+    scaling: float,
+) -> Launch:
+    """Of calls on a device with queries by key head and codes of these shapes."""
+    batch, kv_heads, group, dim = queries
+    visual, size = codes[2:]
+    return Launch(
+        _signs_kernel,
+        (batch * kv_heads, -(-visual // TILE), 1),
+        (scaling * LOG2_E, visual, groups),
+        {
+            "GROUP": group,
+            "DIM": dim,
+            "BYTES": size,
+            "BLOCK_GROUP": block(group),
+            "BLOCK_DIM": block(dim),
+            "BLOCK": TILE,
+            "num_warps": WARPS,
+        },
+    )
 
 
 def sign_scores_reference(
