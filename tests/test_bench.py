@@ -39,6 +39,10 @@ def test_the_byte_bound_is_what_must_be_read():
     assert shape.bytes_of(3, 150) == (3 * 1100 + 5 * 250) * 2 * 2 * 16 * 4
     # arXiv 2605.17447's setting: 4 focal layers of 28 and 5% at 16k tokens
     assert DecodeShape(visual=16_384, text=1).byte_bound == pytest.approx(5.38, abs=0.01)
+    # 205 tokens and 64 groups of 4,096 in every layer; 17 bytes of a token's signs, of 512
+    for choose, read in (("summaries", 269), ("signs", 269 + 136)):
+        shape = DecodeShape(visual=4096, text=1, choose=choose)
+        assert shape.byte_bound == pytest.approx(4097 / (read + 1))
 
 
 def test_end_to_end_the_weights_are_read_as_well():
@@ -130,12 +134,12 @@ def test_ratios_of_a_prefill_by_hand():
     assert found["overhead"] == pytest.approx(4 / 99)
 
 
-def _measured(visual, ratio, batch=1, device="cpu", part="end_to_end"):
+def _measured(visual, ratio, batch=1, device="cpu", part="end_to_end", **shape):
     return {
         "part": part,
         "device": device,
         "clock": "cpu",
-        "shape": {"visual": visual, "batch": batch, "model": "tiny", "dtype": "float32"},
+        "shape": {"visual": visual, "batch": batch, "model": "tiny", "dtype": "float32"} | shape,
         "ratio": ratio,
         "threads": 1,
         "date": "2026-01-01",
@@ -151,6 +155,7 @@ def test_the_crossover_is_where_everything_above_is_faster():
         _measured(16384, 1.5),
         _measured(16384, 1.5, batch=8),
         _measured(65536, 0.5, part="attention"),
+        _measured(65536, 0.5, choose="signs"),
         _measured(256, 1.01, device="a GPU"),
         _measured(512, 0.9, device="slow"),
     ]
@@ -214,7 +219,7 @@ def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
             "fastocr",
             [
                 "model=tiny,visual=64,text=8",
-                "model=tiny,visual=65,text=8,without=sdpa",
+                "model=tiny,visual=65,text=8,without=sdpa,choose=signs",
                 "part=end_to_end,model=tiny,visual=64,layers=4",
                 "part=end_to_end,model=tiny,visual=65,layers=4,without=sdpa",
             ],

@@ -9,6 +9,7 @@ import torch
 
 from builders import fastocr
 from builders.fastocr import paper
+from compress import FastOCR
 from compress.eval.tables import read_rows
 from compress.methods.fastocr.bench import crossovers
 from compress.methods.fastocr.crossover import SHIPPED, crossover, read_table
@@ -58,6 +59,10 @@ def test_auto_is_looked_up_by_device(qwen, tmp_path, monkeypatch):
         with paper(keep_visual=0.2, focal_layers=(1,)).attach(model) as handle:
             write(model, inputs)
             assert handle.facts()["switched_off"] == off
+        # it was measured with focal layers alone
+        with FastOCR(choose="signs").attach(model) as handle:
+            write(model, inputs)
+            assert not handle.facts()["switched_off"] and handle.facts()["attended"] < 1
     assert crossover(torch.device("cpu"), {}) == (0, "nothing was measured on cpu")
 
 

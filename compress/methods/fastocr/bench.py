@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -57,7 +57,7 @@ class DecodeShape:
     batch : sequences.
     layers : that are built and timed, for machines that cannot hold all; None is all. End to end,
         the time of the layers is scaled to all, and that of the head is not.
-    keep_visual : fraction of the visual tokens in the fixation, or that summaries open.
+    keep_visual : fraction of the visual tokens in the fixation, or that a layer opens.
     choose : as the method has it; of summaries there are the square root of the visual tokens.
     dtype : of weights and cache.
     without : a dense way that is left out, for machines that cannot hold what it needs: SDPA for
@@ -71,7 +71,7 @@ class DecodeShape:
     batch: Batch = 1
     layers: Count | None = None
     keep_visual: Annotated[float, Field(gt=0, le=1)] = 0.05
-    choose: Literal["focal", "summaries"] = "focal"
+    choose: Literal["focal", "summaries", "signs"] = "focal"
     dtype: Dtype = "float32"
     without: Literal["sdpa"] | None = None
 
@@ -100,9 +100,12 @@ class DecodeShape:
     def cached_bytes(self, sparse: bool) -> int:
         """Bytes of keys and values that a step must read, of the layers that are timed."""
         kept = budget(self.keep_visual, self.visual)
-        if sparse and self.choose == "summaries":
-            return self.bytes_of(0, kept + group_count("auto", self.visual))
-        return self.bytes_of(len(self.focal) if sparse else self.built_layers, kept)
+        if not sparse or self.choose == "focal":
+            return self.bytes_of(len(self.focal) if sparse else self.built_layers, kept)
+        groups = group_count("auto", self.visual)
+        if self.choose == "signs":
+            kept += sign_cost(self.visual, self.heads[2], groups)
+        return self.bytes_of(0, kept + groups)
 
     def bytes_of(self, dense: int, kept: int) -> int:
         """The same where some layers read all, and the others so many visual tokens."""
@@ -138,9 +141,10 @@ def default_shapes(device: str) -> list[DecodeShape]:
     return [
         *(DecodeShape(visual=visual) for visual in (2048, 8192, 32768)),
         *(
-            DecodeShape(model=model, visual=visual, choose="summaries")
+            DecodeShape(model=model, visual=visual, choose=choose)
             for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
             for visual in (4096, 16384)
+            for choose in ("summaries", "signs")
         ),
         *(DecodeShape(visual=n, **small) for n in (256, 1024, 4096, 16384)),
     ]
@@ -171,8 +175,9 @@ def _caches(shape: DecodeShape, device: str, room: int) -> list[tuple[torch.Tens
 
 
 def _policy(shape: DecodeShape, tokens: VisualTokens, layers: int) -> FocalPolicy | SummaryPolicy:
-    if shape.choose == "summaries":
-        return SummaryPolicy(tokens, keep=shape.keep_visual)
+    if shape.choose != "focal":
+        signs = shape.choose == "signs"
+        return SummaryPolicy(tokens, keep=shape.keep_visual, by_signs=signs)
     return FocalPolicy(tokens, layers, keep=shape.keep_visual, focal=shape.focal)
 
 
@@ -427,7 +432,7 @@ def _cache(
 
 
 def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """From how many visual tokens on FastOCR is faster end to end, by device.
+    """From how many visual tokens on FastOCR with focal layers is faster end to end, by device.
 
     The smallest number that was measured from which on every measurement, of all batches and
     models, was at least as fast as dense. Where the largest was not, it is the next number, as what
@@ -435,11 +440,12 @@ def crossovers(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
     Parameters
     ----------
-    rows : of this benchmark; those of attention alone are left out, and those of a step that was
-        measured again.
+    rows : of this benchmark; those of attention alone are left out, those of layers that choose by
+        themselves, and those of a step that was measured again.
     """
     table: dict[str, dict[str, Any]] = {}
-    steps = newest([row for row in rows if row["part"] == "end_to_end"])
+    focal = [row for row in rows if row["shape"].get("choose", "focal") == "focal"]
+    steps = newest([row for row in focal if row["part"] == "end_to_end"])
     for device in dict.fromkeys(row["device"] for row in steps):
         here = [row for row in steps if row["device"] == device]
         sizes = sorted({row["shape"]["visual"] for row in here})
@@ -503,9 +509,9 @@ def table(rows: Sequence[Row]) -> str:
                     "costliest operators": profile,
                 },
                 "Attention of one decode step through these layers, 5% of the visual tokens read, "
-                "256 tokens of text, a seventh of the layers focal, or none where summaries "
-                "choose, the method's own work included. The speed-up is over the faster dense "
-                "way; the byte bound is the ratio of the cached bytes that must be read.",
+                "256 tokens of text, a seventh of the layers focal, or none where summaries or "
+                "signs choose, the method's own work included. The speed-up is over the faster "
+                "dense way; the byte bound is the ratio of the cached bytes that must be read.",
             )
         )
     if whole:
@@ -542,16 +548,17 @@ def _bytes_table() -> str:
             layers, focal = shape.built_layers, len(shape.focal)
             kept = budget(shape.keep_visual, visual)
             dense = shape.bytes_of(layers, 0)
-            groups = group_count("auto", visual)
             line = {"sizes of": model, "visual tokens": f"{visual:,}", "dense": _mib(dense)}
-            for policy, (full, others) in {
-                "focal, as published": (focal, kept),
-                "focal, three layers dense": (focal + 3, kept),
-                "focal, 64 summaries": (focal, kept + 64),
-                "summaries that choose": (0, kept + groups),
-                "signs that choose": (0, kept + groups + sign_cost(visual, shape.heads[2], groups)),
+            own = {
+                f"{choose} that choose": replace(shape, choose=choose).cached_bytes(sparse=True)
+                for choose in ("summaries", "signs")
+            }
+            for policy, read in {
+                "focal, as published": shape.cached_bytes(sparse=True),
+                "focal, three layers dense": shape.bytes_of(focal + 3, kept),
+                "focal, 64 summaries": shape.bytes_of(focal, kept + 64),
+                **own,
             }.items():
-                read = shape.bytes_of(full, others)
                 line[policy] = f"{_mib(read)}, {dense / read:.1f}x fewer"
             lines.append(line)
     return (

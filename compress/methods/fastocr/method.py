@@ -100,8 +100,8 @@ class FastOCR(RuntimeMethod):
     nothing to find."""
     min_visual: Literal["auto"] | NonNegative = "auto"
     """A sequence with fewer visual tokens attends to all of them, which costs less than choosing
-    among so few. "auto" is what the benchmark measured on the device, 0 where it was not measured;
-    0 never switches off. Our own choice."""
+    among so few. "auto" is what the benchmark measured on the device for focal layers, 0 where it
+    was not measured, and for summaries and signs; 0 never switches off. Our own choice."""
     warmup: int = Field(8, ge=2, le=131_072)
     """Dense first steps where ``focal_layers`` or ``dense_layers`` is "auto"."""
     fixation: Literal["dynamic", "static", "random", "window", "oracle"] = "dynamic"
@@ -282,8 +282,10 @@ class FastOCR(RuntimeMethod):
                     "calibrate on this model"
                 )
         has_adapter = model.config.model_type in ADAPTERS
+        unknown = self.min_visual == "auto" and self.choose != "focal"
+        least = 0 if unknown else self.min_visual
         return attached(
-            model, partial(make_policy, self), None if has_adapter else preflight, self.min_visual
+            model, partial(make_policy, self), None if has_adapter else preflight, least
         )
 
     def sections(self, shown: Shown) -> list[Section]:
