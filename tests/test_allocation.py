@@ -281,6 +281,8 @@ def test_smallest_inner_widths_above_the_budget_are_refused():
 def test_hard_removal_is_refused_since_widths_may_grow_again():
     with pytest.raises(ValueError, match="'global' .* process 'hard'"):
         planned("plain", process="hard")
+    # units of a transformer compete for a number of them that never rises
+    GradFlow(keep_macs=KEEP, allocation="global", process="hard", granularity="unit")
 
 
 # ---- in a run -------------------------------------------------------------------------------

@@ -14,9 +14,13 @@ from builders.drawing import draw
 from compress.checkpoints.load import load
 from compress.checkpoints.slim import save_slim
 from compress.common.cost import unet_cost
+from compress.methods.gradflow import OneShot, surgery
+from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.unets import find_groups
+from compress.methods.gradflow.units import any_mask
 from compress.models.free_width import FreeWidthUNet2DModel, inner_width
 from compress.models.loading import load_pipeline
+from compress.models.pipelines import with_parts
 
 INNER = {
     "down_blocks.0.resnets.0": 12,
@@ -135,14 +139,39 @@ def test_the_card_says_how_diffusers_loads_it(folder):
 
 
 def test_plain_diffusers_draws_the_same_bit_for_bit_without_this_package(
-    pipeline, folder, tmp_path
+    pipeline, folder, family, tmp_path
 ):
-    images = tmp_path / "images.npz"
-    done = programs.run("stranger", "--trust", images, folder, cwd=tmp_path)
-    assert json.loads(done.stdout)[folder.name]["unet"] == "FreeWidthUNet2DModel"
-    expected = draw(pipeline)
-    assert np.load(images)[folder.name].tobytes() == expected.tobytes()
-    assert expected.std() > 0.01
+    images, dense = tmp_path / "images.npz", family("dit")
+    made = {folder.name: (pipeline, "unet", "FreeWidthUNet2DModel")}
+    for granularity, kind in (("block", ""), ("unit", "FreeWidth"), ("both", "FreeWidth")):
+        method = OneShot(keep_macs=0.7, granularity=granularity)
+        layout, _ = plan(dense.transformer, find_groups(dense.transformer), method)
+        slim = surgery.perform(dense.transformer, layout, any_mask(layout)).eval()
+        less = with_parts(dense, {"transformer": slim})
+        save_slim(less, tmp_path / granularity, {"base_model": "somebody/model"})
+        made[granularity] = (less, "transformer", f"{kind}DiTTransformer2DModel")
+    folders = [folder, *(tmp_path / name for name in [*made][1:])]
+    done = programs.run("stranger", "--trust", images, *folders, cwd=tmp_path)
+    for name, (drawn, part, kind) in made.items():
+        assert json.loads(done.stdout)[name][part] == kind
+        expected = draw(drawn)
+        assert np.load(images)[name].tobytes() == expected.tobytes()
+        assert expected.std() > 0.01
+
+
+def test_what_diffusers_saved_again_is_read_without_its_code(pipeline, folder, tmp_path):
+    again = tmp_path / "again"
+    DDPMPipeline.from_pretrained(folder, trust_remote_code=True).save_pretrained(again)
+    index = json.loads((again / "model_index.json").read_text())
+    assert index["unet"][0].startswith("diffusers_modules.")
+    loaded = load(again)
+    assert type(loaded.unet) is FreeWidthUNet2DModel
+    assert np.array_equal(draw(loaded), draw(pipeline))
+    # of such a package no other class is taken
+    index["unet"] = ["diffusers_modules.local.compress.models.other", "FreeWidthUNet2DModel"]
+    (again / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="code that comes with a model is not run"):
+        load(again)
 
 
 def test_the_code_of_a_folder_is_not_run_unless_it_is_trusted(pipeline, folder):

@@ -187,6 +187,32 @@ def test_a_resumed_run_ends_with_the_same_weights(family, digits, tmp_path):
 # ---- a rival -------------------------------------------------------------------------------
 
 
+def test_units_that_compete_go_for_good_where_they_are_told_to(family, digits):
+    method = GradFlow(keep_macs=0.6, process="hard", **FLOW, **WAYS["competing"])
+    settings = Training(steps=1, batch=4)
+    run = PruningRun(method, PruneJob(family("dit"), digits, settings, "cpu", Journal(None), False))
+    leave(run.events(), 2)
+    before = run._mask().clone()
+    assert 0 < before.sum() < len(before)
+    drain(run.events())
+    assert run.mask_scheduler.state.returned == 0 and (run.kept <= before).all()
+    surgery.check_mask(run.layout, run.kept)
+
+
+def test_evenness_is_of_no_effect_on_units():
+    assert "even_within" in GradFlow(keep_macs=0.6, granularity="unit").unused
+    assert OneShot(keep_macs=0.6, granularity="unit").unused == {"even_within"}
+    assert not OneShot(keep_macs=0.6, granularity="both").unused
+
+
+def test_moments_that_do_not_fit_into_memory_are_refused(family, monkeypatch):
+    dense = family("dit").transformer
+    soft = SoftUNet(dense, planned(dense, "unit", 0.6))
+    monkeypatch.setattr("compress.common.memory.memory", lambda device: (1000, 2000))
+    with pytest.raises(ValueError, match="moments is held for each .* are free; choose another"):
+        obs.hessians(soft, [], lambda batch: None, 50)
+
+
 def test_obs_scores_what_no_refit_makes_up_for(family, digits):
     method = OneShot(keep_macs=0.6, granularity="unit", criterion="obs", criterion_batches=2)
     job = PruneJob(family("dit"), digits, Training(steps=1, batch=4), "cpu", Journal(None), False)

@@ -1,6 +1,7 @@
 """Load a diffusers pipeline part by part, with errors that name what is wrong with it."""
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,8 @@ def _part(folder: Path, kind: type[DiffusionPipeline], name: str, value: Any) ->
 
 def _part_class(index: Path, name: str, value: list[str]) -> type:
     library, class_name = value
+    # saved again by diffusers, which ran the file of the class from a package of its own
+    library = re.sub(r"^diffusers_modules\..*?(?=compress\.)", "", library)
     if ours := OURS.get((library, class_name)):
         return ours
     module = _attribute(diffusers.pipelines, library)

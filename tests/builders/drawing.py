@@ -9,6 +9,9 @@ def draw(pipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     kind = type(pipeline).__name__
     options = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5)}
+    if kind == "DiTPipeline":
+        drawn = pipeline(class_labels=[1, 7], **options, output_type="np")
+        return np.asarray(drawn.images)
     unet = pipeline.unet
     labels = getattr(unet.config, "num_class_embeds", None) and kind == "DDPMPipeline"
     if labels:  # diffusers has no pipeline that hands labels on

@@ -1,6 +1,6 @@
 """What plain diffusers draws without this package: ``stranger.py [--trust] IMAGES FOLDER ...``.
 
-The images go into the file IMAGES, by the folders' names; the classes of the UNets and the
+The images go into the file IMAGES, by the folders' names; the classes of the denoisers and the
 configurations of the pipelines to the standard output.
 """
 
@@ -26,7 +26,8 @@ def main(file: str, *folders: str, trust: bool) -> None:
         name = Path(folder).name
         images[name] = draw(pipeline)
         config = {key: value for key, value in pipeline.config.items() if key[0] != "_"}
-        facts[name] = config | {"unet": type(pipeline.unet).__name__}
+        (part,) = {"unet", "transformer"} & {*pipeline.components}
+        facts[name] = config | {part: type(getattr(pipeline, part)).__name__}
     np.savez(file, **images)
     print(json.dumps(facts))
     if any(name.split(".")[0] == "compress" for name in sys.modules):

@@ -55,6 +55,11 @@ class ChannelPruning(WeightMethod):
         return None
 
     @property
+    def unused(self) -> frozenset[str]:
+        """What chooses between levels or kinds of blocks, where units alone go."""
+        return frozenset({"even_within"} if self.granularity == "unit" else ())
+
+    @property
     def score_threshold(self) -> float:
         """Timesteps with a smaller relative loss are left out by diff_pruning."""
         return 0.0
@@ -150,7 +155,8 @@ class GradFlow(ChannelPruning):
 
     @model_validator(mode="after")
     def _check_process(self) -> Self:
-        if self.allocation == "global" and self.process == "hard":
+        channels = self.granularity in ("fine", "coarse")
+        if channels and self.allocation == "global" and self.process == "hard":
             raise ValueError(
                 "allocation 'global' lets widths grow again, and process 'hard' removes channels "
                 "for good; choose process 'soft' or allocation 'uniform'"
@@ -164,8 +170,8 @@ class GradFlow(ChannelPruning):
 
     @property
     def unused(self) -> frozenset[str]:
-        """How often passes are taken, where none are."""
-        return frozenset({"criterion_every"} if self.criterion == "fisher" else ())
+        """How often passes are taken, where none are; and see the base class."""
+        return super().unused | ({"criterion_every"} if self.criterion == "fisher" else set())
 
     @property
     def binarised_at(self) -> int:

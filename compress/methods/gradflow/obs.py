@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compress.common.memory import check_memory
 from compress.data.batches import Batch
 from compress.methods.gradflow.masks import SoftUNet
 from compress.parallel import distributed
@@ -31,7 +32,18 @@ def hessians(
     batches : of the calibration.
     loss : runs the network on a batch.
     timesteps : of the noise schedule. Timestep t weighs ``1 - log(T - t) / log(T + 1)``.
+
+    Raises
+    ------
+    ValueError : where the moments do not fit into the memory.
     """
+    layers: list[Any] = [soft.unet.get_submodule(name) for name in soft.layout.inputs]
+    check_memory(
+        8 * sum(layer.in_features**2 for layer in layers),
+        str(soft.mask.device),
+        "a matrix of second moments is held for each layer that reads units",
+        "choose another criterion, or a machine with more memory",
+    )
     total: dict[str, torch.Tensor] = {}
     weight = torch.empty(0)
 
