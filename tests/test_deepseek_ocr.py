@@ -202,11 +202,11 @@ def _order(tokens, crop, columns):
     return hashlib.sha256(json.dumps(sequence, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name", ["tiny", "gundam"])
-def test_pixels_are_the_original_s(name):
+@pytest.mark.parametrize(("name", "first"), [("tiny", 1), ("gundam", 0)])
+def test_pixels_are_the_original_s(name, first):
     cases = [case for case in GOLDEN if "means" in case["modes"][name]]
     assert len(cases) >= 10
-    for case in cases:
+    for case in cases[first::2]:  # each in one of the modes
         views = page_views(_picture(*case["size"]), MODES[name])
         whole, expected = views.whole, case["modes"][name]
         crops = [] if views.crops is None else list(views.crops)

@@ -150,7 +150,7 @@ def test_only_the_main_process_writes(driven):
 def test_samples_and_metrics_are_those_of_one_process(driven):
     one = load_file(driven / "measured x1 0.safetensors")["samples"]
     expected = json.loads((driven / "measured x1 0.json").read_text())
-    assert one.shape == (2, 37, 1, 16, 16) and "fid_digits" in expected
+    assert one.shape == (2, 11, 1, 16, 16) and "fid_digits" in expected
     for process in (0, 1):
         two = load_file(driven / f"measured x2 {process}.safetensors")
         assert int(two["per process"]) == process

@@ -28,7 +28,6 @@ from compress.runs.recipe import Recipe, dump, load_recipe
 from compress.runs.run import run_events
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-FIGURES = True
 
 ROOT = Path(__file__).parents[1]
 TOY = Path(__file__).parent / "toy"

@@ -29,13 +29,6 @@ FIGURES = True
 SIZES = [(800, 1200), (1500, 700), (600, 600)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _short_films():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.methods.fastocr.figures.NEW_TOKENS", 12)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _no_gradients():
     with torch.no_grad():

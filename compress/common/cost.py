@@ -38,8 +38,8 @@ class LayerMacs:
 class _AttentionCounter(TorchFunctionMode):
     """Collects (query tokens * key tokens * batch, value channels) of each attention call.
 
-    On the meta device norms, linear layers, activations and attention are decomposed in Python,
-    which takes most of the time of a pass; only the shapes of their outputs are needed.
+    On the meta device norms, linear layers, activations, sums and attention are decomposed in
+    Python, which takes most of the time of a pass; only the shapes of their outputs are needed.
     """
 
     def __init__(self) -> None:
@@ -57,6 +57,9 @@ class _AttentionCounter(TorchFunctionMode):
             return args[0]
         if func is F.linear:
             return args[0].new_empty((*args[0].shape[:-1], args[1].shape[0]))
+        if func in (torch.Tensor.add, torch.Tensor.div) and args[0].is_floating_point():
+            if not isinstance(args[1], torch.Tensor) or args[1].shape == args[0].shape:
+                return args[0]
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             query, key, value = named["query"], named["key"], named["value"]

@@ -32,6 +32,6 @@ def quick_runs(figures: bool = False) -> Iterator[None]:
         patch.object(runs, "REFERENCE_LIMIT", 64),
         patch.object(plots, "DPI", 20),
         nullcontext() if figures else patch.object(plots.Plot, "savefig", _one_pixel),
-        patch.object(films, "NEW_TOKENS", 12),
+        patch.object(films, "NEW_TOKENS", 8),
     ):
         yield

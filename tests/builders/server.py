@@ -10,12 +10,14 @@ import runpy
 import signal
 import sys
 
-import accelerate  # noqa: F401
 import torch
-from diffusers import DDPMPipeline, StableDiffusionPipeline  # noqa: F401
-from transformers import CLIPTextModel  # noqa: F401
 
 from builders.forks import exit_code, fork, unshare_mounts
+
+if os.environ["TRITON_INTERPRET"] != "1":  # whose programs run kernels, and seldom models
+    import accelerate  # noqa: F401
+    from diffusers import DDPMPipeline, StableDiffusionPipeline  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
 
 
 def work(job: dict) -> None:

@@ -208,7 +208,7 @@ def readers() -> None:
         for number, (family, *methods) in enumerate(READERS):
             model, processor = known[family]
             with Applied(model.to(where), methods):
-                read = try_pages(model, processor, pages, max_new_tokens=5, loop_tokens=4)
+                read = try_pages(model, processor, pages, max_new_tokens=4, loop_tokens=4)
             texts.setdefault(number, []).append([reading.text for reading in read])
     for ours, theirs in texts.values():
         assert ours == theirs, (ours, theirs)

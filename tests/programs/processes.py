@@ -22,7 +22,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from builders import pruning
-from builders.events import leave
 from builders.forks import exit_code, fork, free_port
 from builders.models import TWO_LEVELS
 from compress.common.events import drain
@@ -114,8 +113,8 @@ def numbers(tensors):
     return {"cut": len(cut), "here": sum(t.to_local().numel() for t in cut)}
 
 
-def prune(runs, name, folder=None, stop=None, resume=False, copy=None):
-    """Run to the end, or leave after some steps; the folder as it is at STOP may be copied."""
+def prune(runs, name, folder=None, resume=False, copy=None):
+    """Run to the end; the folder as it is STOP steps later may be copied."""
     scenario = runs[name]
     AcceleratorState._reset_state(False)
     training = dict(scenario["training"])
@@ -140,9 +139,6 @@ def prune(runs, name, folder=None, stop=None, resume=False, copy=None):
         resume=resume,
     )
     events = run.events()
-    if stop:
-        leave(events, stop)
-        return run, None
     if copy:
         list(islice(events, STOP))
         if distributed.is_main():
@@ -167,8 +163,8 @@ def keep(name, run, pruned):
 
 def measure(name):
     pipeline = DDPMPipeline(unet=unet().eval(), scheduler=DDPMScheduler(num_train_timesteps=50))
-    settings = diffusion.SamplingSettings(samples=37, steps=2, sampling_seeds=2, batch=16)
-    reference = diffusion.reference_images(digits("b")[0], 100)
+    settings = diffusion.SamplingSettings(samples=11, steps=2, sampling_seeds=2, batch=4)
+    reference = diffusion.reference_images(digits("b")[0], 32)
     found = diffusion.evaluate(pipeline, reference=reference, settings=settings)
     samples = diffusion.gather(diffusion.draw_batches(pipeline, settings), settings)
     kept = {"samples": samples, "per process": torch.tensor(distributed.process())}
@@ -209,10 +205,10 @@ def alone_and_together(count):
     whole.mkdir(exist_ok=True)
     keep(f"soft x{count}", *prune(RUNS, "soft", whole, copy=Path(f"left of {count}")))
     if count > 1:
-        keep("cut x2", *prune(RUNS, "cut"))
-        # what one process left goes on with cut weights, and then with whole ones
-        prune(RUNS, "cut", Path("left of 1"), stop=STOP, resume=True)
-        keep("resumed x2", *prune(RUNS, "soft", Path("left of 1"), resume=True))
+        # what one process left goes on with cut weights, and what these left with whole ones
+        left = Path("left of 1"), Path("left of cut ones")
+        keep("cut x2", *prune(RUNS, "cut", left[0], resume=True, copy=left[1]))
+        keep("resumed x2", *prune(RUNS, "soft", left[1], resume=True))
     measure(f"measured x{count}")
     texts = {"differ": differ(), "gone": others()}
     Path(f"texts x{count} {distributed.process()}.json").write_text(json.dumps(texts))
