@@ -344,6 +344,22 @@ def test_a_batch_takes_as_many_operators_and_waits_as_a_page(deepseek, keep_toke
     assert seen[1][0] - seen[0][0] <= (8 if keep_tokens == "dynamic" else 0)
 
 
+def test_a_step_after_equally_many_tokens_takes_the_operators_of_a_dense_step(deepseek):
+    inputs = ocr.deepseek_prompt([ocr.page(200, 200, seed, 0.3) for seed in range(2)], ["a"] * 2)
+
+    def per_step():
+        totals = []
+        for new in (3, 5):
+            with Counted() as counted:
+                deepseek.generate(**inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new)
+            totals.append(counted.total)
+        return (totals[1] - totals[0]) / 2
+
+    dense = per_step()
+    with RTPrune(keep_tokens=0.5).attach(deepseek):
+        assert per_step() <= dense + 3  # position ids alone: nothing is padded, so no masks
+
+
 @pytest.mark.gpu
 def test_the_device_is_waited_for_once():
     generator = torch.Generator().manual_seed(0)

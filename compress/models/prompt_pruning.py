@@ -299,19 +299,22 @@ class PromptPruning(Generic[P]):
             embeds.flatten(0, 1).index_copy_(0, index, torch.cat(values))
         source = shortened(stays, attended, self.method)
         layouts = [layout.of_kept(row) for layout, row in zip(layouts, source, strict=True)]
+        padded = bool((source < 0).any())
         source = source.to(embeds.device, non_blocking=True)
         mask, source = source >= 0, source.clamp(min=0)
         ids = kwargs.get("position_ids")
         ids = torch.arange(length, device=embeds.device)[None] if ids is None else ids
         ids = ids.expand(*ids.shape[:-2], batch, -1)
         dropped = length - mask.shape[1]
-        prompt = ShortenedPrompt(self.method, mask, dropped, ids[..., -1:] + 1)
+        prompt = ShortenedPrompt(self.method, mask, padded, dropped, ids[..., -1:] + 1)
+        cache = self._cache(prompt, kwargs)
         return kwargs | {
             "inputs_embeds": embeds.gather(1, source[..., None].expand(-1, -1, dim)),
-            "attention_mask": mask.long(),
+            # without a cache transformers takes position ids with gaps for several sequences
+            "attention_mask": mask.long() if padded or cache is None else None,
             "position_ids": ids.gather(-1, source.expand(*ids.shape[:-2], -1, -1)),
             **_deepstack(kwargs, stays, source, mask),
-            cache_argument(text_model(self.model)): self._cache(prompt, kwargs),
+            cache_argument(text_model(self.model)): cache,
             VISUAL_LAYOUTS: layouts,
         }
 

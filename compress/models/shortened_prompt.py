@@ -22,12 +22,14 @@ class ShortenedPrompt:
     ----------
     method : that shortened it, for messages.
     mask : which of its places are attended to, ``(batch, length)`` bool.
+    padded : whether any is not, so that masks are needed at all.
     dropped : number of places by which it is shorter than it was.
     next_position : position id after it, ``(batch, 1)``, or ``(axes, batch, 1)``.
     """
 
     method: str
     mask: torch.Tensor
+    padded: bool
     dropped: int
     next_position: torch.Tensor
 
@@ -66,6 +68,8 @@ class ShortenedPrompt:
             answer = mask[:, mask.shape[1] - answered - new :].bool()
         if ids is None:
             ids = first + torch.arange(new, device=first.device)
+        if mask is None and not self.padded:
+            return kwargs | {"position_ids": ids}
         # where all layers slide over the answer, masks count places from where the window begins,
         # those of the prompt too: put them there (transformers 5.23 itself reads the wrong places)
         cache = cache_in(kwargs)
