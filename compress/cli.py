@@ -224,7 +224,7 @@ def _resume_hint(
         return [f"continue with: compress {shlex.join([*arguments, '--resume'])}"]
 
     def explain(what: str) -> None:
-        if launch.speaks():
+        if launch.reports_the_end():
             _say("; ".join([what, *way()]))
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -311,7 +311,7 @@ def evaluate(
     device: Device = None,
     processes: Processes = 1,
 ) -> None:
-    """Measure any diffusers pipeline or any reader of pages, ours or a stranger's."""
+    """Measure a diffusers pipeline or a reader of pages, compressed or not."""
     kinds = {"diffusion": "diffusion", "ocr": "reader", None: None}
     if suite not in kinds:
         raise ValueError(f"expected --suite diffusion or ocr; got {suite}; choose one")
@@ -422,7 +422,7 @@ def read(
                     device=device,
                 )
                 record = _follow(events)
-        if launch.speaks():
+        if launch.reports_the_end():
             _print_record(record, output, as_json)
         # a launcher would take a code of its own for the end of the job
         if record.failed and not launch.launched():
@@ -668,7 +668,7 @@ def _say(text: str) -> None:
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("COMPRESS_DEBUG"):
         raise error
-    if launch.rank() or (isinstance(error, ConnectionError) and not launch.speaks()):
+    if launch.rank() or (isinstance(error, ConnectionError) and not launch.reports_the_end()):
         # an error that all processes have is reported by the main one, and the launcher ends this
         time.sleep(YIELD_SECONDS)
     text = str(error)

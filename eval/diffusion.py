@@ -156,7 +156,7 @@ def evaluate(
 
     Parameters
     ----------
-    pipeline : diffusers pipeline, ours or a stranger's.
+    pipeline : a diffusers pipeline, compressed or not.
     reference : real images, uint8 ``(n, channels, height, width)``.
     settings : how images are drawn.
     samples : the pipeline's images where they were drawn already with these settings, uint8

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from builders import models, programs
 from compress.common.journal import fingerprint
 from compress.parallel import distributed, sharding
-from compress.parallel.launch import _stopped, adopt_slurm, launched, needed, rank, speaks
+from compress.parallel.launch import _stopped, adopt_slurm, launched, needed, rank, reports_the_end
 from programs.processes import STOP
 
 
@@ -289,17 +289,17 @@ def test_a_task_of_srun_uses_the_cores_that_it_was_given():
 
 
 def test_who_starts_and_who_speaks(monkeypatch):
-    assert needed(2) and not needed(1) and not launched() and rank() == 0 and speaks()
+    assert needed(2) and not needed(1) and not launched() and rank() == 0 and reports_the_end()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert launched() and speaks() and not needed(2) and not needed(1)
+    assert launched() and reports_the_end() and not needed(2) and not needed(1)
     with pytest.raises(ValueError, match="started 2 processes, but --processes is 4"):
         needed(4)
     monkeypatch.setenv("COMPRESS_LAUNCHED", "1")
-    assert not speaks()
+    assert not reports_the_end()
     monkeypatch.delenv("COMPRESS_LAUNCHED")
     monkeypatch.setenv("RANK", "1")
-    assert rank() == 1 and not speaks()
+    assert rank() == 1 and not reports_the_end()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def make_row(
 def newest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each cell: what was timed, at which sizes, on what and by which clock.
 
-    Earlier ones stay in their file; no table speaks of them any more.
+    Earlier ones stay in their file; no table shows them.
     """
     latest: dict[tuple[Any, ...], Row] = {}
     for row in rows:

@@ -37,9 +37,8 @@ class Bench:
     ----------
     device : that runs them.
     repeats : timed calls of each way.
-    clock : on a CPU, in :data:`CLOCKS`. "cpu" is the time that the process was running, which is
-        what the clock on the wall would show if nobody else used the machine, but for caches and
-        memory that the others use too; it says so for one thread only.
+    clock : on a CPU, in :data:`CLOCKS`. "cpu" is the time that the process was running: the
+        wall time on an idle machine, but for shared caches and memory; for one thread only.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: whatever a library says about one becomes one line."""
+"""Files from outside: the errors of the libraries that read them, each as one line."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ LONGEST_NAME, LONGEST_REASON, LONGEST = 100, 300, 2000
 
 
 class ForeignFileError(ValueError):
-    """A file that somebody else wrote and that cannot be used.
+    """A file from outside that cannot be used.
 
     Parameters
     ----------

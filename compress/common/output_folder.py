@@ -322,7 +322,7 @@ def claim(folder: Path, kind: str, *, resume: bool, overwrite: bool) -> Iterator
 
 
 def _clear(folder: Path, choose: Callable[[Path], bool]) -> None:
-    # the report first: without it nobody takes what a kill leaves here for a finished run
+    # the report first: without it the rest is no finished run, should a kill leave it here
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name != REPORT):
         if entry.name not in (LOCK, MARKER) and choose(entry):
             remove(entry)

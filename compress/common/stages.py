@@ -1,4 +1,4 @@
-"""Named parts of a computation, for whoever measures how long they take; else they cost nothing."""
+"""Named parts of a computation that can be timed; where they are not, they cost nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -64,7 +64,7 @@ def _growing(layer: Any) -> Any:
     if type(layer) is DynamicLayer:
         return GrowingLayer()
     if layer._layer_type == "reference_sliding_attention":
-        # the architecture that has it is imported by now, and by nobody else
+        # the only architecture that has it is imported by now
         from compress.models.growing_window import GrowingWindowLayer
 
         return GrowingWindowLayer(layer.sliding_window)

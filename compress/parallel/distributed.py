@@ -1,7 +1,7 @@
 """Several processes that work as one: accelerate's process group, and what a run asks of it.
 
-Whoever started the processes (``compress run --processes``, torchrun, accelerate, SLURM) says so in
-the environment; everything below is the identity in a process that is alone.
+What started the processes (``compress run --processes``, torchrun, accelerate, SLURM) describes
+them in the environment; in a single process the functions below do nothing.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(hours=4)
 NO_LIMIT = timedelta(days=365)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-# what torch says when a collective finds nobody at the other end
+# words of torch's errors when a collective does not reach the other processes
 BROKEN = ("gloo", "NCCL", "Connection", "store", "socket")
 
 
@@ -40,7 +40,7 @@ class ProcessesDifferError(OSError):
 
 
 def join(device: str, patience: timedelta = PATIENCE) -> str:
-    """Join the other processes that the environment tells of; returns this process's device.
+    """Join the other processes that the environment describes; returns this process's device.
 
     Parameters
     ----------

@@ -37,8 +37,8 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if launched() else 0
 
 
-def speaks() -> bool:
-    """Whether it falls to this process to say that the job ended early: the launcher, if ours."""
+def reports_the_end() -> bool:
+    """Whether this process says that the job ended early: our launcher, or else the main one."""
     return not launched() or (rank() == 0 and OURS not in os.environ)
 
 

@@ -329,7 +329,7 @@ def read_to_folder(
             total, left = distributed.from_main(begin)
             if left:
                 yield from _read_share(at, sources, output, settings, files, where, total, left)
-            distributed.wait_for_all()  # nobody writes any more
+            distributed.wait_for_all()  # none of them writes any more
             return distributed.from_main(lambda: record_of(output))
 
 

@@ -140,7 +140,7 @@ def prune_pages(
 
     Returns
     -------
-    For each page what is left, and the same for whoever shortens the prompt; None where all stays
+    For each page what is left, and the same as a choice for the prompt; None where all stays
     as it is.
     """
     groups = _groups(pages, features)
