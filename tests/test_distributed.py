@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from builders import models, programs
+from builders import models, programs, transformers
 from compress.common.journal import fingerprint
 from compress.parallel import distributed, sharding
 from compress.parallel.launch import _stopped, adopt_slurm, launched, needed, rank, reports_the_end
@@ -117,7 +117,7 @@ def test_soft_masks_are_really_soft(driven):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flow", "one-shot"])
+@pytest.mark.parametrize("name", ["flow", "one-shot", "gates"])
 def test_processes_that_cut_the_weights_do_so_with_every_criterion(slowly_driven, name):
     same(slowly_driven, name, f"cut {name} x2")
 
@@ -226,18 +226,23 @@ def test_weights_cut_on_gpus_without_more_are_welcome():
 @pytest.mark.parametrize("policy", ["transformer_based_wrap", "no_wrap"])
 @pytest.mark.parametrize("cuts", [True, False])
 def test_blocks_that_a_unet_lacks_are_refused_before_the_flow(policy, cuts):
-    unet = UNet2DModel(**models.TWO_LEVELS)
-
-    def check(*blocks):
+    def check(*blocks, unet=None):
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy=policy, transformer_cls_names_to_wrap=blocks
         )
         state = SimpleNamespace(fsdp_plugin=plugin)
+        unet = unet or UNet2DModel(**models.TWO_LEVELS)
         sharding.check_blocks(SimpleNamespace(is_fsdp2=cuts, state=state), unet)
 
     check("ResnetBlock2D", "AttnDownBlock2D")
+    applies = cuts and policy == "transformer_based_wrap"
+    dit = transformers.build("dit")
+    check("BasicTransformerBlock", "CombinedTimestepLabelEmbeddings", unet=dit)
+    alone = pytest.raises(ValueError, match="name CombinedTimestepLabelEmbeddings, too, .*; add it")
+    with alone if applies else nullcontext():
+        check("BasicTransformerBlock", unet=dit)
     wrong = pytest.raises(ValueError, match=r"ResnetBlock2D, .*; got BasicTransformerBlock; remove")
-    with wrong if cuts and policy == "transformer_based_wrap" else nullcontext():
+    with wrong if applies else nullcontext():
         check("ResnetBlock2D", "BasicTransformerBlock")
 
 

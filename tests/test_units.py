@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.data.sources import load_images
 from compress.methods.base import PruneJob
-from compress.methods.gradflow import GradFlow, OneShot, flow, obs, surgery
+from compress.methods.gradflow import GradFlow, OneShot, depth, flow, obs, surgery
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.train import PruningRun
@@ -130,6 +132,15 @@ def test_blocks_leave_to_units_what_whole_blocks_cannot_keep(keep):
     slim = surgery.slim_unet(dense, layout)
     assert slim.config.num_layers == (4 if keep == 0.9 else 3)
     assert keep - 0.01 < unet_cost(slim).macs / unet_cost(dense).macs <= keep
+
+
+def test_blocks_go_evenly_where_units_go_as_well(monkeypatch):
+    # of four and four blocks of almost one price: six, as three and three
+    grid = np.array([[a, b] for a in range(1, 5) for b in range(1, 5)])
+    kept = grid @ [0.125001, 0.124999]
+    monkeypatch.setattr(depth, "_legal_counts", lambda model, groups: (grid, kept))
+    groups = [SimpleNamespace(units=4)] * 2
+    assert depth.choose_counts(None, groups, 0.55, 0.01, units=True) == (3, 3)
 
 
 @pytest.mark.parametrize(

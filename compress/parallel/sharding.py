@@ -57,6 +57,10 @@ def gather_in_float32(accelerator: Accelerator) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
+# a part of a DiT's blocks that is called without its block, whose weights are cut again by then
+CALLED_ALONE = "CombinedTimestepLabelEmbeddings"
+
+
 def check_blocks(accelerator: Accelerator, unet: torch.nn.Module) -> None:
     """Raise ValueError where the configuration wraps blocks that a UNet does not have.
 
@@ -77,6 +81,11 @@ def check_blocks(accelerator: Accelerator, unet: torch.nn.Module) -> None:
         raise ValueError(
             "expected fsdp_transformer_layer_cls_to_wrap to name blocks of the UNet, which are "
             f"{', '.join(blocks)}; got {', '.join(absent)}; remove what is not there"
+        )
+    if CALLED_ALONE in there - set(requested):
+        raise ValueError(
+            f"expected fsdp_transformer_layer_cls_to_wrap to name {CALLED_ALONE}, too, since the "
+            f"output layer calls the first block's; got {', '.join(requested)}; add it"
         )
 
 

@@ -1,7 +1,7 @@
-"""Pruning runs of any UNet on seeded noise."""
+"""Pruning runs of any UNet, or pipeline, on seeded noise."""
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from compress.common.journal import Journal
 from compress.data.sources import ImageData
@@ -20,7 +20,7 @@ def noise(size: int = 8, train: int = 12, held_out: int = 8) -> ImageData:
 def start(
     method: ChannelPruning,
     training: Training,
-    unet: UNet2DModel,
+    unet: UNet2DModel | DiffusionPipeline,
     *,
     data: ImageData | None = None,
     scheduler: DDPMScheduler | None = None,
@@ -30,7 +30,9 @@ def start(
 ) -> PruningRun:
     """A run whose loss is validated as often as everybody's, or at its end alone."""
     # few timesteps: Diff-Pruning takes a gradient at each
-    pipeline = DDPMPipeline(unet, scheduler or DDPMScheduler(num_train_timesteps=10))
+    pipeline = unet
+    if not isinstance(pipeline, DiffusionPipeline):
+        pipeline = DDPMPipeline(unet, scheduler or DDPMScheduler(num_train_timesteps=10))
     job = PruneJob(pipeline, data or noise(), training, "cpu", Journal(folder), resume)
     run = PruningRun(method, job)
     if not validated:

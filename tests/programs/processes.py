@@ -24,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from builders import pruning
 from builders.forks import exit_code, fork, free_port
 from builders.models import TWO_LEVELS
+from builders.pipelines import build
 from compress.common.events import drain
 from compress.data.digits import digits
+from compress.data.sources import ImageData
 from compress.eval import diffusion
 from compress.methods.gradflow import GradFlow, OneShot
 from compress.methods.training import Training
@@ -74,6 +76,14 @@ SLOW_RUNS = {
         | {"steps": 10, "max_move": 0.25},
         "training": TRAINING | {"steps": 1},
     },
+}
+# gates of blocks and masks of units of a transformer
+SLOW_RUNS["gates"] = {
+    "method": SOFT | {"granularity": "both", "keep_macs": 0.5, "criterion": "fisher"},
+    "training": TRAINING,
+}
+SLOW_RUNS["cut gates"] = SLOW_RUNS["gates"] | {
+    "blocks": ["BasicTransformerBlock", "CombinedTimestepLabelEmbeddings"]
 }
 SLOW_RUNS |= {
     f"cut {name}": SLOW_RUNS[name] | {"blocks": ["AttnDownBlock2D", "ResnetBlock2D"]}
@@ -130,11 +140,16 @@ def prune(runs, name, folder=None, resume=False, copy=None):
     # what training raises to float32 shall not be lowered to it
     torch.Tensor.float = torch.Tensor.double if double else FLOAT
     kind = {"gradflow": GradFlow, "oneshot": OneShot}[scenario["method"]["name"]]
+    model, data = unet(**scenario.get("unet", {})), pruning.noise(16, 30, 10)
+    if "gates" in name:
+        labels = [k % 10 for k in range(40)]
+        model = build("dit", None)
+        data = ImageData(data.name, data.train, data.held_out, labels[:30], labels[30:])
     run = pruning.start(
         kind(**scenario["method"]),
         Training(**training),
-        unet(**scenario.get("unet", {})),
-        data=pruning.noise(16, 30, 10),
+        model,
+        data=data,
         folder=folder,
         resume=resume,
     )

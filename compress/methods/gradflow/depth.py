@@ -183,21 +183,21 @@ def choose_counts(
     ValueError : where the blocks that must stay keep more than ``keep_macs``.
     """
     grid, kept = _legal_counts(model, groups)
-    if units:  # they decide whether the rest is possible
-        enough = kept >= keep_macs - 1e-9
-        grid, kept = grid[enough], kept[enough]
-        keep_macs = kept[np.abs(kept - math.sqrt(keep_macs)).argmin()]
-    if kept.min() > keep_macs:
+    if not units and kept.min() > keep_macs:
         raise ValueError(
             f"keep_macs must be at least {math.ceil(kept.min() * 1e4) / 1e4:.4f} for this "
             f"{type(model).__name__}, what is left without the blocks that may go; got "
             f"keep_macs={keep_macs}; raise it"
         )
-    within = kept <= keep_macs + 1e-9  # what keeps all keeps 1 but for rounding
-    fits = within & (kept >= kept[within].max() - even_within)
-    grid, kept = grid[fits], kept[fits]
+    # what keeps all keeps 1 but for rounding
+    if units:  # they decide whether the rest is possible
+        legal, off = kept >= keep_macs - 1e-9, np.abs(kept - math.sqrt(keep_macs))
+    else:
+        legal, off = kept <= keep_macs + 1e-9, -kept
+    fits = legal & (off <= off[legal].min() + even_within)
+    grid, off = grid[fits], off[fits]
     shares = grid / np.array([group.units for group in groups])
-    best = np.lexsort((-kept, (shares.max(1) - shares.min(1)).round(9)))[0]
+    best = np.lexsort((off, (shares.max(1) - shares.min(1)).round(9)))[0]
     return tuple(int(count) for count in grid[best])
 
 
