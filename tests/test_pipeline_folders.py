@@ -186,11 +186,10 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
 def test_a_damaged_folder_is_one_line_that_names_what_is_wrong(folder, name):
     damage, message = DAMAGED[name]
     damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        load_pipeline(str(folder))
     told = CliRunner().invoke(app, ["eval", str(folder)])
     assert told.exit_code == 2 and told.stdout == "", told.output
-    assert told.stderr.splitlines() == [f"error: {caught.value}"]
+    [line] = told.stderr.splitlines()
+    assert line.startswith("error: ") and re.search(message, line)
 
 
 # ---- half precision, variants, removed parts -----------------------------------------------

@@ -62,12 +62,12 @@ def planned(model, way: str, keep: float):
     ("name", "way"),
     [
         ("dit", "unit"),
-        ("dit", "both"),
         ("pixart", "competing"),
         ("sd3", "competing"),
-        ("sd3", "both"),
-        ("flux", "unit"),
         ("flux", "both"),
+        pytest.param("dit", "both", marks=pytest.mark.slow),
+        pytest.param("sd3", "both", marks=pytest.mark.slow),
+        pytest.param("flux", "unit", marks=pytest.mark.slow),
     ],
 )
 def test_masked_and_slim_agree(name, way):
