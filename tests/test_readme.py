@@ -181,7 +181,7 @@ def test_commands_have_verbs_options_and_recipes_that_exist(document):
 
 
 # of the scripts that train the built-in models, and of launchers
-OF_SCRIPTS = {"--run", "--polish", "--bf16"}
+OF_SCRIPTS = {"--run", "--polish", "--bf16", "--warm-start"}
 
 
 @documents
