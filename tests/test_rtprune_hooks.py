@@ -344,8 +344,15 @@ def test_a_batch_takes_as_many_operators_and_waits_as_a_page(deepseek, keep_toke
     assert seen[1][0] - seen[0][0] <= (8 if keep_tokens == "dynamic" else 0)
 
 
-def test_a_step_after_equally_many_tokens_takes_the_operators_of_a_dense_step(deepseek):
-    inputs = ocr.deepseek_prompt([ocr.page(200, 200, seed, 0.3) for seed in range(2)], ["a"] * 2)
+@pytest.mark.parametrize(
+    ("keep_tokens", "densities", "more"),
+    # position ids; and a mask, where pages keep different numbers
+    [(0.5, (0.3, 0.3), 3), ("dynamic", (0.1, 0.7), 8)],
+    ids=["equally many", "padded"],
+)
+def test_a_step_takes_about_the_operators_of_a_dense_one(deepseek, keep_tokens, densities, more):
+    pages = [ocr.page(200, 200, seed, density) for seed, density in enumerate(densities)]
+    inputs = ocr.deepseek_prompt(pages, ["a"] * 2)
 
     def per_step():
         totals = []
@@ -356,8 +363,8 @@ def test_a_step_after_equally_many_tokens_takes_the_operators_of_a_dense_step(de
         return (totals[1] - totals[0]) / 2
 
     dense = per_step()
-    with RTPrune(keep_tokens=0.5).attach(deepseek):
-        assert per_step() <= dense + 3  # position ids alone: nothing is padded, so no masks
+    with RTPrune(keep_tokens=keep_tokens).attach(deepseek):
+        assert per_step() <= dense + more
 
 
 @pytest.mark.gpu

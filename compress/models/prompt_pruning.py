@@ -255,7 +255,7 @@ class PromptPruning(Generic[P]):
             with stage("selection"):
                 return args, self._shortened(call, filled, kwargs)
         if filled and cache in self.prompts:
-            return args, self.prompts[cache].step(filled, kwargs)
+            return args, self.prompts[cache].step(filled, kwargs, module.config)
         return None
 
     def _shortened(self, call: _Call, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from compress.models.cache_argument import cache_in
 from compress.models.visual import VisualLayout
@@ -33,13 +34,14 @@ class ShortenedPrompt:
     dropped: int
     next_position: torch.Tensor
 
-    def step(self, filled: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def step(self, filled: int, kwargs: dict[str, Any], config: Any) -> dict[str, Any]:
         """The decoder's keywords for tokens after the prompt, with masks for what is in the cache.
 
         Parameters
         ----------
         filled : places of the cache that are in use.
         kwargs : that the decoder was called with, the cache among them.
+        config : of the decoder.
 
         Raises
         ------
@@ -73,9 +75,22 @@ class ShortenedPrompt:
         # where all layers slide over the answer, masks count places from where the window begins,
         # those of the prompt too: put them there (transformers 5.23 itself reads the wrong places)
         cache = cache_in(kwargs)
-        slid = min(int(cache.get_mask_sizes(new, i)[1]) for i in range(len(cache.layers)))
+        sizes = [cache.get_mask_sizes(new, i) for i in range(len(cache.layers))]
+        slid = min(int(first) for _, first in sizes)
         mask = torch.cat([answer[:, :slid], self.mask, answer[:, slid:]], 1)
-        return kwargs | {"attention_mask": mask.long(), "position_ids": ids}
+        whole = {int(length) for length, _ in sizes} == {mask.shape[1]}
+        if new == 1 and whole and _takes_whole_masks(config):
+            # which transformers takes as it is, where it needs long for DeepSeek-OCR's own
+            mask = mask[:, None, None]
+        else:
+            mask = mask.long()
+        return kwargs | {"attention_mask": mask, "position_ids": ids}
+
+
+def _takes_whole_masks(config: Any) -> bool:
+    """Whether all layers attend to all that a mask ``(batch, 1, new, length)`` of bool says."""
+    makes = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    return makes is sdpa_mask and set(getattr(config, "layer_types", ())) == {"full_attention"}
 
 
 def attended_tokens(mask: Any, of_prompt: torch.Tensor) -> torch.Tensor:
