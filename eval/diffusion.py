@@ -29,7 +29,7 @@ from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sample, to_uint8
 from compress.eval.settings import SamplingSettings
 from compress.eval.values import Value, share_interval
-from compress.models.digits_features import load_digits_features
+from compress.models.classifiers import load_classifier
 from compress.models.pipelines import denoiser
 from compress.parallel import distributed
 
@@ -210,7 +210,7 @@ def distances(
         fidelity(images, reference, extractor=extractor, weights=weights, device=device)
         for images in samples
     ]
-    layer = {DIGITS: "64-d", INCEPTION: "2048-d"}[extractor]
+    layer = "2048-d" if extractor == INCEPTION else "64-d"
     how = (
         f"torch-fidelity {version('torch-fidelity')}, {extractor} ({layer}), {settings}, "
         f"{len(reference)} reference images, {torch.device(device).type}; mean over seeds, "
@@ -257,7 +257,7 @@ def digit_checks(samples: torch.Tensor, settings: SamplingSettings) -> dict[str,
     for, the share of images that it takes for a digit of their class.
     """
     images = samples.flatten(0, 1).float().mean(dim=1, keepdim=True) / 127.5 - 1
-    classifier = load_digits_features(CLASSIFIER)
+    classifier = load_classifier(CLASSIFIER)
     with torch.no_grad():
         chances = torch.cat([classifier(part) for part in images.split(512)]).softmax(dim=1)
     n, classes = len(images), chances.argmax(dim=1)

@@ -1,7 +1,6 @@
 """FID, KID, Inception score, precision and recall, all by torch-fidelity's own code."""
 
 import urllib.request
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,13 +13,14 @@ from torch_fidelity.metric_prc import prc_featuresdict_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, resolve_feature_layer_for_metric
 
-from compress.data.digits import digits
-from compress.models.digits_features import load_digits_features
+from compress.models.classifiers import classifier_config, load_classifier
 from compress.parallel import distributed
 
-DIGITS = "digits-features"
+DIGITS, EMOJI = "digits-features", "emoji-features"
 INCEPTION = "inception-v3-compat"
-SUFFIXES = {DIGITS: "_digits", INCEPTION: ""}
+# the data that has an extractor of its own
+OF_DATA = {"builtin:digits": DIGITS, "builtin:emoji": EMOJI}
+SUFFIXES = {DIGITS: "_digits", EMOJI: "_emoji", INCEPTION: ""}
 NEIGHBOURS = 3
 METRICS = ("isc", "fid", "kid", "prc")
 # of metrics -> what torch-fidelity calls them
@@ -31,16 +31,16 @@ NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
-# the convention for Inception; a set of digits is small enough to be used whole
-KID_SUBSETS = {DIGITS: 10, INCEPTION: 100}
+# the convention for Inception; the small sets of the others are used whole, or nearly
+KID_SUBSETS = {DIGITS: 10, EMOJI: 10, INCEPTION: 100}
 KID_SUBSET_SIZE = 1000
 DOWNLOAD_WAIT_SECONDS = 10
 
 
-class DigitsFeatureExtractor(FeatureExtractorBase):
-    """torch-fidelity's face of the built-in classifier of digits.
+class ClassifierExtractor(FeatureExtractorBase):
+    """torch-fidelity's face of a built-in classifier.
 
-    Provides ``features`` (64 penultimate activations) and ``logits`` (10). Both are float64:
+    Provides ``features`` (64 penultimate activations) and ``logits``. Both are float64:
     torch-fidelity computes means and kernels in the dtype of the features, and KID values of 1e-4
     drown in the rounding of float32 sums.
 
@@ -48,7 +48,7 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
 
     def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
         super().__init__(name, features_list)
-        self.classifier = load_digits_features(DIGITS)
+        self.classifier = load_classifier(name)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -66,9 +66,11 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         return False
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Features of uint8 images ``(n, 3, 16, 16)``: float64 ``(n, 64)`` and ``(n, 10)``."""
-        grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
-        features = self.classifier.features(grey)
+        """Features of uint8 images ``(n, 3, size, size)``: float64 ``(n, 64)`` and logits."""
+        values = images.float()
+        if self.classifier.channels == 1:
+            values = values.mean(dim=1, keepdim=True)
+        features = self.classifier.features(values / 127.5 - 1)
         layers = {"features": features, "logits": self.classifier.classes(features)}
         return tuple(layers[name].double() for name in self.features_list)
 
@@ -88,7 +90,8 @@ def fidelity(
     ----------
     samples : generated images, uint8 ``(n, 1 or 3, height, width)``; n >= 4.
     reference : real images, uint8 ``(m, 1 or 3, height, width)``; m >= 4, m may differ from n.
-    extractor : ``digits-features`` (16x16 only) or ``inception-v3-compat`` (the standard one).
+    extractor : ``digits-features`` (16x16 only), ``emoji-features`` (32x32 only) or
+        ``inception-v3-compat`` (the standard one).
     weights : file of Inception's weights; None lets torch-fidelity download and keep them.
     device : where the extractor runs.
     batch : images per pass.
@@ -96,10 +99,10 @@ def fidelity(
     Returns
     -------
     dict : ``fid``, ``kid`` (lower is better), ``is``, ``precision``, ``recall`` (higher is better),
-        each name with ``_digits`` behind it unless the extractor is Inception. ``precision`` is the
-        share of samples inside the reference's manifold (3 neighbours), ``recall`` the reverse.
-        KID is unbiased, so it may be slightly negative for equal distributions; for the digits its
-        kernel is scaled by `digits_kid_gamma`.
+        each name with ``_digits`` or ``_emoji`` behind it unless the extractor is Inception.
+        ``precision`` is the share of samples inside the reference's manifold (3 neighbours),
+        ``recall`` the reverse. KID is unbiased, so it may be slightly negative for equal
+        distributions; its kernel is scaled by `kid_gamma`.
 
     Raises
     ------
@@ -112,10 +115,10 @@ def fidelity(
     for name, images in (("samples", samples), ("reference", reference)):
         _check(name, images, extractor)
     device = torch.device(device)
-    if extractor == DIGITS:
-        FEATURE_EXTRACTORS_REGISTRY.setdefault(DIGITS, DigitsFeatureExtractor)
-    else:
+    if extractor == INCEPTION:
         check_inception(weights)
+    else:
+        FEATURE_EXTRACTORS_REGISTRY.setdefault(extractor, ClassifierExtractor)
     smaller = min(len(samples), len(reference))
     options = {
         "feature_extractor": extractor,
@@ -124,7 +127,7 @@ def fidelity(
         "isc_splits": min(10, len(samples)),
         "kid_subsets": KID_SUBSETS[extractor],
         "kid_subset_size": min(KID_SUBSET_SIZE, smaller),
-        "kid_kernel_poly_gamma": digits_kid_gamma() if extractor == DIGITS else None,
+        "kid_kernel_poly_gamma": kid_gamma(extractor),
         "prc_neighborhood": NEIGHBOURS,
         "save_cpu_ram": True,
         "verbose": False,
@@ -171,8 +174,8 @@ def floor(
     """Metrics between two halves of the real data: what a perfect generator would score.
 
     Finite sets of real images are not at distance 0 either; every value is read against this.
-    `half` takes the place of the samples, `other_half` is the reference of all metrics. For the
-    digits these are halves a and b; the extractor was trained on half a.
+    `half` takes the place of the samples, `other_half` is the reference of all metrics. Of the
+    digits these are halves a and b, of the emoji both parts; the extractors learnt the first.
 
     FID is biased upwards by about 1 / n, and for a good generator that bias is most of its value:
     the floor of samples of n images per seed is the one with ``count=n``.
@@ -191,16 +194,14 @@ def floor(
     return fidelity(half, other_half)
 
 
-@cache
-def digits_kid_gamma() -> float:
-    """Scale of KID's kernel (gamma <x, y> + 1)^3 for digits-features: 1 / E|x|^2 over half a.
+def kid_gamma(extractor: str) -> float | None:
+    """Scale of KID's kernel (gamma <x, y> + 1)^3: 1 / E|x|^2 over what the extractor learnt.
 
-    The convention, 1 / dimensions, assumes activations of size about 1, as Inception's are. Those
-    of digits-features are several times larger: the cube then made KID a matter of the few longest
-    vectors, with values in the thousands between two halves of the same data.
+    The convention, 1 / dimensions (None), assumes activations of size about 1, as Inception's are.
+    Those of the built-in classifiers are several times larger: the cube then made KID a matter of
+    the few longest vectors, with values in the thousands between two halves of the same data.
     """
-    features = load_digits_features(DIGITS).features(digits("a")[0])
-    return 1 / float(features.square().sum(dim=1).mean())
+    return None if extractor == INCEPTION else float(classifier_config(extractor)["kid_gamma"])
 
 
 def _check(name: str, images: torch.Tensor, extractor: str) -> None:
@@ -214,11 +215,19 @@ def _check(name: str, images: torch.Tensor, extractor: str) -> None:
             f"{name} must hold at least {NEIGHBOURS + 1} images, for precision and recall with "
             f"{NEIGHBOURS} neighbours; got n={len(images)}; draw more"
         )
-    if extractor == DIGITS and images.shape[-2:] != (16, 16):
+    if extractor == INCEPTION:
+        return
+    size = classifier_config(extractor)["size"]
+    if images.shape[-2:] != (size, size):
         raise ValueError(
-            f"{DIGITS} takes 16x16 images; {name} are {images.shape[-2]}x{images.shape[-1]}; "
-            f"use the extractor {INCEPTION}"
+            f"{extractor} takes {size}x{size} images; {name} are {images.shape[-2]}x"
+            f"{images.shape[-1]}; use the extractor {INCEPTION}"
         )
+
+
+def extractor_of(data: str) -> str:
+    """The extractor of the distances on a data source, by its name in a recipe."""
+    return OF_DATA.get(data, INCEPTION)
 
 
 def metric_names(extractor: str) -> list[str]:

@@ -199,7 +199,7 @@ def test_builtin_digits_refuse_another_shape(size, channels):
 
 @pytest.mark.parametrize("source", ["digits", "folder:", "hub:", "", "builtin:faces", "Folder:x"])
 def test_unknown_sources_are_refused(source):
-    with pytest.raises(ValueError, match="builtin:digits, folder:PATH or hub:NAME"):
+    with pytest.raises(ValueError, match="builtin:emoji, folder:PATH or hub:NAME"):
         load_images(source, 16, 1)
 
 

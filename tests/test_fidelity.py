@@ -14,7 +14,7 @@ from compress.data.digits import digits
 from compress.eval import fidelity as module
 from compress.eval.fidelity import fidelity, floor
 from compress.eval.sampling import to_uint8
-from compress.models.digits_features import load_digits_features
+from compress.models.classifiers import load_classifier
 
 NAMES = {"fid_digits", "kid_digits", "is_digits", "precision_digits", "recall_digits"}
 
@@ -31,7 +31,7 @@ def noisy(images, amount):
 
 
 def features(images):
-    network = load_digits_features()
+    network = load_classifier("digits-features")
     return network.features(images.float() / 127.5 - 1).double().numpy()
 
 
@@ -57,7 +57,7 @@ def test_kid_is_the_unbiased_mmd(halves):
     one, two = features(samples), features(reference)
 
     def kernel(x, y):
-        return (x @ y.T * module.digits_kid_gamma() + 1) ** 3
+        return (x @ y.T * module.kid_gamma(module.DIGITS) + 1) ** 3
 
     n = len(one)
     within = sum(kernel(x, x).sum() - np.trace(kernel(x, x)) for x in (one, two)) / (n * (n - 1))
@@ -67,7 +67,7 @@ def test_kid_is_the_unbiased_mmd(halves):
 
 
 def test_gamma_makes_the_kernel_of_a_digit_with_itself_about_eight(halves):
-    lengths = np.square(features(halves[0])).sum(1) * module.digits_kid_gamma()
+    lengths = np.square(features(halves[0])).sum(1) * module.kid_gamma(module.DIGITS)
     assert (lengths.mean() + 1) ** 3 == pytest.approx(8, rel=0.2)
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress.data.digits import digits
 from compress.data.sources import load_images
 from compress.eval.sampling import sample
-from compress.models.digits_features import BUILTIN, load_digits_features
+from compress.models.classifiers import BUILTIN, load_classifier
 from compress.models.loading import load_pipeline
 from compress.models.locate import builtin_models, locate
 from compress.models.objective import validation_loss
@@ -33,9 +33,9 @@ def pipeline():
 @pytest.mark.parametrize("name", ["digits-features", "digits-judge"])
 def test_classifiers_know_the_half_that_they_never_saw(name):
     config = json.loads((BUILTIN / name / "config.json").read_text())
-    unseen = {"a": "b", "b": "a"}[config["trained_on_half"]]
+    unseen = {"a": "b", "b": "a"}[config["trained_on"]]
     images, labels = digits(unseen)
-    model = load_digits_features(name)
+    model = load_classifier(name)
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).float()
     assert right.mean() >= 0.98
@@ -47,12 +47,12 @@ def test_extractor_and_judge_are_strangers():
     folders = {name: BUILTIN / name for name in ("digits-features", "digits-judge")}
     configs = {name: json.loads((f / "config.json").read_text()) for name, f in folders.items()}
     extractor, judge = configs["digits-features"], configs["digits-judge"]
-    assert (extractor["trained_on_half"], judge["trained_on_half"]) == ("a", "b")
+    assert (extractor["trained_on"], judge["trained_on"]) == ("a", "b")
     assert extractor["width"] != judge["width"] and extractor["seed"] != judge["seed"]
 
 
 def test_features_have_64_values_and_decide_the_class():
-    model = load_digits_features()
+    model = load_classifier("digits-features")
     images = digits("b")[0][:32]
     with torch.no_grad():
         features = model.features(images)
@@ -61,13 +61,13 @@ def test_features_have_64_values_and_decide_the_class():
 
 
 def test_loaded_classifiers_are_frozen():
-    model = load_digits_features()
+    model = load_classifier("digits-features")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_unknown_classifier():
     with pytest.raises(FileNotFoundError, match="digits-nothing"):
-        load_digits_features("digits-nothing")
+        load_classifier("digits-nothing")
 
 
 # ---- ddpm-digits ---------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_dit_digits_draws_the_digits_that_are_asked_for():
     drawn = sample(
         pipeline, count=30, steps=10, sampler="ddim", seed=0, conditions=labels, guidance_scale=2.0
     )
-    found = load_digits_features("digits-judge")(drawn / 127.5 - 1).argmax(1)
+    found = load_classifier("digits-judge")(drawn / 127.5 - 1).argmax(1)
     assert (found == torch.tensor(labels)).float().mean() >= 0.9
 
 

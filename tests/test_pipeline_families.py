@@ -431,7 +431,7 @@ def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and
     family, tmp_path, monkeypatch
 ):
     # Inception's weights are not at hand; the pictures have the size of the digits
-    monkeypatch.setattr(runs, "_extractor", lambda data: fidelity.DIGITS)
+    monkeypatch.setattr(fidelity, "extractor_of", lambda data: fidelity.DIGITS)
     data = pipelines.pictures(tmp_path / "pictures", 40, column="words")
     family("sd1").save_pretrained(tmp_path / "model")
     asked = recipe(tmp_path / "model", data, pipelines.KEEP["sd1"])

@@ -21,7 +21,6 @@ from compress.common.files import folder_hash, is_litter
 from compress.eval import fidelity
 from compress.models.loading import load_pipeline
 from compress.models.pipelines import cast
-from compress.runs import diffusion as runs
 from compress.runs.forecast import dry_run
 from compress.runs.recipe import Recipe
 
@@ -238,7 +237,7 @@ def test_half_precision_is_loaded_as_one_dtype(half):
 def test_a_run_on_half_precision_leaves_a_folder_that_plain_diffusers_draws_with(
     half, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(runs, "_extractor", lambda data: fidelity.DIGITS)
+    monkeypatch.setattr(fidelity, "extractor_of", lambda data: fidelity.DIGITS)
     data = pipelines.pictures(tmp_path / "pictures", 40)
     asked = Recipe.model_validate(
         {

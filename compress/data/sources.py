@@ -1,9 +1,9 @@
-"""Where images come from: `builtin:digits`, `folder:PATH`, `hub:NAME`."""
+"""Where images come from: `builtin:NAME`, `folder:PATH`, `hub:NAME`."""
 
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from compress.common.files import expand, json_lines, walk
 from compress.common.foreign import foreign
 from compress.data.batches import Examples
 from compress.data.digits import HALVES, digits
+from compress.data.emoji import PARTS, emoji
 from compress.data.pixels import FRAMED, Mode, frame_count, is_image, open_image, upright
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,13 @@ SPLITS = {
 }
 # where captions of a folder are, as `datasets` has it; paths in it begin at its own folder
 METADATA = "metadata.jsonl"
+
+
+Part = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
+BUILTIN: dict[str, tuple[Part, tuple[str, str]]] = {
+    "builtin:digits": (digits, HALVES),
+    "builtin:emoji": (emoji, PARTS),
+}
 
 
 class Images(Protocol):
@@ -175,8 +183,9 @@ def load_images(
 
     Parameters
     ----------
-    source : ``builtin:digits``, ``folder:PATH`` (any nesting, whatever Pillow reads) or
-        ``hub:NAME`` (a data set id, or a local folder in its layout, read by `datasets`). A test or
+    source : ``builtin:digits``, ``builtin:emoji`` (once it is prepared), ``folder:PATH`` (any
+        nesting, whatever Pillow reads) or ``hub:NAME`` (a data set id, or a local folder in its
+        layout, read by `datasets`). A test or
         validation split is held out, of a folder by the name of a subfolder beside ``train``;
         without one, every tenth image is.
     size, channels : what the model takes: the side of a square, or height and width.
@@ -193,14 +202,8 @@ def load_images(
     """
     kind, _, name = source.partition(":")
     column = column or {"caption": "text", "label": "label", None: ""}[condition]
-    if source == "builtin:digits":
-        height, width = _pair(size)
-        if (height, width, channels) != (16, 16, 1):
-            raise ValueError(
-                "builtin:digits has 16x16 images with 1 channel; the model takes "
-                f"{height}x{width} with {channels}; choose data that fits the model"
-            )
-        return _digits(source, condition)
+    if source in BUILTIN:
+        return _builtin(source, size, channels, condition)
     if channels not in MODES:
         raise ValueError(
             f"images of a folder or of the hub have 1 or 3 channels; the model takes {channels}; "
@@ -211,19 +214,32 @@ def load_images(
     if kind == "hub" and name:
         return _hub(source, name, size, channels, condition, column)
     raise ValueError(
-        f"data must be builtin:digits, folder:PATH or hub:NAME; got {source!r}; name one of these"
+        f"data must be {', '.join(BUILTIN)}, folder:PATH or hub:NAME; got {source!r}; name one of "
+        "these"
     )
 
 
-def _digits(source: str, condition: Condition | None) -> ImageData:
+def _builtin(source: str, size: Size, channels: int, condition: Condition | None) -> ImageData:
     if condition == "caption":
         raise ValueError(
             f"the model takes captions, and {source} has only labels; choose a folder with "
             f"{METADATA}, or a data set of the hub with a column of texts"
         )
-    train, held_out = (digits(half) for half in HALVES)
-    labels = (half[1].tolist() for half in (train, held_out)) if condition else ()
-    return ImageData(source, train[0], held_out[0], *labels)
+    (train, train_labels), (held_out, labels) = builtin_parts(source)
+    theirs, shape = tuple(train.shape[1:]), (channels, *_pair(size))
+    if theirs != shape:
+        raise ValueError(
+            "{} has {}x{} images with {} channel(s); the model takes {}x{} with {}; choose data "
+            "that fits the model".format(source, *theirs[1:], theirs[0], *shape[1:], shape[0])
+        )
+    conditions = (train_labels.tolist(), labels.tolist()) if condition else ()
+    return ImageData(source, train, held_out, *conditions)
+
+
+def builtin_parts(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels that models are trained on, then those that are held out."""
+    load, parts = BUILTIN[source]
+    return [load(part) for part in parts]
 
 
 def _folder(

@@ -24,8 +24,7 @@ from compress.common.memory import check_memory
 from compress.common.output_folder import remove_states
 from compress.data.columns import Columns
 from compress.data.digits import LICENCE as DIGITS_LICENCE
-from compress.data.digits import digits
-from compress.data.sources import ImageData, Images, load_images
+from compress.data.sources import ImageData, Images, builtin_parts, load_images
 from compress.eval import diffusion, fidelity
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sampler_of
@@ -194,7 +193,7 @@ class DiffusionRun:
                 settings=settings,
                 samples=images[name],
                 dense=None if name == "dense" else images["dense"],
-                extractor=_extractor(self.recipe.data),
+                extractor=fidelity.extractor_of(self.recipe.data),
                 device=self.device,
                 extra={"validation_loss": validation},
             )
@@ -298,10 +297,10 @@ def check_measurable(data: ImageData, settings: SamplingSettings, source: str) -
         a file of Inception weights that cannot be read; for weights that cannot be had where
         ``settings.metrics`` names what needs them.
     """
-    extractor = _extractor(source)
-    other = {fidelity.INCEPTION: fidelity.DIGITS, fidelity.DIGITS: fidelity.INCEPTION}[extractor]
+    extractor = fidelity.extractor_of(source)
     distances = fidelity.metric_names(extractor)
-    if wrong := sorted({*(settings.metrics or ())} & {*fidelity.metric_names(other)}):
+    others = {name for each in fidelity.SUFFIXES for name in fidelity.metric_names(each)}
+    if wrong := sorted({*(settings.metrics or ())} & (others - {*distances})):
         raise ValueError(
             f"of {source} the distances are {', '.join(distances)}; got {', '.join(wrong)} in "
             "evaluate.metrics; name those"
@@ -356,10 +355,6 @@ def _with_distances(
     return {name: measured[name] for name in DIFFUSION if name in measured}
 
 
-def _extractor(data: str) -> str:
-    return fidelity.DIGITS if data == BUILTIN_DATA else fidelity.INCEPTION
-
-
 def _speed(
     models: Mapping[str, torch.nn.Module], settings: SamplingSettings, device: str
 ) -> dict[str, dict[str, diffusion.Value]]:
@@ -394,15 +389,16 @@ def _validation(
 
 
 def floor(data: str, samples: int) -> dict[str, float]:
-    """Distances between the two halves of the real data: what a perfect sampler would reach.
+    """Distances between two parts of the real data: what a perfect sampler would reach.
 
-    As many images of half a are taken as a sampling seed draws, since FID is biased by 1 / n.
+    As many images of the first are taken as a sampling seed draws, since FID is biased by 1 / n.
     """
-    if data != BUILTIN_DATA:
+    extractor = fidelity.extractor_of(data)
+    if extractor == fidelity.INCEPTION:
         return {}
-    halves = [diffusion.reference_images(digits(half)[0]) for half in ("a", "b")]
-    distances = fidelity.floor(*halves, count=samples)
-    return {name: distances[name] for name in ("fid_digits", "kid_digits")}
+    parts = [diffusion.reference_images(images) for images, _ in builtin_parts(data)]
+    distances = fidelity.floor(*parts, count=samples, extractor=extractor)
+    return {name: distances[name] for name in fidelity.metric_names(extractor)[:2]}
 
 
 @distributed.explained()
@@ -445,7 +441,7 @@ def evaluate_pipeline(
         pipeline,
         reference=diffusion.reference_images(images.held_out, REFERENCE_LIMIT),
         settings=settings,
-        extractor=_extractor(data),
+        extractor=fidelity.extractor_of(data),
         device=where,
         extra={"validation_loss": validation},
     )

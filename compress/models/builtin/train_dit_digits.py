@@ -22,7 +22,7 @@ from compress.common.journal import Journal
 from compress.common.output_folder import claim
 from compress.data.batches import StepSampler, by_chance, noise_and_timesteps
 from compress.data.digits import digits
-from compress.models.digits_features import load_digits_features
+from compress.models.classifiers import load_classifier
 
 BLOCKS, HEADS, HEAD, PATCH = 12, 4, 16, 4
 # DiTPipeline guides away from label 1000, whatever the number of classes
@@ -119,7 +119,7 @@ def accuracy(pipeline: DiTPipeline, count: int = 200) -> float:
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    judged = load_digits_features("digits-judge")(drawn * 2 - 1).argmax(1)
+    judged = load_classifier("digits-judge")(drawn * 2 - 1).argmax(1)
     return (judged == torch.tensor(labels)).float().mean().item()
 
 
