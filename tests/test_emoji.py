@@ -15,9 +15,12 @@ from PIL import Image
 
 from compress.data import emoji as module
 from compress.data.emoji import GROUPS, PACKAGES, chosen, emoji, emoji_file, on_white, prepare
-from compress.data.sources import load_images
+from compress.data.sources import BUILTIN, builtin_parts, load_images
+from compress.eval import fidelity
+from compress.eval.sampling import to_uint8
 from compress.models.builtin import train_ddpm_emoji
 from compress.models.builtin.train_ddpm_emoji import Trainer
+from compress.runs.diffusion import floor
 
 COUNT = 20
 
@@ -160,3 +163,21 @@ def test_a_training_that_is_stopped_ends_like_one_that_is_not(prepared, tmp_path
             assert torch.equal(tensor, theirs[key]), f"{name}: {key}"
     assert [row["step"] for row in parts.journal.rows] == [2, 4]
     assert (tmp_path / "parts" / "model" / "model_index.json").is_file()
+
+
+def test_every_source_that_ships_has_features_of_its_size_and_a_floor(prepared):
+    assert set(BUILTIN) == set(fidelity.OF_DATA)
+    for source in BUILTIN:
+        size = builtin_parts(source)[0][0].shape[-1]
+        assert fidelity.classifier_config(fidelity.extractor_of(source))["size"] == size
+    found = floor("builtin:emoji", 8)
+    assert set(found) == {"fid_emoji", "kid_emoji"} and found["fid_emoji"] > 0
+    assert floor("folder:x", 8) == {} and fidelity.extractor_of("folder:x") == fidelity.INCEPTION
+    images = to_uint8(emoji("held_out")[0])
+    same = fidelity.fidelity(images, images, extractor=fidelity.EMOJI)
+    assert same["fid_emoji"] == pytest.approx(0, abs=1e-4) and same["precision_emoji"] == 1
+    # three channels are three: grey pictures of the same brightness are other pictures
+    grey = images.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
+    assert fidelity.fidelity(images, grey, extractor=fidelity.EMOJI)["fid_emoji"] > 1e-3
+    with pytest.raises(ValueError, match="emoji-features takes 32x32 images"):
+        fidelity.fidelity(images[..., ::2, ::2], images, extractor=fidelity.EMOJI)

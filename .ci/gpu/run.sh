@@ -10,7 +10,7 @@
 # ended. The files in $OUT are written as results come, so that a call that is cut off leaves what it had.
 #
 # BUDGET   seconds of this call, installation included (540)
-# STAGES   which of them (train_deep only where it is named); FORCE=1 also those that ended
+# STAGES   which of them (train_emoji and train_deep only where they are named); FORCE=1 also those that ended
 # SLOW     factor of the stages' limits, for a busy machine (1)
 # WORK     where packages, caches and state go (/tmp/compress-gpu)
 # DEVICE, TINY=1   cpu and tiny sizes: a rehearsal without a GPU
@@ -116,6 +116,18 @@ compressed() { # NAME OVERRIDES...
     return $rc
 }
 
+# what is published so far comes back also when the stage is cut off; a later call resumes it
+train_emoji() {
+    local run=$work/run/emoji resume=() rc=0
+    mkdir -p "$COMPRESS_CACHE"
+    cp "$here/emoji.safetensors" "$COMPRESS_CACHE/"
+    [ ! -d "$run" ] || resume=(--resume)
+    "$python" -m compress.models.builtin.train_ddpm_emoji --run "$run" "${resume[@]}" --device "$GPU_DEVICE" \
+        --batch 256 --lr 4e-4 --every 30 --seconds "$((GPU_STAGE_END - $(date +%s) - 60))" || rc=$?
+    tar -C "$run" -czf "$OUT/ddpm_emoji.tgz" model log.jsonl samples.png || rc=$?
+    return $rc
+}
+
 train_deep() {
     local run=$work/run/reader-deep rc=0 options=()
     [ ! -e "$run" ] || options=(--resume)
@@ -126,7 +138,7 @@ train_deep() {
     cp -r "$run/log.jsonl" "$run/model" "$OUT/"
     return $rc
 }
-export -f install tests bench compressed train_deep
+export -f install tests bench compressed train_emoji train_deep
 export root here work python
 
 stage install 90 bash -c install
@@ -141,6 +153,7 @@ stage gradflow 80 bash -c 'bench gradflow'
 stage bf16 120 bash -c 'compressed ddpm_gradflow_bf16 --set train.mixed_precision=bf16'
 stage fp32 120 bash -c 'compressed ddpm_gradflow_float32'
 stage reader 120 "$python" "$here/extra.py" reader
+stage train_emoji 450 bash -c train_emoji
 stage more 300 bash -c 'bench more'
 stage train_deep 500 bash -c train_deep
 if [ "$GPU_DEVICE" = cuda ]; then

@@ -27,10 +27,6 @@ from safetensors.torch import load_file, save
 from compress.common.files import cache_folder, write_bytes
 
 SIZE = 32
-LICENCE = (
-    "Apache-2.0 (weights); trained on Noto Emoji, Apache-2.0, and Twemoji, CC-BY 4.0, "
-    "https://github.com/jdecked/twemoji"
-)
 PARTS = ("train", "held_out")
 GROUPS = (
     *("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink"),

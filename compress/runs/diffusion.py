@@ -24,7 +24,7 @@ from compress.common.memory import check_memory
 from compress.common.output_folder import remove_states
 from compress.data.columns import Columns
 from compress.data.digits import LICENCE as DIGITS_LICENCE
-from compress.data.sources import ImageData, Images, builtin_parts, load_images
+from compress.data.sources import BUILTIN, ImageData, Images, builtin_parts, load_images
 from compress.eval import diffusion, fidelity
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sampler_of
@@ -393,9 +393,9 @@ def floor(data: str, samples: int) -> dict[str, float]:
 
     As many images of the first are taken as a sampling seed draws, since FID is biased by 1 / n.
     """
-    extractor = fidelity.extractor_of(data)
-    if extractor == fidelity.INCEPTION:
+    if data not in BUILTIN:
         return {}
+    extractor = fidelity.extractor_of(data)
     parts = [diffusion.reference_images(images) for images, _ in builtin_parts(data)]
     distances = fidelity.floor(*parts, count=samples, extractor=extractor)
     return {name: distances[name] for name in fidelity.metric_names(extractor)[:2]}

@@ -30,7 +30,7 @@ CLASSIFIERS: dict[str, tuple[Load, str, str, dict[str, Any]]] = {
     "digits-judge": (digits, "b", "a", {"width": 24, **DIGITS, "seed": 1, "steps": 1500}),
     "emoji-features": (
         *(emoji, "train", "held_out"),
-        {"width": 32, **EMOJI, "seed": 0, "steps": 1250, "shift": 2, "flip": True},
+        {"width": 32, **EMOJI, "seed": 0, "steps": 750, "shift": 2, "flip": True},
     ),
 }
 
