@@ -169,7 +169,11 @@ def _features(
 
 
 def floor(
-    half: torch.Tensor, other_half: torch.Tensor, *, count: int | None = None
+    half: torch.Tensor,
+    other_half: torch.Tensor,
+    *,
+    count: int | None = None,
+    extractor: str = DIGITS,
 ) -> dict[str, float]:
     """Metrics between two halves of the real data: what a perfect generator would score.
 
@@ -184,6 +188,7 @@ def floor(
     ----------
     half, other_half : uint8 ``(n, channels, height, width)``.
     count : use so many images of ``half``, evenly spaced; None, or more than it has: all.
+    extractor : as in `fidelity`.
 
     Returns
     -------
@@ -191,7 +196,7 @@ def floor(
     """
     if count is not None and count < len(half):
         half = half[torch.linspace(0, len(half) - 1, count).round().long()]
-    return fidelity(half, other_half)
+    return fidelity(half, other_half, extractor=extractor)
 
 
 def kid_gamma(extractor: str) -> float | None:
