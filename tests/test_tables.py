@@ -475,7 +475,8 @@ def test_rows_in_the_repository_say_how_they_were_made():
             facts |= {"bench", "part", "shape", "date"}
         else:
             facts |= {"command", "commit", "model"}
-            facts |= {"date", "widths"} if path.name.startswith("ddpm_") else {"created", "pages"}
+            diffusion_rows = path.name.startswith(("ddpm_", "dit_"))
+            facts |= {"date", "widths"} if diffusion_rows else {"created", "pages"}
         settings = [row["settings"] for row in rows if "settings" in row]
         assert len({json.dumps(knobs) for knobs in settings}) == len(settings), "a run twice"
         for row in rows:
