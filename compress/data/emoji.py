@@ -34,6 +34,7 @@ GROUPS = (
 )
 HOLD_OUT_EVERY = 5
 VERSION = "16.0.0"
+LIST = "package/emoji.json"
 # vendor -> the SHA-512 of the package's archive, as the registry has it
 PACKAGES = {
     "google": (
@@ -153,13 +154,14 @@ def prepare(folder: Path, target: Path) -> dict[str, torch.Tensor]:
                 f"{_package(vendor)}-{VERSION}.tgz has another checksum than the published "
                 "package; fetch it again"
             )
+        prefix = f"package/img/{vendor}/64/"
+        files: dict[str, bytes] = {}
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            files = {
-                name.removeprefix(f"package/img/{vendor}/64/"): archive.extractfile(member).read()
-                for member in archive
-                if (name := member.name) == "package/emoji.json" or f"/{vendor}/64/" in name
-            }
-        for entry, held_out in chosen(json.loads(files["package/emoji.json"])):
+            for member in archive:
+                file = archive.extractfile(member)
+                if file and (member.name.startswith(prefix) or member.name == LIST):
+                    files[member.name.removeprefix(prefix)] = file.read()
+        for entry, held_out in chosen(json.loads(files[LIST])):
             images.append(on_white(files[entry["image"]]))
             columns["groups"].append(GROUPS.index(entry["category"]))
             columns["held_out"].append(held_out)
