@@ -73,7 +73,7 @@ def test_a_recipe_is_run_once_and_its_variants_become_rows(metrics, tmp_path, mo
 
 def test_every_table_of_a_recipe_measures_64_pages_and_each_variant_once(tmp_path):
     recipes = [table.jobs[0].name for table in reader.recipe_tables(tmp_path, tmp_path)]
-    assert len(recipes) == 6
+    assert len(recipes) == 7
     for recipe in map(load_recipe, recipes):
         assert isinstance(recipe, ReaderRecipe) and recipe.evaluate.samples >= 64
         variants = {repr(method) for method in [*recipe.method, *recipe.compare]}
