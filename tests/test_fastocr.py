@@ -490,6 +490,33 @@ def test_inputs_that_generate_takes_without_what_processors_add(family, extras):
     torch.testing.assert_close(close, logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"choose": "summaries"},
+        {"choose": "signs"},
+        {"periphery": 4},
+        {"min_mass": 0.5, "head_reduce": "max"},
+        {"dense_layers": [0]},
+        {"fixation": "oracle"},
+        {"fixation": "static"},
+        {"fixation": "window"},
+        {"fixation": "random"},
+    ],
+    ids=str,
+)
+def test_with_all_tokens_every_policy_is_dense_decoding_of_every_family(family, dense, knobs):
+    name, model, processor, inputs = family
+    tokens, logits = dense
+    focal = {} if "choose" in knobs else {"focal_layers": [1]}
+    with paper(keep_visual=1.0, min_visual=0, **focal, **knobs).attach(model) as handle:
+        found_tokens, found_logits = write(model, inputs)
+        assert handle.facts()["attended_by_layer"] == [1.0, 1.0]
+    assert torch.equal(found_tokens, tokens)
+    torch.testing.assert_close(found_logits, logits, atol=1e-4, rtol=0)
+
+
 # ---- the periphery -------------------------------------------------------------------------------
 
 
