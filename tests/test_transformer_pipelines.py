@@ -57,7 +57,8 @@ def pictures(tmp_path_factory):
 
 def batch_of(pipeline, conditions=CAPTIONS, **options) -> Batch:
     torch.manual_seed(5)
-    examples = Examples(torch.rand(len(conditions), 3, 16, 16) * 2 - 1, conditions)
+    images = torch.rand(len(conditions), 3, *image_shape(pipeline)[0]) * 2 - 1
+    examples = Examples(images, conditions)
     return inputs_of(pipeline).batch(examples, pipelines.STEPS, 0, 5, **options)
 
 
@@ -78,8 +79,7 @@ def given_by_the_pipeline(pipeline, prompts) -> dict:
             prompts,
             num_inference_steps=1,
             output_type="latent",
-            height=16,
-            width=16,
+            **dict(zip(("height", "width"), image_shape(pipeline)[0], strict=True)),
             **({} if isinstance(pipeline, FluxPipeline) else {"guidance_scale": 1.0}),
             **(options if condition_of(pipeline) and "PixArt" in type(pipeline).__name__ else {}),
         )
@@ -97,27 +97,26 @@ def given_by_the_pipeline(pipeline, prompts) -> dict:
 def test_the_transformer_is_given_what_the_pipeline_gives_it(family, name):
     if name == "pixart-alpha":
         torch.manual_seed(0)
-        # knows sizes as the model of 1024 pixels does
-        pipeline = pipelines.pixart(PixArtAlphaPipeline, use_additional_conditions=True)
-        pipeline.set_progress_bar_config(disable=True)
+        # knows sizes as the model of 1024 pixels does, whose config does not say so
+        sizes = {"sample_size": 128, "patch_size": 32, "attention_head_dim": 12}
+        pipeline = pipelines.pixart(PixArtAlphaPipeline, cross_attention_dim=24, **sizes)
+        without = pipelines.AutoencoderKL(**pipelines.AUTOENCODER, mid_block_add_attention=False)
+        pipeline = with_parts(pipeline, {"vae": without})
+        check_trainable(pipeline)
         pipeline.text_encoder.eval()
-        pipeline.transformer.register_to_config(use_additional_conditions=True)
     else:
         pipeline = family(name)
     for given, dropped in ((CAPTIONS, 0.0), ([""] * 4, 1.0)):
         batch = batch_of(pipeline, dropout=dropped)
-        if name == "pixart-alpha":  # the pipeline gives sizes at 128 latents alone
-            sizes = batch.condition["added_cond_kwargs"]
-            assert sizes["resolution"].tolist() == [[16, 16]] * 4
-            assert sizes["aspect_ratio"].tolist() == [[1]] * 4
-            continue
         seen = given_by_the_pipeline(pipeline, given)
         assert {*seen} - {"guidance"} == {"hidden_states", *batch.condition} - {"guidance"}
-        for key, value in batch.condition.items():
+        ours, theirs = ({**d, **d.get("added_cond_kwargs", {})} for d in (batch.condition, seen))
+        ours.pop("added_cond_kwargs", None)
+        for key, value in ours.items():
             if isinstance(value, torch.Tensor):
-                assert torch.allclose(seen[key], value, atol=1e-5), key
+                assert torch.allclose(theirs[key], value, atol=1e-5), key
             else:
-                assert seen[key] == value
+                assert theirs[key] is value is None, key
 
 
 @pytest.mark.parametrize("guidance", [True, False])
@@ -201,6 +200,11 @@ REFUSED = {
         "sd3",
         {"scheduler": FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)},
         "has stochastic_sampling; choose",
+    ),
+    "sizes": (
+        "pixart",
+        {"transformer": pipelines.pixart(use_additional_conditions=True).transformer},
+        "gives its transformer no sizes",
     ),
     "no third encoder": ("sd3", {"text_encoder_3": None}, "needs its text_encoder_3"),
     "no shift": (

@@ -372,7 +372,7 @@ class PixArtPrompts(EncodedPrompts):
             texts, do_classifier_free_guidance=False, device=device
         )
         sizes: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-        if self.pipeline.transformer.config.use_additional_conditions:
+        if self.pipeline.transformer.use_additional_conditions:  # its config may leave it open
             height, width = image_shape(self.pipeline)[0]
             resolution = torch.tensor([[height, width]]).repeat(len(texts), 1)
             ratio = torch.tensor([[height / width]]).repeat(len(texts), 1)

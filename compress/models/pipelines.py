@@ -57,6 +57,8 @@ class Kind:
         return frozenset({*encoders, *([self.autoencoder] if self.autoencoder else [])})
 
 
+# latents a side at which a PixArtAlphaPipeline tells its transformer the size of the image
+SIZED = 128
 # diffusers' pipelines with prompts refuse other images
 PROMPTED_SIDES = 8
 DENOISERS = ("unet", "transformer")
@@ -202,6 +204,13 @@ def check_pipeline(pipeline: DiffusionPipeline) -> None:
         raise ValueError(
             f"the denoiser of a {name} is a {kind.transformer}; this one is a "
             f"{type(unet).__name__}; choose another model"
+        )
+    gives_sizes = by_class({"PixArtAlphaPipeline": SIZED}, type(pipeline)) == sample_size(unet)[0]
+    if kind is PIXART and unet.use_additional_conditions and not gives_sizes:
+        raise ValueError(
+            f"a {name} gives its transformer no sizes, unless it is PixArt-alpha's of {SIZED} "
+            "latents a side; this one needs them; set use_additional_conditions to false in its "
+            "config, or choose another model"
         )
     _check_flow(name, kind, pipeline.scheduler)
     extra = {k: v for k, v in unet_inputs(unet).items() if k not in SAMPLES}
