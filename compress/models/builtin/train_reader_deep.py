@@ -1,7 +1,7 @@
 """Train `reader-deep`: python compress/models/builtin/train_reader_deep.py --run DIR.
 
 reader-qwen's architecture with 24 text layers, for pages of 448x576 pixels, 1,008 visual tokens and
-600 characters and more: 5% of reader-qwen's 312 tokens are 16, which is below FastOCR's floor
+600 characters and more: 5% of reader-qwen's 312 tokens are 16, too few to read a page from,
 whatever chooses them. 5.3 million parameters, 10.5 MB in float16. It is meant for a GPU::
 
     train_reader_deep.py --run DIR --device cuda --bf16 --workers 14
