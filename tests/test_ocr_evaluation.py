@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 
@@ -279,6 +280,16 @@ def test_a_damaged_line_is_named(tmp_path):
         file.write_text(f"{good}\n{bad}\n")
         with pytest.raises(ValueError, match="line 2, should hold a prediction"):
             read_predictions(file)
+
+
+def test_a_torn_line_is_removed_and_a_whole_file_is_only_read(tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    good = json.dumps(asdict(prediction("0", "a"))) + "\n"
+    for torn in ('{"page": ', ""):
+        file.write_text(good + torn)
+        os.utime(file, (0, 0))
+        assert [one.page for one in read_predictions(file)] == ["0"]
+        assert file.read_text() == good and bool(torn) == bool(file.stat().st_mtime)
 
 
 def retained(data, compressed, dense):

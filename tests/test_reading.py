@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from builders.programs import LAUNCHERS, rank_of
 from compress.bench.reading_parts import PARTS
 from compress.bench.suite import bench
+from compress.bench.timing import Bench, Marks
 from compress.common.events import drain
 from compress.data.page_files import OcrPage
 from compress.data.pages import LINE, PAGE, SQUARE_PAGE, page
@@ -23,7 +25,7 @@ from compress.eval.settings import PageFiles, ReadSettings
 from compress.methods.registry import RUNTIME_METHODS
 from compress.models.builtin import train_reader_qwen
 from compress.parallel import distributed
-from compress.runs import reading
+from compress.runs import bench_reading, reading
 from compress.runs.bench_reading import BENCHMARK
 from compress.tables.bench import lines
 
@@ -109,6 +111,14 @@ def test_a_batch_that_fails_is_read_page_by_page(monkeypatch):
         errors["c"] = error
         with pytest.raises(type(error), match=str(error)[:10]):
             reading.read_batch(None, None, pages, ReadSettings())
+
+
+def test_pages_that_are_not_read_are_not_timed(monkeypatch):
+    failed = reading.Reading("", 0, 0, False, "a: 3 is not 4")
+    monkeypatch.setattr(bench_reading, "read_batch", lambda *_: [failed])
+    monkeypatch.setattr(bench_reading, "marked_parts", lambda *_: nullcontext())
+    with pytest.raises(ValueError, match="should be read to be timed; got a: 3 is not 4; choose"):
+        bench_reading._read(None, None, [[]], ReadSettings(), (), Marks(Bench("cpu", 1)))
 
 
 def test_a_process_that_opens_pages_and_is_killed_ends_the_job_and_says_how_it_goes_on():

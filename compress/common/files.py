@@ -232,8 +232,10 @@ def append_rows(path: Path, *rows: Any) -> None:
 
 def drop_torn_line(path: Path) -> None:
     """Remove a last line that a kill cut off."""
-    with path.open("r+b") as file:
-        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    with path.open("rb") as file:
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+    if whole < path.stat().st_size:  # a file that is whole may be one to read only
+        os.truncate(path, whole)
 
 
 def walk(folder: Path) -> list[Path]:

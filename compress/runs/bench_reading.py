@@ -155,7 +155,12 @@ def _read(
         stack.enter_context(torch.no_grad())
         with marks.span("folder"):
             for batch in batches:
-                read_batch(model, processor, batch, settings)
+                for reading in read_batch(model, processor, batch, settings):
+                    if reading.error:  # its time would be none of reading
+                        raise ValueError(
+                            f"every page should be read to be timed; got {reading.error}; choose "
+                            "pages, lengths or a device with which it can be"
+                        )
 
 
 def table(rows: Sequence[Row]) -> str:
