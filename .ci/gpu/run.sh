@@ -122,7 +122,7 @@ train_emoji() {
     mkdir -p "$COMPRESS_CACHE"
     cp "$here/emoji.safetensors" "$COMPRESS_CACHE/"
     [ ! -d "$run" ] || resume=(--resume)
-    "$python" -m compress.models.builtin.train_ddpm_emoji --run "$run" "${resume[@]}" --device "$GPU_DEVICE" \
+    timeout "$((GPU_STAGE_END - $(date +%s) - 15))" "$python" -m compress.models.builtin.train_ddpm_emoji --run "$run" "${resume[@]}" --device "$GPU_DEVICE" \
         --batch 256 --lr 4e-4 --every 30 --seconds "$((GPU_STAGE_END - $(date +%s) - 60))" || rc=$?
     tar -C "$run" -czf "$OUT/ddpm_emoji.tgz" model log.jsonl samples.png || rc=$?
     return $rc
