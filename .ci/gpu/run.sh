@@ -133,7 +133,7 @@ train_deep() {
     [ ! -e "$run" ] || options=(--resume)
     [ "$GPU_TINY" = 0 ] || options+=(--small --final 1)
     [ "$GPU_DEVICE" = cpu ] || options+=(--bf16 --workers 14)
-    timeout "$((GPU_STAGE_END - $(date +%s)))" "$python" "$work/site/compress/models/builtin/train_reader_deep.py" \
+    timeout "$((GPU_STAGE_END - $(date +%s) - 15))" "$python" "$work/site/compress/models/builtin/train_reader_deep.py" \
         --run "$run" --warm-start --device "$GPU_DEVICE" "${options[@]}" || rc=$?
     cp -r "$run/log.jsonl" "$run/model" "$OUT/"
     return $rc
