@@ -4,7 +4,6 @@ import argparse
 import copy
 import itertools
 import json
-import os
 import random
 import re
 import time
@@ -21,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.common.files import json_lines, write_text
 from compress.common.journal import Journal
-from compress.common.output_folder import claim
 from compress.data.page_text import ALPHABET
 from compress.data.pages import PAGE, Difficulty, Page, page
+from compress.models.builtin.training import claimed, log_lines, run_arguments
 from compress.models.vlm import load_vlm
 
 TABLE_TAGS = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>")
@@ -373,11 +372,7 @@ def train(description: str, build: Callable[[], Reader], levels: tuple[Level, ..
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """What all training scripts of readers take."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--run", type=Path, required=True, help="new folder of log, state and model"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --run")
+    parser = run_arguments(description)
     parser.add_argument(
         "--polish", type=Path, help="model folder from whose weights the last level begins anew"
     )
@@ -385,7 +380,6 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products")
     parser.add_argument("--lr", type=float, default=Plan.lr)
     parser.add_argument("--final", type=int, default=Plan.final, help="steps on the last level")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that render pages ahead, for a GPU"
     )
@@ -406,9 +400,7 @@ def run(
     build : the untrained reader, from torch's random state.
     plan : what the command line does not say.
     """
-    if not args.resume and os.path.lexists(args.run):
-        parser.error(f"{args.run} exists; give --resume to go on, or another folder")
-    with claim(args.run, "training", resume=args.resume, overwrite=False):
+    with claimed(parser, args):
         _run(args, build, plan)
 
 
@@ -430,8 +422,7 @@ def _run(args: argparse.Namespace, build: Callable[[], Reader], plan: Plan) -> N
         keep_log()
 
     def keep_log() -> None:
-        rows = [json.dumps(row) + "\n" for row in trainer.journal.rows]
-        write_text(output / "train.jsonl", "".join(rows))
+        write_text(output / "train.jsonl", log_lines(trainer.journal))
 
     trainer.run(SAVE_EVERY, publish)
     if output.is_dir():  # its last rows, where the last weights were not the best

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from compress.common.output_folder import check_replaceable
 from compress.data.batches import StepSampler, noise_and_timesteps
 from compress.data.digits import digits
+from compress.models.objective import validation_loss
 
 
 def build_unet(dropout: float) -> UNet2DModel:
@@ -35,18 +36,6 @@ def build_unet(dropout: float) -> UNet2DModel:
     )
 
 
-def validation_loss(unet: UNet2DModel, scheduler: DDPMScheduler, draws: int = 2) -> float:
-    """Denoising loss on half b with fixed noise and stratified timesteps."""
-    images = digits("b")[0]
-    total = 0.0
-    with torch.no_grad():
-        for draw in range(draws):
-            batch = noise_and_timesteps(images, 1000, seed=99, step=draw)
-            noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-            total += F.mse_loss(unet(noisy, batch.timesteps).sample, batch.noise).item()
-    return total / draws
-
-
 def main() -> None:
     """Train and save the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -63,7 +52,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     unet = build_unet(dropout=0.1)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
-    images = digits("a")[0]
+    images, unseen = digits("a")[0], digits("b")[0]
     averaged = copy.deepcopy(unet).eval()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -94,7 +83,9 @@ def main() -> None:
             row = {
                 "step": step + 1,
                 "train_loss": round(running, 5),
-                "validation_loss": round(validation_loss(averaged, scheduler), 5),
+                "validation_loss": round(
+                    validation_loss(lambda x, t: averaged(x, t).sample, unseen, scheduler), 5
+                ),
                 "seconds": round(time.time() - started, 1),
             }
             log.append(json.dumps(row))

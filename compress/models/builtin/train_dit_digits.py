@@ -6,22 +6,16 @@ the averaged weights on half b falls, measured on the weights as stored.
 """
 
 import argparse
-import copy
-import json
 import math
-import os
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
 from torch.nn import functional as F
 
-from compress.common.files import atomic_folder, write_text
-from compress.common.journal import Journal
-from compress.common.output_folder import claim
 from compress.data.batches import StepSampler, by_chance, noise_and_timesteps
 from compress.data.digits import digits
+from compress.models.builtin.training import DenoiserTrainer, run_arguments, train
 from compress.models.classifiers import load_classifier
 
 BLOCKS, HEADS, HEAD, PATCH = 12, 4, 16, 4
@@ -29,7 +23,6 @@ BLOCKS, HEADS, HEAD, PATCH = 12, 4, 16, 4
 NO_LABEL = 1000
 UNLABELLED = 0.1
 DROP_PURPOSE = 2
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_transformer(dropout: float = 0.0) -> DiTTransformer2DModel:
@@ -123,41 +116,13 @@ def accuracy(pipeline: DiTPipeline, count: int = 200) -> float:
     return (judged == torch.tensor(labels)).float().mean().item()
 
 
-class Trainer:
-    """Trains dit-digits; all that a resumed run needs lies in the journal."""
+class Trainer(DenoiserTrainer):
+    """Trains dit-digits."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.journal, self.step, self.best = args, Journal(args.run), 0, math.inf
         torch.manual_seed(args.seed)
-        self.model = build_transformer(dropout=0.05)
-        self.averaged = copy.deepcopy(self.model).eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=1e-2)
+        super().__init__(args, build_transformer(dropout=0.05))
         self.scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
-
-    def resume(self) -> None:
-        """Go back to the stored state, if there is one."""
-        saved = self.journal.load()
-        if saved is None:
-            return
-        self.model.load_state_dict(saved.part("model"))
-        self.averaged.load_state_dict(saved.part("averaged"))
-        self.step, self.best = saved.facts["step"], saved.facts["best"]
-        moments = {key: saved.part(key) for key in MOMENTS}
-        for name, parameter in self.model.named_parameters():
-            if name in moments["exp_avg"]:
-                step = torch.tensor(float(self.step))
-                self.optimizer.state[parameter] = {"step": step} | {
-                    key: values[name] for key, values in moments.items()
-                }
-
-    def save(self) -> None:
-        """Store weights, averages, moments and where the run is."""
-        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
-        tensors |= {f"averaged/{name}": t for name, t in self.averaged.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key in MOMENTS:
-                tensors[f"{key}/{name}"] = self.optimizer.state[parameter][key]
-        self.journal.save(tensors, {"step": self.step, "best": self.best})
 
     def run(self) -> None:
         """Train to the end."""
@@ -175,67 +140,37 @@ class Trainer:
     def _optimise(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         args, step = self.args, self.step
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
-        for group in self.optimizer.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
-            group["lr"] = args.lr * min(1.0, (step + 1) / 200) * cosine
         batch = noise_and_timesteps(images, 1000, args.seed, step)
         noisy = self.scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
         gone = torch.tensor(by_chance(len(images), UNLABELLED, args.seed, step, 0, DROP_PURPOSE))
         known = labels.masked_fill(gone, NO_LABEL)
         predicted = self.model(noisy, timestep=batch.timesteps, class_labels=known).sample
         loss = F.mse_loss(predicted, batch.noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        decay = min(0.999, (1 + step) / (10 + step))
-        with torch.no_grad():
-            pairs = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
-            for mean, value in pairs:
-                mean.lerp_(value, 1 - decay)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        self.learn(loss, args.lr * min(1.0, (step + 1) / 200) * cosine, 0.999)
         return loss.item()
 
     def _evaluate(self, running: float) -> None:
         """Log, and publish the averaged weights where they are the best so far."""
-        stored = build_transformer().eval()
-        half = {name: t.half().float() for name, t in self.averaged.state_dict().items()}
-        stored.load_state_dict(half)
+        stored = self.as_stored(build_transformer())
         loss = validation_loss(stored, self.scheduler)
         pipeline = DiTPipeline(stored, identity_autoencoder(), self.scheduler)
-        self.journal.log(
-            step=self.step,
-            train_loss=round(running, 5),
-            validation_loss=round(loss, 5),
-            class_accuracy=round(accuracy(pipeline), 4),
+        self.log(
+            {
+                "train_loss": round(running, 5),
+                "validation_loss": round(loss, 5),
+                "class_accuracy": round(accuracy(pipeline), 4),
+            }
         )
-        print(self.journal.rows[-1], flush=True)
         if loss < self.best:
             self.best = loss
-            with atomic_folder(self.args.run / "model") as folder:
-                pipeline.to(torch.float16).save_pretrained(folder)
-                rows = "".join(json.dumps(row) + "\n" for row in self.journal.rows)
-                write_text(folder / "train.jsonl", rows)
+            self.publish(pipeline)
 
 
-def main() -> None:
-    """Train and save the pipeline."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="new folder of log and model")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --run")
+if __name__ == "__main__":
+    parser = run_arguments(__doc__)
     parser.add_argument("--steps", type=int, default=8000, help="length of the cosine")
     parser.add_argument("--stop", type=int, default=7500, help="early stop")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if not args.resume and os.path.lexists(args.run):
-        parser.error(f"{args.run} exists; give --resume to go on, or another folder")
-    with claim(args.run, "training", resume=args.resume, overwrite=False):
-        trainer = Trainer(args)
-        if args.resume:
-            trainer.resume()
-        trainer.run()
-
-
-if __name__ == "__main__":
-    main()
+    train(parser, Trainer)
