@@ -23,6 +23,7 @@ from compress.tables.table import Job, Table, has
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"
+QUALITY = diffusion.quality("builtin:digits")
 DECLARED = yaml.safe_load((RESULTS / "tables.yaml").read_text())["diffusion"]
 TOY = {
     "recipe": "ddpm_gradflow_full",
@@ -197,7 +198,7 @@ def test_lines_have_mean_and_deviation_over_seeds_and_the_best_is_bold(tmp_path,
 
 
 def by_seed(values, name="validation_loss") -> dict:
-    return {seed: dict.fromkeys(diffusion.QUALITY, 0.0) | {name: v} for seed, v in values.items()}
+    return {seed: dict.fromkeys(QUALITY, 0.0) | {name: v} for seed, v in values.items()}
 
 
 def test_only_an_interval_without_zero_is_ahead_or_behind():
@@ -223,7 +224,7 @@ def test_lines_are_compared_with_ours_in_the_same_budget(tmp_path, runs):
     reported = {
         "labels": {"budget": "half", "method": "elsewhere"},
         "seeds": "1",
-        "values": dict.fromkeys(diffusion.QUALITY, 0.25),
+        "values": dict.fromkeys(QUALITY, 0.25),
     }
     compared = {"against": {"method": "ours"}, "reported": [reported]}
     toy = diffusion.table("toy", TOY | compared, tmp_path)
@@ -307,7 +308,7 @@ def test_a_run_becomes_a_row(tmp_path):
     assert "    recover" in list(table.run_missing()) and list(table.run_missing()) == []
     [row] = read_rows(table.path)
     assert row["optimiser_steps"] == 2 and row["prune_cpu_seconds"] > 0
-    assert set(diffusion.QUALITY) <= set(row["values"]) and not tables.is_stale(row)
+    assert set(QUALITY) <= set(row["values"]) and not tables.is_stale(row)
     assert cells(table.render())[0][:2] == ["tiny", "1"]
 
 
@@ -324,7 +325,7 @@ def finished(folder: Path, *, soft: float = 0.0, last: float = 1.0, weight: floa
     facts = {"processes": 2, "seed": 0, "device": "cpu", "threads": 1, "versions": {}}
     facts |= {"created": "2026-01-01", "model": "builtin:ddpm-digits", "train_seconds": 1.0}
     value = {"compressed": {"value": 0.25, "ci95": [0.125, 0.5], "n": 3}}
-    content = {"run": facts, "metrics": dict.fromkeys(diffusion.QUALITY, value), "widths": []}
+    content = {"run": facts, "metrics": dict.fromkeys(QUALITY, value), "widths": []}
     (folder / "metrics.json").write_text(json.dumps(content))
     return folder
 

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from compress.eval import fidelity
 from compress.eval.diffusion import mean_interval
 from compress.eval.metrics import metric
 from compress.eval.tables import Row, markdown
@@ -20,9 +21,7 @@ from compress.runs.recipe import Recipe, load_pipeline_recipe
 from compress.runs.run import run_events
 from compress.tables.table import Job, Run, Table, finish, has, weights
 
-QUALITY = ("fid_digits", "kid_digits", "ssim_to_dense", "validation_loss")
-# of the dense model, in the note
-OF_DENSE = ("fid_digits", "class_accuracy", "validation_loss")
+LIKENESS = ("ssim_to_dense", "validation_loss")
 SHARES = {"macs_share": "macs", "params_share": "params", "latency_share": "latency_ms"}
 TIMES = ("prune_cpu_seconds", "criterion_share")
 # how a run is executed, not what comes out
@@ -34,6 +33,11 @@ EXECUTION: Any = {
     "evaluate": {"batch"},
 }
 _floor = cache(floor)
+
+
+def quality(data: str) -> tuple[str, ...]:
+    """What tells whether a pruned model is good, on a data source: two distances and `LIKENESS`."""
+    return (*fidelity.metric_names(fidelity.extractor_of(data))[:2], *LIKENESS)
 
 
 def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
@@ -48,24 +52,26 @@ def table(name: str, declared: Mapping[str, Any], results: Path) -> Table:
         for labels, sets in block
     ]
 
+    base = load_pipeline_recipe(declared["recipe"], common)
+    judged = quality(base.data)
+    columns = declared.get("columns", judged)
     within, against = declared.get("best_within", ()), declared.get("against", {})
 
     def measured(rows: Sequence[Row]) -> list[Row]:
         result = _lines(lines, jobs, rows)
         if against:
-            _compare(result, against, within)
+            _compare(result, against, within, judged)
         result += [_reported(line) for line in declared.get("reported", ())]
         # those that are compared beneath each other
         groups = list(dict.fromkeys(tuple(line[key] for key in within) for line in result))
         return sorted(result, key=lambda line: groups.index(tuple(line[key] for key in within)))
 
     def body(rows: Sequence[Row]) -> str:
-        columns = declared.get("columns", QUALITY)
         labels, result = list(declared["blocks"][0]), measured(rows)
         parts = [_shown(result, [*labels, "seeds"], columns, within, bold=not against)]
         if compared := [line for line in result if "differences" in line]:
-            parts.append(_differences(compared, labels, against))
-        return "\n\n".join([*parts, _note(declared, rows, len(jobs))])
+            parts.append(_differences(compared, labels, against, judged))
+        return "\n\n".join([*parts, _note(declared["note"], base, columns, rows, len(jobs))])
 
     return Table(name, body, results / declared["rows"], jobs, measured)
 
@@ -145,7 +151,7 @@ def measure(recipe: Recipe, base: str, sets: Sequence[str]) -> Run[list[Row]]:
             for side, of in (("values", "compressed"), ("dense", "dense"))
         },
     }
-    shown = (f"{name} {row['values'][name]:.5g}" for name in QUALITY)
+    shown = (f"{name} {row['values'][name]:.5g}" for name in quality(recipe.data))
     yield f"    {seconds:.0f} s: {', '.join(shown)}"
     return [row]
 
@@ -166,8 +172,12 @@ def _lines(
     return measured
 
 
-def _compare(lines: Sequence[Row], against: Mapping[str, str], within: Sequence[str]) -> None:
-    """Give each line how far the line ``against`` is from it, where both agree in ``within``.
+def _compare(
+    lines: Sequence[Row], against: Mapping[str, str], within: Sequence[str], names: Sequence[str]
+) -> None:
+    """Give each line how far the line ``against`` is from it in the metrics ``names``.
+
+    Both agree in ``within``.
 
     The line itself gets its ``standing``: in how many of these it is ahead and behind.
     """
@@ -176,9 +186,9 @@ def _compare(lines: Sequence[Row], against: Mapping[str, str], within: Sequence[
         rivals = [line for line in lines if same(line) and line is not ours]
         for line in rivals:
             line["differences"] = {
-                name: difference(name, ours["by_seed"], line["by_seed"]) for name in QUALITY
+                name: difference(name, ours["by_seed"], line["by_seed"]) for name in names
             }
-        verdicts = [line["differences"][name]["verdict"] for line in rivals for name in QUALITY]
+        verdicts = [line["differences"][name]["verdict"] for line in rivals for name in names]
         won, lost = verdicts.count("ahead"), verdicts.count("behind")
         ours["standing"] = f"of {len(verdicts)} differences {won} ahead, {lost} behind"
 
@@ -211,7 +221,9 @@ def difference(
     return {"verdict": verdict, "text": text if verdict == "open" else f"**{verdict}** {text}"}
 
 
-def _differences(lines: Sequence[Row], labels: Sequence[str], against: Mapping[str, str]) -> str:
+def _differences(
+    lines: Sequence[Row], labels: Sequence[str], against: Mapping[str, str], names: Sequence[str]
+) -> str:
     """How far the line ``against`` is from the others, in Markdown."""
     ours = ", ".join(against.values())
     last = labels[-1]
@@ -219,7 +231,7 @@ def _differences(lines: Sequence[Row], labels: Sequence[str], against: Mapping[s
         [
             {label: line[label] for label in labels[:-1]}
             | {f"{ours} minus": line[last]}
-            | {metric(n).column(): line["differences"][n]["text"] for n in QUALITY}
+            | {metric(n).column(): line["differences"][n]["text"] for n in names}
             for line in lines
         ]
     )
@@ -275,18 +287,18 @@ def _shown(
     )
 
 
-def _note(declared: Mapping[str, Any], rows: Sequence[Row], jobs: int) -> str:
+def _note(note: str, base: Recipe, columns: Sequence[str], rows: Sequence[Row], jobs: int) -> str:
     """How all runs of a table were made, and what they are measured against."""
-    recipe = load_pipeline_recipe(declared["recipe"], declared.get("sets", []))
-    evaluate, recover, dense = recipe.evaluate, recipe.recover, rows[0]["dense"]
-    shown = [n for n in OF_DENSE if n in declared.get("columns", QUALITY)]
+    evaluate, recover, dense = base.evaluate, base.recover, rows[0]["dense"]
+    shown = [n for n in columns if n in dense and not n.startswith(("kid", "ssim"))]
     facts = ", ".join(f"{metric(n).column()} {metric(n).cell(dense[n])}" for n in shown)
-    real = _floor(recipe.data, evaluate.samples)
+    fid, *_ = quality(base.data)
+    real = _floor(base.data, evaluate.samples)[fid]
     return (
-        f"{declared['note']} {recipe.method.steps + recover.steps} optimiser steps of batch "
+        f"{note} {base.method.steps + recover.steps} optimiser steps of batch "
         f"{recover.batch}, distillation {recover.distill:g}; {evaluate.sampling_seeds} x "
         f"{evaluate.samples} samples, {evaluate.sampler.upper()} {evaluate.steps} steps. Dense "
         f"model: {facts}; {evaluate.samples} images of one half of the real data against the "
-        f"other: fid_digits {real['fid_digits']:.2f}. Mean ± standard deviation over "
+        f"other: {metric(fid).column()} {metric(fid).cell(real)}. Mean ± standard deviation over "
         f"training seeds; {len(rows)} of {jobs} runs are in."
     )

@@ -19,10 +19,11 @@ from compress.common.files import read_json
 from compress.eval.metrics import metric
 from compress.eval.tables import Cell, Row, cell_table
 from compress.runs.recipe import load_pipeline_recipe
-from compress.tables.diffusion import QUALITY
+from compress.tables.diffusion import quality
 from compress.tables.table import Job, Run, Table, has, run_folder, weights
 
 RECIPE = "ddpm_gradflow"
+QUALITY = quality("builtin:digits")
 # processes, and the micro-batches of each
 CELLS = ((1, 1), (1, 2), (2, 1), (1, 4), (4, 1))
 WEIGHTS = Path("checkpoint", "unet", "diffusion_pytorch_model.safetensors")
