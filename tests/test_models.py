@@ -11,6 +11,7 @@ from compress.data.digits import digits
 from compress.data.sources import load_images
 from compress.eval.sampling import sample
 from compress.models.classifiers import BUILTIN, load_classifier
+from compress.models.licence import licence_of
 from compress.models.loading import load_pipeline
 from compress.models.locate import builtin_models, locate
 from compress.models.objective import validation_loss
@@ -132,6 +133,13 @@ def test_dit_digits_draws_the_digits_that_are_asked_for():
     )
     found = load_classifier("digits-judge")(drawn / 127.5 - 1).argmax(1)
     assert (found == torch.tensor(labels)).float().mean() >= 0.9
+
+
+def test_denoisers_say_whose_images_they_were_trained_on():
+    for name in builtin_models("diffusion"):
+        said = licence_of(BUILTIN / name, f"builtin:{name}")
+        assert said == "Apache-2.0, that of compress, whose scripts trained it; see NOTICE"
+        assert "CC BY 4.0" in (BUILTIN / name / "NOTICE").read_text()
 
 
 def test_built_in_models_by_kind():

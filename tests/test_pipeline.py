@@ -79,6 +79,8 @@ def settings(model: Path, **changes) -> dict:
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_pipeline().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    (folder / "LICENSE").write_text("Do as you like.")
     return folder
 
 
@@ -210,6 +212,10 @@ def test_the_checkpoint_says_where_it_comes_from(finished, model):
     assert facts["widths"] == result.metrics["widths"]
     assert facts["metrics"] == json.loads(json.dumps(result.metrics["metrics"]))
     assert tuple(load(result.checkpoint).unet.config.block_out_channels) == (4, 8)
+    card = (result.checkpoint / "README.md").read_text()
+    assert "license: mit" in card.split("---\n")[1]
+    assert "Licence of the base model: mit; see LICENSE" in card
+    assert (result.checkpoint / "LICENSE").read_text() == "Do as you like."
 
 
 def test_the_written_recipe_is_the_recipe_with_its_versions(finished, model):

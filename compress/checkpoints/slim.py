@@ -1,5 +1,6 @@
 """Slim checkpoints: a diffusers pipeline folder with new weights."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from compress.checkpoints.exporting import export, load_options
 from compress.checkpoints.facts import checkpoint_folder, model_card
+from compress.models.licence import licence_files
 from compress.models.loading import FREE_WIDTHS
 from compress.models.pipelines import condition_of, denoiser
 
@@ -42,8 +44,8 @@ def save_slim(
     pipeline : with the slim denoiser.
     folder : where to; complete or untouched.
     facts : JSON values: base model and its hash, recipe, widths, metrics.
-    source : the folder that all parts but the denoiser were read from; they are then copied byte by
-        byte, and otherwise written as diffusers and transformers write them.
+    source : the folder that all parts but the denoiser were read from; they, and its licence, are
+        copied byte by byte. Without it parts are written as diffusers and transformers write them.
     overwrite : replace a checkpoint that is there.
     """
     part, model = denoiser(pipeline)
@@ -78,5 +80,7 @@ def save_slim(
     options = {"trust_remote_code": "True"} if free else {}
     with checkpoint_folder(folder, "slim", facts, card, overwrite=overwrite) as temporary:
         export(pipeline, temporary, source)
+        for path in licence_files(source) if source else ():
+            shutil.copy(path, temporary)
         options |= load_options(temporary, pipeline)
     return folder

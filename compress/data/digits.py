@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 SIZE = 16
-LICENCE = "Apache-2.0 (weights); trained on UCI optical digits, CC BY 4.0"
 HALVES = ("a", "b")
 
 

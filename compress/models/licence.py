@@ -9,23 +9,22 @@ from huggingface_hub import metadata_load
 from compress.common.files import expand
 from compress.models.locate import BUILTIN
 
-OURS = "Apache-2.0, that of compress, whose scripts trained it on rendered pages"
+OURS = "Apache-2.0, that of compress, whose scripts trained it"
 KEYS = ("license", "license_name", "license_link")  # of a model card's metadata
 FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
 def licence_of(folder: Path, model: str) -> str:
-    """The licence of a reader in words, or where to look for it.
+    """The licence of a model in words, or where to look for it.
 
     Parameters
     ----------
     folder : of the model.
     model : how it was named: ``builtin:NAME``, a folder or a hub id.
     """
-    if folder.resolve().parent == BUILTIN.resolve():
-        return OURS
+    builtin = folder.resolve().parent == BUILTIN.resolve()
     card = _metadata(folder / "README.md")
-    named = [str(card[key]) for key in KEYS if key in card]
+    named = [OURS] if builtin else [str(card[key]) for key in KEYS if key in card]
     statements = [*named, *(f"see {path.name}" for path in licence_files(folder))]
     where = f"where {model} came from"
     if not expand(model).is_dir():

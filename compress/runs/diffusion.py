@@ -23,13 +23,13 @@ from compress.common.journal import Journal
 from compress.common.memory import check_memory
 from compress.common.output_folder import remove_states
 from compress.data.columns import Columns
-from compress.data.digits import LICENCE as DIGITS_LICENCE
 from compress.data.sources import BUILTIN, ImageData, Images, builtin_parts, load_images
 from compress.eval import diffusion, fidelity
 from compress.eval.metrics import DIFFUSION
 from compress.eval.sampling import sampler_of
 from compress.eval.settings import Sampling, SamplingSettings
 from compress.methods.base import Event, PruneJob
+from compress.models.licence import licence_id, licence_of
 from compress.models.locate import ModelFolder, locate
 from compress.models.objective import (
     Inputs,
@@ -231,11 +231,11 @@ class DiffusionRun:
         }
 
     def _provenance(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        builtin = self.recipe.model.startswith("builtin:")
         return {
             "base_model": self.recipe.model,
             "base_hash": self.at.hash,
-            "base_licence": DIGITS_LICENCE if builtin else "see the base model",
+            "base_licence": licence_of(self.at.folder, self.recipe.model),
+            "base_licence_id": licence_id(self.at.folder),
             "recipe": self.recipe.model_dump(mode="json"),
             "widths": self.pruned.widths,
             "metrics": metrics,
