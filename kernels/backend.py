@@ -9,7 +9,6 @@ does not use its kernel, as information otherwise.
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -72,21 +71,36 @@ class Launch:
     ) -> None:
         self.kernel, self.grid = kernel, grid
         self.numbers, self.constants = numbers, constants
-        self._compiled: dict[tuple[bool, ...], Callable[..., None]] = {}
+        self._compiled: dict[bool | tuple[bool, ...], Callable[..., None]] = {}
         self._others: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        """Launch it; tensors have the types of the other calls, and None is where it was."""
-        addresses = [None if part is None else part.data_ptr() for part in tensors]
-        aligned = tuple([part is None or part % 16 == 0 for part in addresses])
-        if aligned in self._compiled:
-            self._compiled[aligned](*addresses, *self._others)
-            return
+        """Launch it; tensors have the types of the other calls, and None is where it was.
+
+        It goes to the GPU of the first one, where that is not the current one, too.
+        """
+        first: Any = tensors[0]
+        if _several_gpus() and first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device_of(first):
+                return self(*tensors)
+        addresses: list[int | None] = []
+        bits = 0
+        for part in tensors:
+            if part is None:
+                addresses.append(None)
+            else:
+                addresses.append(address := part.data_ptr())
+                bits |= address
+        aligned = bits % 16 == 0 or tuple([part % 16 == 0 for part in addresses if part])
+        again = self._compiled.get(aligned)
+        if again:
+            return again(*addresses, *self._others)
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         if compiled is not None:  # as the interpreter returns
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             self._others = *self.numbers, *[self.constants[name] for name in names]
             self._compiled[aligned] = compiled[self.grid]
+        return None
 
 
 def interpreted() -> bool:
@@ -94,14 +108,9 @@ def interpreted() -> bool:
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def current_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Let launches go to a tensor's GPU, where that is not the current one."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device_of(tensor)
-
-
-_HERE = nullcontext()
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def use_triton(kernel: str, device: torch.device, why_unsupported: str | None = None) -> bool:

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from compress.kernels.backend import Launch, current_device_of, jit, tl
+from compress.kernels.backend import Launch, jit, tl
 from compress.kernels.sparse_decode import LOG2_E, block, packed
 
 TILE = 32  # groups whose scores are computed together
@@ -131,15 +131,15 @@ def choose_rows(
     a smaller budget; and the logarithm of how many tokens of each group are left,
     ``(batch, kv_heads, groups)`` in float32, -inf for none.
     """
-    parts = tuple(part.contiguous() for part in (keys, sizes, first, order, budgets))
-    rows = order.new_empty(*sizes.shape[:2], width)
-    scores, bias = (torch.empty_like(sizes, dtype=torch.float32) for _ in range(2))
+    parts = [part.contiguous() for part in (keys, sizes, first, order, budgets)]
+    batch, kv_heads, groups = sizes.shape
+    rows = order.new_empty_strided((batch, kv_heads, width), (kv_heads * width, width, 1))
+    scores, bias = [torch.empty_like(parts[1], dtype=torch.float32) for _ in range(2)]
     launch = _launch(
         *(query.device, query.dtype, query.shape, query.stride()),
-        *(tuple(sizes.shape[1:]), order.shape[2], width, scaling),
+        *(kv_heads, groups, order.shape[2], width, scaling),
     )
-    with current_device_of(query):
-        launch(query, *parts, scores, rows, bias)
+    launch(query, *parts, scores, rows, bias)
     return rows, bias
 
 
@@ -149,13 +149,14 @@ def _launch(
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
     strides: tuple[int, int, int, int],
-    heads_and_groups: tuple[int, int],
+    kv_heads: int,
+    groups: int,
     visual: int,
     width: int,
     scaling: float,
 ) -> Launch:
     """Of calls on a device with a query of this kind, and so many key heads and groups."""
-    (batch, heads, _, dim), (kv_heads, groups) = shape, heads_and_groups
+    batch, heads, _, dim = shape
     return Launch(
         _choice_kernel,
         (batch * kv_heads, 1, 1),

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from compress.kernels.backend import Launch, current_device_of, jit, tl
+from compress.kernels.backend import Launch, jit, tl
 from compress.kernels.sparse_decode import LOG2_E, block, packed
 
 TILE = 64  # tokens of a program
@@ -92,13 +92,12 @@ def sign_scores(
     ``(batch, kv_heads, visual)`` in float32.
     """
     scaled, logits = _products(query, keys, scales)
-    parts = tuple(part.contiguous() for part in (scaled, logits, member, codes))
-    scores = torch.empty(member.shape, dtype=torch.float32, device=query.device)
+    parts = [part.contiguous() for part in (scaled, logits, member, codes)]
+    scores = torch.empty_like(parts[2], dtype=torch.float32)
     launch = _launch(
         query.device, query.dtype, member.dtype, scaled.shape, codes.shape, keys.shape[2], scaling
     )
-    with current_device_of(query):
-        launch(*parts, scores)
+    launch(*parts, scores)
     return scores
 
 

@@ -26,9 +26,11 @@ iteration adds up all elements twice, over rows and over columns, so memory is n
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
+from functools import lru_cache
+
 import torch
 
-from compress.kernels.backend import current_device_of, jit, tl
+from compress.kernels.backend import Launch, jit, tl
 
 LARGEST = 8191  # columns that are supported; with the dustbin a power of two
 WARPS = 8  # 0.20 ms for 337 x 63 on an H200; 16, with 64 elements a thread, 0.23 ms
@@ -182,20 +184,19 @@ def sinkhorn(
         raise ValueError(f"{reason}; got {scores.shape[2]}; prune fewer tokens of a page")
     scores = scores.contiguous()
     plan = torch.empty_like(scores)
-    with current_device_of(scores):
-        _sinkhorn_kernel[(problems,)](
-            scores,
-            rows.to(torch.int32),
-            columns.to(torch.int32),
-            plan,
-            scores.shape[1],
-            scores.shape[2],
-            dustbin,
-            iterations,
-            **tile(*scores.shape[1:]),
-            num_warps=WARPS,
-        )
+    launch = _launch(scores.device, scores.shape, dustbin, iterations)
+    launch(scores, rows.to(torch.int32), columns.to(torch.int32), plan)
     return plan
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device, shape: tuple[int, int, int], dustbin: float, iterations: int
+) -> Launch:
+    """Of calls on a device with scores of a shape."""
+    numbers = *shape[1:], dustbin, iterations
+    constants = tile(*shape[1:]) | {"num_warps": WARPS}
+    return Launch(_sinkhorn_kernel, (shape[0], 1, 1), numbers, constants)
 
 
 def why_unsupported(columns: int) -> str | None:

@@ -31,6 +31,7 @@ the tiles in flight fit the 99 KiB of smaller GPUs.
 
 from __future__ import annotations  # Triton may be missing, and tl.constexpr with it
 
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from compress.kernels.backend import Launch, current_device_of, jit, tl
+from compress.kernels.backend import Launch, jit, tl
 
 Beside = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -360,8 +361,7 @@ def sparse_decode(
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
     inputs = query, key, value, rows, rows_mask, dense_mask, *(beside or (None, None, None))
-    launch = _launch(query.device, dense, scaling, False, _trains(inputs), _signatures(inputs))
-    return launch(inputs, None)
+    return _decode(inputs, dense, scaling, None)
 
 
 def focal_decode(
@@ -388,14 +388,9 @@ def focal_decode(
     ValueError : for shapes that do not fit each other, or what :func:`why_unsupported` names.
     """
     batch, length = len(query), key.shape[2]
-    if mask is not None:
-        if mask.shape not in ((batch, 1, 1, length), (1, 1, 1, length)):
-            _check_mask("mask", mask.shape, (batch, 1, 1, length))
-        mask = mask[:, 0, 0].expand(batch, -1)
     inputs = query, key, value, None, None, mask, None, None, None
-    launch = _launch(query.device, (0, length), scaling, True, _trains(inputs), _signatures(inputs))
-    weights = torch.empty(batch, length, dtype=torch.float32, device=query.device)
-    return launch(inputs, weights), weights
+    weights = query.new_empty_strided((batch, length), (length, 1), dtype=torch.float32)
+    return _decode(inputs, (0, length), scaling, weights), weights
 
 
 def why_unsupported(
@@ -488,42 +483,40 @@ class _Signature(NamedTuple):
     dtype: torch.dtype
 
 
-def _signatures(inputs: Inputs) -> tuple[Any, ...]:
-    return tuple(
-        [None if part is None else (part.shape, part.stride(), part.dtype) for part in inputs]
-    )
-
-
 @dataclass(frozen=True)
 class _Launch:
     """All that two calls with equal signatures have in common, so that it is computed once."""
 
-    output: tuple[int, ...]  # its shape
-    dense: bool  # whether the lists have no gaps
+    output: tuple[tuple[int, ...], tuple[int, ...]]  # its shape and strides
+    plain: bool  # whether the kernels take the inputs as they are
     split: bool  # whether there is more than one; the only one writes the result
-    focal: bool
     buffer: int  # numbers of the splits' outputs, their lse, and the logits
     read: Launch
     merge: Launch | None
 
-    def __call__(self, inputs: Inputs, weights: torch.Tensor | None) -> torch.Tensor:
-        """Launch the kernels; ``weights`` (batch, length) are written where they are passed."""
-        query, key, value, *own = inputs
-        if not self.dense:
-            own[:3] = [None if part is None else _last_dense(part) for part in own[:3]]
-        if own[3] is not None:
-            own[3:] = [part.contiguous() for part in own[3:]]  # type: ignore[union-attr]
-        output: torch.Tensor = query.new_empty(self.output)  # type: ignore[union-attr]
-        buffer = None
-        if self.buffer:
-            buffer = torch.empty(self.buffer, dtype=torch.float32, device=output.device)
-        parts = buffer if self.split else output
-        logits = buffer if self.focal else None
-        with current_device_of(output):
-            self.read(query, key, value, *own, parts, buffer, logits)
-            if self.merge:
-                self.merge(parts, buffer, output, logits, weights)
+
+def _decode(
+    inputs: Inputs, dense: tuple[int, int], scaling: float, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Launch the kernels; ``weights`` (batch, length) are written where they are passed."""
+    query: Any = inputs[0]
+    signatures = [None if p is None else (p.shape, p.stride(), p.dtype) for p in inputs]
+    focal, trains = weights is not None, _trains(inputs)
+    launch = _launch(query.device, dense, scaling, focal, trains, tuple(signatures))
+    if not launch.plain:
+        lists = [None if part is None else _last_dense(part) for part in inputs[3:6]]
+        beside = [None if part is None else part.contiguous() for part in inputs[6:]]
+        inputs = *inputs[:3], *lists, *beside
+    # takes the host less time than new_empty
+    output: torch.Tensor = query.new_empty_strided(*launch.output)
+    if not launch.merge:
+        launch.read(*inputs, output, None, None)
         return output
+    buffer = query.new_empty_strided((launch.buffer,), (1,), dtype=torch.float32)
+    parts, logits = buffer if launch.split else output, buffer if focal else None
+    launch.read(*inputs, parts, buffer, logits)
+    launch.merge(parts, buffer, output, logits, weights)
+    return output
 
 
 @lru_cache(maxsize=256)
@@ -561,7 +554,10 @@ def _launch(
         picked = rows.shape[-1]
         if rows_mask is not None:
             _check_mask("rows_mask", rows_mask.shape, tuple(rows.shape))
-    if dense_mask is not None:
+    if dense_mask is not None and focal:
+        once = len(dense_mask.shape) == 4 and dense_mask.shape[0] == 1  # for all sequences
+        _check_mask("mask", dense_mask.shape, (1 if once else batch, 1, 1, length))
+    elif dense_mask is not None:
         _check_mask("dense_mask", dense_mask.shape, (batch, stop - start))
     if beside[0] is not None:
         own = (batch, kv_heads, beside[2].shape[-1])
@@ -584,6 +580,7 @@ def _launch(
     split_rows = max(1, -(-read // (splits * tile.rows))) * tile.rows
     splits = max(1, -(-read // split_rows))
     merges = splits > 1 or focal
+    output = batch, heads, 1, value_dim
     lse_start = _whole_lines(batch * heads * splits * value_dim) if splits > 1 else 0
     logits_start = _whole_lines(lse_start + batch * heads * splits)
     logits_row = _whole_lines(read) if focal else 0
@@ -600,10 +597,10 @@ def _launch(
         },
     )
     return _Launch(
-        output=(batch, heads, 1, value_dim),
-        dense=all(p is None or p.strides[-1] == 1 for p in (rows, rows_mask, dense_mask)),
+        output=(output, _strides(output)),
+        plain=all(p is None or p.strides[-1] == 1 for p in (rows, rows_mask, dense_mask))
+        and all(p is None or p.strides == _strides(p.shape) for p in beside),
         split=splits > 1,
-        focal=focal,
         buffer=logits_start + batch * heads * logits_row if merges else 0,
         read=Launch(
             _read_kernel,
@@ -739,23 +736,25 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor without gaps."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def _last_dense(part: torch.Tensor) -> torch.Tensor:
     """A list without gaps, but for those between sequences and heads."""
     return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _head_strides(part: _Signature | None) -> tuple[int, int]:
-    """From one sequence's list to the next one's, and from a key head's, which may be the same.
+    """From one sequence's list to the next one's, and from a key head's; 0 where it is the same.
 
     Of what :func:`_last_dense` returns of a list like this one.
     """
     if part is None:
         return 0, 0
-    *outer, picked = part.shape
-    dense = part.strides[-1] == 1
-    if len(outer) == 1:
-        return (part.strides[0] if dense else picked), 0
-    return (part.strides[0], part.strides[1]) if dense else (outer[1] * picked, picked)
+    strides = part.strides if part.strides[-1] == 1 else _strides(part.shape)
+    return strides[0] * (part.shape[0] > 1), strides[1] * (len(strides) > 2)
 
 
 def sparse_decode_reference(

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from compress.kernels import sparse_decode
-from compress.kernels.backend import Launch, current_device_of, jit, tl
+from compress.kernels.backend import Launch, jit, tl
 
 GROUPS = 16  # of a program
 ROWS = 32  # of a tile
@@ -133,21 +133,21 @@ def summaries(
     Mean keys and values in the cache's dtype, and the logarithm of how many tokens each stands for;
     -inf for none.
     """
-    key_sums, value_sums, sizes = (part.contiguous() for part in sums)
+    key_sums, value_sums, sizes = [part.contiguous() for part in sums]
     member, rows, index = member.contiguous(), rows.contiguous(), index.contiguous()
     shown = None if valid is None else valid.contiguous()
-    keys, values = key.new_empty(key_sums.shape), value.new_empty(value_sums.shape)
+    keys = torch.empty_like(key_sums, dtype=key.dtype)
+    values = torch.empty_like(value_sums, dtype=value.dtype)
     bias = torch.empty_like(sizes)
     launch = _launch(
         *(key.device, key.dtype, rows.dtype, shown is None),
         *(tuple(key.shape), key.stride(), value.shape[3], value.stride()),
         *(rows.shape[1], index.shape[1], member.shape[2], sizes.shape[2]),
     )
-    with current_device_of(key):
-        launch(
-            *(key, value, rows, index, shown, member, key_sums, value_sums, sizes),
-            *(keys, values, bias),
-        )
+    launch(
+        *(key, value, rows, index, shown, member, key_sums, value_sums, sizes),
+        *(keys, values, bias),
+    )
     return keys, values, bias
 
 

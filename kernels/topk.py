@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from compress.kernels.backend import Launch, current_device_of, jit, tl
+from compress.kernels.backend import Launch, jit, tl
 
 LARGEST = 32768  # tokens whose weights fit into the registers of one program
 OF_WARP = 1024  # tokens of each warp
@@ -124,8 +124,7 @@ def top_rows(
     """
     numbers = weights.shape[1], tokens.shape[1], index.shape[1], rows.shape[1]
     launch = _launch(weights.device, len(tokens), valid is None, *numbers)
-    with current_device_of(weights):
-        launch(weights, tokens, valid, budgets, index, rows)
+    launch(weights, tokens, valid, budgets, index, rows)
 
 
 @lru_cache(maxsize=256)

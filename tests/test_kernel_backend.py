@@ -3,6 +3,7 @@
 import ast
 import itertools
 import logging
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,6 +127,44 @@ def test_the_command_line_logs_it_on_stderr():
         f"{kernel}: plain torch: the tensors" for kernel in ("sparse_decode", "focal_decode")
     ]
     assert all(result.stderr.count(line) == 1 and line not in result.stdout for line in messages)
+
+
+def test_a_launch_goes_to_the_gpu_of_its_first_tensor(monkeypatch):
+    current, launched = [0], []
+
+    class Tensor:
+        is_cuda = True
+
+        def get_device(self):
+            return 1
+
+        def data_ptr(self):
+            return 64
+
+    class Kernel:
+        arg_names = ["first", "second"]
+
+        def __getitem__(self, grid):
+            def launch(*arguments):
+                launched.append(current[-1])
+                return {grid: launch}
+
+            return launch
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.get_device())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(backend, "_several_gpus", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launch = backend.Launch(Kernel(), (1, 1, 1), (), {})
+    for _ in range(2):  # compiled, and launched again
+        launch(Tensor(), None)
+    launch(torch.zeros(1), None)  # as the interpreter does
+    assert launched == [1, 1, 0] and current == [0]
 
 
 @TRITON

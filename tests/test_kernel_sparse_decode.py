@@ -74,8 +74,7 @@ def _check_means(shape, dtype, means, tolerances=KERNEL):
                     torch.testing.assert_close(mean[b, h, g], expected, atol=atol, rtol=0)
 
 
-def _check(shape, dtype, sparse, focal, weights, tolerances):
-    case = decode.draw(shape, dtype)
+def _check(case, dtype, sparse, focal, weights, tolerances):
     atol, weights_atol = tolerances[dtype]
     expected, _ = _oracle(case, decode.listed(case))
     assert sparse.dtype == focal.dtype == dtype and weights.dtype == torch.float32
@@ -91,7 +90,7 @@ def test_the_references_are_attention_with_minus_infinity(shape, dtype):
     case = decode.draw(shape, dtype)
     sparse = decode.sparse(case, kernels.sparse_decode_reference)
     focal, weights = decode.focal(case, kernels.focal_decode_reference)
-    _check(shape, dtype, sparse, focal, weights, PLAIN)
+    _check(case, dtype, sparse, focal, weights, PLAIN)
     if dtype == torch.float32:
         own = decode.beside(case)
         _check_beside(shape, dtype, decode.sparse(case, kernels.sparse_decode_reference, own))
@@ -115,10 +114,21 @@ def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits,
     result = [
         interpreted[f"{splits} {dtype} {number} {what}"] for what in ("sparse", "focal", "weights")
     ]
-    _check(SMALL[number], dtype, *result, KERNEL)
+    _check(decode.draw(SMALL[number], dtype), dtype, *result, KERNEL)
     _check_beside(SMALL[number], dtype, interpreted[f"{splits} {dtype} {number} beside"])
     means = [interpreted[f"{splits} {dtype} {number} means {place}"] for place in range(3)]
     _check_means(SMALL[number], dtype, means)
+
+
+@TRITON
+@pytest.mark.parametrize("splits", ["one", "many"])
+def test_interpreted_lists_may_have_gaps_and_one_mask_serves_all_sequences(interpreted, splits):
+    given = decode.draw(SMALL[0], torch.float32)
+    case = given | {"mask": given["mask"][:1].expand(2, -1, -1, -1)}
+    sparse, focal, weights = (
+        interpreted[f"{splits} spaced {what}"] for what in ("sparse", "focal", "weights")
+    )
+    _check(case, torch.float32, sparse, focal, weights, KERNEL)
 
 
 STATIC_CACHE = "test_fastocr.py::test_static_cache_gives_what_the_dynamic_one_gives[qwen2_5_vl]"
@@ -257,7 +267,7 @@ def test_a_call_is_checked_and_planned_once(monkeypatch):
     arguments = (*(case[name] for name in ("query", "key", "value", "rows")), None, (0, 9), None)
     with Counted() as counted:
         kernels.sparse_decode(*arguments, 0.2)
-    assert counted.operators == {"new_empty": 1}  # nothing is computed or copied
+    assert counted.operators == {"new_empty_strided": 1}  # nothing is computed or copied
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------
@@ -278,7 +288,7 @@ def test_on_a_gpu_they_are_attention_with_minus_infinity(shape, dtype):
     sparse = decode.sparse(_on_gpu(decode.hidden(case, decode.listed(case))), kernels.sparse_decode)
     hidden = _on_gpu(decode.hidden(case, case["mask"][:, 0, 0]))
     focal, weights = decode.focal(hidden, kernels.focal_decode)
-    _check(shape, dtype, sparse, focal, weights, ON_GPU)
+    _check(case, dtype, sparse, focal, weights, ON_GPU)
     own = tuple(part.cuda() for part in decode.beside(case))
     sparse = decode.sparse(_on_gpu(case), kernels.sparse_decode, own)
     _check_beside(shape, dtype, sparse, ON_GPU)

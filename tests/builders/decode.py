@@ -139,6 +139,15 @@ def focal(case, function):
     return function(case["query"], case["key"], case["value"], mask, 0.2)
 
 
+def spaced(case):
+    """The same lists and masks as views with gaps, and the first sequence's mask for all."""
+    views = {
+        name: torch.stack([case[name], case[name].logical_not().to(case[name].dtype)], -1)[..., 0]
+        for name in ("rows", "rows_mask", "mask")
+    }
+    return case | views | {"mask": views["mask"][:1]}
+
+
 def listed(case):
     """Which rows of the cache :func:`sparse` attends to, ``(batch, length)``."""
     start, stop = case["dense"].tolist()

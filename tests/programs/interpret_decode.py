@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from safetensors.torch import save_file
 from triton.runtime import interpreter
 
@@ -43,6 +44,11 @@ def main(file: str) -> None:
             hidden = decode.hidden(case, case["mask"][:, 0, 0])
             focal, weights = decode.focal(hidden, kernels.focal_decode)
             outputs |= {f"{name} focal": focal, f"{name} weights": weights}
+        spaced = decode.spaced(decode.draw(decode.SMALL[0], torch.float32))
+        for_each = spaced | {"mask": spaced["mask"].expand(2, -1, -1, -1)}
+        outputs[f"{splits} spaced sparse"] = decode.sparse(for_each, kernels.sparse_decode)
+        focal, weights = decode.focal(spaced, kernels.focal_decode)
+        outputs |= {f"{splits} spaced focal": focal, f"{splits} spaced weights": weights}
     save_file(outputs, file)
 
 
