@@ -23,6 +23,7 @@ tl: Any = triton and triton.language
 VARIABLE = "COMPRESS_KERNELS"
 CHOICES = ("auto", "torch", "triton")
 OLDEST = (8, 0)  # compute capability that the tests compile the kernels for
+OLDEST_TRITON = 3, 3  # what older ones compile takes no constants, which Launch gives
 
 _logger = logging.getLogger(__name__)
 
@@ -166,6 +167,8 @@ def _why_not_here(device: torch.device, interpreted: bool) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a GPU"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"Triton is {triton.__version__}, older than that of torch 2.7"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"the GPU has compute capability {capability}, below {OLDEST}"

@@ -62,6 +62,9 @@ def test_the_kernel_runs_on_a_gpu_that_it_was_compiled_for(monkeypatch):
     assert not use_triton("first", GPU, "heads should have at most 256 numbers; they have 320")
     _capability(monkeypatch, 7, 5)
     assert not use_triton("first", GPU)
+    _capability(monkeypatch, 9, 0)
+    monkeypatch.setattr(backend.triton, "__version__", "3.2.0")
+    assert not use_triton("first", GPU)
 
 
 @TRITON
