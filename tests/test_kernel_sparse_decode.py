@@ -108,8 +108,7 @@ def interpreted(tmp_path_factory):
 
 
 @TRITON
-@pytest.mark.parametrize("splits", ["one", "many"])
-@pytest.mark.parametrize("dtype, number", INTERPRETED, ids=str)
+@pytest.mark.parametrize("splits, dtype, number", INTERPRETED, ids=str)
 def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits, dtype, number):
     result = [
         interpreted[f"{splits} {dtype} {number} {what}"] for what in ("sparse", "focal", "weights")
@@ -121,37 +120,24 @@ def test_interpreted_they_are_attention_with_minus_infinity(interpreted, splits,
 
 
 @TRITON
-@pytest.mark.parametrize("splits", ["one", "many"])
-def test_interpreted_lists_may_have_gaps_and_one_mask_serves_all_sequences(interpreted, splits):
+def test_interpreted_lists_may_have_gaps_and_one_mask_serves_all_sequences(interpreted):
     given = decode.draw(SMALL[0], torch.float32)
     case = given | {"mask": given["mask"][:1].expand(2, -1, -1, -1)}
     sparse, focal, weights = (
-        interpreted[f"{splits} spaced {what}"] for what in ("sparse", "focal", "weights")
+        interpreted[f"spaced {what}"] for what in ("sparse", "focal", "weights")
     )
     _check(case, torch.float32, sparse, focal, weights, KERNEL)
 
 
-STATIC_CACHE = "test_fastocr.py::test_static_cache_gives_what_the_dynamic_one_gives[qwen2_5_vl]"
-
-
 @TRITON
-@pytest.mark.parametrize(
-    "names, chosen",
-    [
-        ((STATIC_CACHE,), "static"),
-        # the kernels take no added mask; the interpreter multiplies bfloat16 by its bits, and
-        # serves one thread
-        pytest.param(
-            ("test_fastocr.py", "test_fastocr_periphery.py"),
-            "not added and not bfloat16 and not half_precision and not two_threads",
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["chosen", "all"],
-)
-def test_fastocr_decodes_with_interpreted_kernels(names, chosen):
+@pytest.mark.slow
+def test_fastocr_decodes_with_interpreted_kernels():
     """As these tests want it: every family, padding, caches, knobs, summaries."""
     variables = {"TRITON_INTERPRET": "1", "COMPRESS_KERNELS": "triton"}
+    names = ("test_fastocr.py", "test_fastocr_periphery.py")
+    # the kernels take no added mask; the interpreter multiplies bfloat16 by its bits, and serves
+    # one thread
+    chosen = "not added and not bfloat16 and not half_precision and not two_threads"
     run = programs.run("run_tests", *names, "-k", chosen, cwd=programs.TESTS, **variables)
     assert " passed" in run.stdout, run.stdout
 

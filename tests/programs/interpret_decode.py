@@ -25,7 +25,7 @@ def main(file: str) -> None:
         self, numbers(a), numbers(b), *others
     )
     outputs = {}
-    for splits in ("one", "many"):
+    for splits, dtype, number in decode.INTERPRETED:
         if splits == "many":
             tiles = (kernels.Tile(16, 4, 3, 1),)
             kernels.TILES = dict.fromkeys(kernels.TILES, tiles)
@@ -33,22 +33,21 @@ def main(file: str) -> None:
             kernels._multiprocessors = lambda device: 1000
             kernels._launch.cache_clear()
             kernels._tile_and_splits.cache_clear()
-        for dtype, number in decode.INTERPRETED:
-            case, name = decode.draw(decode.SMALL[number], dtype), f"{splits} {dtype} {number}"
-            hidden = decode.hidden(case, decode.listed(case))
-            outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
-            own = decode.beside(case)
-            outputs[f"{name} beside"] = decode.sparse(hidden, kernels.sparse_decode, own)
-            means = summaries.summaries(**decode.grouped(case))
-            outputs |= {f"{name} means {place}": part for place, part in enumerate(means)}
-            hidden = decode.hidden(case, case["mask"][:, 0, 0])
-            focal, weights = decode.focal(hidden, kernels.focal_decode)
-            outputs |= {f"{name} focal": focal, f"{name} weights": weights}
-        spaced = decode.spaced(decode.draw(decode.SMALL[0], torch.float32))
-        for_each = spaced | {"mask": spaced["mask"].expand(2, -1, -1, -1)}
-        outputs[f"{splits} spaced sparse"] = decode.sparse(for_each, kernels.sparse_decode)
-        focal, weights = decode.focal(spaced, kernels.focal_decode)
-        outputs |= {f"{splits} spaced focal": focal, f"{splits} spaced weights": weights}
+        case, name = decode.draw(decode.SMALL[number], dtype), f"{splits} {dtype} {number}"
+        hidden = decode.hidden(case, decode.listed(case))
+        outputs[f"{name} sparse"] = decode.sparse(hidden, kernels.sparse_decode)
+        own = decode.beside(case)
+        outputs[f"{name} beside"] = decode.sparse(hidden, kernels.sparse_decode, own)
+        means = summaries.summaries(**decode.grouped(case))
+        outputs |= {f"{name} means {place}": part for place, part in enumerate(means)}
+        hidden = decode.hidden(case, case["mask"][:, 0, 0])
+        focal, weights = decode.focal(hidden, kernels.focal_decode)
+        outputs |= {f"{name} focal": focal, f"{name} weights": weights}
+    spaced = decode.spaced(decode.draw(decode.SMALL[0], torch.float32))
+    for_each = spaced | {"mask": spaced["mask"].expand(2, -1, -1, -1)}
+    outputs["spaced sparse"] = decode.sparse(for_each, kernels.sparse_decode)
+    focal, weights = decode.focal(spaced, kernels.focal_decode)
+    outputs |= {"spaced focal": focal, "spaced weights": weights}
     save_file(outputs, file)
 
 
