@@ -148,13 +148,23 @@ def test_the_golden_table_has_20_sizes_and_every_kind_of_grid():
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: "x".join(map(str, case["size"])))
 def test_resize_pad_crops_and_tokens_are_the_original_s(processor, case):
     width, height = case["size"]
+    number = GOLDEN.index(case)
     white = Image.new("RGB", (width, height), (255, 255, 255))
     views = {}  # by side, which two modes share
-    for name, expected in case["modes"].items():
+    for place, (name, expected) in enumerate(case["modes"].items()):
         mode = MODES[name]
         columns, rows = expected["crops"]
         grid = (columns, rows)
         assert (crop_grid(width, height, mode.crop) if mode.crop else (1, 1)) == grid
+        # the order of the tokens, summed up and in full
+        tokens = page_tokens(mode.side // 64, mode.crop // 64, grid)
+        assert len(tokens) == expected["tokens"]
+        assert _layout(tokens) == expected["layout"]
+        assert _order(tokens, mode.crop // 64, columns) == expected["order"]
+        tokens = DeepseekOcrProcessor(processor.tokenizer, mode).page_tokens(grid)
+        assert len(tokens) == expected["tokens"]
+        if (number + place) % 2:  # every size in half of the modes
+            continue
         # the page within its square: what stayed white; everything else has the padding's colour
         if mode.side not in views:
             views[mode.side] = page_views(white, Mode(mode.side)).whole
@@ -166,13 +176,6 @@ def test_resize_pad_crops_and_tokens_are_the_original_s(processor, case):
         assert len(across) * len(down) == inside.sum()
         grey = torch.tensor(127.0).div(255).sub(0.5).div(0.5)
         assert (view[:, ~inside] == grey).all()
-        # the order of the tokens, summed up and in full
-        tokens = page_tokens(mode.side // 64, mode.crop // 64, grid)
-        assert len(tokens) == expected["tokens"]
-        assert _layout(tokens) == expected["layout"]
-        assert _order(tokens, mode.crop // 64, columns) == expected["order"]
-        tokens = DeepseekOcrProcessor(processor.tokenizer, mode).page_tokens(grid)
-        assert len(tokens) == expected["tokens"]
 
 
 def _layout(tokens):
@@ -206,7 +209,7 @@ def _order(tokens, crop, columns):
 def test_pixels_are_the_original_s(name, first):
     cases = [case for case in GOLDEN if "means" in case["modes"][name]]
     assert len(cases) >= 10
-    for case in cases[first::2]:  # each in one of the modes
+    for case in cases[first::4]:  # some in each of the modes
         views = page_views(_picture(*case["size"]), MODES[name])
         whole, expected = views.whole, case["modes"][name]
         crops = [] if views.crops is None else list(views.crops)

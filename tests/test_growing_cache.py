@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from builders import fastocr
 from builders.counting import Counted
 from builders.fastocr import paper
+from builders.tiers import few
 from builders.vlm import FAMILIES
 from compress.models import growing_rows
 from compress.models.cache_argument import cache_argument, cache_in
@@ -20,7 +21,8 @@ from compress.models.visual import build_prompt
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# a cache that keeps all, a window, another order of the inputs; test_fastocr.py reads all families
+@pytest.fixture(scope="module", params=few(FAMILIES, "internvl", "unlimited_ocr", "deepseek_ocr2"))
 def family(request):
     model, processor = fastocr.model(request.param)
     return model, build_prompt(model, processor, fastocr.PAGES[1:2], fastocr.TEXTS[:1])
@@ -81,7 +83,7 @@ def test_a_long_answer_seldom_takes_more_room():
     assert counted.written < 2000 * 20 * 2 * row.nbytes  # a copy of all each time: 1000
 
 
-@pytest.mark.parametrize("name", ["internvl", "unlimited_ocr"])
+@pytest.mark.parametrize("name", few(["internvl", "unlimited_ocr"], "unlimited_ocr"))
 def test_the_cache_goes_on_in_plain_transformers_and_inside_again(name):
     model, processor = fastocr.model(name)
     inputs = build_prompt(model, processor, fastocr.PAGES[1:2], fastocr.TEXTS[:1])

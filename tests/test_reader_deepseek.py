@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from builders.tiers import few
 from compress import load_reader
 from compress.data.pages import SQUARE_PAGE, page
 from compress.models.builtin import reader_training, train_reader_deepseek
@@ -67,7 +68,7 @@ def test_labels_are_the_answer_and_its_end(processor, model, level):
     assert torch.allclose(loss, mean, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", few([torch.bfloat16, torch.float16], torch.float16), ids=str)
 def test_it_reads_in_half_precision(dtype):
     reader = load_reader("builtin:reader-deepseek", dtype=dtype)
     [reading] = reader.read([page(0, 0, SQUARE_PAGE, "validation").image], max_new_tokens=3)

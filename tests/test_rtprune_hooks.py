@@ -24,6 +24,7 @@ from transformers.modeling_flash_attention_utils import (
 from builders import ocr
 from builders.counting import Counted
 from builders.fastocr import paper
+from builders.tiers import few
 from compress.checkpoints.applied import Applied
 from compress.methods.rtprune import RTPrune
 from compress.methods.rtprune.encoder_attention import EncoderRecorder
@@ -207,7 +208,12 @@ def _flash_like(calls):
 
 @pytest.mark.parametrize(
     ("family", "pages"),
-    [("deepseek_ocr", 1), ("deepseek_ocr", 2), ("unlimited_ocr", 1), ("deepseek_ocr2", 2)],
+    [
+        ("deepseek_ocr", 1),
+        ("deepseek_ocr", 2),
+        pytest.param("unlimited_ocr", 1, marks=pytest.mark.slow),
+        pytest.param("deepseek_ocr2", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_flash_attention_takes_kept_position_ids_for_one_sequence(prompt, family, pages):
     """They have gaps; and a padded batch goes by the 2-D mask."""
@@ -298,7 +304,7 @@ def test_a_loop_of_calls_continues_the_cache(deepseek, prompt):
     torch.testing.assert_close(got, _logits(deepseek, left, answer), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("keep_tokens", [0.6, "dynamic"])
+@pytest.mark.parametrize("keep_tokens", few([0.6, "dynamic"], "dynamic"))
 def test_a_batch_of_different_pages_is_one_by_one(deepseek, keep_tokens):
     texts = ["a", "all of it", "bc", "read", "d", "ef", "read all", "ghi"]
     pages = [ocr.page(100, 90 + 20 * i, i, 0.1 + 0.12 * i) for i in range(8)]
@@ -320,7 +326,7 @@ def _moved(scores, *sizes):
     return scores.softmax(1)
 
 
-@pytest.mark.parametrize("keep_tokens", [0.6, "dynamic"])
+@pytest.mark.parametrize("keep_tokens", few([0.6, "dynamic"], "dynamic"))
 def test_a_batch_takes_as_many_operators_and_waits_as_a_page(deepseek, keep_tokens, monkeypatch):
     copies, on_cpu = [], torch.Tensor.cpu
     monkeypatch.setattr("compress.methods.rtprune.pages.transport_plans", _moved)
@@ -347,7 +353,10 @@ def test_a_batch_takes_as_many_operators_and_waits_as_a_page(deepseek, keep_toke
 @pytest.mark.parametrize(
     ("keep_tokens", "densities", "more"),
     # position ids; and a mask, where pages keep different numbers
-    [(0.5, (0.3, 0.3), 3), ("dynamic", (0.1, 0.7), 8)],
+    [
+        pytest.param(0.5, (0.3, 0.3), 3, marks=pytest.mark.slow),
+        ("dynamic", (0.1, 0.7), 8),
+    ],
     ids=["equally many", "padded"],
 )
 def test_a_step_takes_about_the_operators_of_a_dense_one(deepseek, keep_tokens, densities, more):
@@ -396,7 +405,8 @@ def _traces(model):
     return hooks, copy.deepcopy(model.generation_config.to_dict()), model.config.to_dict()
 
 
-@pytest.mark.parametrize("select", SELECTIONS)
+# its own selection, and one that records the encoder's attention
+@pytest.mark.parametrize("select", few(SELECTIONS, "rtprune", "visionzip"))
 def test_all_of_a_page_is_the_dense_model_bit_by_bit(deepseek, prompt, select):
     before = _traces(deepseek)
     dense = deepseek(**prompt).logits
@@ -409,7 +419,7 @@ def test_all_of_a_page_is_the_dense_model_bit_by_bit(deepseek, prompt, select):
     assert _traces(deepseek) == before
 
 
-@pytest.mark.parametrize("select", SELECTIONS)
+@pytest.mark.parametrize("select", few(SELECTIONS, "rtprune", "visionzip"))
 def test_two_runs_are_identical_and_leaving_restores(deepseek, prompt, select):
     before, dense = _traces(deepseek), deepseek(**prompt).logits
     method = RTPrune(keep_tokens=0.5, select=select)

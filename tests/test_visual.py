@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from builders import vlm
+from builders.tiers import few
 from builders.vlm import FAMILIES, PAGES, TEXTS
 from compress.models.deepseek_ocr_layout import QWEN_FIXED, SAM_FIXED, SAM_SIZES
 from compress.models.deepseek_ocr_layout import TEXT as TEXT_SETTINGS
@@ -202,6 +203,9 @@ def test_one_text_per_image(family):
         build_prompt(model, processor, PAGES, TEXTS[:1])
 
 
+@pytest.mark.parametrize(
+    "family", few(FAMILIES, "qwen2_5_vl", "unlimited_ocr", "deepseek_ocr2"), indirect=True
+)
 def test_a_saved_folder_of_every_family_loads_and_reads_the_same(family, tmp_path):
     name, model, processor = family
     if name == "deepseek_ocr":
