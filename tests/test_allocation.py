@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from builders import models, pruning
 from builders.events import leave
+from builders.tiers import few
 from compress.common.cost import unet_cost
 from compress.common.events import drain
 from compress.methods.gradflow import GradFlow, OneShot, surgery
@@ -214,9 +215,9 @@ def test_the_best_units_of_each_block_decide_what_a_width_is_worth():
     [
         *[(name, None, "fine") for name in MODELS],
         ("no_attention", (16, 32), "fine"),
-        ("no_middle", (16, 32), "fine"),
-        ("not_square", (16, 32), "fine"),
-        ("deeper", (16, 32, 48), "fine"),
+        pytest.param("no_middle", (16, 32), "fine", marks=pytest.mark.slow),
+        pytest.param("not_square", (16, 32), "fine", marks=pytest.mark.slow),
+        pytest.param("deeper", (16, 32, 48), "fine", marks=pytest.mark.slow),
         ("built_in", (24, 32, 64, 112), "coarse"),  # tiny nets have no steps left
     ],
 )
@@ -376,7 +377,7 @@ def test_widths_are_chosen_at_each_twelfth_of_the_updates_of_the_first_half(
     assert chosen == expected
 
 
-@pytest.mark.parametrize("kind", ["soft", "one shot"])
+@pytest.mark.parametrize("kind", few(["soft", "one shot"], "soft"))
 def test_a_run_makes_the_model_that_was_predicted(unet, whole, kind):
     shot = OneShot(
         keep_macs=KEEP, allocation="global", criterion="taylor", steps=2, criterion_batches=1
@@ -392,7 +393,7 @@ def test_a_run_makes_the_model_that_was_predicted(unet, whole, kind):
 
 
 # while keep counts move, after binarisation, after surgery
-@pytest.mark.parametrize("stop", [3, pytest.param(9, marks=pytest.mark.slow), 11])
+@pytest.mark.parametrize("stop", few([3, 9, 11], 3))
 def test_a_resumed_run_has_the_same_widths_and_weights(unet, whole, tmp_path, stop):
     leave(run_of(unet, flow(), tmp_path).events(), stop)
     again = drain(run_of(unet, flow(), tmp_path, resume=True).events())

@@ -19,6 +19,7 @@ from diffusers import (
 import compress
 from builders import pipelines, transformers
 from builders.events import leave
+from builders.tiers import few
 from compress.common import cost
 from compress.common.cost import unet_cost
 from compress.common.events import drain
@@ -159,7 +160,8 @@ def expected(start):
     return drain(start().events())
 
 
-@pytest.mark.parametrize("step", [3, 5], ids=["in the flow", "in the recovery"])
+# in the flow, and in the recovery, as test_units.py does by default
+@pytest.mark.parametrize("step", few([3, 5], 3))
 def test_a_resumed_run_ends_with_the_same_weights(start, expected, tmp_path, step):
     leave(start(folder=tmp_path).events(), step)
     resumed = start(folder=tmp_path, resume=True)
@@ -253,7 +255,7 @@ def test_labels_that_the_pipeline_cannot_guide_away_from_are_refused(classes):
 # ---- other transformers: cut and planned, not trained --------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", "flux"])
+@pytest.mark.parametrize("name", few(["pixart", "sd3", "flux"], "sd3", "flux"))
 def test_masked_and_slim_agree_on_every_transformer(name, monkeypatch):
     monkeypatch.setattr(cost, "FLUX_TOKENS", 4)
     dense = transformers.build(name)

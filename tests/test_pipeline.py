@@ -425,7 +425,11 @@ def test_an_unfinished_run_asks_for_resume_and_goes_on(model, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": {"keep_macs": 0.5}}, {"method": {"criterion": "random"}}, {"seed": 4}],
+    [
+        {"method": {"keep_macs": 0.5}},
+        pytest.param({"method": {"criterion": "random"}}, marks=pytest.mark.slow),
+        pytest.param({"seed": 4}, marks=pytest.mark.slow),
+    ],
     ids=["widths", "criterion", "seed"],
 )
 def test_resume_with_another_recipe_is_refused(model, unfinished, changes):

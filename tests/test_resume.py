@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from builders import programs
 from builders.events import leave
+from builders.tiers import few
 from compress.common.events import drain
 from compress.common.journal import Journal
 from compress.methods.gradflow import GradFlow
@@ -20,7 +21,9 @@ from programs.resume import EVENTS, FLOW, SCENARIOS, SOFT, start
 
 # beside each a moment of the same kind is tried by default
 SLOW = {
+    "event 3 (flow)",
     "event 7 (settling)",
+    "in a save, after the rename",
     "before any state",
     "before surgery",
     "in a save, before the rename",
@@ -184,7 +187,7 @@ def two_states(left, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("damage", ["cut", "one bit", "log"])
+@pytest.mark.parametrize("damage", few(["cut", "one bit", "log"], "one bit", "log"))
 def test_a_damaged_newest_state_gives_way_to_the_one_before(two_states, driven, damage):
     newest, before = (two_states / "state" / f"state{x}.safetensors" for x in ("", "-1"))
     content = bytearray(newest.read_bytes())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from builders import models, pruning
 from builders.events import finish
+from builders.tiers import few
 from compress.common.events import drain
 from compress.data.sources import load_images
 from compress.methods.gradflow import GradFlow, OneShot
@@ -71,6 +72,8 @@ METHODS = {
 }
 
 VALIDATED = ("soft", "hard", "one-shot magnitude")
+# what the other criteria score is that of test_criterion.py
+every_method = pytest.mark.parametrize("name", few(METHODS, *VALIDATED, "soft cubic"))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def finished():
 # ---- what every method leaves --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_every_block_keeps_its_quota(finished, name):
     run, _, pruned, *_ = finished(name)
     kept = run.kept
@@ -107,7 +110,7 @@ def test_every_block_keeps_its_quota(finished, name):
     assert torch.isfinite(output).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_the_given_unet_is_not_changed(finished, name):
     *_, unet, before = finished(name)
     after = unet.state_dict()
@@ -117,7 +120,7 @@ def test_the_given_unet_is_not_changed(finished, name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_all_methods_take_the_same_number_of_optimiser_steps(finished, name):
     run, events, pruned, *_ = finished(name)
     assert run.total_steps == pruned.report["optimiser_steps"] == STEPS + RECOVER
@@ -132,7 +135,7 @@ def test_all_methods_take_the_same_number_of_optimiser_steps(finished, name):
         assert steps == [(k + 1, len(steps)) for k in range(len(steps))]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_report_facts(finished, name):
     run, events, pruned, *_ = finished(name)
     report = pruned.report
@@ -221,7 +224,7 @@ def count_returns(masks: torch.Tensor) -> int:
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_returned_units_are_counted(finished, name):
     run, _, pruned, *_ = finished(name)
     expected = count_returns(pruned.trace["masks"])
@@ -314,7 +317,7 @@ def test_scores_follow_the_mask_gradients_of_the_steps_since_the_last_update():
     assert torch.equal(scheduler._learnt_scores(), kept)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "random"])
+@pytest.mark.parametrize("criterion", few(["taylor", "magnitude", "random"], "taylor"))
 def test_the_other_criteria_work_in_the_flow_too(criterion):
     method = gradflow(criterion=criterion, steps=2, criterion_every=1)
     events, pruned = finish(start(method, training(steps=0)).events())

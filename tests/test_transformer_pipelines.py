@@ -240,8 +240,9 @@ def test_the_families_are_not_refused_but_for_another_transformer(family, name):
 @pytest.mark.parametrize(
     ("name", "granularity"),
     [
-        ("pixart", "both"),
-        ("sd3", "block"),
+        ("sd3", "both"),
+        pytest.param("pixart", "both", marks=pytest.mark.slow),
+        pytest.param("sd3", "block", marks=pytest.mark.slow),
         pytest.param("flux", "unit", marks=pytest.mark.slow),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 import compress
 from builders import transformers
 from builders.events import leave
+from builders.tiers import few
 from compress.common import cost
 from compress.common.cost import unet_cost
 from compress.common.events import drain
@@ -62,9 +63,9 @@ def planned(model, way: str, keep: float):
     ("name", "way"),
     [
         ("dit", "unit"),
-        ("pixart", "competing"),
         ("sd3", "competing"),
-        ("flux", "both"),
+        pytest.param("pixart", "competing", marks=pytest.mark.slow),
+        pytest.param("flux", "both", marks=pytest.mark.slow),
         pytest.param("dit", "both", marks=pytest.mark.slow),
         pytest.param("sd3", "both", marks=pytest.mark.slow),
         pytest.param("flux", "unit", marks=pytest.mark.slow),
@@ -114,7 +115,7 @@ def test_every_layer_keeps_a_unit():
 
 
 def test_keeping_all_keeps_all_and_too_little_is_refused():
-    dense = transformers.build("pixart")
+    dense = transformers.build("dit")
     for way in WAYS:
         layout = planned(dense, way, 1.0)
         assert layout.keep_counts.sum() == layout.units
@@ -122,7 +123,7 @@ def test_keeping_all_keeps_all_and_too_little_is_refused():
         with pytest.raises(ValueError, match=r"keep_macs must be at least 0\.\d+ .* one unit of"):
             planned(dense, way, 0.01)
     with pytest.raises(ValueError, match=r"one unit of every layer; got keep_macs=0\.05; raise"):
-        planned(transformers.build("dit"), "both", 0.05)
+        planned(dense, "both", 0.05)
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.6])
@@ -159,7 +160,7 @@ def test_impossible_widths_are_refused_by_name(widths, message):
 # ---- from end to end -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["competing", "both"])
+@pytest.mark.parametrize("way", few(["competing", "both"], "both"))
 def test_the_result_is_saved_with_its_class_and_not_pruned_again(family, digits, tmp_path, way):
     method = GradFlow(keep_macs=0.6, **FLOW, **WAYS[way])
     compressed = compress.apply(
