@@ -30,7 +30,7 @@ from compress.methods.gradflow.flow import spearman
 from compress.methods.gradflow.masks import SoftUNet
 
 
-def softened(name="no_middle", widths=(4, 8), *, double=True, mask="soft", **changes):
+def softened(name="one_level", widths=(4,), *, double=True, mask="soft", **changes):
     """A soft UNet in evaluation, its scheduler and two batches."""
     unet = models.build(name, **changes)
     layout = models.layout(name, widths)
@@ -208,7 +208,7 @@ def inner_units(layout) -> torch.Tensor:
 
 
 def test_consumer_slices_of_attention_are_the_masks_gradient():
-    soft, scheduler, data = softened("plain")
+    soft, scheduler, data = softened("plain", (4, 8))
     inner = inner_units(soft.layout)
     assert inner.sum() == 4 * 4  # four modules of four heads
     expected = (soft.mask * mask_gradient(soft, scheduler, data))[inner]
@@ -219,7 +219,7 @@ def test_consumer_slices_of_attention_are_the_masks_gradient():
 def test_consumer_slices_are_the_masks_gradient_wherever_norms_do_not_read_it():
     # with the mask taken out of the norms' statistics the identity holds for every unit
     soft, scheduler, data = softened()
-    bare = SoftUNet(models.build("no_middle"), dataclasses.replace(soft.layout, norms={})).double()
+    bare = SoftUNet(models.build("one_level"), dataclasses.replace(soft.layout, norms={})).double()
     bare.mask.copy_(soft.mask)
     expected = soft.mask * mask_gradient(bare, scheduler, data)
     assert_sums_equal(slice_sums(bare, scheduler, data, ["in"]), expected)
@@ -227,7 +227,7 @@ def test_consumer_slices_are_the_masks_gradient_wherever_norms_do_not_read_it():
 
 def test_slice_sums_correlate_with_the_masks_gradient_over_all_units():
     # norms' statistics are the difference; the sum over slices is an estimate where they are
-    soft, scheduler, data = softened("plain")
+    soft, scheduler, data = softened("plain", (4, 8))
     gradient = soft.mask * mask_gradient(soft, scheduler, data)
     consumers = slice_sums(soft, scheduler, data, ["in"])
     # measured: 0.81 and 0.70

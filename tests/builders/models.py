@@ -52,6 +52,13 @@ CONFIGS = {
         "up_block_types": ("UpBlock2D",),
         "mid_block_type": None,
     },
+    "one_level": TWO_LEVELS
+    | {
+        "block_out_channels": (8,),
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",),
+        "mid_block_type": None,
+    },
     "one_head": TWO_LEVELS
     | {"attention_head_dim": None, "freq_shift": 1, "flip_sin_to_cos": False},
     "scale_shift": TWO_LEVELS | {"resnet_time_scale_shift": "scale_shift"},
