@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from builders import programs
+from builders.tiers import few
 from compress.cli import app
 from compress.common.output_folder import claim
 
@@ -87,7 +88,7 @@ def test_a_pickled_checkpoint_is_not_opened(refused, model):
     assert "safetensors" in refused(f"--set=model={model}")
 
 
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize("dry", few([(), ("--dry-run",)], ()))
 def test_what_could_not_be_measured(tmp_path, monkeypatch, dry):
     """Refused before the first step, with a way out that works."""
     monkeypatch.chdir(tmp_path)
@@ -247,7 +248,7 @@ def test_no_write_permission(tmp_path):
 
 
 # the space is checked beforehand; without that check the disk fills while the run writes
-@pytest.mark.parametrize("place", ["small", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", few(["small", "full"], "small"))
 def test_full_disk(place, tmp_path):
     (tmp_path / "disk").mkdir()
     code, message, left = hostile(place, tmp_path / "disk", *SHORT)

@@ -214,7 +214,12 @@ def test_a_clock_of_the_cpu_is_for_one_thread(monkeypatch):
     ("name", "shapes", "ways"),
     [
         # in the layout that the contract of methods leaves out
-        ("gradflow", ["model=ddpm-digits,layout=channels_last"], [{"dense", "slim"}]),
+        pytest.param(
+            "gradflow",
+            ["model=ddpm-digits,layout=channels_last"],
+            [{"dense", "slim"}],
+            marks=pytest.mark.slow,
+        ),
         (
             "fastocr",
             [

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import compress
 from builders import programs
+from builders.tiers import few
 from compress.bench.suite import bench
 from compress.checkpoints.load import load, load_reader
 from compress.cli import app
@@ -37,6 +38,8 @@ PAGES = {
     "reader-deepseek": ("builtin:square-pages", SQUARE_PAGE),
 }
 SHORT = {"samples": 4, "steps": 2, "sampling_seeds": 1, "batch": 4}
+# whose whole runs are those of test_pipeline.py, test_bad_input.py and test_reader_run.py
+RUN_ELSEWHERE = {"gradflow", "oneshot", "fastocr", "rtprune"}
 weight_methods = pytest.mark.parametrize("name", WEIGHT_METHODS)
 runtime_methods = pytest.mark.parametrize("name", RUNTIME_METHODS)
 
@@ -162,7 +165,7 @@ def test_applied_to_a_reader_it_restores_it_and_facts_are_json(name, reader_of, 
     assert runtime_method(method.model_dump(mode="json")) == method
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", few(METHODS, *METHODS.keys() - RUN_ELSEWHERE))
 def test_from_a_recipe_to_show_compare_and_report(name, pipeline, reader_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name in WEIGHT_METHODS:

@@ -227,7 +227,8 @@ def test_queries_are_not_drawn():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(figure.image))), np.asarray(PAGE))
 
 
-def test_the_film_is_over_what_rtprune_left():
+def test_the_film_is_over_what_rtprune_left(monkeypatch):
+    monkeypatch.setattr("compress.methods.fastocr.figures.NEW_TOKENS", 5)
     model = ocr.deepseek_ocr()
     model.generation_config.eos_token_id = None
     processor = DeepseekOcrProcessor(ocr.tokenizer(), ocr.SMALL)

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import compress
+from builders.tiers import few
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import HOLDER
 from compress.checkpoints.facts import _own_hash
@@ -186,7 +187,7 @@ def read_for_real(tmp_path_factory):
     return tmp_path / "pages", drain(run_events(recipe, device="cpu"))
 
 
-@pytest.mark.parametrize("weights", ["copy", "reference"])
+@pytest.mark.parametrize("weights", few(["copy", "reference"], "copy"))
 def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     weights, read_for_real, tmp_path, monkeypatch
 ):
@@ -248,7 +249,7 @@ def test_pages_that_say_nothing_are_refused_before_any_is_read(qwen, pages, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["omnidocbench", "olmocr"])
+@pytest.mark.parametrize("layout", few(["omnidocbench", "olmocr"], "omnidocbench"))
 def test_a_benchmark_folder_gives_retention_of_its_own_score(layout, qwen, tmp_path, monkeypatch):
     made = [page(0, index, SMALL, "test") for index in range(2)]
     write = write_pages_as_olmocr_bench if layout == "olmocr" else write_pages_as_omnidocbench
@@ -447,7 +448,7 @@ def test_apply_says_what_a_method_has_no_use_for(qwen):
 # ---- checkpoints ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["qwen", "deepseek"])
+@pytest.mark.parametrize("which", few(["qwen", "deepseek"], "deepseek"))
 def test_saved_and_loaded_a_model_is_patched_again(which, request, tmp_path):
     model, processor = load_vlm(request.getfixturevalue(which))
     methods = [FastOCR(keep_visual=0.3, focal_layers=(1,))]

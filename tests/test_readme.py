@@ -217,6 +217,7 @@ def test_recipes_of_documents_are_valid(document, tmp_path):
 # ---- the notebook --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(short_runs):
     notebook = json.loads((ROOT / "recipes" / "quickstart.ipynb").read_text(encoding="utf8"))
     assert notebook["nbformat"] == 4

@@ -215,15 +215,6 @@ def test_page_has_its_numbers_in_groups_and_the_rest_folded(page):
     assert [tag for tag, _ in page.tags].count("details") == 2  # and the recipe
 
 
-def test_page_lets_a_signature_break_between_its_parts(tmp_path):
-    folder = make_run(tmp_path / "run")
-    content = json.loads((folder / "metrics.json").read_text())
-    content["metrics"]["bleu"] = content["metrics"]["fid_digits"] | {"how": "nrefs:1|<b>|eff:yes"}
-    (folder / "metrics.json").write_text(json.dumps(content))
-    text = write_report(folder, GradFlow()).read_text(encoding="utf8")
-    assert "nrefs:1|<wbr>&lt;b&gt;|<wbr>eff:yes" in text
-
-
 def test_page_tells_the_flow_and_the_surgery(page):
     assert "14 times a channel came back" in page.text
     assert "changed the validation loss by +1.2%, within the aim of at most 5%" in page.text
@@ -270,12 +261,6 @@ def test_figures_inside_the_page_are_the_files_beside_it(run, page):
     assert all(a.get("alt") for tag, a in page.tags if tag == "img")
 
 
-def test_report_is_the_same_twice(run):
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    write_report(run, GradFlow())
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
 def test_report_of_a_oneshot_run_leaves_the_flow_out(tmp_path):
     folder = make_run(tmp_path / "oneshot", oneshot=True)
     page = Page(write_report(folder, OneShot()).read_text(encoding="utf8"))
@@ -288,6 +273,10 @@ def test_report_of_a_oneshot_run_leaves_the_flow_out(tmp_path):
     assert "What was removed" in page.text and "came back" not in page.text
     assert "changed the validation loss" not in page.text
     assert "criterion took" not in page.text and "masked network" not in page.text
+    # and the same again
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    write_report(folder, OneShot())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_report_of_metrics_alone(tmp_path):
@@ -295,8 +284,13 @@ def test_report_of_metrics_alone(tmp_path):
     for path in folder.iterdir():
         if path.name != "metrics.json":
             path.unlink()
-    page = Page(write_report(folder, GradFlow()).read_text(encoding="utf8"))
-    assert "FID (digits features)" in page.text and "Samples" not in page.text
+    content = json.loads((folder / "metrics.json").read_text())
+    content["metrics"]["bleu"] = content["metrics"]["fid_digits"] | {"how": "nrefs:1|<b>|eff:yes"}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    text = write_report(folder, GradFlow()).read_text(encoding="utf8")
+    assert "FID (digits features)" in Page(text).text and "Samples" not in Page(text).text
+    # a signature may break between its parts
+    assert "nrefs:1|<wbr>&lt;b&gt;|<wbr>eff:yes" in text
 
 
 def test_grid_shows_every_image_in_its_place():
