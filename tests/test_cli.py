@@ -313,6 +313,10 @@ def test_tables_prints_what_the_rows_say_and_fills_documents(invoke, tmp_path):
     for name, told in (("a", "| gradflow |"), ("b", "| `gradflow` |")):
         text = (tmp_path / f"{name}.md").read_text()
         assert told in text and "old" not in text
+    # what is refused needs no rows
+    (tmp_path / "results").mkdir()
+    shutil.copy(Path(arguments[1]) / "tables.yaml", tmp_path / "results")
+    arguments = ("--results", str(tmp_path / "results"), "--render")
     for wrong, told in (
         (["mine"], "tables are headline, aims, methods, main.* got mine"),
         (["--shard", "2/2"], "got "),

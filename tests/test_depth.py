@@ -160,8 +160,9 @@ def expected(start):
     return drain(start().events())
 
 
-# in the flow, and in the recovery, as test_units.py does by default
-@pytest.mark.parametrize("step", few([3, 5], 3))
+# in the flow and in the recovery, as test_units.py does by default
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 5])
 def test_a_resumed_run_ends_with_the_same_weights(start, expected, tmp_path, step):
     leave(start(folder=tmp_path).events(), step)
     resumed = start(folder=tmp_path, resume=True)

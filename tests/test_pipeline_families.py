@@ -197,8 +197,8 @@ def test_losses_are_those_of_the_definition(family, start, name):
     assert found == pytest.approx(sum(squares) / 2, rel=1e-5)
 
 
-# in the flow and in the recovery
-@pytest.mark.parametrize("step", few([1, FLOW + 1], FLOW + 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, FLOW + 1], ids=["in the flow", "in the recovery"])
 def test_a_resumed_run_ends_with_the_same_weights(start, finished, tmp_path, step):
     leave(start("sd1", tmp_path).events(), step)
     resumed = start("sd1", tmp_path, resume=True)

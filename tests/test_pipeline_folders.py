@@ -231,9 +231,8 @@ def test_half_precision_is_loaded_as_one_dtype(half):
 
 # the name that every version of diffusers understands
 @pytest.mark.filterwarnings("ignore:.*torch_dtype. is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "half", [pytest.param("half", marks=pytest.mark.slow), "variant"], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["half", "variant"], indirect=True)
 def test_a_run_on_half_precision_leaves_a_folder_that_plain_diffusers_draws_with(
     half, tmp_path, monkeypatch
 ):

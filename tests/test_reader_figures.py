@@ -1,6 +1,7 @@
 """Pictures of visual tokens: a shaded cell lies on what its token sees."""
 
 import io
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,8 +83,9 @@ def check_cells(view_number, view, pixels, page, square):
 # ---- where a token looks -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "size"), [*zip(MODES, itertools.cycle(SIZES), strict=False)], ids=str
+)
 def test_the_cell_of_a_token_lies_on_what_it_sees(mode, size):
     page, square = marked(*size)
     processor = DeepseekOcrProcessor(ocr.tokenizer(), MODES[mode])

@@ -217,7 +217,7 @@ def test_sources_and_names_are_the_same_from_anywhere(reader, tmp_path, monkeypa
 
 def test_a_folder_is_timed_in_every_way_that_serves_the_model(reader, tmp_path):
     results = tmp_path / "rows.jsonl"
-    shape = f"model={reader},pages=3,new_tokens=2,batch_tokens=400"
+    shape = f"model={reader},pages=2,new_tokens=2,batch_tokens=400"
     rows = [
         row
         for row in bench(BENCHMARK, shapes=[shape], repeats=1, device="cpu", results=results)
