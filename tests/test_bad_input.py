@@ -88,7 +88,7 @@ def test_a_pickled_checkpoint_is_not_opened(refused, model):
     assert "safetensors" in refused(f"--set=model={model}")
 
 
-@pytest.mark.parametrize("dry", few([(), ("--dry-run",)], ()))
+@pytest.mark.parametrize("dry", few([[], ["--dry-run"]], []))
 def test_what_could_not_be_measured(tmp_path, monkeypatch, dry):
     """Refused before the first step, with a way out that works."""
     monkeypatch.chdir(tmp_path)

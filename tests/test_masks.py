@@ -35,8 +35,6 @@ UNALIGNED = [
     ("plain", (4, 12)),
     ("scale_shift", (4, 12)),
     DEEPER,
-    pytest.param("one_head", (8, 12), marks=pytest.mark.slow),
-    pytest.param("tied", (4, 12, 12), marks=pytest.mark.slow),
 ]
 
 

@@ -521,12 +521,7 @@ def test_without_inceptions_weights_everything_else_is_measured_and_the_rows_say
 
 
 @pytest.mark.parametrize(
-    ("name", "keep"),
-    [
-        ("ddpm", 0.5),
-        pytest.param("sd1", 0.55, marks=pytest.mark.slow),
-        pytest.param("sdxl", 0.6, marks=pytest.mark.slow),
-    ],
+    ("name", "keep"), few([("ddpm", 0.5), ("sd1", 0.55), ("sdxl", 0.6)], ("ddpm", 0.5))
 )
 def test_rectangles_are_cut_trained_and_drawn_in_their_shape(family, pictures, name, keep):
     size = (8, 16) if name == "ddpm" else (4, 8)

@@ -448,7 +448,8 @@ def test_apply_says_what_a_method_has_no_use_for(qwen):
 # ---- checkpoints ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", few(["qwen", "deepseek"], "deepseek"))
+@pytest.mark.slow  # as test_method_contract.py does with each method
+@pytest.mark.parametrize("which", ["qwen", "deepseek"])
 def test_saved_and_loaded_a_model_is_patched_again(which, request, tmp_path):
     model, processor = load_vlm(request.getfixturevalue(which))
     methods = [FastOCR(keep_visual=0.3, focal_layers=(1,))]

@@ -208,12 +208,10 @@ def _flash_like(calls):
 
 @pytest.mark.parametrize(
     ("family", "pages"),
-    [
-        ("deepseek_ocr", 1),
-        ("deepseek_ocr", 2),
-        pytest.param("unlimited_ocr", 1, marks=pytest.mark.slow),
-        pytest.param("deepseek_ocr2", 2, marks=pytest.mark.slow),
-    ],
+    few(
+        [("deepseek_ocr", 1), ("deepseek_ocr", 2), ("unlimited_ocr", 1), ("deepseek_ocr2", 2)],
+        *(("deepseek_ocr", 1), ("deepseek_ocr", 2)),
+    ),
 )
 def test_flash_attention_takes_kept_position_ids_for_one_sequence(prompt, family, pages):
     """They have gaps; and a padded batch goes by the 2-D mask."""
@@ -353,10 +351,7 @@ def test_a_batch_takes_as_many_operators_and_waits_as_a_page(deepseek, keep_toke
 @pytest.mark.parametrize(
     ("keep_tokens", "densities", "more"),
     # position ids; and a mask, where pages keep different numbers
-    [
-        pytest.param(0.5, (0.3, 0.3), 3, marks=pytest.mark.slow),
-        ("dynamic", (0.1, 0.7), 8),
-    ],
+    few([(0.5, (0.3, 0.3), 3), ("dynamic", (0.1, 0.7), 8)], ("dynamic", (0.1, 0.7), 8)),
     ids=["equally many", "padded"],
 )
 def test_a_step_takes_about_the_operators_of_a_dense_one(deepseek, keep_tokens, densities, more):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 import compress
 from builders import pipelines
 from builders.events import leave
+from builders.tiers import few
 from compress.common import cost
 from compress.common.events import drain
 from compress.common.journal import Journal
@@ -239,12 +240,7 @@ def test_the_families_are_not_refused_but_for_another_transformer(family, name):
 
 @pytest.mark.parametrize(
     ("name", "granularity"),
-    [
-        ("sd3", "both"),
-        pytest.param("pixart", "both", marks=pytest.mark.slow),
-        pytest.param("sd3", "block", marks=pytest.mark.slow),
-        pytest.param("flux", "unit", marks=pytest.mark.slow),
-    ],
+    few([("pixart", "both"), ("sd3", "both"), ("sd3", "block"), ("flux", "unit")], ("sd3", "both")),
 )
 def test_a_run_leaves_a_pipeline_that_draws_the_same(family, pictures, tmp_path, name, granularity):
     family(name).save_pretrained(tmp_path / "model")

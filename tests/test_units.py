@@ -1,6 +1,7 @@
 """Attention heads and feed-forward channels of transformers: masks, surgery, and whole runs."""
 
 import contextlib
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -61,15 +62,7 @@ def planned(model, way: str, keep: float):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        ("dit", "unit"),
-        ("sd3", "competing"),
-        pytest.param("pixart", "competing", marks=pytest.mark.slow),
-        pytest.param("flux", "both", marks=pytest.mark.slow),
-        pytest.param("dit", "both", marks=pytest.mark.slow),
-        pytest.param("sd3", "both", marks=pytest.mark.slow),
-        pytest.param("flux", "unit", marks=pytest.mark.slow),
-    ],
+    few(itertools.product(transformers.FAMILIES, WAYS), ("dit", "unit"), ("sd3", "competing")),
 )
 def test_masked_and_slim_agree(name, way):
     dense = transformers.build(name)
