@@ -20,6 +20,7 @@ from compress.common.journal import Journal
 from compress.data.sources import load_images
 from compress.methods.base import PruneJob
 from compress.methods.gradflow import GradFlow, OneShot, depth, flow, obs, surgery
+from compress.methods.gradflow import criterion as scoring
 from compress.methods.gradflow.allocation import plan
 from compress.methods.gradflow.masks import SoftUNet
 from compress.methods.gradflow.train import PruningRun
@@ -242,6 +243,40 @@ def test_obs_scores_what_no_refit_makes_up_for(family, digits):
     assert torch.allclose(soft.unet.get_submodule(name).weight[:, kept], fitted, atol=1e-4)
     with pytest.raises(ValueError, match="scores heads and feed-forward channels; got granul"):
         OneShot(criterion="obs")
+
+
+def test_a_flow_by_obs_loses_first_what_the_rest_of_its_layer_makes_up_for(family, digits):
+    method = GradFlow(keep_macs=0.6, granularity="both", criterion="obs", **FLOW)
+    job = PruneJob(family("dit"), digits, Training(steps=1, batch=4), "cpu", Journal(None), False)
+    run = PruningRun(method, job)
+    soft, scheduler = run._plain(), run.mask_scheduler
+    batches = run._criterion_batches(0)
+    moments = scoring.obs_moments(soft, run.scheduler, batches)
+    scheduler.estimate(soft)
+    gates = list(soft.layout.gates.values())
+    blocks = scoring.raw_scores(soft, run.scheduler, batches, criterion="taylor")[gates]
+    assert torch.allclose(scheduler.state.scores[gates], blocks / blocks.mean())
+
+    found = obs.greedy_scores(soft, moments)
+    for name, moment in list(moments.items())[:2]:
+        index = soft.layout.inputs[name]
+        weight = soft.unet.get_submodule(name).weight.detach().double()
+        root = torch.linalg.cholesky(moment)  # inputs with these second moments
+        gone: list[int] = []
+
+        def error(units, index=index, root=root, weight=weight):
+            stays = ~torch.isin(index, torch.tensor(units))
+            wanted = (weight @ root).T
+            kept = torch.linalg.lstsq(root[stays].T, wanted).solution
+            return (root[stays].T @ kept - wanted).square().sum()
+
+        left = index.unique().tolist()
+        while left:
+            errors = {unit: error([*gone, unit]) for unit in left}
+            unit = min(errors, key=errors.__getitem__)
+            assert torch.allclose(found[unit].double(), errors[unit].sqrt(), rtol=1e-3)
+            gone.append(unit)
+            left.remove(unit)
 
 
 def test_obs_refits_where_cut_weights_are_gathered_for_the_cut(family, digits, monkeypatch):

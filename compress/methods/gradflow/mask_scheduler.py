@@ -111,10 +111,14 @@ class MaskScheduler:
         self.block = layout.block.to(device)
         self.layers = None if layout.layers is None else layout.layers.to(device)
         self.sizes = layout.sizes().to(device).float()
+        self.is_gate = torch.zeros(layout.units, dtype=torch.bool, device=device)
+        self.is_gate[list(layout.gates.values())] = True
         flow_knobs = method.flow
         self.estimate_every = flow_knobs.criterion_every if flow_knobs else 1
         if method.granularity == "coarse":
             self.estimate_every *= COARSE_REFRESH
+        if flow_knobs and method.criterion == obs.CRITERION:
+            self.estimate_every = flow_knobs.updates  # of the dense model alone
         between = self.estimate_every * flow_knobs.update_every if flow_knobs else 1
         self.horizon = method.horizon or step_rate * between
         # the optimiser step before which the mask becomes binary
@@ -222,11 +226,17 @@ class MaskScheduler:
             self.state.learnt += 1
 
     def _learnt_scores(self) -> torch.Tensor:
-        """The scores of the optimiser steps since the last update; those of before if none."""
+        """The scores of the optimiser steps since the last update; those of before if none.
+
+        A whole block keeps the scores of the dense model: what the others miss once some are
+        half gone is no measure of what training makes up for.
+        """
         state = self.state
         squares, state.squares = state.squares, torch.zeros_like(state.squares)
         count, state.learnt = state.learnt, 0
-        return (squares / count).sqrt().float() if count else state.last_scores
+        if not count:
+            return state.last_scores
+        return torch.where(self.is_gate, state.last_scores, (squares / count).sqrt().float())
 
     def _refresh(self, raw: torch.Tensor, mask: torch.Tensor) -> float | None:
         state, method = self.state, self.method
@@ -248,8 +258,7 @@ class MaskScheduler:
     def _raw_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
         method = self.method
         if method.criterion == obs.CRITERION:
-            self.moments = scoring.obs_moments(soft, self.scheduler, batches)
-            return obs.scores(soft, self.moments)
+            return self._obs_scores(soft, batches)
         if method.criterion in depth.CRITERIA:
             return scoring.depth_scores(soft, self.scheduler, batches, method.criterion)
         parts = len(batches) // method.criterion_batches
@@ -273,6 +282,17 @@ class MaskScheduler:
             horizon=self.horizon,
             seed=self.seed,
         )
+
+    def _obs_scores(self, soft: SoftUNet, batches: list[Batch]) -> torch.Tensor:
+        moments = scoring.obs_moments(soft, self.scheduler, batches)
+        if self.method.flow is None:
+            self.moments = moments
+            return obs.scores(soft, moments)
+        scores = obs.greedy_scores(soft, moments)
+        if not bool(self.is_gate.any()):
+            return scores
+        blocks = scoring.raw_scores(soft, self.scheduler, batches, criterion="taylor")
+        return torch.where(self.is_gate, blocks, scores)
 
     def binarise(self, soft: SoftUNet, step: int) -> int:
         """Set every mask to 0 or 1 and give unaligned norms the slim network's membership.

@@ -96,12 +96,14 @@ class GradFlow(ChannelPruning):
     paper: ClassVar[str] = "Pruning for Sparse Diffusion Models based on Gradient Flow, 2501.09464"
 
     name: Literal["gradflow"] = "gradflow"
-    criterion: Literal["fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random"] = (
-        "fisher"
-    )
+    criterion: Literal[
+        "fisher", "gradient_flow", "lookahead", "taylor", "magnitude", "random", "obs"
+    ] = "fisher"
     """What scores a channel or block. "fisher" begins with the scores of "taylor" on the dense
-    model; from then on every optimiser step scores, whose backward pass gives the mask's gradient
-    for nothing. The others take passes of their own."""
+    model, which whole blocks keep; from then on every optimiser step scores, whose backward pass
+    gives the mask's gradient for nothing. "obs" scores units once, on the dense model: those go
+    first whose layer can be refitted best without them, as they go one by one. The others take
+    passes of their own."""
     process: Literal["soft", "hard"] = "soft"
     """"soft" moves the mask continuously; "hard" removes channels for good, a few at each mask
     update (the classical iterative baseline)."""
@@ -171,7 +173,8 @@ class GradFlow(ChannelPruning):
     @property
     def unused(self) -> frozenset[str]:
         """How often passes are taken, where none are; and see the base class."""
-        return super().unused | ({"criterion_every"} if self.criterion == "fisher" else set())
+        once = self.criterion in ("fisher", "obs")
+        return super().unused | ({"criterion_every"} if once else set())
 
     @property
     def binarised_at(self) -> int:

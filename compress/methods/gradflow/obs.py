@@ -94,6 +94,35 @@ def scores(soft: SoftUNet, moments: dict[str, torch.Tensor]) -> torch.Tensor:
     return total.to(soft.mask.dtype)
 
 
+def greedy_scores(soft: SoftUNet, moments: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Keep-scores ``(units,)`` of units that go one by one, each time the cheapest of its layer.
+
+    The root of the error of the layer's output once a unit and all before it are gone, and what is
+    left is refitted: of two units that stand in for each other only one goes early (after Frantar &
+    Alistarh, "Optimal Brain Compression", arXiv 2208.11580).
+    """
+    total = torch.zeros(soft.layout.units, dtype=torch.float64, device=soft.mask.device)
+    for name, moment in moments.items():
+        weight: Any = soft.unet.get_submodule(name).weight.detach().double()
+        index, inverse = soft.layout.inputs[name].to(moment.device), torch.linalg.inv(moment)
+        # (units, channels of a unit), of the units that are left
+        left = torch.stack([(index == unit).nonzero().squeeze(1) for unit in index.unique()])
+        error = torch.zeros_like(inverse[0, 0])
+        while len(left):
+            own = inverse[left[:, :, None], left[:, None, :]]
+            removed = weight[:, left].permute(1, 2, 0)
+            costs = (removed * torch.linalg.solve(own, removed)).sum((1, 2))
+            cheapest = int(costs.argmin())
+            columns = left[cheapest]
+            error = error + costs[cheapest]
+            total[index[columns[0]]] += error
+            share = torch.linalg.solve(own[cheapest], inverse[columns])
+            weight = weight - weight[:, columns] @ share
+            inverse = inverse - inverse[:, columns] @ share
+            left = left[torch.arange(len(left)) != cheapest]
+    return total.sqrt().to(soft.mask.dtype)
+
+
 @torch.no_grad()
 def refit(soft: SoftUNet, moments: dict[str, torch.Tensor]) -> None:
     """Fit the columns of the kept units to what all columns gave, in place.
