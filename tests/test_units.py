@@ -277,6 +277,24 @@ def test_a_flow_by_obs_loses_first_what_the_rest_of_its_layer_makes_up_for(famil
             assert torch.allclose(found[unit].double(), errors[unit].sqrt(), rtol=1e-3)
             gone.append(unit)
             left.remove(unit)
+    with pytest.raises(ValueError, match="got granularity 'block'; choose granularity 'unit' or"):
+        GradFlow(criterion="obs", granularity="block")
+
+
+def test_blocks_keep_the_scores_of_the_dense_model_and_units_learn(family, digits):
+    method = GradFlow(keep_macs=0.6, granularity="both", **FLOW | {"score_ema": 0.0})
+    job = PruneJob(family("dit"), digits, Training(steps=1, batch=4), "cpu", Journal(None), False)
+    run = PruningRun(method, job)
+    events, state = run.events(), run.mask_scheduler.state
+    while run.step < 1:
+        next(events)
+    first = state.scores.clone()
+    while run.step < 3:
+        next(events)
+    gates = torch.zeros(len(first), dtype=torch.bool)
+    gates[list(run.layout.gates.values())] = True
+    assert torch.allclose(state.scores[gates], first[gates])
+    assert not torch.allclose(state.scores[~gates], first[~gates], rtol=1e-2)
 
 
 def test_obs_refits_where_cut_weights_are_gathered_for_the_cut(family, digits, monkeypatch):

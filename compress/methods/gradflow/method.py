@@ -156,12 +156,17 @@ class GradFlow(ChannelPruning):
         return max(0.1, steepest_fall(knobs.updates, knobs.budget))
 
     @model_validator(mode="after")
-    def _check_process(self) -> Self:
+    def _check_combinations(self) -> Self:
         channels = self.granularity in ("fine", "coarse")
         if channels and self.allocation == "global" and self.process == "hard":
             raise ValueError(
                 "allocation 'global' lets widths grow again, and process 'hard' removes channels "
                 "for good; choose process 'soft' or allocation 'uniform'"
+            )
+        if self.criterion == "obs" and self.granularity not in ("unit", "both"):
+            raise ValueError(
+                "criterion 'obs' scores heads and feed-forward channels; got granularity "
+                f"{self.granularity!r}; choose granularity 'unit' or 'both', or another criterion"
             )
         return self
 
