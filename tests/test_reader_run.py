@@ -16,7 +16,7 @@ import compress
 from builders.tiers import few
 from compress import FastOCR, RTPrune
 from compress.checkpoints.applied import HOLDER
-from compress.checkpoints.facts import _own_hash
+from compress.checkpoints.facts import _own_hash, plain
 from compress.checkpoints.load import load_reader
 from compress.checkpoints.runtime import save_runtime
 from compress.cli import app
@@ -474,7 +474,8 @@ def test_a_card_has_the_licence_of_the_base_and_what_was_measured(finished, qwen
     assert f"| cer_corpus | {metrics['cer_corpus']['dense']['value']:.5g} [" in card
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
     assert "accuracy_retention" in card
-    assert f"stated neither in its README.md nor in a LICENSE; look where {qwen} came from" in card
+    where = plain(f"look where {qwen} came from")
+    assert f"stated neither in its README.md nor in a LICENSE; {where}" in card
 
     def card_of(model, **options):
         network, processor = load_vlm(model)

@@ -107,7 +107,8 @@ def test_a_batch_that_fails_is_read_page_by_page(monkeypatch):
         "e: IndexError",
     ]
     killed = "DataLoader worker (pid 7) is killed by signal: Killed."
-    for error in (torch.AcceleratorError("the device is lost"), RuntimeError(killed)):
+    older = RuntimeError("CUDA error: an illegal memory access was encountered")
+    for error in (torch.AcceleratorError("the device is lost"), older, RuntimeError(killed)):
         errors["c"] = error
         with pytest.raises(type(error), match=str(error)[:10]):
             reading.read_batch(None, None, pages, ReadSettings())

@@ -120,6 +120,28 @@ def test_the_transformer_is_given_what_the_pipeline_gives_it(family, name):
                 assert theirs[key] is value is None, key
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_is_counted_with_the_tokens_that_the_pipeline_pads_it_to(family, name):
+    pipeline = family(name)
+    if name == "pixart":
+        pipeline = PixArtAlphaPipeline(**pipeline.components)
+    states = inputs_of(pipeline).condition(["a"], [False], "cpu")["encoder_hidden_states"]
+    # the tiny CLIPs of SD3 read shorter prompts than all real ones
+    shorter = 77 - pipeline.tokenizer.model_max_length if name == "sd3" else 0
+    counted = cost.unet_inputs(pipeline.transformer)["encoder_hidden_states"]
+    assert counted.shape[1] == states.shape[1] + shorter
+
+
+def test_samples_that_are_no_squares_are_counted(family):
+    transformer = copy.deepcopy(family("sd3").transformer)
+    transformer.register_to_config(sample_size=[8, 4])
+    assert cost.unet_inputs(transformer)["hidden_states"].shape == (1, 4, 8, 4)
+    transformer.register_to_config(sample_size=[8, 4, 2])
+    with pytest.raises(ValueError, match=r"sample_size, .*; got \[8, 4, 2\]; set it"):
+        cost.unet_inputs(transformer)
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_distilled_guidance_is_the_one_that_images_are_drawn_with(tmp_path, guidance):
     pipeline = pipelines.flux(tmp_path, guidance=guidance)
@@ -221,6 +243,29 @@ def test_what_cannot_be_trained_is_refused_by_name(family, case):
     name, parts, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         check_pipeline(with_parts(family(name), parts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shift": 0}, "a shift above 0.*has shift=0; restore"),
+        ({"use_dynamic_shifting": True, "max_image_seq_len": 256}, "max_image_seq_len=256; rest"),
+        ({"use_dynamic_shifting": True, "max_shift": [2]}, r"max_shift=\[2\], base_image"),
+    ],
+)
+def test_shifts_that_move_nowhere_are_refused(changes, message):
+    scheduler = FlowMatchEulerDiscreteScheduler(1000)
+    scheduler.register_to_config(**changes)
+    with pytest.raises(ValueError, match=message):
+        noise_schedule(scheduler)
+
+
+def test_a_model_distilled_as_schnell_is_refused(tmp_path):
+    pipeline = pipelines.flux(tmp_path, guidance=False)
+    check_trainable(pipeline)
+    static = {"scheduler": FlowMatchEulerDiscreteScheduler(pipelines.STEPS)}
+    with pytest.raises(ValueError, match="FluxPipeline with neither.*distilled so, as FLUX.1-sc"):
+        check_trainable(with_parts(pipeline, static))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,8 +11,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# the length that every CLIP text encoder of Stable Diffusion pads a prompt to
+# tokens that pipelines pad a prompt to: of CLIP, as every Stable Diffusion, of T5, as
+# PixArt-alpha (-Sigma: 300) and Flux, and of both one behind the other, as Stable Diffusion 3
 PROMPT_TOKENS = 77
+PIXART_PROMPT_TOKENS = 120
+FLUX_PROMPT_TOKENS = 512
+SD3_PROMPT_TOKENS = PROMPT_TOKENS + 256
 # of an image of 1024x1024 pixels, the native size of Flux, which its config does not say
 FLUX_TOKENS = 4096
 
@@ -150,18 +154,18 @@ def sample_size(unet: Any) -> tuple[int, int]:
 def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, Any]:
     """Keyword arguments of one forward pass of a diffusers UNet or transformer at its native size.
 
-    A prompt has :data:`PROMPT_TOKENS` tokens.
+    A prompt has the tokens that the model's pipeline pads it to.
     """
     config = unet.config
     if "joint_attention_dim" in config:
-        return _joint_inputs(config, batch, device)
+        return _joint_inputs(unet, batch, device)
     height, width = sample_size(unet)
     timestep = torch.zeros(batch, dtype=torch.long, device=device)
     sample = torch.zeros(batch, config.in_channels, height, width, device=device)
     if config.get("norm_type") == "ada_norm_zero":  # a DiTTransformer2DModel
         return {"hidden_states": sample, "timestep": timestep, "class_labels": timestep}
     if config.get("norm_type") == "ada_norm_single":  # a PixArtTransformer2DModel
-        texts = torch.zeros(batch, PROMPT_TOKENS, config.caption_channels, device=device)
+        texts = torch.zeros(batch, PIXART_PROMPT_TOKENS, config.caption_channels, device=device)
         sizes = {
             name: torch.zeros(batch, width, device=device)
             for name, width in (("resolution", 2), ("aspect_ratio", 1))
@@ -193,22 +197,23 @@ def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, An
     return inputs
 
 
-def _joint_inputs(config: Any, batch: int, device: str) -> dict[str, Any]:
+def _joint_inputs(unet: Any, batch: int, device: str) -> dict[str, Any]:
     """What a SD3Transformer2DModel takes, or a FluxTransformer2DModel at 1024x1024 pixels."""
+    config, flux = unet.config, "axes_dims_rope" in unet.config
+    texts = FLUX_PROMPT_TOKENS if flux else SD3_PROMPT_TOKENS
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, device=device)
 
     inputs = {
         "timestep": zeros(batch),
-        "encoder_hidden_states": zeros(batch, PROMPT_TOKENS, config.joint_attention_dim),
+        "encoder_hidden_states": zeros(batch, texts, config.joint_attention_dim),
         "pooled_projections": zeros(batch, config.pooled_projection_dim),
     }
-    if "axes_dims_rope" not in config:
-        side = config.sample_size
-        return inputs | {"hidden_states": zeros(batch, config.in_channels, side, side)}
+    if not flux:
+        return inputs | {"hidden_states": zeros(batch, config.in_channels, *sample_size(unet))}
     inputs["hidden_states"] = zeros(batch, FLUX_TOKENS, config.in_channels)
-    inputs |= {"img_ids": zeros(FLUX_TOKENS, 3), "txt_ids": zeros(PROMPT_TOKENS, 3)}
+    inputs |= {"img_ids": zeros(FLUX_TOKENS, 3), "txt_ids": zeros(texts, 3)}
     return inputs | ({"guidance": zeros(batch)} if config.guidance_embeds else {})
 
 

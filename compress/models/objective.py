@@ -51,6 +51,13 @@ def check_trainable(pipeline: DiffusionPipeline) -> None:
     """Refuse a pipeline whose denoiser cannot be trained and sampled here."""
     check_pipeline(pipeline)
     noise_schedule(pipeline.scheduler)
+    guided = denoiser(pipeline)[1].config.get("guidance_embeds", True)
+    if not guided and not pipeline.scheduler.config.use_dynamic_shifting:
+        raise ValueError(
+            "compress trains by flow matching, which undoes a distillation to few steps; a "
+            f"{type(pipeline).__name__} with neither guidance_embeds nor use_dynamic_shifting is "
+            "distilled so, as FLUX.1-schnell; prune the model that it was made from"
+        )
     _check_texts(pipeline)
 
 
@@ -134,6 +141,7 @@ def noise_schedule(scheduler: Any) -> Any:
     """
     config, name = scheduler.config, type(scheduler).__name__
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        _check_shift(config)
         return fresh_scheduler(FlowNoise, config)
     needed = {"num_train_timesteps", "beta_schedule"}
     if not needed <= set(config):
@@ -158,6 +166,21 @@ def noise_schedule(scheduler: Any) -> Any:
             f"{config['timestep_type']!r}; choose another pipeline"
         )
     return fresh_scheduler(DDPMScheduler, config)
+
+
+def _check_shift(config: Any) -> None:
+    """Refuse what :meth:`FlowNoise.spread` cannot move timesteps by."""
+    ends = ("base_image_seq_len", "max_image_seq_len")
+    keys = ("base_shift", "max_shift", *ends) if config.use_dynamic_shifting else ("shift",)
+    found = {key: config[key] for key in keys}
+    fits = all(type(value) in (int, float) for value in found.values())
+    if not (fits and (found[ends[0]] != found[ends[1]] if len(found) > 1 else found["shift"] > 0)):
+        raise ValueError(
+            "flow matching moves timesteps by a shift above 0, or dynamically from base_shift to "
+            "max_shift between two numbers of tokens; this pipeline's scheduler has "
+            f"{', '.join(f'{key}={value!r:.80}' for key, value in found.items())}; restore its "
+            "scheduler_config.json"
+        )
 
 
 def prediction_target(scheduler: Any, batch: Batch) -> torch.Tensor:

@@ -141,8 +141,8 @@ def check_of_a_page(error: Exception) -> None:
     A lost device is of no use to the other pages either, and torch says that a process of its
     data loader was killed wherever the main thread is at that time.
     """
-    lost = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer
-    if isinstance(error, lost) or str(error).startswith(OPENER_KILLED):
+    lost = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer; older ones by their words
+    if isinstance(error, lost) or str(error).startswith((OPENER_KILLED, "CUDA error: ")):
         raise error
 
 
