@@ -142,6 +142,15 @@ def test_samples_that_are_no_squares_are_counted(family):
         cost.unet_inputs(transformer)
 
 
+@pytest.mark.parametrize("broken", [[8, 8], None, {}])
+def test_a_config_that_cannot_run_is_named(broken):
+    transformer = pipelines.FluxTransformer2DModel(
+        **pipelines.JOINT, in_channels=16, num_single_layers=1, axes_dims_rope=broken
+    )
+    with pytest.raises(ValueError, match="a Flux.* as its config describes.*restore its config"):
+        cost.unet_cost(transformer)
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_distilled_guidance_is_the_one_that_images_are_drawn_with(tmp_path, guidance):
     pipeline = pipelines.flux(tmp_path, guidance=guidance)
@@ -234,6 +243,15 @@ REFUSED = {
         "sd3",
         {"vae": pipelines.AutoencoderKL(**pipelines.AUTOENCODER)},
         "shift_factor=None",
+    ),
+    "no number": (
+        "sd3",
+        {
+            "vae": pipelines.AutoencoderKL(
+                **pipelines.AUTOENCODER, shift_factor=0.1, scaling_factor=[1]
+            )
+        },
+        r"scaling_factor=\[1\]",
     ),
 }
 

@@ -49,8 +49,10 @@ def digits():
 
 
 @pytest.fixture(autouse=True)
-def small_flux(monkeypatch):
-    monkeypatch.setattr(cost, "FLUX_TOKENS", 4)
+def few_tokens(monkeypatch):
+    # longer prompts would be nearly all of the cost of a tiny model
+    for of_what in ("FLUX", "FLUX_PROMPT", "SD3_PROMPT", "PIXART_PROMPT"):
+        monkeypatch.setattr(cost, f"{of_what}_TOKENS", 77 if "PROMPT" in of_what else 4)
 
 
 def planned(model, way: str, keep: float):

@@ -11,6 +11,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from compress.common.foreign import reason
+
 # tokens that pipelines pad a prompt to: of CLIP, as every Stable Diffusion, of T5, as
 # PixArt-alpha (-Sigma: 300) and Flux, and of both one behind the other, as Stable Diffusion 3
 PROMPT_TOKENS = 77
@@ -225,5 +227,17 @@ def cost(model: nn.Module, inputs: Mapping[str, Any]) -> Cost:
 
 
 def unet_cost(unet: Any, batch: int = 1) -> Cost:
-    """:func:`cost` of a diffusers UNet at its native sample size."""
-    return cost(unet, unet_inputs(unet, batch))
+    """:func:`cost` of a diffusers UNet at its native sample size.
+
+    Raises
+    ------
+    ValueError : where its config, which diffusers does not check, describes what cannot run.
+    """
+    inputs = unet_inputs(unet, batch)
+    try:
+        return cost(unet, inputs)
+    except (LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"a {type(unet).__name__} should run as its config describes it; got {reason(error)}; "
+            "restore its config.json"
+        ) from error

@@ -354,7 +354,8 @@ def _check_autoencoder(autoencoder: Any, unet: Any, kind: Kind) -> None:
             f"the autoencoder should draw images like those that it reads; it reads "
             f"{config.in_channels} channels and draws {config.out_channels}; choose another model"
         )
-    if kind.flows and (config.get("shift_factor") is None or not config.scaling_factor):
+    scales = type(config.scaling_factor) in (int, float) and config.scaling_factor != 0
+    if kind.flows and not (scales and type(config.get("shift_factor")) in (int, float)):
         raise ValueError(
             "latents are shifted by shift_factor and scaled by scaling_factor; the "
             f"{type(autoencoder).__name__} has shift_factor={config.get('shift_factor')} and "
@@ -362,7 +363,7 @@ def _check_autoencoder(autoencoder: Any, unet: Any, kind: Kind) -> None:
         )
     foreign = ("latents_mean", *([] if kind.flows else ["shift_factor"]))
     moved = [key for key in foreign if config.get(key) is not None]
-    if moved or not config.scaling_factor:
+    if moved or not scales:
         raise ValueError(
             f"latents are scaled by scaling_factor alone; the {type(autoencoder).__name__} has "
             f"scaling_factor={config.scaling_factor}{''.join(f' and {key}' for key in moved)} in "
