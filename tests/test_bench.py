@@ -319,7 +319,8 @@ def test_the_kernels_rows_say_what_a_call_must_move():
             assert share == pytest.approx(speed / 10)
 
 
-@pytest.mark.parametrize("model", ["ddpm-cifar10", pytest.param("sd15", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["ddpm-cifar10", "sd15"])
 def test_the_default_shapes_have_legal_widths(model):
     # the groups of the first are found by a real pass, those of the second are read off
     with torch.device("cpu" if model == "ddpm-cifar10" else "meta"):

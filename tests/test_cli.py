@@ -302,6 +302,7 @@ def test_eval_hands_its_settings_on(invoke, library):
         assert refused.exit_code == 2 and all(part in refused.stderr for part in parts)
 
 
+@pytest.mark.slow  # test_tables.py renders the same tables
 def test_tables_prints_what_the_rows_say_and_fills_documents(invoke, tmp_path):
     marks = "<!-- table:{0} -->\nold\n<!-- /table:{0} -->\n"
     (tmp_path / "a.md").write_text(marks.format("main"))

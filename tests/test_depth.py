@@ -136,6 +136,7 @@ def test_the_first_block_always_stays(family, layout):
 # ---- from end to end -----------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_units.py saves one without blocks and units
 def test_the_flow_ends_in_a_folder_that_plain_diffusers_loads(family, digits, tmp_path):
     method = GradFlow(keep_macs=KEEP, granularity="block", **FLOW)
     training = Training(steps=2, batch=4)

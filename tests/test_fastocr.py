@@ -308,6 +308,9 @@ def test_long_answers_are_counted_to_the_last_step():
 # ---- caches, batches, modes --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "family", few(FAMILIES, "qwen2_5_vl", "internvl", "unlimited_ocr"), indirect=True
+)
 def test_static_cache_gives_what_the_dynamic_one_gives(family, monkeypatch):
     _, model, _, inputs = family
     gathered = _spied(monkeypatch)

@@ -40,7 +40,6 @@ PAGES = {
 SHORT = {"samples": 4, "steps": 2, "sampling_seeds": 1, "batch": 4}
 # whose whole runs are those of test_pipeline.py, test_bad_input.py and test_reader_run.py
 RUN_ELSEWHERE = {"gradflow", "oneshot", "fastocr", "rtprune"}
-weight_methods = pytest.mark.parametrize("name", WEIGHT_METHODS)
 runtime_methods = pytest.mark.parametrize("name", RUNTIME_METHODS)
 
 
@@ -118,7 +117,8 @@ def test_a_wrong_setting_is_one_line_that_names_those_that_there_are(name):
         compress.apply(None, name, procesor=1)
 
 
-@weight_methods
+# gradflow's is applied in test_pipeline.py, too
+@pytest.mark.parametrize("name", few(WEIGHT_METHODS, *WEIGHT_METHODS.keys() - {"gradflow"}))
 def test_applied_to_a_pipeline_it_leaves_the_given_one_alone_and_facts_are_json(
     name, pipeline, tmp_path
 ):

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from builders.tiers import few
 from compress.cli import app
 from compress.common.events import drain
 from compress.common.files import folder_hash
@@ -319,7 +320,7 @@ def damaged_reading(text, page, share):
     return " ".join(w for i, w in enumerate(words) if (7 * i + 3 * page) % 10 >= 10 * share)
 
 
-@pytest.mark.parametrize("layout", ["omnidocbench", "olmocr"])
+@pytest.mark.parametrize("layout", few(["omnidocbench", "olmocr"], "olmocr"))
 def test_retention_on_a_benchmark_is_that_of_its_own_score(layout, tmp_path):
     made = [page(0, index, DOCUMENT, "test") for index in range(6)]
     write = write_pages_as_olmocr_bench if layout == "olmocr" else write_pages_as_omnidocbench

@@ -432,6 +432,7 @@ def recipe(model: Path, data: Path, keep: float, **evaluate) -> Recipe:
     )
 
 
+@pytest.mark.slow  # test_transformer_pipelines.py runs a recipe with captions by default
 def test_a_recipe_with_captions_leaves_a_pipeline_that_plain_diffusers_loads_and_samples(
     family, tmp_path, monkeypatch
 ):

@@ -187,7 +187,8 @@ def read_for_real(tmp_path_factory):
     return tmp_path / "pages", drain(run_events(recipe, device="cpu"))
 
 
-@pytest.mark.parametrize("weights", few(["copy", "reference"], "copy"))
+@pytest.mark.slow  # beside test_the_checkpoint_gives_the_run_s_own_predictions
+@pytest.mark.parametrize("weights", ["copy", "reference"])
 def test_eval_and_read_apply_the_methods_of_a_checkpoint(
     weights, read_for_real, tmp_path, monkeypatch
 ):
