@@ -247,6 +247,27 @@ def test_obs_scores_what_no_refit_makes_up_for(family, digits):
         OneShot(criterion="obs")
 
 
+def greedily(soft, name, moment) -> dict[int, torch.Tensor]:
+    """The root of the error once a unit and all before it are gone, each time the least."""
+    index = soft.layout.inputs[name]
+    weight = soft.unet.get_submodule(name).weight.detach().double()
+    root = torch.linalg.cholesky(moment)  # inputs with these second moments
+    wanted, expected = (weight @ root).T, {}
+
+    def error(units):
+        stays = ~torch.isin(index, torch.tensor(units))
+        kept = torch.linalg.lstsq(root[stays].T, wanted).solution
+        return (root[stays].T @ kept - wanted).square().sum()
+
+    left = index.unique().tolist()
+    while left:
+        errors = {unit: error([*expected, unit]) for unit in left}
+        unit = min(errors, key=errors.__getitem__)
+        expected[unit] = errors[unit].sqrt()
+        left.remove(unit)
+    return expected
+
+
 def test_a_flow_by_obs_loses_first_what_the_rest_of_its_layer_makes_up_for(family, digits):
     method = GradFlow(keep_macs=0.6, granularity="both", criterion="obs", **FLOW)
     job = PruneJob(family("dit"), digits, Training(steps=1, batch=4), "cpu", Journal(None), False)
@@ -261,26 +282,23 @@ def test_a_flow_by_obs_loses_first_what_the_rest_of_its_layer_makes_up_for(famil
 
     found = obs.greedy_scores(soft, moments)
     for name, moment in list(moments.items())[:2]:
-        index = soft.layout.inputs[name]
-        weight = soft.unet.get_submodule(name).weight.detach().double()
-        root = torch.linalg.cholesky(moment)  # inputs with these second moments
-        gone: list[int] = []
-
-        def error(units, index=index, root=root, weight=weight):
-            stays = ~torch.isin(index, torch.tensor(units))
-            wanted = (weight @ root).T
-            kept = torch.linalg.lstsq(root[stays].T, wanted).solution
-            return (root[stays].T @ kept - wanted).square().sum()
-
-        left = index.unique().tolist()
-        while left:
-            errors = {unit: error([*gone, unit]) for unit in left}
-            unit = min(errors, key=errors.__getitem__)
-            assert torch.allclose(found[unit].double(), errors[unit].sqrt(), rtol=1e-3)
-            gone.append(unit)
-            left.remove(unit)
+        for unit, expected in greedily(soft, name, moment).items():
+            assert torch.allclose(found[unit].double(), expected, rtol=1e-3)
     with pytest.raises(ValueError, match="got granularity 'block'; choose granularity 'unit' or"):
         GradFlow(criterion="obs", granularity="block")
+
+
+def test_heads_and_channels_that_one_layer_reads_go_one_by_one():
+    model = transformers.build("flux")
+    soft = SoftUNet(model, planned(model, "unit", 0.6))
+    [name, *_] = [name for name in soft.layout.inputs if name.endswith("proj_out")]
+    width = model.get_submodule(name).in_features
+    draws = torch.randn(2 * width, width, dtype=torch.float64)
+    moment = draws.T @ draws / len(draws)
+    found = obs.greedy_scores(soft, {name: moment})
+    expected = greedily(soft, name, moment)
+    assert len({int((soft.layout.inputs[name] == unit).sum()) for unit in expected}) == 2
+    assert all(torch.allclose(found[u].double(), e, rtol=1e-3) for u, e in expected.items())
 
 
 def test_blocks_keep_the_scores_of_the_dense_model_and_units_learn(family, digits):

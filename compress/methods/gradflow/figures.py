@@ -193,7 +193,7 @@ def schedule_plot(updates: Rows) -> Plot:
 
 @styled
 def stability_plot(updates: Rows, returned_in_all: int | None) -> Plot:
-    """Rank correlation of successive criterion estimates, and the masks that came back.
+    """Rank correlation of successive criterion estimates, if any, and the masks that came back.
 
     Parameters
     ----------
@@ -201,13 +201,14 @@ def stability_plot(updates: Rows, returned_in_all: int | None) -> Plot:
     returned_in_all : the masks of the last step, binarisation, included.
     """
     figure = canvas(6.4, 4.6)
-    top, bottom = figure.subplots(2, 1, sharex=True)
     ranked = [row for row in updates if row.get("spearman") is not None]
-    top.axhline(0, color=GREY, lw=1)
-    top.plot(_column(ranked, "step"), _column(ranked, "spearman"), "o-", color=DENSE, ms=3.5)
-    top.set_ylim(min(-0.1, *_column(ranked, "spearman"), 0), 1.05)
-    top.set_ylabel("rank correlation")
-    top.set_title("Each criterion estimate against the last (Spearman)")
+    *above, bottom = figure.subplots(2 if ranked else 1, 1, sharex=True, squeeze=False)[:, 0]
+    for top in above:
+        top.axhline(0, color=GREY, lw=1)
+        top.plot(_column(ranked, "step"), _column(ranked, "spearman"), "o-", color=DENSE, ms=3.5)
+        top.set_ylim(min(-0.1, *_column(ranked, "spearman"), 0), 1.05)
+        top.set_ylabel("rank correlation")
+        top.set_title("Each criterion estimate against the last (Spearman)")
     steps, returned = _column(updates, "step"), _column(updates, "returned")
     if returned_in_all is not None:
         steps.append(steps[-1] + 1)

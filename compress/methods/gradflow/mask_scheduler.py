@@ -244,8 +244,9 @@ class MaskScheduler:
         shared = scoring.normalise(raw, self._layout, "lookahead")
         rank = None
         if state.estimates and method.flow:
-            alive = mask > 0.05
-            rank = flow.spearman(state.last_scores[alive], fresh[alive])
+            alive = (mask > 0.05) & ~self.is_gate  # a block's score may be that of before
+            if bool(alive.any()):
+                rank = flow.spearman(state.last_scores[alive], fresh[alive])
             decay = method.flow.score_ema
             state.scores = decay * state.scores + (1 - decay) * fresh
             state.shared_scores = decay * state.shared_scores + (1 - decay) * shared
@@ -291,7 +292,9 @@ class MaskScheduler:
         scores = obs.greedy_scores(soft, moments)
         if not bool(self.is_gate.any()):
             return scores
-        blocks = scoring.raw_scores(soft, self.scheduler, batches, criterion="taylor")
+        blocks = scoring.raw_scores(
+            soft, self.scheduler, batches, criterion="taylor", reduction=self.method.reduction
+        )
         return torch.where(self.is_gate, blocks, scores)
 
     def binarise(self, soft: SoftUNet, step: int) -> int:

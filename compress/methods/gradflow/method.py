@@ -127,7 +127,7 @@ class GradFlow(ChannelPruning):
     """Share of the soft stage after binarisation, when weights train on the binary mask."""
     criterion_every: Count = Field(None, validate_default=True)
     """Mask updates between estimates of a criterion that takes passes of its own; of no effect on
-    "fisher". By default a ninth of all, which is 10 of 90."""
+    "fisher" and "obs". By default a ninth of all, which is 10 of 90."""
     max_move: float = Field(None, gt=0, le=1, validate_default=True)
     """Continuity bound: no mask moves more than this in one update. By default 0.1, or what the
     steepest fall of the budget needs where there are few updates."""

@@ -105,21 +105,29 @@ def greedy_scores(soft: SoftUNet, moments: dict[str, torch.Tensor]) -> torch.Ten
     for name, moment in moments.items():
         weight: Any = soft.unet.get_submodule(name).weight.detach().double()
         index, inverse = soft.layout.inputs[name].to(moment.device), torch.linalg.inv(moment)
-        # (units, channels of a unit), of the units that are left
-        left = torch.stack([(index == unit).nonzero().squeeze(1) for unit in index.unique()])
-        error = torch.zeros_like(inverse[0, 0])
-        while len(left):
-            own = inverse[left[:, :, None], left[:, None, :]]
-            removed = weight[:, left].permute(1, 2, 0)
-            costs = (removed * torch.linalg.solve(own, removed)).sum((1, 2))
-            cheapest = int(costs.argmin())
+        units = [(index == unit).nonzero().squeeze(1) for unit in index.unique()]
+        # of the units that are left: heads, and the channels that some layers read beside them
+        stacks = [
+            torch.stack([columns for columns in units if len(columns) == size])
+            for size in sorted({len(columns) for columns in units})
+        ]
+        error = 0.0
+        while stacks:
+            costs = []
+            for left in stacks:
+                own = inverse[left[:, :, None], left[:, None, :]]
+                removed = weight[:, left].permute(1, 2, 0)
+                costs.append((removed * torch.linalg.solve(own, removed)).sum((1, 2)))
+            number = min(range(len(stacks)), key=[float(cost.min()) for cost in costs].__getitem__)
+            left, cheapest = stacks[number], int(costs[number].argmin())
             columns = left[cheapest]
-            error = error + costs[cheapest]
+            error += float(costs[number][cheapest])
             total[index[columns[0]]] += error
-            share = torch.linalg.solve(own[cheapest], inverse[columns])
+            share = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
             weight = weight - weight[:, columns] @ share
             inverse = inverse - inverse[:, columns] @ share
-            left = left[torch.arange(len(left)) != cheapest]
+            stacks[number] = left[torch.arange(len(left)) != cheapest]
+            stacks = [left for left in stacks if len(left)]
     return total.sqrt().to(soft.mask.dtype)
 
 
