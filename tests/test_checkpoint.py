@@ -18,7 +18,9 @@ from compress.checkpoints.load import load
 from compress.checkpoints.slim import save_slim
 from compress.common import files
 from compress.common.files import sha256
+from compress.models.licence import licence_id
 from compress.models.loading import load_pipeline
+from compress.models.locate import locate
 
 FACTS = {
     "base_model": "somebody/model",
@@ -107,6 +109,21 @@ def test_facts_hold_what_was_given_and_the_hash_of_every_other_file(made):
     assert (facts["format"], facts["kind"]) == (2, "slim")
     assert set(facts["files"]) == SAVED - {"compress.json"}
     assert verify(made) == facts
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_pipeline_of_the_hub_comes_with_its_licence(monkeypatch, tmp_path, reached):
+    def licence(name, *, revision, allow_patterns):
+        if not reached:
+            raise OSError("no network")
+        assert (name, revision) == ("somebody/model", "0123abcd") and "LICENSE*" in allow_patterns
+        (tmp_path / revision / "README.md").write_text("---\nlicense: mit\n---\n")
+
+    (tmp_path / "0123abcd").mkdir()
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: tmp_path / "0123abcd")
+    monkeypatch.setattr("compress.models.locate.snapshot_download", licence)
+    found = locate("somebody/model", "diffusion").folder
+    assert found == tmp_path / "0123abcd" and licence_id(found) == ("mit" if reached else None)
 
 
 def test_model_card_says_base_licence_widths_and_metrics(made):

@@ -1,5 +1,6 @@
 """Find a model: built in, in a local folder, or on the hub. It is found once, and handed on."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +15,18 @@ from huggingface_hub.errors import (
 )
 
 from compress.common.files import expand, folder_hash, read_json
+from compress.common.foreign import reason
 from compress.common.output_folder import CHECKPOINT_FACTS
 
 BUILTIN = Path(__file__).parent / "builtin"
 PIPELINE_INDEX = "model_index.json"
 Kind = Literal["diffusion", "reader"]
 EXAMPLE = {"diffusion": "google/ddpm-cifar10-32", "reader": "deepseek-ai/DeepSeek-OCR"}
+LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"]
 # no code, nothing pickled
-READER_FILES = [
-    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"),
-    *("README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
-]
+READER_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", *LICENCE_FILES]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,4 +153,9 @@ def _download(name: str, kind: Kind) -> Path:
         return Path(snapshot_download(name, allow_patterns=READER_FILES))
     from diffusers import DiffusionPipeline
 
-    return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    folder = Path(DiffusionPipeline.download(name, use_safetensors=True))
+    try:  # diffusers leaves these out; the folder's name is the commit
+        snapshot_download(name, revision=folder.name, allow_patterns=LICENCE_FILES)
+    except Exception as error:  # whatever the hub's client raises, the model is there
+        logger.warning("the licence of %s could not be downloaded: %s", name, reason(error))
+    return folder
