@@ -151,6 +151,26 @@ def test_a_config_that_cannot_run_is_named(broken):
         cost.unet_cost(transformer)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("pixart", {"caption_channels": None}), ("sd3", {"joint_attention_dim": "24"})],
+)
+def test_a_config_that_has_no_inputs_is_named(family, name, change):
+    transformer = copy.deepcopy(family(name).transformer)
+    transformer.register_to_config(**change)
+    changed = with_parts(family(name), {"transformer": transformer})
+    for count in (cost.unet_cost, cost.unet_inputs, lambda _: check_pipeline(changed)):
+        with pytest.raises(ValueError, match="a .* as its config describes.*restore its config"):
+            count(transformer)
+
+
+def test_a_config_that_divides_by_zero_is_named(family):
+    transformer = copy.deepcopy(family("pixart").transformer)
+    transformer.config.patch_size = transformer.pos_embed.patch_size = 0
+    with pytest.raises(ValueError, match="a PixArt.* as its config describes.*restore its config"):
+        cost.unet_cost(transformer)
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_distilled_guidance_is_the_one_that_images_are_drawn_with(tmp_path, guidance):
     pipeline = pipelines.flux(tmp_path, guidance=guidance)

@@ -1,7 +1,8 @@
 """Parameters and multiply-accumulates (MACs), functional attention included."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from compress.common.foreign import reason
 
-# tokens that pipelines pad a prompt to: of CLIP, as every Stable Diffusion, of T5, as
-# PixArt-alpha (-Sigma: 300) and Flux, and of both one behind the other, as Stable Diffusion 3
+# tokens that pipelines pad a prompt to: of CLIP, as every Stable Diffusion, of T5, as PixArt-alpha
+# (-Sigma, which pads to 300, is counted as alpha) and Flux, and of both one behind the other, as
+# Stable Diffusion 3
 PROMPT_TOKENS = 77
 PIXART_PROMPT_TOKENS = 120
 FLUX_PROMPT_TOKENS = 512
@@ -153,11 +155,32 @@ def sample_size(unet: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+@contextmanager
+def _as_described(unet: Any, *errors: type[Exception]) -> Iterator[None]:
+    """Name the config, which diffusers does not check, where it describes what cannot run."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, *errors) as error:
+        raise ValueError(
+            f"a {type(unet).__name__} should run as its config describes it; got {reason(error)}; "
+            "restore its config.json"
+        ) from error
+
+
 def unet_inputs(unet: Any, batch: int = 1, device: str = "meta") -> dict[str, Any]:
     """Keyword arguments of one forward pass of a diffusers UNet or transformer at its native size.
 
-    A prompt has the tokens that the model's pipeline pads it to.
+    A prompt has the tokens that the model's pipeline pads it to, PixArt-Sigma's those of -alpha.
+
+    Raises
+    ------
+    ValueError : where its config describes what cannot run.
     """
+    with _as_described(unet):
+        return _inputs(unet, batch, device)
+
+
+def _inputs(unet: Any, batch: int, device: str) -> dict[str, Any]:
     config = unet.config
     if "joint_attention_dim" in config:
         return _joint_inputs(unet, batch, device)
@@ -231,13 +254,7 @@ def unet_cost(unet: Any, batch: int = 1) -> Cost:
 
     Raises
     ------
-    ValueError : where its config, which diffusers does not check, describes what cannot run.
+    ValueError : where its config describes what cannot run.
     """
-    inputs = unet_inputs(unet, batch)
-    try:
-        return cost(unet, inputs)
-    except (LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"a {type(unet).__name__} should run as its config describes it; got {reason(error)}; "
-            "restore its config.json"
-        ) from error
+    with _as_described(unet, RuntimeError):
+        return cost(unet, unet_inputs(unet, batch))
