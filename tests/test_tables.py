@@ -197,6 +197,13 @@ def test_lines_have_mean_and_deviation_over_seeds_and_the_best_is_bold(tmp_path,
     assert "15 of 15 runs are in. Made by `compress tables toy`" in text
 
 
+def test_data_without_a_known_floor_have_a_note(tmp_path):
+    recipe = load_pipeline_recipe("ddpm_gradflow_full", ["data=folder:images"])
+    row = measured(recipe) | {"dense": {"macs": 8.0, "fid": None}}
+    note = diffusion._note("A toy.", recipe, ["macs", "fid"], [row], 3)
+    assert "real data" not in note and "1 of 3 runs are in" in note
+
+
 def by_seed(values, name="validation_loss") -> dict:
     return {seed: dict.fromkeys(QUALITY, 0.0) | {name: v} for seed, v in values.items()}
 

@@ -151,7 +151,8 @@ def measure(recipe: Recipe, base: str, sets: Sequence[str]) -> Run[list[Row]]:
             for side, of in (("values", "compressed"), ("dense", "dense"))
         },
     }
-    shown = (f"{name} {row['values'][name]:.5g}" for name in quality(recipe.data))
+    known = {name: row["values"].get(name) for name in quality(recipe.data)}
+    shown = (f"{name} {value:.5g}" for name, value in known.items() if value is not None)
     yield f"    {seconds:.0f} s: {', '.join(shown)}"
     return [row]
 
@@ -290,15 +291,19 @@ def _shown(
 def _note(note: str, base: Recipe, columns: Sequence[str], rows: Sequence[Row], jobs: int) -> str:
     """How all runs of a table were made, and what they are measured against."""
     evaluate, recover, dense = base.evaluate, base.recover, rows[0]["dense"]
-    shown = [n for n in columns if n in dense and not n.startswith(("kid", "ssim"))]
+    shown = [n for n in columns if dense.get(n) is not None and not n.startswith(("kid", "ssim"))]
     facts = ", ".join(f"{metric(n).column()} {metric(n).cell(dense[n])}" for n in shown)
     fid, *_ = quality(base.data)
-    real = _floor(base.data, evaluate.samples)[fid]
+    real = ""
+    if floors := _floor(base.data, evaluate.samples):
+        real = (
+            f"; {evaluate.samples} images of one half of the real data against the other: "
+            f"{metric(fid).column()} {metric(fid).cell(floors[fid])}"
+        )
     return (
         f"{note} {base.method.steps + recover.steps} optimiser steps of batch "
         f"{recover.batch}, distillation {recover.distill:g}; {evaluate.sampling_seeds} x "
         f"{evaluate.samples} samples, {evaluate.sampler.upper()} {evaluate.steps} steps. Dense "
-        f"model: {facts}; {evaluate.samples} images of one half of the real data against the "
-        f"other: {metric(fid).column()} {metric(fid).cell(real)}. Mean ± standard deviation over "
-        f"training seeds; {len(rows)} of {jobs} runs are in."
+        f"model: {facts}{real}. Mean ± standard deviation over training seeds; "
+        f"{len(rows)} of {jobs} runs are in."
     )
