@@ -107,11 +107,17 @@ def test_a_batch_that_fails_is_read_page_by_page(monkeypatch):
         "e: IndexError",
     ]
     killed = "DataLoader worker (pid 7) is killed by signal: Killed."
-    older = RuntimeError("CUDA error: an illegal memory access was encountered")
-    for error in (torch.AcceleratorError("the device is lost"), older, RuntimeError(killed)):
+    for error in (torch.AcceleratorError("the device is lost"), RuntimeError(killed)):
         errors["c"] = error
         with pytest.raises(type(error), match=str(error)[:10]):
             reading.read_batch(None, None, pages, ReadSettings())
+    for words in ("CUBLAS_STATUS_ALLOC_FAILED when calling", "out of memory"):
+        for kind in (RuntimeError, torch.AcceleratorError):
+            reading.check_of_a_page(kind(f"CUDA error: {words}"))
+    monkeypatch.delattr(torch, "AcceleratorError")
+    reading.check_of_a_page(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        reading.check_of_a_page(RuntimeError("CUDA error: an illegal memory access"))
 
 
 def test_pages_that_are_not_read_are_not_timed(monkeypatch):

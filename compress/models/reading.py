@@ -141,8 +141,11 @@ def check_of_a_page(error: Exception) -> None:
     A lost device is of no use to the other pages either, and torch says that a process of its
     data loader was killed wherever the main thread is at that time.
     """
-    lost = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer; older ones by their words
-    if isinstance(error, lost) or str(error).startswith((OPENER_KILLED, "CUDA error: ")):
+    words, lost = str(error), getattr(torch, "AcceleratorError", None)
+    # before torch 2.8 by its words
+    gone = isinstance(error, lost) if lost else words.startswith("CUDA error: ")
+    short = "ALLOC_FAILED" in words or "out of memory" in words  # for fewer pages it may do
+    if (gone and not short) or words.startswith(OPENER_KILLED):
         raise error
 
 
