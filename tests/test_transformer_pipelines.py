@@ -31,6 +31,7 @@ from compress.methods.training import Training
 from compress.models.objective import (
     FlowNoise,
     check_trainable,
+    check_usable,
     inputs_of,
     noise_schedule,
     predicted,
@@ -304,6 +305,7 @@ def test_a_model_distilled_as_schnell_is_refused(tmp_path):
     static = {"scheduler": FlowMatchEulerDiscreteScheduler(pipelines.STEPS)}
     with pytest.raises(ValueError, match="FluxPipeline with neither.*distilled so, as FLUX.1-sc"):
         check_trainable(with_parts(pipeline, static))
+    check_usable(with_parts(pipeline, static))  # but measured
 
 
 @pytest.mark.parametrize("name", NAMES)

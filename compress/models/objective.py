@@ -49,8 +49,7 @@ VALIDATION_SEED = 99
 
 def check_trainable(pipeline: DiffusionPipeline) -> None:
     """Refuse a pipeline whose denoiser cannot be trained and sampled here."""
-    check_pipeline(pipeline)
-    noise_schedule(pipeline.scheduler)
+    check_usable(pipeline)
     guided = denoiser(pipeline)[1].config.get("guidance_embeds", True)
     if not guided and not pipeline.scheduler.config.use_dynamic_shifting:
         raise ValueError(
@@ -58,6 +57,12 @@ def check_trainable(pipeline: DiffusionPipeline) -> None:
             f"{type(pipeline).__name__} with neither guidance_embeds nor use_dynamic_shifting is "
             "distilled so, as FLUX.1-schnell; prune the model that it was made from"
         )
+
+
+def check_usable(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline that cannot be sampled and measured here."""
+    check_pipeline(pipeline)
+    noise_schedule(pipeline.scheduler)
     _check_texts(pipeline)
 
 

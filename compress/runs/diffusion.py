@@ -34,6 +34,7 @@ from compress.models.locate import ModelFolder, locate
 from compress.models.objective import (
     Inputs,
     check_trainable,
+    check_usable,
     inputs_of,
     noise_schedule,
     predicted,
@@ -410,7 +411,7 @@ def evaluate_pipeline(
     columns: Columns | None = None,
     device: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measure any diffusers pipeline that can be trained here with the diffusion suite.
+    """Measure any diffusers pipeline that can be sampled here with the diffusion suite.
 
     Parameters
     ----------
@@ -427,7 +428,7 @@ def evaluate_pipeline(
     where = distributed.join(choose_device(device))
     pipeline: Any = load(locate(model, "diffusion"))
     network = denoiser(pipeline)[1]
-    check_trainable(pipeline)
+    check_usable(pipeline)
     images = load_data(data, pipeline, columns or Columns())
     settings = with_conditions(sampling or Sampling(), pipeline, images)
     inputs = inputs_of(pipeline)
