@@ -215,6 +215,9 @@ def test_the_best_units_of_each_block_decide_what_a_width_is_worth():
     [
         *[(name, None, "fine") for name in MODELS],
         ("no_attention", (16, 32), "fine"),
+        pytest.param("no_middle", (16, 32), "fine", marks=pytest.mark.slow),
+        pytest.param("not_square", (16, 32), "fine", marks=pytest.mark.slow),
+        pytest.param("deeper", (16, 32, 48), "fine", marks=pytest.mark.slow),
         ("built_in", (24, 32, 64, 112), "coarse"),  # tiny nets have no steps left
     ],
 )

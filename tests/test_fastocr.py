@@ -245,9 +245,11 @@ def test_summaries_that_open_all_tokens_or_are_one_each_are_dense_decoding(famil
         torch.testing.assert_close(found_logits, logits[:, :2], atol=1e-4, rtol=0)
 
 
-def test_sparse_steps_are_dense_attention_with_minus_infinity(family):
+@pytest.mark.parametrize("other", few([0, 1], 0), ids=["one layer", "the other"])
+def test_sparse_steps_are_dense_attention_with_minus_infinity(family, other):
     name, model, processor, inputs = family
-    focal = [list(FAMILIES).index(name) % 2]  # above the other, or below: each in several families
+    # above the other, or below: each in several families
+    focal = [(list(FAMILIES).index(name) + other) % 2]
     steps = 3
     with paper(keep_visual=0.05, focal_layers=focal).attach(model) as handle:
         result = write(model, inputs, steps)

@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import contextmanager, suppress
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from builders import fastocr
 from builders.counting import Counted, Tape
 from builders.fastocr import PAGES, TEXTS, paper, write
+from builders.tiers import few
 from compress.methods.fastocr import attention, hooks, state
 from compress.methods.fastocr.policy import make_policy
 from compress.methods.fastocr.visual_tokens import VisualTokens
@@ -48,14 +50,15 @@ def _steps(model, inputs, **settings):
 
 @pytest.mark.parametrize(
     ("name", "pages", "cache"),
-    [
+    few(
+        product(["internvl", "unlimited_ocr"], [1, 3], ["in place", "dynamic", "static"]),
         ("internvl", 1, "in place"),
         ("internvl", 3, "dynamic"),
         ("internvl", 1, "static"),
         ("unlimited_ocr", 3, "in place"),
         ("unlimited_ocr", 1, "dynamic"),
         ("unlimited_ocr", 3, "static"),
-    ],
+    ),
 )
 def test_a_step_waits_for_nothing(name, pages, cache):
     model, processor = fastocr.model(name)
@@ -111,16 +114,19 @@ def _answer(model, inputs, method, cache, recorded=None):
         return torch.stack(logits), handle.facts()
 
 
+REPLAYED = (
+    (1, {"focal_layers": [1]}),
+    (3, {"focal_layers": [0, 2], "dilate": 1}),
+    (1, {"focal_layers": [2], "reuse": False}),
+    (3, {"focal_layers": [1], "fixation": "static"}),
+    (3, {"focal_layers": [1], "periphery": 4}),
+    (1, {"choose": "summaries"}),
+)
+
+
 @pytest.mark.parametrize(
     ("pages", "knobs"),
-    [
-        (1, {"focal_layers": [1]}),
-        (3, {"focal_layers": [0, 2], "dilate": 1}),
-        (1, {"focal_layers": [2], "reuse": False}),
-        (3, {"focal_layers": [1], "fixation": "static"}),
-        (3, {"focal_layers": [1], "periphery": 4}),
-        (1, {"choose": "summaries"}),
-    ],
+    few(product([1, 3], [knobs for _, knobs in REPLAYED]), *REPLAYED),
     ids=str,
 )
 def test_a_recorded_step_is_replayed_at_later_ones(intern, pages, knobs):

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from builders import pipelines, programs
 from builders.events import finish
+from builders.tiers import few
 from compress.api import apply
 from compress.checkpoints.facts import verify
 from compress.checkpoints.load import load
@@ -423,12 +424,19 @@ def test_an_unfinished_run_asks_for_resume_and_goes_on(model, tmp_path):
     assert begin(model, output, overwrite=True).step == 1
 
 
-def test_resume_with_another_recipe_is_refused(model, unfinished):
+@pytest.mark.parametrize(
+    "changes",
+    few(
+        [{"method": {"keep_macs": 0.5}}, {"method": {"criterion": "random"}}, {"seed": 4}],
+        {"method": {"keep_macs": 0.5}},
+    ),
+    ids=["widths", "criterion", "seed"],
+)
+def test_resume_with_another_recipe_is_refused(model, unfinished, changes):
     before = tree(unfinished)
     # half a run of each recipe is a run of neither
     with pytest.raises(ValueError, match="recipe"):
-        changed = settings(model, method={"keep_macs": 0.5})
-        begin(model, unfinished, "recover", recipe=changed, resume=True)
+        begin(model, unfinished, "recover", recipe=settings(model, **changes), resume=True)
     assert tree(unfinished) == before
 
 

@@ -12,6 +12,7 @@ from transformers import UnlimitedOcrImageProcessor
 
 from builders import ocr
 from builders.fastocr import paper
+from builders.tiers import few
 from compress import RTPrune
 from compress.checkpoints.applied import Applied
 from compress.methods.base import Shown
@@ -84,7 +85,9 @@ def check_cells(view_number, view, pixels, page, square):
 
 
 @pytest.mark.parametrize(
-    ("mode", "size"), [*zip(MODES, itertools.cycle(SIZES), strict=False)], ids=str
+    ("mode", "size"),
+    few(itertools.product(MODES, SIZES), *zip(MODES, itertools.cycle(SIZES), strict=False)),
+    ids=str,
 )
 def test_the_cell_of_a_token_lies_on_what_it_sees(mode, size):
     page, square = marked(*size)

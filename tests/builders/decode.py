@@ -32,13 +32,15 @@ SMALL = [
     Shape(1, 4, 2, 50, 64, 0, 50, "none", value_dim=80),
     Shape(2, 21, 1, 35, 64, 1, 1, "none"),
 ]
-# what is interpreted, slowly: (splits, dtype, number of the shape); half precision in one each
+# what is interpreted: (splits, dtype, number of the shape); half precision in one each
 INTERPRETED = [
     *(("one", torch.float32, number) for number in (0, 3, 5, 6)),
     ("one", torch.float16, 1),
     *(("many", torch.float32, number) for number in (1, 2, 4)),
     ("many", torch.bfloat16, 5),
 ]
+# and slowly; from the first in many splits on all are
+INTERPRETED_SLOWLY = [("many", torch.float32, number) for number in (0, 3, 5, 6)]
 LARGE = [
     Shape(1, 28, 4, 4500, 128, 461, 200),
     Shape(8, 16, 2, 2100, 128, 300, 77, transposed=True),

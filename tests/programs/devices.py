@@ -86,8 +86,9 @@ def soft_pruning_and_resuming() -> None:
 def half_precision() -> None:
     """Autocast, and float16's scaled gradients."""
     method = OneShot(keep_macs=0.5, steps=0, criterion="random", criterion_batches=1)
-    pipeline = pipelines.pixels(**ONE_LEVEL)
-    train(pipeline, method, pruning.noise(held_out=2), mixed_precision="fp16")
+    for precision in ("fp16", "bf16"):
+        pipeline = pipelines.pixels(**ONE_LEVEL)
+        train(pipeline, method, pruning.noise(held_out=2), mixed_precision=precision)
 
 
 def criteria() -> None:

@@ -1,4 +1,7 @@
-"""Interpret the decode kernels, in one split and in many: ``interpret_decode.py FILE``."""
+"""Interpret the decode kernels: ``interpret_decode.py FILE CASE ...``.
+
+Cases are numbers in what can be interpreted, ascending: in one split first, then in many.
+"""
 
 import sys
 
@@ -20,12 +23,13 @@ def numbers(handle):
     return interpreter.interpreter_builder.cast_impl(handle, interpreter.tl.float32)
 
 
-def main(file: str) -> None:
+def main(file: str, numbered: list[str]) -> None:
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *others: create_dot(
         self, numbers(a), numbers(b), *others
     )
     outputs = {}
-    for splits, dtype, number in decode.INTERPRETED:
+    known = [*decode.INTERPRETED, *decode.INTERPRETED_SLOWLY]
+    for splits, dtype, number in (known[int(case)] for case in numbered):
         if splits == "many":
             tiles = (kernels.Tile(16, 4, 3, 1),)
             kernels.TILES = dict.fromkeys(kernels.TILES, tiles)
@@ -52,4 +56,4 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
