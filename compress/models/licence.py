@@ -43,7 +43,7 @@ def licence_id(folder: Path) -> str | None:
 
 def licence_files(folder: Path) -> list[Path]:
     """The files of a model's folder that hold its licence."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.stem.upper() in FILES)
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.upper().startswith(FILES))
 
 
 def _metadata(card: Path) -> dict[str, Any]:

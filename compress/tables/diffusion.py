@@ -8,7 +8,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from compress.eval import fidelity
 from compress.eval.diffusion import mean_interval
 from compress.eval.metrics import metric
 from compress.eval.tables import Row, markdown
-from compress.runs.diffusion import floor
 from compress.runs.recipe import Recipe, load_pipeline_recipe
 from compress.runs.run import run_events
 from compress.tables.table import Job, Run, Table, finish, has, weights
@@ -32,7 +31,6 @@ EXECUTION: Any = {
     },
     "evaluate": {"batch"},
 }
-_floor = cache(floor)
 
 
 def quality(data: str) -> tuple[str, ...]:
@@ -146,6 +144,7 @@ def measure(recipe: Recipe, base: str, sets: Sequence[str]) -> Run[list[Row]]:
         "criterion_share": round(facts["criterion_share"], 4),
         "optimiser_steps": facts["optimiser_steps"],
         "widths": [width["compressed"] for width in result.metrics["widths"]],
+        "floor": result.metrics["floor"],
         **{
             side: {name: entry[of]["value"] for name, entry in metrics.items()}
             for side, of in (("values", "compressed"), ("dense", "dense"))
@@ -295,9 +294,9 @@ def _note(note: str, base: Recipe, columns: Sequence[str], rows: Sequence[Row], 
     facts = ", ".join(f"{metric(n).column()} {metric(n).cell(dense[n])}" for n in shown)
     fid, *_ = quality(base.data)
     real = ""
-    if floors := _floor(base.data, evaluate.samples):
+    if floors := rows[0]["floor"]:
         real = (
-            f"; {evaluate.samples} images of one half of the real data against the other: "
+            f"; {evaluate.samples} images of one part of the real data against the other: "
             f"{metric(fid).column()} {metric(fid).cell(floors[fid])}"
         )
     return (

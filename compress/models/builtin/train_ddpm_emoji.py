@@ -23,6 +23,7 @@ from compress.models.builtin.training import DenoiserTrainer, run_arguments, tra
 from compress.models.objective import validation_loss
 
 EMA, WARMUP = 0.9995, 500
+COOLDOWN = 0.3  # the last share of the steps, in which the learning rate falls to 0
 
 
 def build_unet(dropout: float = 0.0) -> UNet2DModel:
@@ -49,7 +50,7 @@ class Trainer(DenoiserTrainer):
     def __init__(self, args: argparse.Namespace) -> None:
         self.seconds, self.device = 0.0, torch.device(choose_device(args.device))
         torch.manual_seed(args.seed)
-        unet = build_unet(dropout=0.1).to(self.device, memory_format=torch.channels_last)
+        unet = build_unet(args.dropout).to(self.device, memory_format=torch.channels_last)
         super().__init__(args, unet)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
         self.held_out = emoji("held_out")[0]
@@ -90,7 +91,8 @@ class Trainer(DenoiserTrainer):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
             predicted = self.model(noisy, timesteps).sample
         loss = F.mse_loss(predicted.float(), noise)
-        self.learn(loss, args.lr * min(1.0, (step + 1) / WARMUP), EMA)
+        left = (args.steps - step) / (COOLDOWN * args.steps)
+        self.learn(loss, args.lr * min(1.0, (step + 1) / WARMUP, left), EMA)
         return loss.detach()
 
     def _evaluate(self, train_loss: float) -> None:
@@ -133,5 +135,6 @@ if __name__ == "__main__":
     parser.add_argument("--every", type=float, default=60, help="seconds between evaluations")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--device", help="CUDA where there is any by default")
     train(parser, Trainer)
