@@ -145,6 +145,9 @@ def test_denoisers_say_whose_images_they_were_trained_on():
         assert said.startswith("Apache-2.0, that of compress, whose scripts trained it; see ")
         assert said.endswith("see NOTICE")
         assert "CC BY 4.0" in (BUILTIN / name / "NOTICE").read_text()
+    assert "see LICENSE-APACHE-2.0; see LICENSE-CC-BY-4.0; see NOTICE" in licence_of(
+        BUILTIN / "ddpm-emoji", "builtin:ddpm-emoji"
+    )
 
 
 def test_built_in_models_by_kind():
