@@ -403,7 +403,7 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
 
 
 def test_an_unknown_builtin_lists_the_known_ones():
-    known = "built-in models are ddpm-digits, dit-digits, .*; got 'builtin:digits'; name one"
+    known = "built-in models are ddpm-digits, ddpm-emoji, .*; got 'builtin:digits'; name one"
     with pytest.raises(ValueError, match=known):
         load("builtin:digits")
 
