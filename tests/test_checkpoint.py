@@ -403,7 +403,8 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
 
 
 def test_an_unknown_builtin_lists_the_known_ones():
-    known = "built-in models are ddpm-digits, ddpm-emoji, .*; got 'builtin:digits'; name one"
+    models = "ddpm-digits, ddpm-emoji, dit-digits, .*"
+    known = f"built-in models are {models}; got 'builtin:digits'; name one"
     with pytest.raises(ValueError, match=known):
         load("builtin:digits")
 
