@@ -285,7 +285,7 @@ def test_costs_are_shares_of_the_dense_model_and_the_runs_own_time(tmp_path, run
         ("main", 60, 400),
         ("ablation", 6, 400),
         ("attempts", 6, 400),
-        ("emoji", 24, 100),
+        ("emoji", 60, 100),
         ("dit", 66, 150),
     ],
 )

@@ -475,7 +475,9 @@ class PruningRun:
     # ---- state ------------------------------------------------------------------------------
 
     def _prepare(self, model: Any) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.training.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.training.lr, weight_decay=0.0, fused=True
+        )
         model.train()
         drop_jointly(model)
         if self.training.gradient_checkpointing:
@@ -533,7 +535,7 @@ class PruningRun:
         for name, p in self._unet().named_parameters():
             if name in moments["exp_avg"]:
                 self.optimizer.state[p] = {
-                    "step": torch.tensor(float(self.step)),
+                    "step": torch.tensor(float(self.step), device=self.device),
                     "exp_avg": sharding.cut_like(moments["exp_avg"][name], p),
                     "exp_avg_sq": sharding.cut_like(moments["exp_avg_sq"][name], p),
                 }
