@@ -121,7 +121,7 @@ def body(rows: Sequence[Row]) -> str:
         **{heading: partial(_apart, *keys) for heading, keys in APART.items()},
     }
     return (
-        f"{cell_table(rows, columns)}\n\n`{RECIPE}` as it ships, on the CPU over gloo, the same "
+        f"{cell_table(rows, columns)}\n\n`{RECIPE}` on the CPU over gloo, the same "
         "batch in all shared between the processes, and cut into micro-batches by "
         "`train.gradient_accumulation`. Masks and weights are compared with those of one process, "
         "and of one process in micro-batches of the same size (alike). 95% intervals over sampling "
