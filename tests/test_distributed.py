@@ -246,6 +246,14 @@ def test_blocks_that_a_unet_lacks_are_refused_before_the_flow(policy, cuts):
         check("ResnetBlock2D", "BasicTransformerBlock")
 
 
+def test_a_copy_of_moments_lies_in_memory_as_its_parameter_does():
+    weight = torch.arange(36.0).reshape(2, 2, 3, 3)
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, 3, 3).to(memory_format=torch.channels_last))
+    copy = sharding.cut_like(weight.double(), parameter)
+    assert copy.stride() == parameter.stride() != weight.stride()
+    assert torch.equal(copy, weight.double()) and not copy.requires_grad
+
+
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "3",

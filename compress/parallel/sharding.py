@@ -135,8 +135,11 @@ def gathered(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[
 
 
 def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of ``tensor`` where ``parameter`` is, cut as it is if it is cut."""
-    tensor = tensor.to(parameter.device)
+    """A copy of ``tensor`` where ``parameter`` is, cut as it is if it is cut.
+
+    It has the parameter's strides, since a fused optimiser walks both in the order of memory.
+    """
     if isinstance(parameter, DTensor):
+        tensor = tensor.to(parameter.device)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor.clone()
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from compress.common.files import atomic_folder, write_text
 from compress.common.journal import Journal
 from compress.common.output_folder import claim
+from compress.parallel import sharding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -61,8 +62,7 @@ class DenoiserTrainer:
         self.args, self.journal, self.step, self.best = args, Journal(args.run), 0, math.inf
         self.model = model
         self.averaged = copy.deepcopy(model).eval()
-        on_gpu = next(model.parameters()).is_cuda
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=on_gpu)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
 
     def resume(self) -> None:
         """Go back to the stored state, if there is one."""
@@ -76,8 +76,8 @@ class DenoiserTrainer:
         moments = {key: saved.part(key) for key in MOMENTS}
         state = {
             number: {"step": torch.tensor(float(self.step))}
-            | {key: moments[key][name] for key in MOMENTS}
-            for number, (name, _) in enumerate(self.model.named_parameters())
+            | {key: sharding.cut_like(moments[key][name], p) for key in MOMENTS}
+            for number, (name, p) in enumerate(self.model.named_parameters())
         }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
